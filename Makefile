@@ -1,0 +1,30 @@
+# `make run` and `make test` do all the set-up themselves; `make env` does only that.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.complete
+export PATH := $(abspath $(VENV)/bin):$(PATH)
+
+.PHONY: run test env lint
+
+run: env
+	snakemake --cores all
+
+test: env lint
+	python -m pytest
+
+lint: env
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+env: $(STAMP)
+
+# The stamp comes last: an environment whose making was cut short is made again.
+$(STAMP): envs/requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "hfprune needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r envs/requirements.txt
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
+	touch $(STAMP)

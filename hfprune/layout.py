@@ -1,0 +1,17 @@
+"""What the files in an artifact's folder are called: the contract between the stages that write and those that read."""
+
+MANIFEST = "manifest.json"
+REFUSED = "manifest.refused.json"  # the manifest of an artifact that was found damaged
+RESUME = ".resume"  # a folder: what a killed attempt leaves here, the next attempt finds
+
+DOCUMENTS = "documents.jsonl"  # download: a text's or a task's, one JSON object per line
+SCORES = "scores.safetensors"  # score: float32 (neurons,) per layer, under `layer_name`
+PRUNING = "pruning.json"  # prune: what was cut
+REFERENCE = "reference.safetensors"  # reference: tokens, hidden, head of the dense model
+RESULTS = "results.json"  # evaluate, measure: name -> value, stderr, n
+SAMPLES = "samples.jsonl"  # evaluate: one line per document
+
+
+def layer_name(index: int) -> str:
+    """The name of a layer's MLP scores."""
+    return f"layers.{index}.mlp"

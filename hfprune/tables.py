@@ -1,0 +1,177 @@
+"""From artifacts to `metrics.csv`, and from that to the tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hfprune.artifacts import Artifact, Store
+from hfprune.errors import UserError
+from hfprune.layout import RESULTS
+from hfprune.statistics import MODEL, mean_accuracy, over_seeds
+
+# One value a row; other people's scripts read these.
+COLUMNS = [
+    "model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved", "parameters",
+    "recovery", "seed", "group", "task", "metric", "value", "stderr", "n", "key",
+]  # fmt: skip
+# The metric that the paper reports for a task, the first that it has.
+HEADLINE = ("pct_stereotype", "acc_norm", "acc")
+TASK_TITLES = {
+    "arc_challenge": "ARC-c",
+    "arc_easy": "ARC-e",
+    "boolq": "BoolQ",
+    "crows_pairs_english": "CrowS",
+    "openbookqa": "OBQA",
+    "piqa": "PIQA",
+    "race": "RACE",
+    "social_iqa": "SIQA",
+    "truthfulqa_mc2": "TfQA",
+    "winogrande": "Wino",
+}
+
+
+def collect(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+    """The rows of `metrics.csv`: what the artifacts say, and what they were made from according to their manifests.
+
+    Args:
+        artifacts: of the stages `measure` and `evaluate`, in any order.
+        store: where everything that they were made from has its manifests.
+
+    Raises:
+        UserError: a model was evaluated but not measured (the measurement counts its parameters).
+    """
+    measured = [artifact for artifact in artifacts if artifact.manifest["stage"] == "measure"]
+    models = {artifact.manifest["inputs"]["model"]: _model_columns(artifact.manifest, store) for artifact in measured}
+    rows: list[dict[str, Any]] = []
+    for artifact in artifacts:
+        inputs = artifact.manifest["inputs"]
+        if inputs["model"] not in models:
+            raise UserError(f"{artifact.folder}: model {inputs['model']} has no measure among the artifacts given.")
+        results = json.loads((artifact.folder / RESULTS).read_text(encoding="utf-8"))
+        if artifact in measured:
+            reference = store.manifest("reference", inputs["reference"])
+            text = store.manifest("text", reference["inputs"]["text"])["details"]["name"]
+            found = [
+                ("perplexity" if name == "perplexity" else "fidelity", text, name, results[name]) for name in results
+            ]
+        else:
+            found = [("task", task, name, each[name]) for task, each in results.items() for name in each]
+        for group, task, metric, estimate in found:
+            value = {"group": group, "task": task, "metric": metric, **estimate, "key": artifact.key}
+            rows.append(models[inputs["model"]] | value)
+    for key, columns in models.items():
+        rows += [columns | cost for cost in _costs(key, columns["stage"], store)]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
+    by = ["order", "criterion", "ratio", "seed", "group", "task", "metric"]
+    return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
+
+
+def _model_columns(measure: dict[str, Any], store: Store) -> dict[str, Any]:
+    """The columns that say which model it is, from the manifests that its measure came from."""
+    key, parameters = measure["inputs"]["model"], measure["details"]["parameters"]
+    if not store.has("prune", key):
+        dense = dict.fromkeys(("criterion", "allocation", "refit", "structure", "recovery"), "none")
+        name = store.manifest("model", key)["details"]["name"]
+        zero = {"ratio": 0.0, "ratio_achieved": 0.0}
+        return {"model": name, "stage": "dense", "parameters": parameters, "seed": None, **dense, **zero}
+    pruned = store.manifest("prune", key)
+    scores = store.manifest("score", pruned["inputs"]["scores"])
+    return {
+        "model": store.manifest("model", pruned["inputs"]["model"])["details"]["name"],
+        "stage": "pruned",
+        "criterion": scores["parameters"]["criterion"],
+        **{name: pruned["details"][name] for name in ("allocation", "refit", "structure", "ratio_achieved")},
+        "ratio": pruned["parameters"]["ratio"],
+        "parameters": parameters,
+        "recovery": "none",
+        "seed": scores["parameters"]["seed"],
+    }
+
+
+def _costs(key: str, stage: str, store: Store) -> list[dict[str, Any]]:
+    """What it cost to make a pruned model: seconds and peak bytes of scoring and of cutting."""
+    if stage == "dense":
+        return []
+    pruned = store.manifest("prune", key)
+    rows = []
+    for manifest in (store.manifest("score", pruned["inputs"]["scores"]), pruned):
+        for metric, field in (("seconds", "seconds"), ("peak_bytes", "peak_memory_bytes")):
+            value = {"metric": metric, "value": manifest[field], "stderr": None, "n": 1}
+            rows.append({"group": "cost", "task": manifest["stage"], **value, "key": manifest["key"]})
+    return rows
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """A metrics.csv.
+
+    Raises:
+        UserError: it is missing, or not one.
+    """
+    try:
+        metrics = pd.read_csv(path, keep_default_na=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as metrics: {error}") from None
+    if missing := [column for column in COLUMNS if column not in metrics]:
+        raise UserError(f"{path}: not a metrics.csv: it lacks the columns {', '.join(missing)}.")
+    return metrics
+
+
+def headline(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each task's headline metric, see `HEADLINE`."""
+    tasks = metrics[metrics["group"] == "task"]
+    chosen = tasks.groupby("task")["metric"].agg(lambda found: next(name for name in HEADLINE if name in set(found)))
+    return tasks[tasks["metric"] == tasks["task"].map(chosen)]
+
+
+def summary(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row per model: size, accuracy of each task and their mean in per cent, perplexity, KL, agreement.
+
+    Each value stands beside its standard error, `value` and `value ±`.
+    """
+    accuracy = over_seeds(headline(metrics))
+    mean = mean_accuracy(accuracy).assign(task="Mean")
+    accuracy = pd.concat([accuracy.assign(task=accuracy["task"].map(lambda name: TASK_TITLES.get(name, name))), mean])
+    accuracy[["value", "stderr"]] *= 100
+    others = {"perplexity": "Perplexity", "kl": "KL", "top1_agreement": "Agreement"}
+    measures = over_seeds(metrics[metrics["metric"].isin(others)])
+    measures["task"] = measures["metric"].map(others)
+    both = pd.concat([accuracy, measures])
+    columns = [*dict.fromkeys(accuracy["task"]), *others.values()]
+    size = measures.drop_duplicates(MODEL).set_index(MODEL)[["ratio_achieved", "parameters"]]
+    table = pd.DataFrame(index=size.index)
+    table["Removed"] = size["ratio_achieved"]
+    table["Parameters"] = size["parameters"]
+    for column in columns:
+        found = both[both["task"] == column].set_index(MODEL)
+        table[column] = found["value"]
+        table[f"{column} ±"] = found["stderr"]
+    return table.reset_index()
+
+
+def write_summary(metrics: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write `summary.csv` (full precision), `summary.md` and `summary.tex` into `folder`; their paths."""
+    table = summary(metrics)
+    paths = [folder / f"summary.{suffix}" for suffix in ("csv", "md", "tex")]
+    table.to_csv(paths[0], index=False)
+    paths[1].write_text(_printed(table, "±").to_markdown(index=False, disable_numparse=True) + "\n", encoding="utf-8")
+    tex = _printed(table, r"$\pm$").rename(columns={"Removed (%)": r"Removed (\%)"})
+    paths[2].write_text(tex.to_latex(index=False, column_format="ll" + "r" * (tex.shape[1] - 2)), encoding="utf-8")
+    return paths
+
+
+def _printed(table: pd.DataFrame, plus_minus: str) -> pd.DataFrame:
+    """The table as people read it: few digits, value and error in one cell."""
+    digits = {"Perplexity": 1, "KL": 3, "Agreement": 3}
+    shown = pd.DataFrame({"Model": table["stage"], "Criterion": table["criterion"]})
+    shown["Removed (%)"] = [f"{100 * share:.1f}" for share in table["Removed"]]
+    shown["Parameters (M)"] = [f"{count / 1e6:.1f}" for count in table["Parameters"]]
+    for column in (name for name in table if f"{name} ±" in table):
+        places = digits.get(column, 1)
+        shown[column] = [
+            f"{value:.{places}f} {plus_minus} {error:.{places}f}" if error == error else f"{value:.{places}f}"
+            for value, error in zip(table[column], table[f"{column} ±"], strict=True)
+        ]
+    return shown

@@ -1,0 +1,63 @@
+# The experiment, its plan of artifacts, and how a rule asks the plan.
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+sys.path.insert(0, workflow.basedir)
+
+from hfprune import config as experiments
+from hfprune.artifacts import code_digest
+from hfprune.errors import UserError
+from hfprune.plan import Plan
+
+try:
+    plan = Plan(experiments.parse(experiments.Experiment, config, origin="config"))
+except UserError as error:
+    raise WorkflowError(str(error))
+
+STORE = plan.store.root
+RESULTS = Path("results") / plan.experiment.experiment
+ENVIRONMENT = Path(workflow.basedir) / "envs" / "hfprune.yaml"
+
+# Rules call `python -m hfprune`: the interpreter that runs this, the package beside this Snakefile.
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    PYTHONPATH=os.pathsep.join([workflow.basedir, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+)
+
+
+wildcard_constraints:
+    key="[0-9a-f]{16}",
+
+
+def artifact(stage):
+    """A stage's output. Its manifest stays in place until the stage itself has judged it: see `update`."""
+    return update(str(STORE / stage / "{key}" / "manifest.json"))
+
+
+def made_from(stage):
+    """The inputs of a stage's artifact. A key says it all, so their times never count: see `ancient`."""
+
+    def inputs(wildcards):
+        inputs = plan.jobs[stage][wildcards.key].inputs
+        jobs = {name: made if isinstance(made, list) else [made] for name, made in inputs.items()}
+        return {name: [ancient(plan.manifest(job)) for job in made] for name, made in jobs.items()}
+
+    return inputs
+
+
+def options(stage):
+    """The command-line options of a stage's artifact."""
+
+    def words(wildcards):
+        job = plan.jobs[stage][wildcards.key]
+        return [*job.options, "--key", wildcards.key, "--store", STORE]
+
+    return words
+
+
+def label(stage):
+    """What an artifact is, for people."""
+    return lambda wildcards: plan.jobs[stage][wildcards.key].label

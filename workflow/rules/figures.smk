@@ -1,0 +1,56 @@
+# What is drawn from the artifacts is cheap, and not kept by hash: it follows its inputs and the code that makes it.
+rule collect:
+    """Every value of the experiment, one a row."""
+    input:
+        [plan.manifest(job) for job in [*plan.measures, *plan.evaluations]],
+    output:
+        RESULTS / "metrics.csv",
+    log:
+        "logs/collect.log",
+    conda:
+        ENVIRONMENT
+    params:
+        store=STORE,
+        code=code_digest("hfprune.tables"),
+    shell:
+        "python -m hfprune collect --store {params.store:q} --output {output:q} {input:q} 2>&1 | tee {log:q}"
+
+
+rule tables:
+    """The summary table."""
+    input:
+        rules.collect.output,
+    output:
+        [RESULTS / "tables" / f"summary.{suffix}" for suffix in ("csv", "md", "tex")],
+    log:
+        "logs/tables.log",
+    conda:
+        ENVIRONMENT
+    params:
+        folder=RESULTS / "tables",
+        code=code_digest("hfprune.tables"),
+    shell:
+        "python -m hfprune tables --metrics {input:q} --output {params.folder:q} 2>&1 | tee {log:q}"
+
+
+rule figures:
+    """Accuracy and KL against ratio, importance per layer."""
+    input:
+        metrics=rules.collect.output,
+        scores=[plan.manifest(job) for job in plan.scores],
+    output:
+        [
+            RESULTS / "figures" / f"{name}.{suffix}"
+            for name in ("accuracy", "kl", "importance")
+            for suffix in ("png", "pdf", "svg")
+        ],
+    log:
+        "logs/figures.log",
+    conda:
+        ENVIRONMENT
+    params:
+        folder=RESULTS / "figures",
+        code=code_digest("hfprune.figures"),
+    shell:
+        "python -m hfprune figures --metrics {input.metrics:q} --scores {input.scores:q} --output {params.folder:q} 2>&1"
+        " | tee {log:q}"

@@ -1,0 +1,17 @@
+rule prune:
+    """The checkpoint without its least important neurons."""
+    input:
+        unpack(made_from("prune")),
+    output:
+        artifact("prune"),
+    log:
+        "logs/prune/{key}.log",
+    conda:
+        ENVIRONMENT
+    params:
+        options=options("prune"),
+        label=label("prune"),
+    message:
+        "prune {params.label}"
+    shell:
+        "python -m hfprune prune --model {input.model:q} --scores {input.scores:q} {params.options:q} 2>&1 | tee {log:q}"
