@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from hfprune.layout import REFERENCE, RESULTS
@@ -95,11 +96,12 @@ def token_measures(log_p: Tensor, log_q: Tensor) -> dict[str, Tensor]:
         divergence with logarithms to base 2, from 0 to 1 (as scipy's `jensenshannon` with base 2).
         `top1_agreement`: 1 where both hold the same token most likely, else 0.
     """
-    p, q = log_p.exp(), log_q.exp()
-    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
-    divergence = ((p * (log_p - log_mean)).sum(-1) + (q * (log_q - log_mean)).sum(-1)) / (2 * math.log(2))
+    p, q, ratio = log_p.exp(), log_q.exp(), log_q - log_p
+    # log(mean / p) = softplus(log(q / p)) - log 2: exactly 0 where p = q, which a difference of logarithms is not.
+    to_mean = (p * (math.log(2) - softplus(ratio))).sum(-1) + (q * (math.log(2) - softplus(-ratio))).sum(-1)
+    divergence = to_mean / (2 * math.log(2))
     return {
-        "kl": (p * (log_p - log_q)).sum(-1),
+        "kl": -(p * ratio).sum(-1),
         "js": divergence.clamp(min=0).sqrt(),
         "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).float(),
     }

@@ -63,8 +63,9 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
         found = found.assign(ratio_achieved=achieved.reindex(pd.MultiIndex.from_frame(found[MODEL])).to_numpy())
         _curves(axis, found, scale=100)
         axis.set_title(title, fontsize=9)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
+    for place, axis in enumerate(axes.flat):
+        axis.tick_params(labelbottom=place + columns >= len(panels))  # the lowest panel of each column
+        axis.set_visible(place < len(panels))
     figure.supxlabel("Parameters removed (%)", fontsize=9)
     figure.supylabel("Accuracy (%)", fontsize=9)
     _legend(figure, axes[0, 0])
@@ -129,4 +130,4 @@ def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
 
 def _legend(figure: Figure, axis: plt.Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)

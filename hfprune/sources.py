@@ -191,11 +191,10 @@ def _hub_errors(source: Source) -> Iterator[None]:
         raise UserError(
             f"{describe(source)}: the hub is switched off (HF_HUB_OFFLINE); unset it to download."
         ) from None
-    except (errors.HfHubHTTPError, ConnectionError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's, not the hub's
+    except (errors.HTTPError, ConnectionError) as error:  # its HTTP library's base class: refusals and broken transfers
         raise UserError(
-            f"{describe(source)}: the download failed: {str(error).splitlines()[0]} Run again: it goes on where it was."
+            f"{describe(source)}: the download failed: {str(error).splitlines()[0]} "
+            "Run again: the files that are complete are kept."
         ) from None
 
 

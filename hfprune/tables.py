@@ -127,7 +127,7 @@ def headline(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(metrics: pd.DataFrame) -> pd.DataFrame:
-    """One row per model: size, accuracy of each task and their mean in per cent, perplexity, KL, agreement.
+    """One row per model: size, accuracy of each task and their mean in per cent, perplexity, KL, top-1 agreement.
 
     Each value stands beside its standard error, `value` and `value ±`.
     """
@@ -135,7 +135,7 @@ def summary(metrics: pd.DataFrame) -> pd.DataFrame:
     mean = mean_accuracy(accuracy).assign(task="Mean")
     accuracy = pd.concat([accuracy.assign(task=accuracy["task"].map(lambda name: TASK_TITLES.get(name, name))), mean])
     accuracy[["value", "stderr"]] *= 100
-    others = {"perplexity": "Perplexity", "kl": "KL", "top1_agreement": "Agreement"}
+    others = {"perplexity": "Perplexity", "kl": "KL (nats/token)", "top1_agreement": "Top-1 agreement"}
     measures = over_seeds(metrics[metrics["metric"].isin(others)])
     measures["task"] = measures["metric"].map(others)
     both = pd.concat([accuracy, measures])
@@ -157,14 +157,14 @@ def write_summary(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     paths = [folder / f"summary.{suffix}" for suffix in ("csv", "md", "tex")]
     table.to_csv(paths[0], index=False)
     paths[1].write_text(_printed(table, "±").to_markdown(index=False, disable_numparse=True) + "\n", encoding="utf-8")
-    tex = _printed(table, r"$\pm$").rename(columns={"Removed (%)": r"Removed (\%)"})
+    tex = _printed(table, r"$\pm$").rename(columns=lambda name: name.replace("%", r"\%").replace("_", r"\_"))
     paths[2].write_text(tex.to_latex(index=False, column_format="ll" + "r" * (tex.shape[1] - 2)), encoding="utf-8")
     return paths
 
 
 def _printed(table: pd.DataFrame, plus_minus: str) -> pd.DataFrame:
     """The table as people read it: few digits, value and error in one cell."""
-    digits = {"Perplexity": 1, "KL": 3, "Agreement": 3}
+    digits = {"KL (nats/token)": 3, "Top-1 agreement": 3}
     shown = pd.DataFrame({"Model": table["stage"], "Criterion": table["criterion"]})
     shown["Removed (%)"] = [f"{100 * share:.1f}" for share in table["Removed"]]
     shown["Parameters (M)"] = [f"{count / 1e6:.1f}" for count in table["Parameters"]]

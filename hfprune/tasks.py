@@ -42,26 +42,28 @@ def task(folder: Path, name: str, source: Source, convert: str | None, fetch_whe
                 raise UserError(
                     f"{describe(source)}: document {number}: not in the form that {convert!r} converts: {error!r}"
                 ) from None
-    return {**details, "documents": _check(stock_task(name, folder, folder / RESUME), describe(source))}
+    return {**details, "documents": _check(name, folder, describe(source))}
 
 
-def _check(lm_eval_task: Any, source: str) -> int:
+def _check(name: str, folder: Path, source: str) -> int:
     """Render every document by the task's definition; their number."""
-    docs = lm_eval_task.eval_docs
-    if len(docs) == 0:
-        raise UserError(f"{source}: no documents.")
-    for number, doc in enumerate(docs):
-        try:
+    number = 0  # of the document at fault
+    try:
+        lm_eval_task = stock_task(name, folder, folder / RESUME)  # renders the first one itself
+        docs = lm_eval_task.eval_docs
+        for number, doc in enumerate(docs):  # noqa: B007
             lm_eval_task.doc_to_text(doc)
             target = lm_eval_task.doc_to_target(doc)
-            choices = lm_eval_task.doc_to_choice(doc) if lm_eval_task.OUTPUT_TYPE == "multiple_choice" else None
-        except Exception as error:  # whatever a task's template or function raises over a document it cannot read
-            raise UserError(
-                f"{source}: document {number}: lm-eval's {lm_eval_task.task_name!r} cannot read it: {error!r}. "
-                f"Its fields are {', '.join(doc)}."
-            ) from None
-        if choices is not None and not (isinstance(target, list) or target in range(len(choices)) or target in choices):
-            raise UserError(f"{source}: document {number}: gold answer {target!r} is not one of {choices!r}.")
+            if lm_eval_task.OUTPUT_TYPE == "multiple_choice":
+                choices = lm_eval_task.doc_to_choice(doc)
+                if isinstance(target, int) and target not in range(len(choices)):
+                    raise IndexError(f"gold answer {target} is not one of {choices}")
+    except Exception as error:  # whatever a task's template or function raises over a document that it cannot read
+        with (folder / DOCUMENTS).open(encoding="utf-8") as file:
+            fields = ", ".join(json.loads(file.readline() or "{}"))
+        raise UserError(
+            f"{source}: document {number}: lm-eval's {name!r} cannot read it: {error!r}. Its fields are: {fields}."
+        ) from None
     return len(docs)
 
 

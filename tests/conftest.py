@@ -1,0 +1,144 @@
+"""What the tests share: a tiny random model with a tokenizer of its own, and tiny data. Nothing needs a network."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+REPOSITORY = Path(__file__).parent.parent
+# `python -m hfprune` and `snakemake` as a user of this environment has them.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+WORDS = [
+    "".join(random.Random(i).choices("bcdfghklmnprst", k=1) + random.Random(i).choices("aeiou", k=1)) * 2
+    for i in range(60)
+]
+
+
+def sentences(seed: int, words: int) -> str:
+    """A document of so many made-up words."""
+    return " ".join(random.Random(seed).choices(WORDS, k=words)) + "."
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    """Records as JSON lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def make_tokenizer():
+    """A byte-level BPE of 320 entries, trained on made-up words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator((sentences(seed, 200) for seed in range(20)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template="{{ messages }}"
+    )
+
+
+def make_model(family: str = "llama", **changes):
+    """A random float32 model of three layers, 48 neurons each, with grouped-query attention."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 320,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "initializer_range": 0.15,  # wide, so that a random model's predictions are far from uniform
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(shape | changes))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def save_checkpoint(folder: Path, family: str = "llama", **changes) -> Path:
+    """`make_model` and its tokenizer as a checkpoint."""
+    make_model(family, **changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def boolq_records(count: int) -> list[dict]:
+    """Documents in the fields that lm-eval's boolq reads."""
+    return [
+        {"passage": sentences(i, 12), "question": sentences(1000 + i, 4)[:-1], "label": i % 2} for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """The tiny LLaMA, tied embeddings."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder with a calibration text, a held-out text and a task."""
+    folder = tmp_path_factory.mktemp("data")
+    write_lines(folder / "calibration.jsonl", [{"text": sentences(i, 150)} for i in range(12)])
+    write_lines(folder / "heldout.jsonl", [{"text": sentences(100 + i, 150)} for i in range(8)])
+    write_lines(folder / "boolq.jsonl", boolq_records(10))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(data, tmp_path_factory) -> Path:
+    """The calibration text as stage `download` leaves it."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "documents.jsonl").write_bytes((data / "calibration.jsonl").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experiment(checkpoint, data) -> dict:
+    """A whole experiment on the tiny model."""
+    return {
+        "experiment": "tiny",
+        "model": {"path": str(checkpoint), "dtype": "float32"},
+        "texts": {
+            "calibration": {"path": str(data / "calibration.jsonl")},
+            "heldout": {"path": str(data / "heldout.jsonl")},
+        },
+        "calibration": {"text": "calibration", "samples": 6, "length": 32},
+        "pruning": {"ratios": [0.1, 0.2]},
+        "evaluation": {"tasks": {"boolq": {"path": str(data / "boolq.jsonl")}}, "limit": 6},
+        "fidelity": {"text": "heldout", "samples": 4, "length": 32},
+    }
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run `hfprune` in a process of its own, its store in the test's folder; the artifact's folder."""
+
+    def run(*words) -> Path:
+        done = subprocess.run(
+            [sys.executable, "-m", "hfprune", *map(str, words), "--store", tmp_path / "store"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.splitlines()[-1])
+
+    return run

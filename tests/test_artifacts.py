@@ -1,0 +1,195 @@
+"""Keys, verification, and what killed or simultaneous writers leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from hfprune import artifacts
+from hfprune.artifacts import Recipe, Store, code_digest, read
+from hfprune.errors import UserError
+
+RECIPE = Recipe("stage", {"a": 1, "b": [0.1, None]}, {"model": "0" * 16})
+
+
+def write(folder):
+    (folder / "data.bin").write_bytes(bytes(range(256)))
+    (folder / "below").mkdir()
+    (folder / "below" / "note.txt").write_text("text")
+    return {"tokens": 7}
+
+
+def test_the_key_is_a_digest_of_everything_that_matters():
+    assert RECIPE.key == Recipe("stage", {"b": [0.1, None], "a": 1}, {"model": "0" * 16}).key
+    others = [
+        Recipe("other", RECIPE.parameters, RECIPE.inputs),
+        Recipe("stage", {"a": 2, "b": [0.1, None]}, RECIPE.inputs),
+        Recipe("stage", RECIPE.parameters, {"model": "1" * 16}),
+        Recipe("stage", RECIPE.parameters, RECIPE.inputs, code="x"),
+        Recipe("stage", RECIPE.parameters, RECIPE.inputs, libraries={"torch": "2"}),
+    ]
+    assert len({RECIPE.key, *(other.key for other in others)}) == 6
+    assert len(RECIPE.key) == 16
+
+
+def test_made_once_then_found(tmp_path, capfd):
+    store = Store(tmp_path)
+    made = store.make(RECIPE, write)
+    found = store.make(RECIPE, lambda folder: pytest.fail("made twice"))
+    assert found.folder == made.folder == tmp_path / "stage" / RECIPE.key
+    assert "in the store already, verified" in capfd.readouterr().err
+    assert found.manifest["details"] == {"tokens": 7}
+    assert set(found.manifest["files"]) == {"data.bin", "below/note.txt"}
+    assert {"versions", "git_commit", "host", "device", "seconds", "peak_memory_bytes", "time"} <= set(found.manifest)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: flip(folder / "data.bin"), r"data\.bin: refused: sha256"),
+        (lambda folder: (folder / "data.bin").write_bytes(b""), r"data\.bin: refused: 0 bytes, the manifest says 256"),
+        (lambda folder: (folder / "data.bin").unlink(), r"data\.bin: refused: missing"),
+        (lambda folder: edit_manifest(folder, a=2), r"manifest\.json: refused: its content has key"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json: refused: not a manifest"),
+    ],
+)
+def test_a_damaged_artifact_is_named_refused_and_made_again(damage, message, tmp_path):
+    store = Store(tmp_path)
+    folder = store.make(RECIPE, write).folder
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        read(folder)
+    with pytest.raises(UserError, match="it was refused earlier"):
+        read(folder)
+    store.make(RECIPE, write)
+    assert read(folder).manifest["files"]["data.bin"]["bytes"] == 256
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+
+
+def edit_manifest(folder, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["parameters"] |= changes
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_what_a_failed_stage_wrote_is_never_an_artifact(tmp_path):
+    store = Store(tmp_path)
+
+    def fail(folder):
+        write(folder)
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        store.make(RECIPE, fail)
+    assert not store.folder(RECIPE).exists()
+    store.make(RECIPE, write)
+    read(store.folder(RECIPE))
+
+
+SLOW_STAGE = """
+import sys, time
+from pathlib import Path
+from hfprune.artifacts import Recipe, Store
+
+def produce(folder):
+    (folder / ".resume").mkdir(exist_ok=True)
+    attempts = folder / ".resume" / "attempts"
+    attempts.write_text((attempts.read_text() if attempts.exists() else "") + "x")
+    (folder / "data.bin").write_bytes(b"half")
+    print("working", flush=True)
+    time.sleep(float(sys.argv[2]))
+    (folder / "data.bin").write_bytes(b"whole")
+    return {"attempts": len(attempts.read_text())}
+
+print(Store(Path(sys.argv[1])).make(Recipe("stage", {}), produce).manifest["details"])
+"""
+
+
+def start(store, seconds):
+    return subprocess.Popen([sys.executable, "-c", SLOW_STAGE, store, str(seconds)], stdout=subprocess.PIPE, text=True)
+
+
+def test_kill_9_in_the_middle_leaves_nothing_half_written_and_the_next_attempt_resumes(tmp_path):
+    first = start(tmp_path, 60)
+    assert first.stdout.readline() == "working\n"
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    recipe = Recipe("stage", {})
+    assert not Store(tmp_path).has("stage", recipe.key)
+    second = start(tmp_path, 0)
+    assert second.communicate(timeout=60)[0] == "working\n{'attempts': 2}\n"
+    folder = read(tmp_path / "stage" / recipe.key).folder
+    assert (folder / "data.bin").read_bytes() == b"whole"
+    assert not (folder / ".resume").exists()
+
+
+def test_two_at_once_make_it_once(tmp_path):
+    both = [start(tmp_path, 2) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert sorted(output.count("working") for output in outputs) == [0, 1]
+    assert all("{'attempts': 1}" in output for output in outputs)
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "store").write_text("a file where the store should be")
+    with pytest.raises(UserError, match=r"cannot write to the store.*HFPRUNE_STORE"):
+        Store(tmp_path / "store").make(RECIPE, write)
+
+
+def test_files_are_readable_by_the_group_that_shares_the_store(tmp_path):
+    def private(folder):
+        (folder / "data.bin").write_bytes(b"x")
+        (folder / "data.bin").chmod(0o600)
+
+    before = os.umask(0o022)
+    try:
+        file = Store(tmp_path).make(RECIPE, private).folder / "data.bin"
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of two modules, in which `first` imports `second`, and `third` stands apart."""
+    folder = tmp_path / "hfprune"
+    folder.mkdir()
+    (folder / "first.py").write_text("from hfprune.second import g\n\ndef f(x):\n    return g(x)\n")
+    (folder / "second.py").write_text('def g(x):\n    """Double."""\n    return 2 * x  # twice\n')
+    (folder / "third.py").write_text("COLOR = 'red'\n")
+    monkeypatch.setattr(artifacts, "PACKAGE", folder)
+    code_digest.cache_clear()
+    yield folder
+    code_digest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "changes"),
+    [
+        ("second", 'def g(x):\n    """Twice x."""\n\n    return (2 * x)\n', False),
+        ("second", "def g(x):\n    return 3 * x\n", True),
+        ("first", "from hfprune import second\n\ndef f(x):\n    return second.g(x)\n", True),
+        ("third", "COLOR = 'blue'\n", False),
+    ],
+)
+def test_the_code_digest_follows_imports_and_ignores_comments_and_docstrings(module, text, changes, package):
+    before = code_digest("hfprune.first")
+    (package / f"{module}.py").write_text(text)
+    code_digest.cache_clear()
+    assert (code_digest("hfprune.first") != before) == changes
+
+
+def test_the_code_digest_follows_both_forms_of_import(package):
+    (package / "first.py").write_text("from hfprune import second\n")
+    before = code_digest("hfprune.first")
+    (package / "second.py").write_text("def g(x):\n    return 4 * x\n")
+    code_digest.cache_clear()
+    assert code_digest("hfprune.first") != before

