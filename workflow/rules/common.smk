@@ -27,6 +27,9 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([workflow.basedir, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
 )
 
+# What a job that computes on a model takes of the GPU that the default profile hands out, where there is one.
+GPU = int(Path("/dev/nvidiactl").exists())
+
 
 wildcard_constraints:
     key="[0-9a-f]{16}",
@@ -61,3 +64,8 @@ def options(stage):
 def label(stage):
     """What an artifact is, for people."""
     return lambda wildcards: plan.jobs[stage][wildcards.key].label
+
+
+def half_the_cores(wildcards):
+    """Two jobs at once: the one computes while the other starts up, which takes one core."""
+    return max(1, workflow.cores // 2)

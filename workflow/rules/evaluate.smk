@@ -8,7 +8,9 @@ rule reference:
         "logs/reference/{key}.log",
     conda:
         ENVIRONMENT
-    threads: 16
+    threads: half_the_cores
+    resources:
+        gpu=GPU,
     params:
         options=options("reference"),
         label=label("reference"),
@@ -29,7 +31,9 @@ rule measure:
         "logs/measure/{key}.log",
     conda:
         ENVIRONMENT
-    threads: 16
+    threads: half_the_cores
+    resources:
+        gpu=GPU,
     params:
         options=options("measure"),
         label=label("measure"),
@@ -50,7 +54,9 @@ rule evaluate:
         "logs/evaluate/{key}.log",
     conda:
         ENVIRONMENT
-    threads: 16
+    threads: half_the_cores
+    resources:
+        gpu=GPU,
     params:
         options=options("evaluate"),
         label=label("evaluate"),

@@ -8,6 +8,9 @@ rule prune:
         "logs/prune/{key}.log",
     conda:
         ENVIRONMENT
+    threads: half_the_cores
+    resources:
+        gpu=GPU,
     params:
         options=options("prune"),
         label=label("prune"),

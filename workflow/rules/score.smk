@@ -9,6 +9,8 @@ rule score:
     conda:
         ENVIRONMENT
     threads: 16
+    resources:
+        gpu=GPU,
     params:
         options=options("score"),
         label=label("score"),
