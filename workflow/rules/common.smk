@@ -1,5 +1,6 @@
 # The experiment, its plan of artifacts, and how a rule asks the plan.
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ os.environ.update(
 )
 
 # What a job that computes on a model takes of the GPU that the default profile hands out, where there is one.
-GPU = int(Path("/dev/nvidiactl").exists())
+GPU = int(shutil.which("nvidia-smi") is not None)
 
 
 wildcard_constraints:
