@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.complete
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: run test env lint
+.PHONY: run test env lint lock
 
 run: env
 	snakemake --cores all
@@ -19,6 +19,14 @@ lint: env
 	snakemake --lint
 
 env: $(STAMP)
+
+# The pins, anew from pyproject.toml: a fresh environment's packages, and the same for conda.
+lock:
+	$(PYTHON) -m venv $(VENV).lock
+	$(VENV).lock/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV).lock/bin/python -m pip install --quiet -e '.[pipeline,test]'
+	$(VENV).lock/bin/python envs/lock.py
+	rm -r $(VENV).lock
 
 # The stamp comes last: an environment whose making was cut short is made again.
 $(STAMP): envs/requirements.txt pyproject.toml

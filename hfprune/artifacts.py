@@ -6,6 +6,7 @@ checkout or user made it. A folder appears in its place at once, complete, or no
 """
 
 import ast
+import errno
 import functools
 import hashlib
 import json
@@ -242,11 +243,11 @@ class Store:
                     return made
                 return self._produce(recipe, produce, work)
         except OSError as error:
-            if error.errno is None or not str(error.filename or "").startswith(str(self.root)):
+            if error.errno != errno.ENOSPC and not str(error.filename or "").startswith(str(self.root)):
                 raise
             raise UserError(
-                f"{error.filename}: cannot write to the store ({error.strerror}). Free space, mend its permissions, or "
-                "set another folder by `store:` in the config or by HFPRUNE_STORE."
+                f"{error.filename or work}: cannot write to the store ({error.strerror}). Free space, mend its "
+                "permissions, or set another folder by `store:` in the config or by HFPRUNE_STORE."
             ) from None
 
     def _find(self, recipe: Recipe) -> Artifact | None:
