@@ -6,6 +6,7 @@ rule prune:
         artifact("prune"),
     log:
         "logs/prune/{key}.log",
+    priority: 50
     conda:
         ENVIRONMENT
     threads: half_the_cores

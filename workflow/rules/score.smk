@@ -6,6 +6,7 @@ rule score:
         artifact("score"),
     log:
         "logs/score/{key}.log",
+    priority: 50  # much waits for it
     conda:
         ENVIRONMENT
     threads: 16
