@@ -9,6 +9,7 @@ rule reference:
     conda:
         ENVIRONMENT
     threads: half_the_cores
+    priority: 50 # every measure waits for it
     resources:
         gpu=GPU,
     params:
