@@ -6,10 +6,10 @@ rule reference:
         artifact("reference"),
     log:
         "logs/reference/{key}.log",
+    priority: 50  # every measure waits for it
     conda:
         ENVIRONMENT
     threads: half_the_cores
-    priority: 50 # every measure waits for it
     resources:
         gpu=GPU,
     params:
