@@ -21,6 +21,7 @@ localrules:
     collect,
     tables,
     figures,
+    agreement,
     download,
 
 
@@ -30,3 +31,4 @@ rule all:
         rules.collect.output,
         rules.tables.output,
         rules.figures.output,
+        rules.agreement.output,

@@ -6,7 +6,9 @@ Nothing heavy is imported here: a stage imports what it needs when it runs.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_inputs(score, model="dense checkpoint", text="calibration text")
     _add_options(score, ScoreParameters)
+    score.add_argument(
+        "--together", nargs="+", default=[], metavar="CRITERION", help="score these too, if missing, in the same pass"
+    )
 
     prune = command(
         "prune",
@@ -161,12 +166,20 @@ def _parser() -> argparse.ArgumentParser:
         "figures",
         _figures,
         "Draw the figures: png, pdf and svg.",
-        "hfprune figures --metrics results/x/metrics.csv --scores store/score/KEY --output results/x/figures",
+        "hfprune figures --metrics results/default/metrics.csv --output results/default/figures",
     )
     for each in (tables, figures):
         each.add_argument("--metrics", type=Path, required=True, help="a metrics.csv made by collect")
         each.add_argument("--output", type=Path, required=True, help="the folder to write into")
-    figures.add_argument("--scores", type=Path, nargs="+", required=True, help="artifacts of score")
+
+    compare = command(
+        "compare",
+        _compare,
+        "Compare scores: importance per layer, agreement between criteria and between seeds.",
+        "hfprune compare --output results/default store/score/*/manifest.json",
+    )
+    compare.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
+    compare.add_argument("scores", nargs="+", type=Path, help="artifacts of score, of one model")
 
     config = command(
         "config",
@@ -184,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     makers = (model, text, task, score, prune, reference, measure, evaluate)
-    for each in (*makers, collect, figures):
+    for each in (*makers, collect):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
         each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
@@ -266,15 +279,34 @@ def _download_task(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    asked = _parameters(args, ScoreParameters).model_dump()
+    asked: ScoreParameters = _parameters(args, ScoreParameters)
     model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
+    store = Store(args.store)
+
+    def recipe(criterion: str) -> artifacts.Recipe:
+        one = parse(ScoreParameters, asked.model_dump() | {"criterion": criterion}, "hfprune score")
+        return stages.recipe("score", one.read(), model=model.key, text=text.key)
+
+    others = {name: recipe(name) for name in args.together if name != asked.criterion}
 
     def produce(folder: Path) -> dict:
-        from hfprune.scoring import score
+        from hfprune.scoring import save_scores, score
 
-        return score(folder, model.folder, text.folder, **asked)
+        missing = {name: each for name, each in others.items() if not store.has("score", each.key)}
+        together = [asked.criterion, *missing]
+        started = time.monotonic()
+        scores = score(folder, model.folder, text.folder, together, **asked.model_dump(exclude={"criterion"}))
+        details = {"together": together, "seconds_together": round(time.monotonic() - started, 3)}
 
-    _make(args, stages.recipe("score", asked, model=model.key, text=text.key), produce)
+        def save(criterion: str, into: Path) -> dict:
+            save_scores(into, scores[criterion])
+            return details
+
+        for name, each in missing.items():
+            store.make(each, partial(save, name))
+        return save(asked.criterion, folder)
+
+    _make(args, recipe(asked.criterion), produce)
 
 
 def _prune(args: argparse.Namespace) -> None:
@@ -375,7 +407,22 @@ def _figures(args: argparse.Namespace) -> None:
     from hfprune.tables import read_metrics
 
     args.output.mkdir(parents=True, exist_ok=True)
-    for path in draw(read_metrics(args.metrics), [_open(path, "score") for path in args.scores], args.output):
+    for path in draw(read_metrics(args.metrics), args.output):
+        print(path)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from hfprune.agreement import compare
+    from hfprune.figures import draw_scores
+
+    scores = [_open(path, "score") for path in args.scores]
+    if len(models := {each.manifest["inputs"]["model"] for each in scores}) > 1:
+        raise UserError(f"scores of {len(models)} models ({', '.join(sorted(models))}); compare those of one.")
+    for name in ("tables", "figures"):
+        (args.output / name).mkdir(parents=True, exist_ok=True)
+    found = compare(scores)
+    found.to_csv(args.output / "tables" / "agreement.csv", index=False)
+    for path in (args.output / "tables" / "agreement.csv", *draw_scores(scores, found, args.output / "figures")):
         print(path)
 
 

@@ -116,11 +116,15 @@ class Sampling(Section):
     length: int = Field(256, ge=2, description="tokens in a sequence")
 
 
+DRAWS: Any = Field(1, ge=1, description="labels drawn per position, for criteria that sample (fisher_*)")
+
+
 class Calibration(Sampling):
     """The text that neurons are scored on."""
 
     text: Name = Field(description="a name in `texts`")
     seeds: list[Seed] = Field([0], min_length=1, description="each draws sequences of its own")
+    draws: int = DRAWS
 
 
 class Pruning(Section):
@@ -184,8 +188,14 @@ class ScoreParameters(Sampling):
     """What stage `score` reads."""
 
     criterion: CriterionName = Field("entropy", description="how neurons are ranked")
-    seed: Seed = Field(0, description="draws the sequences")
+    seed: Seed = Field(0, description="draws the sequences, labels and random scores")
+    draws: int = DRAWS
     dtype: DType = "auto"
+
+    def read(self) -> dict[str, Any]:
+        """The parameters that this criterion reads: `draws` only where labels are sampled."""
+        sampled = getattr(CRITERIA[self.criterion], "sampled", False)
+        return self.model_dump(exclude=set() if sampled else {"draws"})
 
 
 class PruneParameters(Section):

@@ -1,50 +1,171 @@
-"""What makes a neuron important: the functions whose change, when a neuron goes, is to be small.
+"""What makes a neuron important: a registry of criteria, each a few lines with its formula and source.
 
-A neuron is one input column of an MLP's `down_proj`, with activation h. A gradient criterion names a scalar
-function S of the logits, and its score of a neuron is the first-order Taylor expansion of S in h,
-summed over the calibration tokens t: |h_t * dS/dh_t|. Here stands only dS/dlogits, in closed form; `scoring.py`
-does the rest.
+A neuron is one input column of an MLP's `down_proj`, with activation h_t at token t. There are two kinds:
 
-To add a criterion: write its function and its line in `CRITERIA`.
+- A *gradient* criterion names a scalar function S of the logits, by its gradient dS/dlogits in closed form, and says
+  how the products h_t * dS/dh_t are summed over tokens. `scoring.py` carries the gradient from the logits to h.
+- A *static* criterion is a function of the layer's weights and of the moments of h over the calibration tokens.
+
+To add one: write its function and its line in `CRITERIA`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the config reads the names of the criteria without paying for torch
-    from torch import Tensor
+    from torch import Generator, Tensor, nn
 
 
 @dataclass(frozen=True)
-class Criterion:
-    """A criterion: its gradient at the logits, what it is called in a figure, and where it comes from.
+class Positions:
+    """What a gradient may read beside the logits, at the same positions.
 
     Attributes:
-        logit_gradient: (tokens, vocabulary) float32 logits -> dS/dlogits of the same shape, for S summed over tokens.
-        title: its name in tables and figures.
-        source: the paper that proposes it.
+        next_tokens: (tokens,) int64, the token that follows in the text; -1 at the end of a sequence.
+        uniforms: (tokens,) float32 in [0, 1), seeded random numbers.
     """
 
-    logit_gradient: Callable[[Tensor], Tensor]
-    title: str
+    next_tokens: Tensor
+    uniforms: Tensor
+
+
+@dataclass(frozen=True)
+class GradientCriterion:
+    """The first-order change of S when a neuron goes.
+
+    Attributes:
+        logit_gradient: (tokens, vocabulary) float32 logits, which may be overwritten, and their positions -> dS/dlogits
+            of the same shape, for S summed over positions.
+        products: what is summed of the products g_t = h_t * dS/dh_t: `absolute` sum_t |g_t|, `square` sum_t g_t**2,
+            `square_of_sum` (sum_t g_t)**2.
+        source: where it comes from.
+        sampled: whether it reads `Positions.uniforms`, so that it gains from several draws.
+    """
+
+    logit_gradient: Callable[[Tensor, Positions], Tensor]
+    products: Literal["absolute", "square", "square_of_sum"]
+    source: str
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the calibration tokens of a layer's activations.
+
+    Attributes:
+        count: number of tokens.
+        total: (neurons,) float64, sum of h.
+        squares: (neurons,) float64, sum of h**2.
+    """
+
+    count: int
+    total: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True)
+class StaticCriterion:
+    """A score that needs no gradient.
+
+    Attributes:
+        score: an MLP with `gate_proj`, `up_proj`, `down_proj`, the moments of its activations and a seeded generator on
+            the CPU -> (neurons,) scores.
+        source: where it comes from.
+    """
+
+    score: Callable[[nn.Module, Moments, Generator], Tensor]
     source: str
 
 
-def entropy_gradient(logits: Tensor) -> Tensor:
+def entropy_gradient(logits: Tensor, _positions: Positions) -> Tensor:
     """Gradient of the entropy H = -sum_j p_j log p_j of the output distribution p = softmax(z): -p (log p + H).
 
-    Source: High-Fidelity Pruning, arXiv 2603.08083, the criterion of its section on entropy-Taylor importance. It
-    needs neither a label nor a teacher.
+    It needs neither a label nor a teacher. As log p = z - log sum_j exp z_j, the bracket is z - sum_j p_j z_j.
     """
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(-1, keepdim=True)
-    return -p * (log_p + entropy)
+    p = logits.softmax(-1)
+    mean = (p[:, None, :] @ logits[:, :, None])[:, 0]  # (tokens, 1), without a product of the logits' size
+    return logits.neg_().add_(mean).mul_(p)
 
 
-CRITERIA: dict[str, Criterion] = {
-    "entropy": Criterion(entropy_gradient, "Entropy-Taylor", "arXiv 2603.08083"),
+TOP_K = 15  # as the paper's top-15 agreement
+
+
+def entropy_top_k_gradient(logits: Tensor, positions: Positions) -> Tensor:
+    """Gradient of the entropy of the `TOP_K` likeliest tokens, their probabilities renormalised."""
+    top = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
+    return logits.new_zeros(logits.shape).scatter_(-1, top.indices, entropy_gradient(top.values, positions))
+
+
+def cross_entropy_gradient(logits: Tensor, positions: Positions) -> Tensor:
+    """Gradient of the loss -log p(next token): p - onehot(next token); 0 where the next token is not known."""
+    known = (positions.next_tokens >= 0).to(logits.dtype)[:, None]
+    labels = positions.next_tokens.clamp(min=0)[:, None]
+    return logits.softmax(-1).mul_(known).scatter_add_(-1, labels, -known)
+
+
+def fisher_gradient(logits: Tensor, positions: Positions) -> Tensor:
+    """Gradient of log p(y) with a label y drawn from the model's own output p: onehot(y) - p.
+
+    KL(p || p_cut) has no first-order term at the intact model; its second-order term is the Fisher information of the
+    cut, the expectation over y of the squared derivative of log p(y).
+    """
+    p = logits.softmax(-1)
+    below = p.cumsum(-1)
+    drawn = (below <= positions.uniforms[:, None] * below[:, -1:]).sum(-1, keepdim=True)
+    return p.neg_().scatter_add_(-1, drawn.clamp(max=p.shape[-1] - 1), logits.new_ones(drawn.shape))
+
+
+def _column_norms(mlp: nn.Module) -> Tensor:
+    """(neurons,) l2 norm of what a neuron writes: its column of `down_proj`."""
+    return mlp.down_proj.weight.double().norm(dim=0)
+
+
+def wanda(mlp: nn.Module, moments: Moments, _generator: Generator) -> Tensor:
+    """Norm of the activation times norm of the weights that it meets, ||h|| * ||W_down[:, i]||."""
+    return moments.squares.sqrt() * _column_norms(mlp)
+
+
+def flap(mlp: nn.Module, moments: Moments, _generator: Generator) -> Tensor:
+    """Weighted fluctuation (WIFV): variance of the activation times ||W_down[:, i]||**2."""
+    variance = (moments.squares - moments.total**2 / moments.count) / (moments.count - 1)
+    return variance.clamp(min=0) * _column_norms(mlp) ** 2
+
+
+def ppm_activation(mlp: nn.Module, moments: Moments, _generator: Generator) -> Tensor:
+    """Ranges of a neuron's weights, each matrix's divided by the layer's largest, times the norm of the activation.
+
+    The range of a set of weights is max(w) + |min(w)|. (optipfair adds up the norms of its batches; here is one norm.)
+    """
+    matrices = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
+    ranges = [weights.double().amax(1) + weights.double().amin(1).abs() for weights in matrices]
+    return sum(each / each.max() for each in ranges) * moments.squares.sqrt()
+
+
+def magnitude(mlp: nn.Module, _moments: Moments, _generator: Generator) -> Tensor:
+    """The l2 norm of all the weights of a neuron."""
+    matrices = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
+    return sum(weights.double().square().sum(1) for weights in matrices).sqrt()
+
+
+def random(_mlp: nn.Module, moments: Moments, generator: Generator) -> Tensor:
+    """Uniform random numbers: what any criterion has to beat."""
+    return moments.squares.new_empty(moments.squares.shape, device="cpu").uniform_(generator=generator)
+
+
+CRITERIA: dict[str, GradientCriterion | StaticCriterion] = {
+    "entropy": GradientCriterion(entropy_gradient, "absolute", "High-Fidelity Pruning, arXiv 2603.08083"),
+    "entropy_top_k": GradientCriterion(entropy_top_k_gradient, "absolute", "asked for by reviewers of 2603.08083"),
+    "cross_entropy": GradientCriterion(cross_entropy_gradient, "absolute", "LLM-Pruner, arXiv 2305.11627"),
+    "fisher_token": GradientCriterion(fisher_gradient, "square", "Fisher information, labels of the model", True),
+    "fisher_sequence": GradientCriterion(
+        fisher_gradient, "square_of_sum", "Fisher information, labels of the model", True
+    ),
+    "wanda": StaticCriterion(wanda, "Wanda, arXiv 2306.11695, a neuron at a time"),
+    "flap": StaticCriterion(flap, "FLAP, arXiv 2312.11983"),
+    "ppm_activation": StaticCriterion(ppm_activation, "optipfair 0.4.2, arXiv 2512.22671"),
+    "magnitude": StaticCriterion(magnitude, "weights alone"),
+    "random": StaticCriterion(random, "none"),
 }

@@ -1,6 +1,6 @@
 """The figures: drawn from `metrics.csv` and from scores, one look throughout."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -10,10 +10,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from safetensors.numpy import load_file
 
+from hfprune.agreement import KEPT, between_criteria, layers
 from hfprune.artifacts import Artifact
-from hfprune.layout import SCORES, layer_name
 from hfprune.statistics import MODEL, mean_accuracy, over_seeds
 from hfprune.tables import TASK_TITLES, headline
 
@@ -34,11 +33,23 @@ STYLE = {
 NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
-def draw(metrics: pd.DataFrame, scores: list[Artifact], folder: Path) -> Iterator[Path]:
-    """Draw every figure into `folder` as png, pdf and svg, and yield the paths."""
+def draw(metrics: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw the figures of `metrics.csv` into `folder`; their paths."""
+    yield from _save({"accuracy": lambda: accuracy(metrics), "kl": lambda: kl(metrics)}, folder)
+
+
+def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw the figures of the scores and, where there are several, of their agreement into `folder`; their paths."""
+    figures = {"importance": lambda: importance(scores)}
+    if len(scores) > 1:
+        figures["agreement"] = lambda: agreement(found)
+    yield from _save(figures, folder)
+
+
+def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> Iterator[Path]:
     with plt.rc_context(STYLE):
-        figures = {"accuracy": accuracy(metrics), "kl": kl(metrics), "importance": importance(scores)}
-        for name, figure in figures.items():
+        for name, make in figures.items():
+            figure = make()
             for suffix, metadata in NO_DATE.items():
                 path = folder / f"{name}.{suffix}"
                 figure.savefig(path, metadata=metadata)
@@ -86,26 +97,53 @@ def kl(metrics: pd.DataFrame) -> Figure:
 
 
 def importance(scores: list[Artifact]) -> Figure:
-    """The spread of the neurons' scores in each layer: median, middle half and middle nine tenths."""
-    figure, axis = plt.subplots(figsize=(5, 2.8), layout="constrained")
-    shown: set[str] = set()
-    for artifact in scores:
-        criterion = artifact.parameters["criterion"]
-        if criterion in shown:  # one seed of each criterion
-            continue
-        color = COLORS[len(shown) % len(COLORS)]
-        shown.add(criterion)
-        by_name = load_file(artifact.folder / SCORES)
-        layers = [by_name[layer_name(i)] for i in range(len(by_name))]
-        levels = np.array([np.quantile(layer, [0.05, 0.25, 0.5, 0.75, 0.95]) for layer in layers]).T
-        index = np.arange(len(layers))
-        axis.fill_between(index, levels[0], levels[4], color=color, alpha=0.15, lw=0, label="5 to 95 % of neurons")
-        axis.fill_between(index, levels[1], levels[3], color=color, alpha=0.35, lw=0, label="25 to 75 %")
-        axis.plot(index, levels[2], color=color, label=f"median, {criterion}")
-    axis.set_yscale("log")
-    axis.set_xlabel("Layer")
-    axis.set_ylabel("Importance of a neuron\n(nats, first order)")
-    axis.legend(frameon=False)
+    """The spread of the neurons' scores in each layer, by criterion: median, middle half and middle nine tenths."""
+    first = {}
+    for artifact in scores:  # one seed of each criterion
+        first.setdefault(artifact.parameters["criterion"], artifact)
+    columns = min(3, len(first))
+    rows = -(-len(first) // columns)
+    width = 5 if columns == 1 else 2.3 * columns
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, 2.8 if rows == 1 else 1.8 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(first) :]:
+        axis.set_visible(False)
+    for axis, (criterion, artifact) in zip(axes.flat, first.items(), strict=False):
+        levels = np.array([np.quantile(layer, [0.05, 0.25, 0.5, 0.75, 0.95]) for layer in layers(artifact)]).T
+        index = np.arange(levels.shape[1])
+        axis.fill_between(index, levels[0], levels[4], color=COLORS[0], alpha=0.15, lw=0, label="5 to 95 % of neurons")
+        axis.fill_between(index, levels[1], levels[3], color=COLORS[0], alpha=0.35, lw=0, label="25 to 75 %")
+        axis.plot(index, levels[2], color=COLORS[0], label="median")
+        axis.set_yscale("log")
+        axis.set_title(criterion, fontsize=9)
+    figure.supxlabel("Layer", fontsize=9)
+    figure.supylabel("Score of a neuron", fontsize=9)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def agreement(found: pd.DataFrame) -> Figure:
+    """Two heat maps, criterion by criterion: rank correlation of the scores, and overlap of the kept neurons."""
+    tables = {
+        "Spearman rank correlation": between_criteria(found, "spearman"),
+        f"Shared share of the best {KEPT:.0%} of neurons": between_criteria(found, "overlap"),
+    }
+    count = len(next(iter(tables.values())))
+    figure, axes = plt.subplots(
+        1, 2, figsize=(2.2 + 0.9 * count, 1.4 + 0.45 * count), layout="constrained", sharey=True
+    )
+    for axis, (title, table) in zip(axes, tables.items(), strict=True):
+        image = axis.imshow(table, cmap="viridis", vmin=min(0, np.nanmin(table)), vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(table.to_numpy()):
+            if np.isfinite(value):
+                color = "black" if image.norm(value) > 0.6 else "white"
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+        axis.set_xticks(range(count), table.columns, rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(count), table.index)
+        axis.set_title(title, fontsize=9)
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
     return figure
 
 

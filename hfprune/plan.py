@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.artifacts import Recipe, Store
-from hfprune.config import Experiment, Source
+from hfprune.config import Experiment, ScoreParameters, Source
 from hfprune.layout import MANIFEST
 from hfprune.stages import recipe, source_parameters
 
@@ -76,12 +76,9 @@ class Plan:
             "reference", heldout, {"model": dense, "text": texts[config.fidelity.text]}, "dense predictions"
         )
         models = [(dense, "dense")]
-        for criterion in config.pruning.criteria:
-            for seed in config.calibration.seeds:
-                sampling = config.calibration.model_dump(include={"samples", "length"})
-                label = f"{criterion}, seed {seed}"
-                inputs = {"model": dense, "text": texts[config.calibration.text]}
-                scores = self._add("score", sampling | dtype | {"criterion": criterion, "seed": seed}, inputs, label)
+        for seed in config.calibration.seeds:
+            for scores in self._score(dense, texts[config.calibration.text], seed):
+                criterion = scores.recipe.parameters["criterion"]
                 self.scores.append(scores)
                 for ratio in config.pruning.ratios:
                     label = f"{ratio:.4g} by {criterion}, seed {seed}"
@@ -104,6 +101,20 @@ class Plan:
                     )
                 )
             )
+
+    def _score(self, model: Job, text: Job, seed: int) -> list[Job]:
+        """One job for each criterion. Those of one seed go together: the first makes all that are missing."""
+        calibration, criteria = self.experiment.calibration, self.experiment.pruning.criteria
+        sampling = calibration.model_dump(include={"samples", "length", "draws"})
+        jobs: list[Job] = []
+        for criterion in criteria:
+            asked = ScoreParameters(criterion=criterion, seed=seed, dtype=self.experiment.model.dtype, **sampling)
+            made = recipe("score", asked.read(), model=model.key, text=text.key)
+            others = [other for other in criteria if other != criterion]
+            words = options(asked.model_dump() | ({"together": others} if others else {}))
+            inputs = {"model": model, "text": text} | ({"after": jobs[0]} if jobs else {})
+            jobs.append(self._put(Job(made, inputs, words, f"{criterion}, seed {seed}")))
+        return jobs
 
     def _download(self, kind: str, source: Source, parameters: Mapping[str, Any], label: str) -> Job:
         origin = source.origin()

@@ -7,7 +7,7 @@ import pytest
 
 from hfprune.cli import main
 
-STAGES = ("score", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "config")
+STAGES = ("score", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config")
 COMMANDS = [*((stage,) for stage in STAGES), *(("download", kind) for kind in ("model", "text", "task"))]
 
 
@@ -74,6 +74,8 @@ def test_stages_by_hand_refuse_what_does_not_belong_together(checkpoint, data, t
     model = command("download", "model", "--path", checkpoint)
     text = command("download", "text", "--path", data / "calibration.jsonl")
     scores = command("score", "--model", model, "--text", text, "--samples", 4, "--length", 16)
+    again = command("score", "--model", model, "--text", text, "--samples", 4, "--length", 16)
+    assert again == scores
     pruned = command("prune", "--model", model, "--scores", scores, "--ratio", 0.1)
     store = ["--store", str(tmp_path / "store")]
 

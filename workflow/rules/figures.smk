@@ -34,16 +34,11 @@ rule tables:
 
 
 rule figures:
-    """Accuracy and KL against ratio, importance per layer."""
+    """Accuracy and KL against ratio."""
     input:
-        metrics=rules.collect.output,
-        scores=[plan.manifest(job) for job in plan.scores],
+        rules.collect.output,
     output:
-        [
-            RESULTS / "figures" / f"{name}.{suffix}"
-            for name in ("accuracy", "kl", "importance")
-            for suffix in ("png", "pdf", "svg")
-        ],
+        drawn("accuracy", "kl"),
     log:
         "logs/figures.log",
     conda:
@@ -52,5 +47,22 @@ rule figures:
         folder=RESULTS / "figures",
         code=code_digest("hfprune.figures"),
     shell:
-        "python -m hfprune figures --metrics {input.metrics:q} --scores {input.scores:q} --output {params.folder:q} 2>&1"
-        " | tee {log:q}"
+        "python -m hfprune figures --metrics {input:q} --output {params.folder:q} 2>&1 | tee {log:q}"
+
+
+rule agreement:
+    """Importance per layer; how far criteria and seeds agree on which neurons matter."""
+    input:
+        [plan.manifest(job) for job in plan.scores],
+    output:
+        RESULTS / "tables" / "agreement.csv",
+        drawn("importance", *(["agreement"] if len(plan.scores) > 1 else [])),
+    log:
+        "logs/agreement.log",
+    conda:
+        ENVIRONMENT
+    params:
+        folder=RESULTS,
+        code=code_digest("hfprune.figures"),
+    shell:
+        "python -m hfprune compare --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"

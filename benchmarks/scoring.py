@@ -1,0 +1,147 @@
+"""Scoring by entropy-Taylor: our engine against a faithful model of the published procedure, and against the limit.
+
+    python benchmarks/scoring.py                      the embedded model, on this machine's CPU or GPU
+    python benchmarks/scoring.py --shape llama-2-7b   random weights of that shape, bfloat16, for a GPU
+
+The published procedure (read in the paper's code, written here anew): one sequence at a time, the MLP's weights require
+gradients, two full-vocabulary float32 softmaxes under autograd, sums in bfloat16.
+
+The limit is 4 x parameters floating-point operations a token (forward, and backward to the activations) at the rate of
+a large matrix product of the model's own type, measured in the same run.
+"""
+
+import argparse
+import multiprocessing
+import resource
+
+import torch
+from common import alternate, record, synchronize
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hfprune.models import count_parameters, device, mlps
+from hfprune.scoring import neuron_scores
+
+SHAPES = {
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "llama-2-7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def build(shape: str) -> PreTrainedModel:
+    """A Llama of that shape with random weights: bfloat16 on a GPU, float32 on a CPU."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    config = AutoConfig.for_model("llama", max_position_embeddings=4096, **SHAPES[shape])
+    with torch.device(device()):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def published(model: PreTrainedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Entropy-Taylor as the paper's code goes about it."""
+    downs = [mlp.down_proj for mlp in mlps(model)]
+    sums = [torch.zeros(down.in_features, dtype=torch.bfloat16, device=model.device) for down in downs]
+    for mlp in mlps(model):
+        mlp.requires_grad_(True)
+    activations: list[torch.Tensor] = []
+
+    def keep(_module, inputs):
+        inputs[0].retain_grad()
+        activations.append(inputs[0])
+
+    hooks = [down.register_forward_pre_hook(keep) for down in downs]
+    for sequence in tokens:
+        activations.clear()
+        logits = model(sequence[None].to(model.device), use_cache=False).logits.float()
+        entropy = -(torch.softmax(logits, -1) * torch.log_softmax(logits, -1)).sum(-1).mean()
+        entropy.backward()
+        for total, h in zip(sums, activations, strict=True):
+            total += (h * h.grad).abs().sum((0, 1)).to(torch.bfloat16)
+        model.zero_grad(set_to_none=True)
+    for hook in hooks:
+        hook.remove()
+    model.requires_grad_(False)
+    return sums
+
+
+def ours(model: PreTrainedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Our engine."""
+    return neuron_scores(model, tokens, ["entropy"])["entropy"]
+
+
+PROCEDURES = {"published": published, "ours": ours}
+
+
+def peak_beyond_weights(name: str, shape: str, length: int, results) -> None:
+    """Peak bytes that a procedure takes beside the weights, in a process of its own."""
+    model = build(shape)
+    tokens = torch.randint(0, model.config.vocab_size, (2, length))
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        PROCEDURES[name](model, tokens)
+        results.put(torch.cuda.max_memory_allocated() - before)
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        PROCEDURES[name](model, tokens)
+        results.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def matrix_product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    size = 8192 if torch.cuda.is_available() else 2048
+    a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+    seconds = alternate({"product": lambda: a @ b}, 7)["product"]
+    return 2 * size**3 / seconds
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--sequences", type=int, default=2, help="in each measured call")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+
+    context = multiprocessing.get_context("spawn")
+    memory = {}
+    for name in PROCEDURES:
+        results = context.Queue()
+        process = context.Process(target=peak_beyond_weights, args=(name, args.shape, args.length, results))
+        process.start()
+        memory[name] = results.get()
+        process.join()
+
+    model = build(args.shape)
+    tokens = torch.randint(0, model.config.vocab_size, (args.sequences, args.length))
+    work = {name: lambda run=run: run(model, tokens) for name, run in PROCEDURES.items()}
+    rate_before = matrix_product_rate(model.dtype)
+    seconds = alternate(work, args.rounds)
+    rate = (rate_before + matrix_product_rate(model.dtype)) / 2
+    synchronize()
+    limit = 4 * count_parameters(model) * tokens.numel() / rate
+    record(
+        "scoring",
+        {
+            "shape": args.shape,
+            "dtype": str(model.dtype),
+            "length": args.length,
+            "threads": torch.get_num_threads(),
+            "matrix_product_flops": rate,
+            **{f"tokens_per_second_{name}": tokens.numel() / each for name, each in seconds.items()},
+            **{f"peak_bytes_{name}": each for name, each in memory.items()},
+            "speed_ratio": seconds["published"] / seconds["ours"],
+            "memory_ratio": memory["ours"] / memory["published"],
+            "limit_fraction": limit / seconds["ours"],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Agreement between scores, against cases whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from hfprune.agreement import KEPT, between_criteria, compare, overlap
+from hfprune.artifacts import Artifact
+from hfprune.scoring import save_scores
+
+
+def artifact(folder, criterion, seed, *layers):
+    folder.mkdir()
+    save_scores(folder, [torch.tensor(layer, dtype=torch.float32) for layer in layers])
+    return Artifact(folder, {"key": folder.name, "parameters": {"criterion": criterion, "seed": seed}})
+
+
+def test_overlap_counts_the_shared_kept_neurons():
+    one = np.arange(9.0)
+    assert overlap(one, one) == 1
+    assert overlap(one, one[::-1]) == pytest.approx((2 * KEPT - 1) / KEPT)
+    assert overlap(np.zeros(9), np.zeros(9)) == 1  # ties are broken alike
+
+
+def test_pairs_layers_and_the_mean_over_layers(tmp_path):
+    up, down = [float(i) for i in range(9)], [float(-i) for i in range(9)]
+    found = compare(
+        [
+            artifact(tmp_path / "a", "entropy", 0, up, up),
+            artifact(tmp_path / "b", "entropy", 1, up, up),
+            artifact(tmp_path / "c", "wanda", 0, up, down),
+        ]
+    )
+    assert len(found) == 3 * 3
+    pair = found[(found["criterion"] == "entropy") & (found["seed"] == 0) & (found["other_criterion"] == "wanda")]
+    assert dict(zip(pair["layer"], pair["spearman"], strict=True)) == pytest.approx({0: 1, 1: -1, -1: 0})
+    table = between_criteria(found, "spearman")
+    assert table.loc["entropy", "entropy"] == 1
+    assert table.loc["entropy", "wanda"] == table.loc["wanda", "entropy"] == pytest.approx(0)
+    assert np.isnan(table.loc["wanda", "wanda"])
