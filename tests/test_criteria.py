@@ -16,7 +16,10 @@ def sampled_labels(logits):
     """Labels by the inverse of the cumulative distribution, in numpy."""
     below = torch.softmax(logits.detach(), -1).numpy().cumsum(-1)
     return torch.tensor(
-        [int(np.searchsorted(row, u * row[-1], "right")) for row, u in zip(below, POSITIONS.uniforms, strict=True)]
+        [
+            int(np.searchsorted(row, u * row[-1], "right"))
+            for row, u in zip(below, POSITIONS.uniforms.tolist(), strict=True)
+        ]
     )
 
 
