@@ -193,7 +193,7 @@ def _hub_errors(source: Source) -> Iterator[None]:
         ) from None
     except (errors.HTTPError, ConnectionError) as error:  # its HTTP library's base class: refusals and broken transfers
         raise UserError(
-            f"{describe(source)}: the download failed: {str(error).splitlines()[0]} "
+            f"{describe(source)}: the download failed: {str(error).splitlines()[0].rstrip('.')}. "
             "Run again: the files that are complete are kept."
         ) from None
 

@@ -222,8 +222,8 @@ def test_i_two_runs_at_once_on_one_store_do_not_harm_each_other(checkout, experi
 def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
     wrong = changed(experiment, pruning={"ratios": [1.5]}) | {"calibraton": {}}
     output = checkout.snakemake(wrong, status=1)
-    assert "config: pruning.ratios.0 = 1.5: Input should be less than 1." in output
-    assert "config: calibraton: unknown key. Did you mean 'calibration'?" in output
+    assert "tiny.yaml: pruning.ratios.0 = 1.5: Input should be less than 1." in output
+    assert "tiny.yaml: calibraton: unknown key. Did you mean 'calibration'?" in output
     assert "Traceback" not in output
     assert not ran(output)
 

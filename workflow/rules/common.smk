@@ -14,7 +14,8 @@ from hfprune.errors import UserError
 from hfprune.plan import Plan
 
 try:
-    plan = Plan(experiments.parse(experiments.Experiment, config, origin="config"))
+    origin = ", ".join(map(str, workflow.overwrite_configfiles)) or "config.yaml"
+    plan = Plan(experiments.parse(experiments.Experiment, config, origin))
 except UserError as error:
     raise WorkflowError(str(error))
 
