@@ -199,6 +199,8 @@ def test_a_sequence_is_a_stretch_of_one_document(checkpoint, texts):
         [i for i, ids in enumerate(documents) if any(ids[k : k + 16] == row for k in range(len(ids)))] for row in found
     ]
     assert sorted(home for (home,) in homes) == list(range(12))
+    begins = [documents[home][:16] == row for (home,), row in zip(homes, found, strict=True)]
+    assert not all(begins), "every stretch begins where its document begins"
 
 
 def test_too_little_text_says_how_much_there_is(checkpoint, tmp_path):
