@@ -142,3 +142,12 @@ def command(tmp_path):
         return Path(done.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """Undo what a test does to the environment: a stage run in this process switches the hub off."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
