@@ -158,7 +158,9 @@ def add_up(
     downs = [mlp.down_proj for mlp in mlps(model)]
     gradient_criteria = [name for names in by_gradient.values() for name in names]
     sums = Sums([down.in_features for down in downs], gradient_criteria, model.device)
-    state = resume / "sums.safetensors" if resume else None
+    # The file's name says what it sums: a pass over other criteria, or with other draws, does not go on with it.
+    summed = [f"{name}x{count}" for (_, count), names in by_gradient.items() for name in names]
+    state = resume / f"{'-'.join(['sums', *sorted(summed)])}.safetensors" if resume else None
     if state and state.exists():
         sums.load(state)
     size = batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])

@@ -167,6 +167,18 @@ def test_a_pass_that_was_cut_short_goes_on_where_it_was(tmp_path, monkeypatch):
         assert all(a.equal(b) for a, b in zip(resumed[name], whole[name], strict=True)), name
 
 
+@pytest.mark.parametrize(
+    ("criteria", "draws"), [(["entropy", "fisher_token"], 3), (["entropy", "cross_entropy", "fisher_token"], 1)]
+)
+def test_a_pass_over_other_criteria_or_draws_does_not_go_on_with_partial_sums(criteria, draws, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfprune.scoring.SECONDS_BETWEEN_SAVES", 0)
+    neuron_scores(make_model(), tokens(), ["entropy", "fisher_token"], batch=2, resume=tmp_path / "resume")
+    found = neuron_scores(make_model(), tokens(), criteria, draws=draws, batch=2, resume=tmp_path / "resume")
+    fresh = neuron_scores(make_model(), tokens(), criteria, draws=draws, batch=2)
+    for name in criteria:
+        assert all(a.equal(b) for a, b in zip(found[name], fresh[name], strict=True)), name
+
+
 def test_all_zero_scores_name_the_layer():
     model = make_model()
     with torch.no_grad():
