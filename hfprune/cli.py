@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from hfprune.config import (
     ReferenceParameters,
     ScoreParameters,
     Section,
+    ShardParameters,
     TaskParameters,
     TextSource,
     load,
     parse,
     schema,
 )
+from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
 from hfprune.plan import store_root
 
@@ -104,11 +107,24 @@ def _parser() -> argparse.ArgumentParser:
         "Score every neuron on calibration text.",
         "hfprune score --model store/model/KEY --text store/text/KEY --criterion entropy --samples 32 --length 256",
     )
-    _add_inputs(score, model="dense checkpoint", text="calibration text")
+    score.add_argument("--shards", nargs="+", type=Path, default=[], help="merge these artifacts of `hfprune shard`")
     _add_options(score, ScoreParameters)
-    score.add_argument(
-        "--together", nargs="+", default=[], metavar="CRITERION", help="score these too, if missing, in the same pass"
+
+    shard = command(
+        "shard",
+        _shard,
+        "Add up one part of the calibration text, for `hfprune score --shards` to merge.",
+        "hfprune shard --model store/model/KEY --text store/text/KEY --criterion entropy --shard 0 --shards 4",
     )
+    _add_options(shard, ShardParameters)
+    for each in (score, shard):
+        _add_inputs(each, model="dense checkpoint", text="calibration text")
+        each.add_argument(
+            "--light-cut", type=Path, help="scores to silence neurons by first, for criteria that need it"
+        )
+        each.add_argument(
+            "--together", nargs="+", default=[], metavar="CRITERION", help="these too, if missing, in the same pass"
+        )
 
     prune = command(
         "prune",
@@ -196,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write the JSON schema",
     )
 
-    makers = (model, text, task, score, prune, reference, measure, evaluate)
+    makers = (model, text, task, score, shard, prune, reference, measure, evaluate)
     for each in (*makers, collect):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
@@ -279,32 +295,92 @@ def _download_task(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    asked: ScoreParameters = _parameters(args, ScoreParameters)
-    model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
-    store = Store(args.store)
+    from hfprune.scoring import merge, save_scores, score
+
+    asked, recipe, inputs = _scoring(args, ScoreParameters, "score")
+    if not args.shards:
+        return _one_pass(args, asked, recipe, inputs, score, save_scores)
+    shards = [_open(path, "shard") for path in args.shards]
+    parts = [ShardParameters(**asked.model_dump(), shard=i, shards=len(shards)) for i in range(len(shards))]
+    expected = [stages.recipe("shard", part.read(), **inputs.keys) for part in parts]
+    if {each.key for each in shards} != {each.key for each in expected}:
+        raise UserError(
+            f"--shards: not the {len(shards)} parts of these scores. Give every shard of this criterion, model, text "
+            "and calibration, each once."
+        )
+    by_key = {each.key: each.folder for each in shards}
+    read = asked.model_dump(include={"criterion", "length", "seed", "draws", "dtype"})
+
+    def produce(folder: Path) -> dict:
+        save_scores(folder, merge([by_key[each.key] for each in expected], model=inputs.folders["model"], **read))
+        return {"shards": len(shards)}
+
+    _make(args, recipe(asked.criterion), produce)
+
+
+def _shard(args: argparse.Namespace) -> None:
+    from hfprune.scoring import save_sums, shard
+
+    _one_pass(args, *_scoring(args, ShardParameters, "shard"), shard, save_sums)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a scoring stage is made from, by name: keys of artifacts, and their folders."""
+
+    keys: dict[str, str]
+    folders: dict[str, Path]
+
+
+def _scoring(args: argparse.Namespace, section: type[ScoreParameters], stage: str):
+    """The parameters of `score` or `shard`, the recipe of each criterion with them, and the inputs."""
+    asked: ScoreParameters = _parameters(args, section)
+    found = {"model": _open(args.model, "model", "prune"), "text": _open(args.text, "text")}
+    if args.light_cut:
+        found["light_cut"] = _open(args.light_cut, "score")
+    cut = found["light_cut"].parameters["criterion"] if args.light_cut else None
+    for name in (asked.criterion, *args.together):
+        needed = getattr(CRITERIA[name], "light_cut", None)
+        if needed != cut:
+            wanted = f"--light-cut with scores by {needed}" if needed else "no --light-cut"
+            raise UserError(f"criterion {name} takes {wanted}; given: {f'scores by {cut}' if cut else 'none'}.")
+    inputs = Inputs(
+        {name: each.key for name, each in found.items()}, {name: each.folder for name, each in found.items()}
+    )
 
     def recipe(criterion: str) -> artifacts.Recipe:
-        one = parse(ScoreParameters, asked.model_dump() | {"criterion": criterion}, "hfprune score")
-        return stages.recipe("score", one.read(), model=model.key, text=text.key)
+        one = parse(section, asked.model_dump() | {"criterion": criterion}, f"hfprune {stage}")
+        return stages.recipe(stage, one.read(), **inputs.keys)
 
+    return asked, recipe, inputs
+
+
+def _one_pass(
+    args: argparse.Namespace,
+    asked: ScoreParameters,
+    recipe: Callable[[str], artifacts.Recipe],
+    inputs: Inputs,
+    compute: Callable[..., dict[str, Any]],
+    save: Callable[[Path, Any], None],
+) -> None:
+    """Make the artifact asked for and, in the same pass over the text, those of the other criteria that are missing."""
+    store = Store(args.store)
     others = {name: recipe(name) for name in args.together if name != asked.criterion}
 
     def produce(folder: Path) -> dict:
-        from hfprune.scoring import save_scores, score
-
-        missing = {name: each for name, each in others.items() if not store.has("score", each.key)}
+        missing = {name: each for name, each in others.items() if not store.has(each.stage, each.key)}
         together = [asked.criterion, *missing]
         started = time.monotonic()
-        scores = score(folder, model.folder, text.folder, together, **asked.model_dump(exclude={"criterion"}))
+        found = compute(folder, criteria=together, **inputs.folders, **asked.model_dump(exclude={"criterion"}))
         details = {"together": together, "seconds_together": round(time.monotonic() - started, 3)}
 
-        def save(criterion: str, into: Path) -> dict:
-            save_scores(into, scores[criterion])
+        def save_one(criterion: str, into: Path) -> dict:
+            save(into, found[criterion])
             return details
 
         for name, each in missing.items():
-            store.make(each, partial(save, name))
-        return save(asked.criterion, folder)
+            store.make(each, partial(save_one, name))
+        return save_one(asked.criterion, folder)
 
     _make(args, recipe(asked.criterion), produce)
 

@@ -125,6 +125,13 @@ class Calibration(Sampling):
     text: Name = Field(description="a name in `texts`")
     seeds: list[Seed] = Field([0], min_length=1, description="each draws sequences of its own")
     draws: int = DRAWS
+    shards: int = Field(1, ge=1, description="jobs that scoring is cut into; scores do not depend on it")
+
+    @model_validator(mode="after")
+    def _shards(self) -> Calibration:
+        if self.shards > self.samples:
+            raise ValueError(f"shards = {self.shards}: there are only {self.samples} samples to share out")
+        return self
 
 
 class Pruning(Section):
@@ -196,6 +203,19 @@ class ScoreParameters(Sampling):
         """The parameters that this criterion reads: `draws` only where labels are sampled."""
         sampled = getattr(CRITERIA[self.criterion], "sampled", False)
         return self.model_dump(exclude=set() if sampled else {"draws"})
+
+
+class ShardParameters(ScoreParameters):
+    """What stage `shard` reads."""
+
+    shard: int = Field(ge=0, description="number of this part of the sequences, from 0")
+    shards: int = Field(ge=1, description="parts in all")
+
+    @model_validator(mode="after")
+    def _number(self) -> ShardParameters:
+        if not self.shard < self.shards <= self.samples:
+            raise ValueError(f"shard {self.shard} of {self.shards}: expected shard < shards <= samples, {self.samples}")
+        return self
 
 
 class PruneParameters(Section):

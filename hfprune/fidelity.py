@@ -15,7 +15,8 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from hfprune.layout import REFERENCE, RESULTS
-from hfprune.models import count_parameters, load_model, load_tokenizer, logits_of
+from hfprune.models import at_hand, count_parameters, final_hidden, load_model, load_tokenizer, logits_of
+from hfprune.products import fast_products
 from hfprune.progress import progress
 from hfprune.texts import sample_sequences
 
@@ -31,8 +32,9 @@ def reference(folder: Path, model: Path, text: Path, samples: int, length: int, 
     network = load_model(model, dtype)
     tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
     hidden = torch.cat(list(hidden_states(network, tokens, "reference")))
-    head = network.get_output_embeddings().weight.detach()
-    save_file({"tokens": tokens, "hidden": hidden.cpu(), "head": head.cpu().clone()}, folder / REFERENCE)
+    with at_hand(output := network.get_output_embeddings()):
+        head = output.weight.cpu().clone()
+    save_file({"tokens": tokens, "hidden": hidden.cpu(), "head": head}, folder / REFERENCE)
     return {"tokens": tokens.numel()}
 
 
@@ -43,11 +45,13 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
     and their number. The dense model compared with itself gives kl = js = 0 and top1_agreement = 1.
     """
     network = load_model(model, dtype)
-    dense = {name: tensor.to(network.device) for name, tensor in load_file(reference / REFERENCE).items()}
-    head = network.get_output_embeddings().weight
     documents: list[dict[str, float]] = []
-    for i, hidden in enumerate(hidden_states(network, dense["tokens"], "measure")):
-        documents.append(document_measures(hidden[0], head, dense["hidden"][i], dense["head"], dense["tokens"][i]))
+    with at_hand(output := network.get_output_embeddings()):
+        head = output.weight
+        dense = {name: tensor.to(head.device) for name, tensor in load_file(reference / REFERENCE).items()}
+        for i, hidden in enumerate(hidden_states(network, dense["tokens"], "measure")):
+            one = (hidden[0].to(head.device), head, dense["hidden"][i], dense["head"], dense["tokens"][i])
+            documents.append(document_measures(*one))
     (folder / RESULTS).write_text(json.dumps(summary(documents), indent=1) + "\n", encoding="utf-8")
     return {"parameters": count_parameters(network)}
 
@@ -56,7 +60,9 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
 def hidden_states(model: PreTrainedModel, tokens: Tensor, what: str):
     """Yield the final hidden states (1, length, hidden size) of each sequence of `tokens` (sequences, length)."""
     for sequence in progress(tokens.split(1), what, len(tokens), "document"):
-        yield model.model(input_ids=sequence.to(model.device), use_cache=False).last_hidden_state
+        with fast_products(model.device):
+            hidden = final_hidden(model, sequence)
+        yield hidden
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ RESUME = ".resume"  # a folder: what a killed attempt leaves here, the next atte
 
 DOCUMENTS = "documents.jsonl"  # download: a text's or a task's, one JSON object per line
 SCORES = "scores.safetensors"  # score: float32 (neurons,) per layer, under `layer_name`
+SUMS = "sums.safetensors"  # shard: float64 (neurons,) per layer, what one criterion reads
 PRUNING = "pruning.json"  # prune: what was cut
 REFERENCE = "reference.safetensors"  # reference: tokens, hidden, head of the dense model
 RESULTS = "results.json"  # evaluate, measure: name -> value, stderr, n

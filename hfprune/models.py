@@ -1,9 +1,14 @@
 """Loading checkpoints, and where the pruned parts stand in the families that are supported."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 import transformers
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,6 +16,9 @@ from hfprune.errors import UserError
 
 # `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+# On every GPU so much stays free of weights: what scoring 1024 tokens of a 7B model takes (docs/scoring.md).
+BYTES_BESIDE_WEIGHTS = 3 * 2**30
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -24,29 +32,49 @@ def check_family(folder: Path) -> None:
     """Refuse a checkpoint that cannot be pruned here.
 
     Raises:
-        UserError: no readable `config.json`, or a model of another family.
+        UserError: no readable `config.json`, or a model that scoring or surgery would get wrong.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not a checkpoint that transformers can read: {error}") from None
+    file = folder / "config.json"
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise UserError(
+            f"{file}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
+        )
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"{folder / 'config.json'}: model_type {config.model_type!r} is not supported. "
-            f"Supported families: {', '.join(FAMILIES)}."
+            f"{file}: model_type {config.model_type!r} is not supported: its blocks may not have the MLP "
+            f"down_proj(act(gate_proj(x)) * up_proj(x)). Supported families: {', '.join(FAMILIES)}."
+        )
+    if getattr(config, "final_logit_softcapping", None):
+        raise UserError(
+            f"{file}: final_logit_softcapping = {config.final_logit_softcapping}: capped logits are not supported."
         )
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:
-    """The checkpoint in `folder`, for inference, on `device()`; no parameter asks for a gradient.
+    """The checkpoint in `folder`, for inference; no parameter asks for a gradient.
+
+    It stands on the first GPU where it fits; a larger one spreads over the GPUs that this process sees and then over
+    the CPU's memory, from where a layer's weights come when it computes. Without a GPU it stands on the CPU.
 
     Args:
         folder: a checkpoint of one of `FAMILIES`.
         dtype: "float32", "bfloat16", "float16", or "auto" for what the checkpoint says.
     """
     check_family(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.to(device()).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **_placement())
+    return model.eval().requires_grad_(False)
+
+
+def _placement() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {}
+    free = {gpu: torch.cuda.mem_get_info(gpu)[0] - BYTES_BESIDE_WEIGHTS for gpu in range(torch.cuda.device_count())}
+    room = {place: max(0, size) for place, size in free.items()} | {"cpu": psutil.virtual_memory().available}
+    return {"device_map": "sequential", "max_memory": room}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -67,3 +95,17 @@ def count_parameters(model: PreTrainedModel) -> int:
 def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
     """(..., hidden) final hidden states and (vocabulary, hidden) output projection -> float32 logits."""
     return (hidden @ head.T).float()
+
+
+def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """(batch, length) tokens -> (batch, length, hidden) final hidden states."""
+    return model.model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+
+
+@contextmanager
+def at_hand(*modules: nn.Module) -> Iterator[None]:
+    """Have the modules' own weights in memory, where accelerate has offloaded them."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(align_module_device(module))
+        yield

@@ -2,13 +2,14 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hfprune.artifacts import Recipe, Store
-from hfprune.config import Experiment, ScoreParameters, Source
+from hfprune.config import Experiment, ScoreParameters, ShardParameters, Source
+from hfprune.criteria import passes
 from hfprune.layout import MANIFEST
 from hfprune.stages import recipe, source_parameters
 
@@ -103,17 +104,44 @@ class Plan:
             )
 
     def _score(self, model: Job, text: Job, seed: int) -> list[Job]:
-        """One job for each criterion. Those of one seed go together: the first makes all that are missing."""
+        """One job for each criterion asked for."""
         calibration, criteria = self.experiment.calibration, self.experiment.pruning.criteria
         sampling = calibration.model_dump(include={"samples", "length", "draws"})
-        jobs: list[Job] = []
-        for criterion in criteria:
-            asked = ScoreParameters(criterion=criterion, seed=seed, dtype=self.experiment.model.dtype, **sampling)
-            made = recipe("score", asked.read(), model=model.key, text=text.key)
-            others = [other for other in criteria if other != criterion]
-            words = options(asked.model_dump() | ({"together": others} if others else {}))
-            inputs = {"model": model, "text": text} | ({"after": jobs[0]} if jobs else {})
-            jobs.append(self._put(Job(made, inputs, words, f"{criterion}, seed {seed}")))
+        sampling |= {"seed": seed, "dtype": self.experiment.model.dtype}
+        scores: dict[str, Job] = {}
+        for cut, together in passes(criteria):
+            inputs = {"model": model, "text": text} | ({"light_cut": scores[cut]} if cut else {})
+            asked = [ScoreParameters(criterion=name, **sampling) for name in together]
+            if calibration.shards == 1:
+                scores |= self._pass("score", asked, inputs, "")
+                continue
+            shards: dict[str, list[Job]] = defaultdict(list)
+            for number in range(calibration.shards):
+                part = {"shard": number, "shards": calibration.shards}
+                parts = [ShardParameters(**one.model_dump(), **part) for one in asked]
+                for name, job in self._pass("shard", parts, inputs, f", shard {number + 1}").items():
+                    shards[name].append(job)
+            for one in asked:
+                made = recipe("score", one.read(), **_keys(inputs))
+                done = self.store.has("score", made.key)  # finished scores do not need their shards again
+                there = all(self.store.has("shard", job.key) for job in shards[one.criterion])
+                parts = {"shards": shards[one.criterion]} if there or not done else {}
+                label = f"{one.criterion}, seed {seed}"
+                scores[one.criterion] = self._put(Job(made, inputs | parts, options(one.model_dump()), label))
+        return [scores[name] for name in criteria]
+
+    def _pass(
+        self, stage: str, asked: Sequence[ScoreParameters], inputs: Mapping[str, Job], part: str
+    ) -> dict[str, Job]:
+        """One job for each criterion of one pass over the text: the first makes all artifacts that are missing."""
+        jobs: dict[str, Job] = {}
+        for one in asked:
+            others = [other.criterion for other in asked if other != one]
+            words = options(one.model_dump() | ({"together": others} if others else {}))
+            first = {"after": next(iter(jobs.values()))} if jobs else {}
+            made = recipe(stage, one.read(), **_keys(inputs))
+            label = f"{one.criterion}, seed {one.seed}{part}"
+            jobs[one.criterion] = self._put(Job(made, inputs | first, words, label))
         return jobs
 
     def _download(self, kind: str, source: Source, parameters: Mapping[str, Any], label: str) -> Job:
@@ -122,11 +150,14 @@ class Plan:
         return self._put(Job(made, {}, options(origin | dict(parameters)), label))
 
     def _add(self, stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, Job], label: str) -> Job:
-        keys = {name: job.key for name, job in inputs.items()}
-        return self._put(Job(recipe(stage, parameters, **keys), inputs, options(parameters), label))
+        return self._put(Job(recipe(stage, parameters, **_keys(inputs)), inputs, options(parameters), label))
 
     def _put(self, job: Job) -> Job:
         return self.jobs[job.recipe.stage].setdefault(job.key, job)
+
+
+def _keys(inputs: Mapping[str, Job]) -> dict[str, str]:
+    return {name: job.key for name, job in inputs.items()}
 
 
 def store_root(configured: Path) -> Path:

@@ -1,21 +1,27 @@
 """The engine: one pass over calibration tokens gives every criterion's score of every neuron of every layer."""
 
+from __future__ import annotations
+
 import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.linalg import vector_norm
 from transformers import PreTrainedModel
 
-from hfprune.criteria import CRITERIA, GradientCriterion, Moments, Positions
+from hfprune.criteria import CRITERIA, LIGHT_CUT, GradientCriterion, Moments, Positions, StaticCriterion
 from hfprune.errors import UserError
-from hfprune.layout import RESUME, SCORES, layer_name
-from hfprune.models import load_model, load_tokenizer, logits_of, mlps
+from hfprune.layout import RESUME, SCORES, SUMS, layer_name
+from hfprune.memory import checkpointed, is_short
+from hfprune.models import at_hand, final_hidden, load_model, load_tokenizer, logits_of, mlps
+from hfprune.products import fast_products
 from hfprune.progress import progress
 from hfprune.texts import sample_sequences
 
@@ -24,15 +30,16 @@ TOKENS_PER_BATCH = 1024
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}
 SECONDS_BETWEEN_SAVES = 120
 PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, neurons) products -> (neurons,) their sum
-    "absolute": lambda products: products.abs().sum((0, 1)),
-    "square": lambda products: products.square().sum((0, 1)),
+    "absolute": lambda products: vector_norm(products, 1, dim=(0, 1)),
+    "square": lambda products: vector_norm(products, 2, dim=(0, 1)).double().square(),
     "square_of_sum": lambda products: products.sum(1).square().sum(0),
 }
+MOMENTS = ("total", "squares")  # what static criteria read of the activations
 
 
 def score(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
-    dtype: str,
+    dtype: str, light_cut: Path | None = None,
 ) -> dict[str, list[Tensor]]:  # fmt: skip
     """Stage `score`: the scores of every criterion in `criteria`, by one pass over the calibration text.
 
@@ -40,19 +47,48 @@ def score(
         folder: the artifact's; the pass keeps its partial sums in its `.resume`, to go on after a kill.
         model: folder of the checkpoint.
         text: folder of the calibration text.
-        criteria: names in `CRITERIA`.
+        criteria: names in `CRITERIA`, all of one `light_cut`.
         samples: sequences, see `texts.sample_sequences`.
         length: tokens of each.
         seed: draws the sequences, the labels of sampled criteria, and `random`.
         draws: labels per position for sampled criteria.
         dtype: of the model's arithmetic; scores are summed in float32 and float64 whatever it is.
+        light_cut: folder of the scores by which neurons are silenced first, for criteria that ask for it.
 
     Returns:
         By criterion one float32 tensor (neurons,) per layer, on the CPU.
     """
-    network = load_model(model, dtype)
-    tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
-    return neuron_scores(network, tokens, criteria, seed, draws, resume=folder / RESUME)
+    network, tokens = _subject(model, text, samples, length, seed, dtype)
+    return neuron_scores(network, tokens, criteria, seed, draws, _scores(light_cut), resume=folder / RESUME)
+
+
+def shard(
+    folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
+    dtype: str, shard: int, shards: int, light_cut: Path | None = None,
+) -> dict[str, Sums]:  # fmt: skip
+    """Stage `shard`: what `score` adds up, over part `shard` of `shards` of its sequences; other arguments alike.
+
+    Returns:
+        The sums that each criterion reads, to be saved in its own artifact.
+    """
+    network, tokens = _subject(model, text, samples, length, seed, dtype)
+    part = shard_range(samples, length, shard, shards)
+    sums = add_up(network, tokens, criteria, seed, draws, _scores(light_cut), folder / RESUME, part)
+    return {name: sums.of(name) for name in criteria}
+
+
+def merge(shards: Sequence[Path], criterion: str, model: Path, length: int, seed: int, draws: int, dtype: str):
+    """Stage `score` from the folders of all its shards: the same scores, float32 (neurons,) per layer."""
+    sums = Sums()
+    for folder in shards:
+        sums.load(folder / SUMS)
+    weights = mlps(load_model(model, dtype)) if isinstance(CRITERIA[criterion], StaticCriterion) else None
+    return finish(criterion, sums, sums.sequences * length, seed, draws, weights)
+
+
+def save_sums(folder: Path, sums: Sums) -> None:
+    """Write `sums.safetensors` into `folder`: what one criterion reads of a shard's pass."""
+    sums.save(folder / SUMS)
 
 
 def save_scores(folder: Path, scores: list[Tensor]) -> None:
@@ -60,22 +96,44 @@ def save_scores(folder: Path, scores: list[Tensor]) -> None:
     save_file({layer_name(i): layer for i, layer in enumerate(scores)}, folder / SCORES)
 
 
+def shard_range(samples: int, length: int, shard: int, shards: int) -> range:
+    """The sequences of one shard: whole batches where there are enough, so that its sums are what one job would add."""
+    unit = _batch_size(length)
+    if -(-samples // unit) < shards:
+        unit = 1
+    units = -(-samples // unit)
+    return range(min(samples, units * shard // shards * unit), min(samples, units * (shard + 1) // shards * unit))
+
+
 class Sums:
-    """What one pass adds up, in float64: moments of the activations, and each gradient criterion's products.
+    """What a pass adds up, in float64.
 
     Attributes:
         sequences: how many sequences it has seen.
-        tensors: moments `total.<layer>` and `squares.<layer>`, products `<criterion>.<layer>`, each (neurons,).
+        tensors: `<name>.<layer>` -> (neurons,); the names are those of gradient criteria, and `MOMENTS`.
     """
 
-    def __init__(self, widths: Sequence[int], criteria: Sequence[str], device: torch.device) -> None:
+    def __init__(self) -> None:
         self.sequences = 0
-        names = ["total", "squares", *criteria]
-        self.tensors = {
-            f"{name}.{layer}": torch.zeros(width, dtype=torch.float64, device=device)
-            for name in names
-            for layer, width in enumerate(widths)
-        }
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add `value`, wherever it is, to the sum of that name."""
+        held = self.tensors.get(name)
+        self.tensors[name] = value.double() if held is None else held.to(value.device) + value
+
+    def of(self, criterion: str) -> Sums:
+        """Those that one criterion reads."""
+        names = (criterion,) if isinstance(CRITERIA[criterion], GradientCriterion) else MOMENTS
+        found = Sums()
+        found.sequences = self.sequences
+        found.tensors = {name: tensor for name, tensor in self.tensors.items() if name.rpartition(".")[0] in names}
+        return found
+
+    def layers(self, name: str) -> list[Tensor]:
+        """The sums of that name on the CPU, by layer."""
+        found = {key: tensor for key, tensor in self.tensors.items() if key.rpartition(".")[0] == name}
+        return [found[f"{name}.{layer}"].cpu() for layer in range(len(found))]
 
     def save(self, file: Path) -> None:
         """Write all sums to `file`, whole or not at all."""
@@ -84,11 +142,11 @@ class Sums:
         partial.replace(file)
 
     def load(self, file: Path) -> None:
-        """Read what `save` wrote."""
+        """Add what `save` wrote."""
         with safe_open(file, "pt") as stored:
-            self.sequences = int(stored.metadata()["sequences"])
-            for name, tensor in self.tensors.items():
-                tensor.copy_(stored.get_tensor(name))
+            self.sequences += int(stored.metadata()["sequences"])
+            for name in stored.keys():  # noqa: SIM118 (not a dictionary)
+                self.add(name, stored.get_tensor(name))
 
 
 def neuron_scores(
@@ -97,6 +155,7 @@ def neuron_scores(
     criteria: Sequence[str],
     seed: int = 0,
     draws: int = 1,
+    light_cut: list[Tensor] | None = None,
     batch: int | None = None,
     resume: Path | None = None,
 ) -> dict[str, list[Tensor]]:
@@ -107,11 +166,13 @@ def neuron_scores(
     products divided by the length; S is summed over a sequence's positions.
 
     Args:
-        model: on its device, no parameter requiring a gradient.
+        model: on its device or spread over several, no parameter requiring a gradient.
         tokens: (sequences, length) int64.
-        criteria: names in `CRITERIA`.
+        criteria: names in `CRITERIA`, all of one `light_cut`.
         seed: of sampled labels and of `random`.
         draws: labels per position for sampled criteria.
+        light_cut: (neurons,) scores per layer by which the lowest `LIGHT_CUT` are silenced; then the intact model runs
+            too, one forward pass more. Silenced neurons score 0.
         batch: sequences at once; by default as many as make `TOKENS_PER_BATCH`. It does not change the scores.
         resume: folder for partial sums, saved every few minutes and read at the start.
 
@@ -119,26 +180,97 @@ def neuron_scores(
         By criterion one float32 tensor (neurons,) per layer, on the CPU.
 
     Raises:
-        UserError: a layer's scores are not finite, or all zero.
+        UserError: a layer's scores are not finite, or all zero, or nothing reached it.
     """
-    sums = add_up(model, tokens, criteria, seed, draws, batch, resume)
-    found: dict[str, list[Tensor]] = {}
-    for name in criteria:
-        found[name] = []
-        for layer, mlp in enumerate(mlps(model)):
-            criterion = CRITERIA[name]
-            if isinstance(criterion, GradientCriterion):
-                times = tokens.numel() * (draws if criterion.sampled else 1)
-                scores = sums.tensors[f"{name}.{layer}"] / times
-            else:
-                total, squares = (sums.tensors[f"{moment}.{layer}"] for moment in ("total", "squares"))
-                scores = criterion.score(mlp, Moments(tokens.numel(), total, squares), generator(seed, name, layer))
-            if not scores.isfinite().all():
-                raise UserError(f"layer {layer}: scores by {name} are not finite; compute in float32 or bfloat16.")
-            if not scores.any():
-                raise UserError(f"layer {layer}: all scores by {name} are zero: nothing reached it.")
-            found[name].append(scores.float().cpu())
-    return found
+    sums = add_up(model, tokens, criteria, seed, draws, light_cut, resume, batch=batch)
+    return {name: finish(name, sums, tokens.numel(), seed, draws, mlps(model)) for name in criteria}
+
+
+def finish(
+    name: str, sums: Sums, count: int, seed: int, draws: int, weights: Sequence[nn.Module] | None
+) -> list[Tensor]:
+    """One criterion's scores from the sums over `count` tokens; `weights`, the MLPs, only for static criteria."""
+    criterion = CRITERIA[name]
+    found: list[Tensor] = []
+    if isinstance(criterion, GradientCriterion):
+        times = count * (draws if criterion.sampled else 1)
+        found = [layer / times for layer in sums.layers(name)]
+    else:
+        assert weights is not None
+        for layer, (mlp, total, squares) in enumerate(zip(weights, *map(sums.layers, MOMENTS), strict=True)):
+            with at_hand(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+                place = mlp.down_proj.weight.device
+                moments = Moments(count, total.to(place), squares.to(place))
+                found.append(criterion.score(mlp, moments, generator(seed, name, layer)).cpu())
+    for layer, scores in enumerate(found):
+        if not scores.isfinite().all():
+            raise UserError(f"layer {layer}: scores by {name} are not finite; compute in float32 or bfloat16.")
+        if not scores.any():
+            raise UserError(f"layer {layer}: all scores by {name} are zero: nothing reached it.")
+    return [scores.float() for scores in found]
+
+
+class Watch:
+    """What happens at the neurons, the inputs of every `down_proj`, while the model runs.
+
+    Attributes:
+        criteria: those whose gradient the running backward pass carries.
+        phase: `dense`, the neurons are left alone; `scored`, they are silenced, summed and differentiated; `again`, a
+            layer of a scored pass is computed anew, which must be the same computation but is not summed again.
+    """
+
+    def __init__(self, sums: Sums, moments: bool, differentiate: bool, silent: list[Tensor] | None) -> None:
+        self.sums, self.moments, self.differentiate, self.silent = sums, moments, differentiate, silent
+        self.criteria: list[str] = []
+        self.phase = "scored"
+
+    def during(self, phase: str) -> During:
+        """A context in which the phase is another."""
+        return During(self, phase)
+
+    def hook(self, layer: int) -> Callable:
+        """The forward pre-hook of that layer's `down_proj`."""
+
+        def before_down_proj(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            activation = inputs[0]  # (batch, length, neurons)
+            if self.phase == "dense":
+                return (activation,)
+            if self.silent:
+                activation = activation * self.silent[layer].to(activation)
+            if self.differentiate and not activation.requires_grad:  # layer 0: nothing before it needs a gradient
+                activation = activation.detach().requires_grad_()
+            if self.phase == "scored":
+                self._sum(layer, activation)
+            return (activation,)
+
+        return before_down_proj
+
+    def _sum(self, layer: int, activation: Tensor) -> None:
+        values = activation.detach()
+        if self.moments:
+            self.sums.add(f"total.{layer}", values.float().sum((0, 1)))
+            self.sums.add(f"squares.{layer}", vector_norm(values.float(), dim=(0, 1)).double().square())
+
+        def add(gradient: Tensor) -> None:
+            products = gradient.float() * values.float()
+            for name in self.criteria:
+                self.sums.add(f"{name}.{layer}", PRODUCTS[CRITERIA[name].products](products))
+
+        if self.differentiate:
+            activation.register_hook(add)
+
+
+class During:
+    """See `Watch.during`. Several backward passes enter the same one, which a generator's context does not allow."""
+
+    def __init__(self, watch: Watch, phase: str) -> None:
+        self.watch, self.phase, self.before = watch, phase, watch.phase
+
+    def __enter__(self) -> None:
+        self.before, self.watch.phase = self.watch.phase, self.phase
+
+    def __exit__(self, *_error: object) -> None:
+        self.watch.phase = self.before
 
 
 def add_up(
@@ -147,68 +279,71 @@ def add_up(
     criteria: Sequence[str],
     seed: int,
     draws: int,
-    batch: int | None,
+    light_cut: list[Tensor] | None,
     resume: Path | None,
+    part: range | None = None,
+    batch: int | None = None,
 ) -> Sums:
-    """One pass over `tokens`; arguments as for `neuron_scores`."""
+    """One pass over the sequences `part` of `tokens`, all by default; other arguments as for `neuron_scores`."""
+    part = part if part is not None else range(len(tokens))
     by_gradient: dict[tuple, list[str]] = defaultdict(list)  # criteria of one gradient share its backward passes
     for name in criteria:
         if isinstance(criterion := CRITERIA[name], GradientCriterion):
             by_gradient[(criterion.logit_gradient, draws if criterion.sampled else 1)].append(name)
-    downs = [mlp.down_proj for mlp in mlps(model)]
-    gradient_criteria = [name for names in by_gradient.values() for name in names]
-    sums = Sums([down.in_features for down in downs], gradient_criteria, model.device)
+    moments = any(isinstance(CRITERIA[name], StaticCriterion) for name in criteria)
+    sums = Sums()
     # The file's name says what it sums: a pass over other criteria, or with other draws, does not go on with it.
     summed = [f"{name}x{count}" for (_, count), names in by_gradient.items() for name in names]
-    state = resume / f"{'-'.join(['sums', *sorted(summed)])}.safetensors" if resume else None
+    state = resume / f"{'-'.join(['sums', *sorted(summed), *['moments'] * moments])}.safetensors" if resume else None
     if state and state.exists():
         sums.load(state)
-    size = batch or max(1, TOKENS_PER_BATCH // tokens.shape[1])
-    head = model.get_output_embeddings().weight
-    current: list[str] = []  # the criteria whose gradient the running backward pass carries
-
-    def watch(layer: int) -> Callable:
-        def before_down_proj(_module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            activation = inputs[0]  # (batch, length, neurons)
-            values = activation.detach().float()
-            sums.tensors[f"total.{layer}"] += values.sum((0, 1))
-            sums.tensors[f"squares.{layer}"] += values.square().sum((0, 1))
-
-            def add(gradient: Tensor) -> None:
-                products = gradient.float() * values
-                for name in current:
-                    sums.tensors[f"{name}.{layer}"] += PRODUCTS[CRITERIA[name].products](products)
-
-            if by_gradient:
-                if not activation.requires_grad:  # the first layer's: nothing before it needs a gradient
-                    activation = activation.detach().requires_grad_()
-                activation.register_hook(add)
-            return (activation,)
-
-        return before_down_proj
-
-    hooks = [down.register_forward_pre_hook(watch(layer)) for layer, down in enumerate(downs)]
-    batches = tokens[sums.sequences :].split(size)
+    size = batch or _batch_size(tokens.shape[1])
+    watch = Watch(sums, moments, bool(by_gradient), silenced(light_cut) if light_cut else None)
+    output = model.get_output_embeddings()
+    batches = tokens[part.start + sums.sequences : part.stop].split(size) if part else ()
     saved = time.monotonic()
-    try:
-        for part in progress(batches, "score", len(batches), "batch"):
+    with ExitStack() as stack:
+        for layer, mlp in enumerate(mlps(model)):
+            stack.callback(mlp.down_proj.register_forward_pre_hook(watch.hook(layer)).remove)
+        stack.enter_context(at_hand(output))
+        stack.enter_context(fast_products(model.device))
+        if by_gradient and is_short(model, size * tokens.shape[1]):
+            print("memory is short: each layer is computed once more in the backward pass", flush=True)
+            stack.enter_context(checkpointed(model, lambda: watch.during("again")))
+        head = output.weight
+        for rows in progress(batches, "score", len(batches), "batch"):
+            dense = None
+            if light_cut:
+                with watch.during("dense"), torch.no_grad():
+                    dense = final_hidden(model, rows)
             with torch.set_grad_enabled(bool(by_gradient)):
-                hidden = model.model(input_ids=part.to(model.device), use_cache=False).last_hidden_state
+                hidden = final_hidden(model, rows)
             passes = [(names, each, draw) for (each, count), names in by_gradient.items() for draw in range(count)]
             for number, (names, logit_gradient, draw) in enumerate(passes):
-                current[:] = names
-                positions = positions_of(part, sums.sequences, seed, draw, model.device)
-                gradient = hidden_gradient(hidden.detach(), head, logit_gradient, positions)
+                watch.criteria = names
+                positions = positions_of(rows, part.start + sums.sequences, seed, draw, head.device)
+                gradient = hidden_gradient(hidden.detach(), head, logit_gradient, positions, dense)
                 hidden.backward(gradient, retain_graph=number + 1 < len(passes))
-            sums.sequences += len(part)
+            sums.sequences += len(rows)
             if state and time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
                 state.parent.mkdir(exist_ok=True)
                 sums.save(state)
                 saved = time.monotonic()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for name in {*(name for names in by_gradient.values() for name in names), *(MOMENTS if moments else ())}:
+        for layer in range(len(mlps(model))):
+            if part and f"{name}.{layer}" not in sums.tensors:
+                raise UserError(f"layer {layer}: nothing reached it, neither activations nor gradients.")
     return sums
+
+
+def silenced(scores: list[Tensor]) -> list[Tensor]:
+    """Per layer 0 for the lowest `LIGHT_CUT` of the neurons, at least one, and 1 for the others, float32 (neurons,)."""
+    masks = []
+    for layer in scores:
+        mask = torch.ones_like(layer)
+        mask[layer.argsort(stable=True)[: max(1, round(LIGHT_CUT * len(layer)))]] = 0
+        masks.append(mask)
+    return masks
 
 
 def generator(*names: object) -> torch.Generator:
@@ -231,7 +366,11 @@ def positions_of(tokens: Tensor, first: int, seed: int, draw: int, device: torch
 
 
 def hidden_gradient(
-    hidden: Tensor, head: Tensor, logit_gradient: Callable[[Tensor, Positions], Tensor], positions: Positions
+    hidden: Tensor,
+    head: Tensor,
+    logit_gradient: Callable[[Tensor, Positions], Tensor],
+    positions: Positions,
+    dense: Tensor | None = None,
 ) -> Tensor:
     """Carry a criterion's gradient from the logits to the final hidden states, a chunk of tokens at a time.
 
@@ -240,15 +379,34 @@ def hidden_gradient(
         head: (vocabulary, hidden) output projection.
         logit_gradient: see `criteria.GradientCriterion`.
         positions: what it may read beside the logits, batch * length of them.
+        dense: the intact model's final hidden states, where the criterion compares with it.
 
     Returns:
-        dS/dhidden of the shape and dtype of `hidden`, S summed over all positions.
+        dS/dhidden of the shape, dtype and device of `hidden`, S summed over all positions.
     """
-    flat = hidden.flatten(0, 1)
+    flat = hidden.flatten(0, 1).to(head.device)
+    flat_dense = dense.flatten(0, 1).to(head.device) if dense is not None else None
     gradient = torch.empty_like(flat)
-    size = max(1, LOGITS_PER_CHUNK[hidden.device.type] // head.shape[0])
+    size = max(1, LOGITS_PER_CHUNK[head.device.type] // head.shape[0])
     for first in range(0, len(flat), size):
         chunk = slice(first, first + size)
-        here = Positions(positions.next_tokens[chunk], positions.uniforms[chunk])
+        dense_logits = logits_of(flat_dense[chunk], head) if flat_dense is not None else None
+        here = Positions(positions.next_tokens[chunk], positions.uniforms[chunk], dense_logits)
         gradient[chunk] = logit_gradient(logits_of(flat[chunk], head), here).to(head.dtype) @ head
-    return gradient.view_as(hidden)
+    return gradient.view(hidden.shape).to(hidden.device)
+
+
+def _batch_size(length: int) -> int:
+    return max(1, TOKENS_PER_BATCH // length)
+
+
+def _subject(model: Path, text: Path, samples: int, length: int, seed: int, dtype: str):
+    network = load_model(model, dtype)
+    return network, sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
+
+
+def _scores(folder: Path | None) -> list[Tensor] | None:
+    if folder is None:
+        return None
+    found = load_file(folder / SCORES)
+    return [found[layer_name(i)] for i in range(len(found))]

@@ -26,6 +26,7 @@ STAGES = {
     "model": Stage("hfprune.sources", ("gguf",)),
     "text": Stage("hfprune.sources"),
     "task": Stage("hfprune.tasks", ("lm_eval",)),
+    "shard": Stage("hfprune.scoring", ("torch", "transformers")),
     "score": Stage("hfprune.scoring", ("torch", "transformers")),
     "prune": Stage("hfprune.surgery", ("torch", "transformers")),
     "reference": Stage("hfprune.fidelity", ("torch", "transformers")),

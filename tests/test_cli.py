@@ -7,7 +7,9 @@ import pytest
 
 from hfprune.cli import main
 
-STAGES = ("score", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config")
+STAGES = (
+    "score", "shard", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config",
+)  # fmt: skip
 COMMANDS = [*((stage,) for stage in STAGES), *(("download", kind) for kind in ("model", "text", "task"))]
 
 

@@ -9,7 +9,9 @@ from tests.conftest import make_model
 
 TOKENS, VOCABULARY = 7, 50
 torch.manual_seed(0)
-POSITIONS = Positions(torch.tensor([3, 9, 0, 49, 7, 7, -1]), torch.rand(TOKENS))
+POSITIONS = Positions(
+    torch.tensor([3, 9, 0, 49, 7, 7, -1]), torch.rand(TOKENS), torch.randn(TOKENS, VOCABULARY, dtype=torch.float64)
+)
 
 
 def sampled_labels(logits):
@@ -40,11 +42,18 @@ def log_likelihood(logits):
     return torch.log_softmax(logits, -1).gather(-1, sampled_labels(LOGITS)[:, None]).sum()
 
 
+def self_distillation(logits):
+    teacher = torch.softmax(POSITIONS.dense_logits / 0.2, -1)
+    divergence = torch.nn.functional.kl_div(torch.log_softmax(logits, -1), teacher, reduction="sum")
+    return 0.6 * cross_entropy(logits) + 0.4 * divergence
+
+
 # S, summed over positions, by its definition.
 DEFINITIONS = {
     "entropy": entropy,
     "entropy_top_k": entropy_top_k,
     "cross_entropy": cross_entropy,
+    "self_distillation": self_distillation,
     "fisher_token": log_likelihood,
     "fisher_sequence": log_likelihood,
 }
@@ -78,7 +87,8 @@ def test_closed_form_equals_finite_differences(name):
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_a_certain_prediction_has_no_gradient_and_no_nan(name):
     logits = torch.tensor([[200.0, 0.0, -200.0]])
-    gradient = CRITERIA[name].logit_gradient(logits, Positions(torch.tensor([0]), torch.tensor([0.5])))
+    positions = Positions(torch.tensor([0]), torch.tensor([0.5]), logits.clone())
+    gradient = CRITERIA[name].logit_gradient(logits, positions)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient))
 
 

@@ -101,6 +101,21 @@ def test_cutting_nothing_changes_nothing():
     assert torch.equal(model(tokens).logits, before)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mixtral"}, "'mixtral' is a mixture of experts; experts are not supported yet"),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is a mixture of experts; experts are not supported yet"),
+        ({"model_type": "phi"}, "its blocks may not have the MLP .* Supported families: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "llama", "final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0: capped logits"),
+    ],
+)
+def test_what_would_be_scored_or_cut_wrongly_is_refused(config, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config\.json: .*{message}"):
+        load_model(tmp_path, "float32")
+
+
 def test_an_unsupported_family_is_refused_by_name_with_the_list(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -13,14 +13,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from hfprune.artifacts import read
+from hfprune.layout import SCORES
 from hfprune.tables import COLUMNS
 from tests.conftest import REPOSITORY
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune")
-MODEL_STAGES = ("download", "score", "prune", "reference", "measure", "evaluate")
+MODEL_STAGES = ("download", "score", "shard", "prune", "reference", "measure", "evaluate")
 
 
 class Checkout:
@@ -263,3 +266,25 @@ def test_criteria_of_one_seed_are_scored_in_one_pass_and_each_is_an_artifact(che
     assert len(re.findall("score: 100%", output)) == 2
     assert len(elsewhere.manifests("score")) == 8
     assert [json.loads(path.read_text())["time"] for path in map(Path, times)] == list(times.values())
+
+
+def test_shards_give_the_scores_of_one_job_and_a_lost_one_is_made_alone(checkout, experiment, tmp_path):
+    whole = changed(experiment, pruning={"criteria": ["wanda", "self_distillation"]})
+    checkout.snakemake(whole, "agreement")
+    scores = {read(path).key: load_file(path.parent / SCORES) for path in checkout.manifests("score")}
+
+    elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
+    sharded = changed(whole, calibration={"shards": 2})
+    # Three criteria: cross_entropy makes the light cut of self_distillation.
+    assert ran(elsewhere.snakemake(sharded, "agreement")) == {"download": 2, "shard": 6, "score": 3, "agreement": 1}
+    for manifest in elsewhere.manifests("score"):
+        for name, layer in load_file(manifest.parent / SCORES).items():
+            torch.testing.assert_close(layer, scores[read(manifest).key][name], rtol=1e-5, atol=0)
+
+    lost = [path for path in elsewhere.manifests("score") if read(path).parameters["criterion"] == "self_distillation"]
+    shards = [path for path in elsewhere.manifests("shard") if "light_cut" in read(path).manifest["inputs"]]
+    for path in (*lost, shards[1]):
+        shutil.rmtree(path.parent)
+    (elsewhere.folder / "results" / "tiny" / "tables" / "agreement.csv").unlink()
+    assert ran(elsewhere.snakemake(sharded, "agreement")) == {"shard": 1, "score": 1, "agreement": 1}
+    assert "shard" not in elsewhere.planned(changed(sharded, calibration={"shards": 3})), "finished scores need none"

@@ -63,6 +63,17 @@ def options(stage):
     return words
 
 
+def input_options(*names):
+    """The command-line options for those of a rule's inputs that not every artifact of it has."""
+
+    def words(wildcards, input):
+        given = {name: input[name] for name in names if name in input.keys()}
+        lists = {name: [paths] if isinstance(paths, str) else paths for name, paths in given.items()}
+        return [word for name, paths in lists.items() for word in (f"--{name.replace('_', '-')}", *paths)]
+
+    return words
+
+
 def label(stage):
     """What an artifact is, for people."""
     return lambda wildcards: plan.jobs[stage][wildcards.key].label

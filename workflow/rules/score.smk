@@ -1,5 +1,5 @@
 rule score:
-    """The importance of every neuron: one pass over the calibration text."""
+    """The importance of every neuron: one pass over the calibration text, or the sum of its shards."""
     input:
         unpack(made_from("score")),
     output:
@@ -14,8 +14,35 @@ rule score:
         gpu=GPU,
     params:
         options=options("score"),
+        inputs=input_options("light_cut", "shards"),
         label=label("score"),
     message:
         "score neurons: {params.label}"
     shell:
-        "python -m hfprune score --model {input.model:q} --text {input.text:q} {params.options:q} 2>&1 | tee {log:q}"
+        "python -m hfprune score --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q} 2>&1"
+        " | tee {log:q}"
+
+
+rule shard:
+    """One part of the pass over the calibration text, where `calibration.shards` cuts it into several jobs."""
+    input:
+        unpack(made_from("shard")),
+    output:
+        artifact("shard"),
+    log:
+        "logs/shard/{key}.log",
+    priority: 50
+    conda:
+        ENVIRONMENT
+    threads: 16
+    resources:
+        gpu=GPU,
+    params:
+        options=options("shard"),
+        inputs=input_options("light_cut"),
+        label=label("shard"),
+    message:
+        "add up for scores: {params.label}"
+    shell:
+        "python -m hfprune shard --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q} 2>&1"
+        " | tee {log:q}"

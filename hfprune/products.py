@@ -1,0 +1,40 @@
+"""Matrix products of float32 on a CPU by oneDNN.
+
+PyTorch hands them to MKL, which on processors with AVX-512 that are not Intel's reaches a half to nine tenths of
+oneDNN's rate (`benchmarks/scoring.py` measures both). Both compute in float32; results differ by rounding.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class OneDNN(TorchDispatchMode):
+    """While it is active, `mm` and `addmm` of float32 matrices, forward and backward, are oneDNN's."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Replace what oneDNN can do; pass on everything else."""
+        kwargs = kwargs or {}
+        if function is aten.mm.default and _plain(args):
+            return _product(args[0], args[1], None)
+        if function is aten.addmm.default and not kwargs and args[0].dim() == 1 and _plain(args):
+            return _product(args[1], args[2], args[0])
+        return function(*args, **kwargs)
+
+
+def fast_products(device: torch.device) -> AbstractContextManager:
+    """A context in which float32 matrix products run as fast as they can on `device`."""
+    return OneDNN() if device.type == "cpu" and torch.backends.mkldnn.is_available() else nullcontext()
+
+
+def _plain(tensors: tuple[torch.Tensor, ...]) -> bool:
+    return all(each.dtype == torch.float32 and each.device.type == "cpu" and each.numel() for each in tensors)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """a @ b + bias: the linear layer by which inductor compiles for CPUs, with `b` transposed by its strides alone."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
