@@ -7,6 +7,7 @@ from typing import Any
 
 from hfprune.layout import RESULTS, RESUME, SAMPLES
 from hfprune.models import load_model, load_tokenizer
+from hfprune.products import fast_products
 from hfprune.tasks import stock_task
 
 BATCH = 16
@@ -49,7 +50,8 @@ def evaluate_task(folder: Path, lm: Any, name: str, task: Path, limit: int | Non
     lm_eval_task = stock_task(name, task, folder / RESUME)
     count = len(lm_eval_task.eval_docs)
     chosen = sorted(random.Random(seed).sample(range(count), min(limit or count, count)))
-    found = run(lm, {"tasks": {name: lm_eval_task}, "groups": {}, "group_map": {}}, samples={name: chosen})
+    with fast_products(lm.device):
+        found = run(lm, {"tasks": {name: lm_eval_task}, "groups": {}, "group_map": {}}, samples={name: chosen})
     results = {}
     for metric, value in found["results"][name].items():
         if metric.endswith(",none") and "_stderr" not in metric:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -19,9 +20,9 @@ class OneDNN(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Replace what oneDNN can do; pass on everything else."""
         kwargs = kwargs or {}
-        if function is aten.mm.default and _plain(args):
-            return _product(args[0], args[1], None)
-        if function is aten.addmm.default and not kwargs and args[0].dim() == 1 and _plain(args):
+        if function is aten.mm.default and _fits(*args):
+            return _product(*args)
+        if function is aten.addmm.default and not kwargs and _fits(args[1], args[2], args[0]):
             return _product(args[1], args[2], args[0])
         return function(*args, **kwargs)
 
@@ -31,10 +32,16 @@ def fast_products(device: torch.device) -> AbstractContextManager:
     return OneDNN() if device.type == "cpu" and torch.backends.mkldnn.is_available() else nullcontext()
 
 
-def _plain(tensors: tuple[torch.Tensor, ...]) -> bool:
-    return all(each.dtype == torch.float32 and each.device.type == "cpu" and each.numel() for each in tensors)
+def _fits(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN takes these operands: float32 on the CPU, `b` dense by rows or by columns, `bias` a dense row."""
+    given = (a, b) if bias is None else (a, b, bias)
+    rows, columns = b.shape
+    dense = (b.stride(1) == 1 and b.stride(0) >= columns) or (b.stride(0) == 1 and b.stride(1) >= rows)
+    row = bias is None or (bias.shape == (columns,) and bias.is_contiguous())
+    plain = all(each.dtype == torch.float32 and each.device.type == "cpu" and each.numel() for each in given)
+    return plain and dense and row
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b + bias: the linear layer by which inductor compiles for CPUs, with `b` transposed by its strides alone."""
     return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")

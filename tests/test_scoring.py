@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hfprune import products
 from hfprune.criteria import CRITERIA, TOP_K, GradientCriterion
 from hfprune.errors import UserError
 from hfprune.memory import graph_bytes
@@ -224,33 +223,6 @@ def test_shards_add_up_to_what_one_job_scores(shards, monkeypatch):
 def test_a_shard_holds_whole_batches_where_there_are_enough():
     assert [len(shard_range(32, 256, number, 3)) for number in range(3)] == [8, 12, 12]
     assert [len(shard_range(6, 32, number, 3)) for number in range(3)] == [2, 2, 2]
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2 has biases
-def test_products_by_onednn_are_torchs_own_up_to_rounding(family):
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("no oneDNN on this machine")
-    model, calls = make_model(family), []
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-
-    def run():
-        hidden = model.model(inputs_embeds=embedded).last_hidden_state
-        hidden.square().sum().backward()
-        return hidden.detach(), embedded.grad
-
-    embedded = torch.randn(2, 9, 32, requires_grad=True)
-    expected = [tensor.clone() for tensor in run()]
-    embedded.grad = None
-    with pytest.MonkeyPatch.context() as patch:
-        product = products._product
-        patch.setattr(products, "_product", lambda *operands: (calls.append(1), product(*operands))[1])
-        with products.fast_products(torch.device("cpu")):
-            found = run()
-    assert len(calls) == 2 * 7 * 3, "every linear layer, forward and backward"
-    for ours, torchs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-5)
 
 
 def test_no_parameter_receives_a_gradient():
