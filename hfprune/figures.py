@@ -93,7 +93,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
     axis.set_xlabel("Parameters removed (%)")
     axis.set_ylabel("KL(dense || pruned), nats per token")
     axis.set_title(f"Held-out text: {', '.join(dict.fromkeys(found['task']))}", fontsize=9)
-    axis.legend(frameon=False)
+    _legend(figure, axis)
     return figure
 
 
@@ -171,5 +171,8 @@ def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
 
 
 def _legend(figure: Figure, axis: plt.Axes) -> None:
+    """Above the panels, or beside them where it is long."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
+    above = {"loc": "outside upper center", "ncols": len(labels)}
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    figure.legend(handles, labels, frameon=False, **(above if len(labels) <= 3 else beside))

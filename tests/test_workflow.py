@@ -263,3 +263,20 @@ def test_criteria_of_one_seed_are_scored_in_one_pass_and_each_is_an_artifact(che
     assert len(re.findall("score: 100%", output)) == 2
     assert len(elsewhere.manifests("score")) == 8
     assert [json.loads(path.read_text())["time"] for path in map(Path, times)] == list(times.values())
+
+
+def test_a_grid_of_refits_stands_side_by_side_in_the_results(checkout, experiment, tmp_path):
+    grid = changed(experiment, pruning={"ratios": [0.2], "refits": ["none", "least_squares", "sequential"]})
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
+    output = elsewhere.snakemake(grid, "tables", "figures")
+    assert model_stages(ran(output)) == {"prune": 2, "measure": 2, "evaluate": 2}
+    results = elsewhere.folder / "results" / "tiny"
+    metrics = pd.read_csv(results / "metrics.csv", keep_default_na=False)
+    kl = metrics[(metrics["metric"] == "kl") & (metrics["stage"] == "pruned")].set_index("refit")["value"].astype(float)
+    assert kl.index.tolist() == ["least_squares", "none", "sequential"]
+    assert kl.nunique() == 3
+    summary = (results / "tables" / "summary.md").read_text().splitlines()
+    assert [line.split("|")[3].strip() for line in summary[3:]] == ["least_squares", "none", "sequential"]
+    for made in elsewhere.manifests("prune"):
+        manifest = json.loads(made.read_text())
+        assert ("text" in manifest["inputs"]) == (manifest["parameters"]["refit"] != "none")
