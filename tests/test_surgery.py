@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hfprune.budget import neurons_to_keep
 from hfprune.config import PruneParameters
 from hfprune.errors import UserError
 from hfprune.layout import PRUNING, SCORES, layer_name
 from hfprune.models import count_parameters, load_model
-from hfprune.surgery import cut, neurons_to_keep, prune
+from hfprune.surgery import cut, prune
 from tests.conftest import FAMILIES, make_model, save_checkpoint
 
 # A fresh process with nothing of ours in it.
