@@ -35,7 +35,7 @@ def test_the_budget_is_met_and_widths_are_multiples(allocation, keep, step):
 
 
 def test_global_widths_keep_the_largest_sum_of_scores_that_multiples_allow():
-    scores = random_scores(16, 16, 16)
+    scores = [layer**power for layer, power in zip(random_scores(16, 16, 16), (1, 4, 9), strict=True)]
     kept = allocate("global", scores, 24, 4)
 
     def worth(widths):
