@@ -81,7 +81,7 @@ def refit(model: PreTrainedModel, kept: list[Tensor], tokens: Tensor, method: st
             found = correction(pairs, ridge, number)
             down.weight[:, stays] = (down.weight[:, stays] + found).to(down.weight.dtype)
         if cut is not None:
-            cut = [behind for behind, _ in through(layer, cut, keywords)]
+            advance(layer, keywords, cut)
     details = {"refit_tokens": tokens.numel()}
     return details if method == "bias" else details | {"ridge": ridge, "starved_layers": starved}
 
@@ -107,7 +107,7 @@ def entrance(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[
     return [model.get_input_embeddings()(batch) for batch in batches], arguments
 
 
-def through(layer: nn.Module, stream: Stream, keywords: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def through(layer: nn.Module, keywords: dict[str, Any], stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
     """Send a stream through a layer: of each batch the hidden states behind the layer, and the neurons' activations."""
     seen: list[Tensor] = []
     hook = layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
@@ -118,11 +118,17 @@ def through(layer: nn.Module, stream: Stream, keywords: dict[str, Any]) -> Itera
         hook.remove()
 
 
+def advance(layer: nn.Module, keywords: dict[str, Any], stream: Stream) -> None:
+    """Send a stream through a layer, in place."""
+    for i, (behind, _) in enumerate(through(layer, keywords, stream)):
+        stream[i] = behind
+
+
 def missing_there(layer: nn.Module, keywords: dict[str, Any], stays: Tensor, intact: Stream) -> Pairs:
     """h[S] and r = W[:, P] h[P] on the intact model; then the layer is cut, and `intact` stands behind it."""
     down = layer.mlp.down_proj
     removed = down.weight[:, ~stays].float()
-    for i, (behind, activations) in enumerate(through(layer, intact, keywords)):
+    for i, (behind, activations) in enumerate(through(layer, keywords, intact)):
         intact[i] = behind
         activations = activations.float()
         yield activations[..., stays], activations[..., ~stays] @ removed.T
@@ -135,10 +141,9 @@ def missing_so_far(layer: nn.Module, keywords: dict[str, Any], stays: Tensor, in
     `cut` waits for the layer to be refitted.
     """
     down = layer.mlp.down_proj
-    for i, (behind, _) in enumerate(through(layer, intact, keywords)):
-        intact[i] = behind
+    advance(layer, keywords, intact)
     down.weight[:, ~stays] = 0
-    for target, (behind, activations) in zip(intact, through(layer, cut, keywords), strict=True):
+    for target, (behind, activations) in zip(intact, through(layer, keywords, cut), strict=True):
         yield activations[..., stays].float(), target.float() - behind.float()
 
 

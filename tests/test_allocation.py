@@ -35,7 +35,7 @@ def test_the_budget_is_met_and_widths_are_multiples(allocation, keep, step):
 
 
 def test_global_widths_keep_the_largest_sum_of_scores_that_multiples_allow():
-    scores = [layer**power for layer, power in zip(random_scores(16, 16, 16), (1, 4, 9), strict=True)]
+    scores = random_scores(16, 16, 16)
     kept = allocate("global", scores, 24, 4)
 
     def worth(widths):
@@ -45,6 +45,11 @@ def test_global_widths_keep_the_largest_sum_of_scores_that_multiples_allow():
 
     possible = [widths for widths in product(range(4, 17, 4), repeat=3) if sum(widths) == 24]
     assert worth([len(layer) for layer in kept]) == max(map(worth, possible))
+
+
+def test_a_block_counts_by_all_its_neurons():
+    scores = [torch.tensor([9.0, 9, 5, 0]), torch.tensor([9.0, 9, 4, 4])]
+    assert [kept.tolist() for kept in allocate("global", scores, 6, 2)] == [[0, 1], [0, 1, 2, 3]]
 
 
 def test_a_layer_that_loses_everywhere_keeps_the_floor():

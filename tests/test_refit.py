@@ -57,7 +57,7 @@ def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family,
     stream, arguments = entrance(model, sequences)
     for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):
         with torch.no_grad():
-            passed = list(through(layer, stream, keywords))
+            passed = list(through(layer, keywords, stream))
         assert len(passed) == 4
         stream = [behind for behind, _ in passed]
         found = torch.cat([each for _, each in passed]).flatten(0, 1)
