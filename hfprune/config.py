@@ -153,7 +153,9 @@ class Cut(Section):
         "all", description="what a ratio is a share of: all parameters (tied embeddings once), or the MLPs' neurons"
     )
     round_to: RoundTo = Field(1, description="every layer keeps a multiple of so many neurons")
-    ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="regularises refits, as a share of G's diagonal")
+    ridge: float = Field(
+        0.1, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
+    )
 
 
 class Pruning(Cut):

@@ -108,7 +108,16 @@ def entrance(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[
 
 
 def through(layer: nn.Module, keywords: dict[str, Any], stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
-    """Send a stream through a layer: of each batch the hidden states behind the layer, and the neurons' activations."""
+    """Send a stream through a layer: of each batch the hidden states behind the layer, and what meets its `down_proj`.
+
+    Args:
+        layer: a decoder layer.
+        keywords: its keyword arguments, see `entrance`.
+        stream: the batches, (batch, length, hidden) each.
+
+    Yields:
+        (batch, length, hidden) and (batch, length, neurons), in the model's dtype.
+    """
     seen: list[Tensor] = []
     hook = layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     try:

@@ -39,6 +39,9 @@ def prune(
         refit: "none", or a method of `refit.refit`.
         ridge: of the refit.
         dtype: of the checkpoint written.
+
+    Raises:
+        UserError: the budget cannot be met, or the model cannot be refitted.
     """
     network = load_model(model, dtype)
     by_name = load_file(scores / SCORES)
