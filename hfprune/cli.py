@@ -130,9 +130,14 @@ def _parser() -> argparse.ArgumentParser:
         "prune",
         _prune,
         "Cut the least important neurons and save the checkpoint.",
-        "hfprune prune --model store/model/KEY --scores store/score/KEY --ratio 0.2",
+        "hfprune prune --model store/model/KEY --scores store/score/KEY --ratio 0.2\n"
+        "  hfprune prune --model store/model/KEY --scores store/score/KEY --target-parameters 107000000 \\\n"
+        "    --refit least_squares --text store/text/KEY",
     )
     _add_inputs(prune, model="dense checkpoint", scores="its scores")
+    prune.add_argument(
+        "--text", type=Path, help="what the scores were made on, for a refit: an artifact's folder or manifest"
+    )
     _add_options(prune, PruneParameters)
 
     reference = command(
@@ -386,17 +391,28 @@ def _one_pass(
 
 
 def _prune(args: argparse.Namespace) -> None:
-    asked = _parameters(args, PruneParameters).model_dump()
+    asked: PruneParameters = _parameters(args, PruneParameters)
+    if (args.text is None) != (asked.refit == "none"):
+        raise UserError(
+            f"refit {asked.refit!r} reads no text: leave out --text."
+            if args.text
+            else f"refit {asked.refit!r} reads the calibration text: give --text, the one that the scores were made on."
+        )
     model, scores = _open(args.model, "model", "prune"), _open(args.scores, "score")
     if scores.manifest["inputs"]["model"] != model.key:
         raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
+    text = args.text and _open(args.text, "text")
+    if text and scores.manifest["inputs"]["text"] != text.key:
+        raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
 
     def produce(folder: Path) -> dict:
         from hfprune.surgery import prune
 
-        return prune(folder, model.folder, scores.folder, scores.parameters, **asked)
+        words = text and text.folder
+        return prune(folder, model.folder, scores.folder, words, scores.parameters, **asked.model_dump())
 
-    _make(args, stages.recipe("prune", asked, model=model.key, scores=scores.key), produce)
+    inputs = {"model": model.key, "scores": scores.key} | ({"text": text.key} if text else {})
+    _make(args, stages.recipe("prune", asked.read(), **inputs), produce)
 
 
 def _reference(args: argparse.Namespace) -> None:

@@ -8,27 +8,46 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from hfprune.allocation import ALLOCATIONS
 from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
 from hfprune.tasks import CONVERSIONS
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Ratio = Annotated[float, Field(gt=0, lt=1)]
+Parameters = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 CriterionName = Literal[tuple(CRITERIA)]
+AllocationName = Literal[tuple(ALLOCATIONS)]
+RefitName = Literal["none", "bias", "least_squares", "sequential"]
+# A command line's numbers are words, which a Literal does not take.
+RoundTo = Annotated[
+    Literal[1, 8, 64, 128],
+    BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value),
+]
 
 
 class Section(BaseModel):
     """A part of the config: unknown keys are refused, values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _one_budget(cut: Cut, ratio: str, target: str) -> None:
+    """Refuse a cut whose budget, under one of two names, is given twice or not at all."""
+    given = [name for name in (ratio, target) if getattr(cut, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {ratio} and {target}, not {'both' if given else 'none'}")
+    if given == [target] and cut.ratio_of != "all":
+        raise ValueError(f"'ratio_of' does not go with {target!r}, which counts all parameters")
 
 
 class Source(Section):
@@ -134,11 +153,45 @@ class Calibration(Sampling):
         return self
 
 
-class Pruning(Section):
-    """What is cut."""
+class Cut(Section):
+    """What every cut of an experiment has in common."""
+
+    ratio_of: Literal["all", "mlp"] = Field(
+        "all", description="what a ratio is a share of: all parameters (tied embeddings once), or the MLPs' neurons"
+    )
+    round_to: RoundTo = Field(1, description="every layer keeps a multiple of so many neurons")
+    ridge: float = Field(
+        0.1, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
+    )
+
+
+class Pruning(Cut):
+    """What is cut: every combination of criterion, budget, allocation and refit."""
 
     criteria: list[CriterionName] = Field(["entropy"], min_length=1, description="how neurons are ranked")
-    ratios: list[Ratio] = Field([0.1, 0.2, 0.3], min_length=1, description="shares of all parameters to remove")
+    target_parameters: list[Parameters] | None = Field(
+        None, min_length=1, description="instead of ratios: how many of all parameters to leave"
+    )
+    ratios: list[Ratio] | None = Field(
+        default_factory=lambda given: None if given.get("target_parameters") else [0.1, 0.2, 0.3],
+        min_length=1,
+        description="shares to remove (default: 0.1, 0.2, 0.3, where target_parameters is not given)",
+    )
+    allocations: list[AllocationName] = Field(["uniform"], min_length=1, description="how layers share a budget")
+    refits: list[RefitName] = Field(["none"], min_length=1, description="what makes up for the neurons that go")
+
+    @model_validator(mode="after")
+    def _budget(self) -> Pruning:
+        _one_budget(self, "ratios", "target_parameters")
+        return self
+
+    def cuts(self, dtype: str) -> Iterator[PruneParameters]:
+        """Every cut to make of one model by one criterion's scores."""
+        common = {name: getattr(self, name) for name in Cut.model_fields}
+        budgets = [{"ratio": ratio} for ratio in self.ratios or []]
+        budgets += [{"target_parameters": target} for target in self.target_parameters or []]
+        for budget, allocation, refit in product(budgets, self.allocations, self.refits):
+            yield PruneParameters(**budget, **common, allocation=allocation, refit=refit, dtype=dtype)
 
 
 class Evaluation(Section):
@@ -218,11 +271,36 @@ class ShardParameters(ScoreParameters):
         return self
 
 
-class PruneParameters(Section):
+class PruneParameters(Cut):
     """What stage `prune` reads."""
 
-    ratio: Ratio = Field(description="share of all parameters to remove")
+    ratio: Ratio | None = Field(None, description="share to remove")
+    target_parameters: Parameters | None = Field(
+        None, description="instead of a ratio: how many of all parameters to leave"
+    )
+    allocation: AllocationName = Field("uniform", description="how layers share the budget")
+    refit: RefitName = Field("none", description="what makes up for the neurons that go; all but none need the text")
     dtype: DType = "auto"
+
+    @model_validator(mode="after")
+    def _budget(self) -> PruneParameters:
+        _one_budget(self, "ratio", "target_parameters")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What is cut and how, for people; what is as usual is not said."""
+        share = "" if self.ratio_of == "all" else " of the MLPs"
+        budget = f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
+        ways = {"allocation": self.allocation, "refit": self.refit}
+        said = [f"{name} {way}" for name, way in ways.items() if way != type(self).model_fields[name].default]
+        return ", ".join([budget, *said])
+
+    def read(self) -> dict[str, Any]:
+        """The parameters that this cut reads: one budget; `ridge` only where a refit solves for weights."""
+        unread = {"ratio_of"} if self.ratio is None else set()
+        unread |= set() if self.refit in ("least_squares", "sequential") else {"ridge"}
+        return self.model_dump(exclude=unread, exclude_none=True)
 
 
 class EvaluateParameters(Section):

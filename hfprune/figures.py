@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 
 from hfprune.agreement import KEPT, between_criteria, layers
 from hfprune.artifacts import Artifact
-from hfprune.statistics import MODEL, mean_accuracy, over_seeds
+from hfprune.statistics import MODEL, mean_accuracy, over_seeds, varying
 from hfprune.tables import TASK_TITLES, headline
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 MARKERS = "osD^vP*"
+LINES = ("-", "--", ":")  # for more lines than there are colours
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 300,
@@ -92,7 +93,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
     axis.set_xlabel("Parameters removed (%)")
     axis.set_ylabel("KL(dense || pruned), nats per token")
     axis.set_title(f"Held-out text: {', '.join(dict.fromkeys(found['task']))}", fontsize=9)
-    axis.legend(frameon=False)
+    _legend(figure, axis)
     return figure
 
 
@@ -148,18 +149,21 @@ def agreement(found: pd.DataFrame) -> Figure:
 
 
 def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
-    """One line per criterion from the dense model on, with error bars of one standard error."""
+    """One line per criterion and way of pruning from the dense model on, with error bars of one standard error."""
     dense = found[found["stage"] == "dense"]
     pruned = found[found["stage"] != "dense"]
-    for number, (criterion, line) in enumerate(pruned.groupby("criterion", sort=False)):
+    ways = varying(found)
+    for number, ((criterion, *chosen), line) in enumerate(pruned.groupby(["criterion", *ways], sort=False)):
+        said = [f"no {way}" if value == "none" else value for way, value in zip(ways, chosen, strict=True)]
         line = pd.concat([dense, line]).sort_values("ratio_achieved")
         axis.errorbar(
             100 * line["ratio_achieved"],
             scale * line["value"],
             yerr=scale * line["stderr"],
-            label=criterion,
+            label=", ".join([criterion, *said]),
             color=COLORS[number % len(COLORS)],
             marker=MARKERS[number % len(MARKERS)],
+            linestyle=LINES[number // len(COLORS) % len(LINES)],
             markersize=4,
             capsize=2,
             lw=1.2,
@@ -167,5 +171,8 @@ def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
 
 
 def _legend(figure: Figure, axis: plt.Axes) -> None:
+    """Above the panels, or beside them where it is long."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    above = {"loc": "outside upper center", "ncols": len(labels)}
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    figure.legend(handles, labels, frameon=False, **(above if len(labels) <= 3 else beside))

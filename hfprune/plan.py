@@ -81,10 +81,12 @@ class Plan:
             for scores in self._score(dense, texts[config.calibration.text], seed):
                 criterion = scores.recipe.parameters["criterion"]
                 self.scores.append(scores)
-                for ratio in config.pruning.ratios:
-                    label = f"{ratio:.4g} by {criterion}, seed {seed}"
-                    pruned = self._add("prune", {"ratio": ratio} | dtype, {"model": dense, "scores": scores}, label)
-                    models.append((pruned, label))
+                for cut in config.pruning.cuts(config.model.dtype):
+                    inputs = {"model": dense, "scores": scores}
+                    if cut.refit != "none":
+                        inputs["text"] = texts[config.calibration.text]
+                    label = f"{cut.label} by {criterion}, seed {seed}"
+                    models.append((self._add("prune", cut.read(), inputs, label), label))
         sampling = config.evaluation.model_dump(exclude={"tasks"}) | dtype
         for model, label in models:
             self.measures.append(self._add("measure", dtype, {"model": model, "reference": reference}, label))

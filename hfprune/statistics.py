@@ -5,6 +5,18 @@ import pandas as pd
 
 MODEL = ["model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "recovery"]
 
+WAYS = ["allocation", "refit", "structure", "recovery"]  # how a model was made, beside criterion and ratio
+
+
+def varying(models: pd.DataFrame) -> list[str]:
+    """Those of `WAYS` in which the pruned models differ: what a table or a legend has to say beside the criterion.
+
+    Args:
+        models: rows with the columns of `MODEL`.
+    """
+    pruned = models[models["stage"] != "dense"]
+    return [way for way in WAYS if pruned[way].nunique() > 1]
+
 
 def over_seeds(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row for each model setting and metric: the mean over calibration seeds, with its standard error.

@@ -9,7 +9,7 @@ import pandas as pd
 from hfprune.artifacts import Artifact, Store
 from hfprune.errors import UserError
 from hfprune.layout import RESULTS
-from hfprune.statistics import MODEL, mean_accuracy, over_seeds
+from hfprune.statistics import MODEL, mean_accuracy, over_seeds, varying
 
 # One value a row; other people's scripts read these.
 COLUMNS = [
@@ -65,7 +65,7 @@ def collect(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
         rows += [columns | cost for cost in _costs(key, columns["stage"], store)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
-    by = ["order", "criterion", "ratio", "seed", "group", "task", "metric"]
+    by = ["order", "criterion", "allocation", "refit", "ratio", "seed", "group", "task", "metric"]
     return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
 
 
@@ -83,8 +83,7 @@ def _model_columns(measure: dict[str, Any], store: Store) -> dict[str, Any]:
         "model": store.manifest("model", pruned["inputs"]["model"])["details"]["name"],
         "stage": "pruned",
         "criterion": scores["parameters"]["criterion"],
-        **{name: pruned["details"][name] for name in ("allocation", "refit", "structure", "ratio_achieved")},
-        "ratio": pruned["parameters"]["ratio"],
+        **{name: pruned["details"][name] for name in ("allocation", "refit", "structure", "ratio", "ratio_achieved")},
         "parameters": parameters,
         "recovery": "none",
         "seed": scores["parameters"]["seed"],
@@ -159,15 +158,24 @@ def write_summary(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     paths = [folder / f"summary.{suffix}" for suffix in ("csv", "md", "tex")]
     table.to_csv(paths[0], index=False)
     paths[1].write_text(_printed(table, "±").to_markdown(index=False, disable_numparse=True) + "\n", encoding="utf-8")
-    tex = _printed(table, r"$\pm$").rename(columns=lambda name: name.replace("%", r"\%").replace("_", r"\_"))
-    paths[2].write_text(tex.to_latex(index=False, column_format="ll" + "r" * (tex.shape[1] - 2)), encoding="utf-8")
+    tex = _printed(table, r"$\pm$").map(_escaped).rename(columns=_escaped)
+    words = 2 + len(varying(table))
+    columns = "l" * words + "r" * (tex.shape[1] - words)
+    paths[2].write_text(tex.to_latex(index=False, column_format=columns), encoding="utf-8")
     return paths
+
+
+def _escaped(text: str) -> str:
+    """Text as LaTeX needs it."""
+    return text.replace("%", r"\%").replace("_", r"\_")
 
 
 def _printed(table: pd.DataFrame, plus_minus: str) -> pd.DataFrame:
     """The table as people read it: few digits, value and error in one cell."""
     digits = {"KL (nats/token)": 3, "Top-1 agreement": 3}
     shown = pd.DataFrame({"Model": table["stage"], "Criterion": table["criterion"]})
+    for way in varying(table):
+        shown[way.capitalize()] = table[way]
     shown["Removed (%)"] = [f"{100 * share:.1f}" for share in table["Removed"]]
     shown["Parameters (M)"] = [f"{count / 1e6:.1f}" for count in table["Parameters"]]
     for column in (name for name in table if f"{name} ±" in table):

@@ -1,5 +1,6 @@
 """The console command as its users meet it."""
 
+import json
 import subprocess
 import sys
 
@@ -42,6 +43,19 @@ def test_the_engine_imports_without_the_pipelines_libraries():
         "import hfprune.scoring, hfprune.surgery, hfprune.fidelity, hfprune.config, hfprune.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_cut_with_every_option(checkpoint, data, command):
+    model = command("download", "model", "--path", checkpoint)
+    text = command("download", "text", "--path", data / "calibration.jsonl")
+    scores = command("score", "--model", model, "--text", text, "--samples", 6, "--length", 32)
+    asked = ("--target-parameters", 30_000, "--round-to", 8, "--allocation", "global", "--refit", "sequential")
+    pruned = command("prune", "--model", model, "--scores", scores, "--text", text, *asked, "--ridge", 0.05)
+    report, manifest = (json.loads((pruned / name).read_text()) for name in ("pruning.json", "manifest.json"))
+    assert abs(report["parameters"] - 30_000) <= 8 / 2 * 3 * 32
+    assert (report["allocation"], report["refit"], report["ridge"]) == ("global", "sequential", 0.05)
+    assert (report["refit_tokens"], report["starved_layers"], report["round_to"]) == (192, [], 8)
+    assert set(manifest["inputs"]) == {"model", "scores", "text"}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +104,15 @@ def test_stages_by_hand_refuse_what_does_not_belong_together(checkpoint, data, t
     assert "the code, a library or an input has changed" in refused(
         "prune", "--model", model, "--scores", scores, "--ratio", 0.1, "--key", "0" * 16
     )
+    assert "give exactly one of ratio and target_parameters, not none" in refused(
+        "prune", "--model", model, "--scores", scores
+    )
+    other = command("download", "text", "--path", data / "heldout.jsonl")
+    by_text = ("prune", "--model", model, "--scores", scores, "--ratio", 0.1, "--text")
+    assert "scores on text" in refused(*by_text, other, "--refit", "sequential")
+    assert "refit 'none' reads no text" in refused(*by_text, text)
+    assert "give --text, the one that the scores were made on" in refused(*by_text[:-1], "--refit", "sequential")
+    assert "refit 'bias': the MLPs of this llama model have no bias" in refused(*by_text, text, "--refit", "bias")
     assert "largest ratio that this model's MLPs allow" in refused(
         "prune", "--model", model, "--scores", scores, "--ratio", 0.9
     )

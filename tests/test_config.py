@@ -4,7 +4,9 @@ import copy
 import json
 
 import pytest
+import yaml
 
+from hfprune.cli import main
 from hfprune.config import Experiment, load, parse, schema
 from hfprune.errors import UserError
 from hfprune.plan import Plan
@@ -36,6 +38,19 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
         ("pruning.ratios", [0.2, 1.5], r"pruning\.ratios\.1 = 1\.5: .*less than 1"),
         ("pruning.ratios", [0], r"pruning\.ratios\.0 = 0: .*greater than 0"),
         ("pruning.ratios", [], r"pruning\.ratios = \[\]: .*at least 1 item"),
+        ("pruning.ratio_of", "mpl", r"pruning\.ratio_of = 'mpl': .*Did you mean 'mlp'\?"),
+        ("pruning.target_parameters", [1000], r"pruning: give exactly one of ratios and target_parameters, not both"),
+        ("pruning", {"ratios": None}, r"pruning: give exactly one of ratios and target_parameters, not none"),
+        ("pruning", {"target_parameters": [9], "ratio_of": "mlp"}, r"pruning: 'ratio_of' does not go with 'target_par"),
+        ("pruning", {"target_parameters": [0]}, r"pruning\.target_parameters\.0 = 0: .*greater than 0"),
+        ("pruning.round_to", 16, r"pruning\.round_to = 16: Input should be 1, 8, 64 or 128"),
+        ("pruning.allocations", ["globl"], r"pruning\.allocations\.0 = 'globl': .*Did you mean 'global'\?"),
+        (
+            "pruning.refits",
+            ["least-squares"],
+            r"pruning\.refits\.0 = 'least-squares': .*mean 'least_squares'\?",
+        ),
+        ("pruning.ridge", -1, r"pruning\.ridge = -1: .*greater than or equal to 0"),
         ("pruning.criteria", ["entrpy"], r"pruning\.criteria\.0 = 'entrpy': .*Did you mean 'entropy'\?"),
         ("evaluation.tasks", {}, r"evaluation\.tasks = \{\}: .*at least 1 item"),
         ("calibration.samples", "many", r"calibration\.samples = 'many': .*valid integer"),
@@ -101,9 +116,43 @@ def test_only_what_depends_on_a_changed_parameter_gets_another_key(experiment):
     assert different("experiment", "another") == set()
     assert different("calibration.seeds", [1]) == {"score", "prune", "measure", "evaluate"}
     assert different("pruning.ratios", [0.1, 0.3]) == {"prune", "measure", "evaluate"}
+    assert different("pruning.ratio_of", "mlp") == {"prune", "measure", "evaluate"}
+    assert different("pruning.ridge", 0.2) == set(), "no refit reads it"
     assert different("evaluation.limit", 5) == {"evaluate"}
     assert different("fidelity.samples", 3) == {"reference", "measure"}
     assert different("texts.heldout.documents", [0, 7]) == {"text", "reference", "measure"}
+
+
+def test_a_grid_of_cuts_and_what_each_reads(experiment):
+    grid = {
+        "criteria": ["entropy", "wanda"],
+        "ratios": [0.1, 0.2],
+        "allocations": ["uniform", "global"],
+        "refits": ["none", "bias", "sequential"],
+        "round_to": 8,
+    }
+    plan = Plan(parse(Experiment, changed(experiment, "pruning", grid), "test"))
+    jobs = plan.jobs["prune"].values()
+    assert len(jobs) == 2 * 2 * 2 * 3
+    assert len({job.label for job in jobs}) == len(jobs)
+    for job in jobs:
+        refit = job.recipe.parameters["refit"]
+        assert ("text" in job.inputs) == ("text" in job.recipe.inputs) == (refit != "none")
+        assert ("ridge" in job.recipe.parameters) == ("--ridge" in job.options) == (refit == "sequential")
+    target = Plan(parse(Experiment, changed(experiment, "pruning", {"target_parameters": [20_000]}), "test"))
+    (job,) = target.jobs["prune"].values()
+    assert job.recipe.parameters == {
+        "target_parameters": 20_000, "round_to": 1, "allocation": "uniform", "refit": "none", "dtype": "float32"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("pruning", [{}, {"target_parameters": [9]}, {"ratios": [0.5], "ratio_of": "mlp"}])
+def test_the_cuts_that_the_config_command_prints_are_the_same_cuts(pruning, experiment, tmp_path, capsys):
+    asked = changed(experiment, "pruning", pruning)
+    (tmp_path / "my.yaml").write_text(json.dumps(asked))
+    assert main(["config", str(tmp_path / "my.yaml")]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["pruning"]
+    assert parse(Experiment, asked | {"pruning": printed}, "printed") == parse(Experiment, asked, "asked")
 
 
 def test_a_local_model_counts_by_its_content_not_its_place(experiment, checkpoint, tmp_path):

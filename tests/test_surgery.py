@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hfprune.allocation import uniform
+from hfprune.budget import neurons_to_keep
+from hfprune.config import PruneParameters
 from hfprune.errors import UserError
 from hfprune.layout import PRUNING, SCORES, layer_name
 from hfprune.models import count_parameters, load_model
-from hfprune.surgery import cut, neurons_to_remove, prune
+from hfprune.surgery import cut, prune
 from tests.conftest import FAMILIES, make_model, save_checkpoint
 
 # A fresh process with nothing of ours in it.
@@ -34,19 +35,23 @@ def random_scores(seed=0, layers=3, neurons=48):
     return [torch.rand(neurons) for _ in range(layers)]
 
 
-def run_prune(model, folder, ratio, scores=None):
+CALIBRATION = {"criterion": "entropy", "samples": 6, "length": 32, "seed": 0}
+
+
+def run_prune(model, folder, scores=None, text=None, **asked):
     made = folder / "scores"
     made.mkdir(parents=True)
     save_file({layer_name(i): layer for i, layer in enumerate(scores or random_scores())}, made / SCORES)
     out = folder / "pruned"
     out.mkdir()
-    return out, prune(out, model, made, {"criterion": "entropy"}, ratio, "float32")
+    asked = PruneParameters(dtype="float32", **asked).model_dump()
+    return out, prune(out, model, made, text, CALIBRATION, **asked)
 
 
 @pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", {"mlp_bias": True})])
 def test_reloaded_in_a_fresh_process_it_is_the_intact_model_with_those_neurons_silent(family, changes, tmp_path):
     dense = save_checkpoint(tmp_path / "dense", family, **changes)
-    out, _ = run_prune(dense, tmp_path, 0.15)
+    out, _ = run_prune(dense, tmp_path, ratio=0.15)
     subprocess.run([sys.executable, "-c", RELOAD, out, tmp_path / "logits"], check=True, cwd=tmp_path)
     kept = json.loads((out / PRUNING).read_text())["kept"]
 
@@ -66,7 +71,7 @@ def test_reloaded_in_a_fresh_process_it_is_the_intact_model_with_those_neurons_s
 @pytest.mark.parametrize("ratio", [0.03, 0.1, 0.2, 0.25])
 def test_the_share_removed_is_within_half_a_neuron_per_layer(ratio, tied, tmp_path):
     dense = save_checkpoint(tmp_path / "dense", tie_word_embeddings=tied)
-    out, done = run_prune(dense, tmp_path, ratio)
+    out, done = run_prune(dense, tmp_path, ratio=ratio)
     before, after = (count_parameters(load_model(folder, "float32")) for folder in (dense, out))
     half_a_neuron_per_layer = 3 * 3 * 32 / 2 / before
     assert done["ratio_achieved"] == pytest.approx(1 - after / before, abs=1e-12)
@@ -75,23 +80,89 @@ def test_the_share_removed_is_within_half_a_neuron_per_layer(ratio, tied, tmp_pa
 
 
 def test_tokenizer_chat_template_and_generation_config_come_along(checkpoint, tmp_path):
-    out, _ = run_prune(checkpoint, tmp_path, 0.1)
+    out, _ = run_prune(checkpoint, tmp_path, ratio=0.1)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes(), name
     assert json.loads((out / "config.json").read_text())["intermediate_size"] < 48
 
 
-def test_an_impossible_ratio_is_refused_with_the_largest_possible_one():
-    model = make_model()
-    with pytest.raises(UserError, match=r"largest ratio that this model's MLPs allow is (0[.][0-9]+)") as refused:
-        neurons_to_remove(model, 0.9)
+PER_NEURON = 3 * 32  # parameters of a neuron of the tiny model
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("budget", ["ratio", "ratio_of_mlp", "target_parameters"])
+def test_a_budget_is_met_to_the_nearest_width(budget, round_to, allocation, checkpoint, tmp_path):
+    before = count_parameters(load_model(checkpoint, "float32"))
+    asked = {
+        "ratio": {"ratio": 0.2},
+        "ratio_of_mlp": {"ratio": 0.45, "ratio_of": "mlp"},
+        "target_parameters": {"target_parameters": before - 50 * PER_NEURON - 11},
+    }[budget]
+    removed = {
+        "ratio": 0.2 * before / PER_NEURON,
+        "ratio_of_mlp": 0.45 * 144,
+        "target_parameters": 50 + 11 / PER_NEURON,
+    }
+    out, done = run_prune(checkpoint, tmp_path, **asked, round_to=round_to, allocation=allocation)
+    report = json.loads((out / PRUNING).read_text())
+    widths = [len(layer) for layer in report["kept"]]
+    assert all(width % round_to == 0 for width in widths)
+    step = round_to * (3 if allocation == "uniform" else 1)  # uniform widths move together
+    assert abs(sum(widths) - (144 - removed[budget])) <= step / 2
+    assert len(set(widths)) == 1 or allocation == "global"
+    assert done["ratio"] == pytest.approx(removed[budget] * PER_NEURON / before)
+    assert done["ratio_achieved"] == pytest.approx((144 - sum(widths)) * PER_NEURON / before)
+    assert done["parameters"] == before - (144 - sum(widths)) * PER_NEURON
+    assert {name: report[name] for name in done} == done
+
+
+@pytest.mark.parametrize("ratio_of", ["all", "mlp"])
+@pytest.mark.parametrize(
+    ("allocation", "round_to", "fewest"), [("uniform", 1, 3), ("uniform", 8, 24), ("global", 1, 15)]
+)
+def test_an_impossible_ratio_is_refused_with_the_largest_possible_one(allocation, round_to, fewest, ratio_of):
+    model, words = make_model(), {"ratio_of": ratio_of, "allocation": allocation, "round_to": round_to}
+    said = f"ratio 0.99 of {ratio_of} parameters.*largest ratio that this model's MLPs allow is 0[.][0-9]+"
+    with pytest.raises(UserError, match=said) as refused:
+        neurons_to_keep(model, 0.99, **words)
     largest = float(str(refused.value).split()[-1].rstrip("."))
-    assert neurons_to_remove(model, largest) == 47
+    assert neurons_to_keep(model, largest, **words) == pytest.approx(fewest, abs=0.1)
 
 
-def test_uniform_keeps_the_best_of_every_layer():
-    scores = [torch.tensor([0.1, 0.9, 0.5, 0.5]), torch.tensor([4.0, 3.0, 2.0, 1.0])]
-    assert [kept.tolist() for kept in uniform(scores, 2)] == [[1, 2], [0, 1]]
+def test_an_impossible_target_is_refused_with_the_smallest_possible_one():
+    model = make_model()
+    with pytest.raises(
+        UserError, match=r"target_parameters 1000.*smallest target_parameters that .* is [0-9]+"
+    ) as refused:
+        neurons_to_keep(model, target_parameters=1000)
+    assert neurons_to_keep(model, target_parameters=int(str(refused.value).split()[-1].rstrip("."))) == 3
+    with pytest.raises(UserError, match="the target has to be smaller"):
+        neurons_to_keep(model, target_parameters=count_parameters(model))
+
+
+def test_widths_too_small_for_the_step_are_refused():
+    with pytest.raises(UserError, match="round_to 64: a layer has only 48 neurons"):
+        neurons_to_keep(make_model(), 0.1, round_to=64)
+
+
+@pytest.mark.parametrize("refit", ["bias", "least_squares", "sequential"])
+def test_a_refit_is_on_record_and_reads_the_sequences_of_the_scores(refit, texts, tmp_path):
+    dense = save_checkpoint(tmp_path / "dense", mlp_bias=True)
+    out, done = run_prune(dense, tmp_path, text=texts, ratio=0.2, refit=refit, ridge=0.2)
+    plain, _ = run_prune(dense, tmp_path / "plain", ratio=0.2)
+    solved = {"ridge": 0.2, "starved_layers": []} if refit != "bias" else {}
+    report = json.loads((out / PRUNING).read_text())
+    assert report["kept"] == json.loads((plain / PRUNING).read_text())["kept"]
+    for record in (done, report):
+        assert {name: record.get(name) for name in ("refit", "refit_tokens", *solved)} == {
+            "refit": refit, "refit_tokens": 6 * 32, **solved
+        }  # fmt: skip
+        assert ("ridge" in record) == (refit != "bias")
+    weights, before = (load_file(folder / "model.safetensors") for folder in (out, plain))
+    changed = {name for name in weights if not torch.equal(weights[name], before[name])}
+    part = "bias" if refit == "bias" else "weight"
+    assert changed == {f"model.layers.{layer}.mlp.down_proj.{part}" for layer in range(3)}
 
 
 def test_cutting_nothing_changes_nothing():

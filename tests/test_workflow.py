@@ -288,3 +288,20 @@ def test_shards_give_the_scores_of_one_job_and_a_lost_one_is_made_alone(checkout
     (elsewhere.folder / "results" / "tiny" / "tables" / "agreement.csv").unlink()
     assert ran(elsewhere.snakemake(sharded, "agreement")) == {"shard": 1, "score": 1, "agreement": 1}
     assert "shard" not in elsewhere.planned(changed(sharded, calibration={"shards": 3})), "finished scores need none"
+
+
+def test_a_grid_of_refits_stands_side_by_side_in_the_results(checkout, experiment, tmp_path):
+    grid = changed(experiment, pruning={"ratios": [0.2], "refits": ["none", "least_squares", "sequential"]})
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
+    output = elsewhere.snakemake(grid, "tables", "figures")
+    assert model_stages(ran(output)) == {"prune": 2, "measure": 2, "evaluate": 2}
+    results = elsewhere.folder / "results" / "tiny"
+    metrics = pd.read_csv(results / "metrics.csv", keep_default_na=False)
+    kl = metrics[(metrics["metric"] == "kl") & (metrics["stage"] == "pruned")].set_index("refit")["value"].astype(float)
+    assert kl.index.tolist() == ["least_squares", "none", "sequential"]
+    assert kl.nunique() == 3
+    summary = (results / "tables" / "summary.md").read_text().splitlines()
+    assert [line.split("|")[3].strip() for line in summary[3:]] == ["least_squares", "none", "sequential"]
+    for made in elsewhere.manifests("prune"):
+        manifest = json.loads(made.read_text())
+        assert ("text" in manifest["inputs"]) == (manifest["parameters"]["refit"] != "none")

@@ -14,8 +14,10 @@ rule prune:
         gpu=GPU,
     params:
         options=options("prune"),
+        inputs=input_options("text"),
         label=label("prune"),
     message:
         "prune {params.label}"
     shell:
-        "python -m hfprune prune --model {input.model:q} --scores {input.scores:q} {params.options:q} 2>&1 | tee {log:q}"
+        "python -m hfprune prune --model {input.model:q} --scores {input.scores:q} {params.inputs:q} {params.options:q} 2>&1"
+        " | tee {log:q}"

@@ -1,0 +1,188 @@
+"""The refit: the solution that the formula states, from the statistics that the whole model has."""
+
+import copy
+
+import pytest
+import torch
+
+from hfprune.allocation import allocate
+from hfprune.errors import UserError
+from hfprune.fidelity import token_measures
+from hfprune.refit import correction, entrance, refit, through
+from hfprune.surgery import cut
+from tests.conftest import make_model
+
+VARIANTS = [
+    ("llama", {}),
+    ("llama", {"mlp_bias": True}),
+    ("mistral", {"sliding_window": 8}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),  # masks of two kinds
+    ("qwen3", {"attn_implementation": "eager"}),
+]
+METHODS = ["least_squares", "sequential"]
+
+
+def tokens(count, seed=0):
+    return torch.randint(320, (count, 32), generator=torch.Generator().manual_seed(seed))
+
+
+def some(share=2 / 3):
+    torch.manual_seed(1)
+    return allocate("global", [torch.rand(48) for _ in range(3)], share * 144, 1)
+
+
+def activations(model, sequences):
+    """What meets every down_proj in the model's own forward pass: (tokens, neurons) per layer."""
+    seen = [[] for _ in model.model.layers]
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs, into=into: into.append(inputs[0]))
+        for layer, into in zip(model.model.layers, seen, strict=True)
+    ]
+    with torch.no_grad():
+        model(sequences)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(each).flatten(0, 1) for each in seen]
+
+
+def output(model, sequences):
+    with torch.no_grad():
+        return model(sequences).logits.flatten(0, 1).log_softmax(-1)
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family, changes, monkeypatch):
+    monkeypatch.setattr("hfprune.refit.TOKENS_PER_BATCH", 96)
+    model, sequences = make_model(family, **changes), tokens(10)
+    stream, arguments = entrance(model, sequences)
+    for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):
+        with torch.no_grad():
+            passed = list(through(layer, keywords, stream))
+        assert len(passed) == 4
+        stream = [behind for behind, _ in passed]
+        found = torch.cat([each for _, each in passed]).flatten(0, 1)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.allclose(found.T @ found, expected.T @ expected, rtol=1e-4, atol=1e-4)
+
+
+def test_least_squares_solves_the_ridge_problem():
+    model, sequences, kept = make_model(), tokens(20), some()
+    h = [each.double() for each in activations(model, sequences)]
+    before = [layer.mlp.down_proj.weight.double() for layer in model.model.layers]
+    details = refit(model, kept, sequences, "least_squares", 0.1)
+    cut(model, kept)
+    for layer, stays, every, weight in zip(model.model.layers, kept, h, before, strict=True):
+        goes = [i for i in range(48) if i not in stays]
+        size = (0.1 * every[:, stays].square().sum(0).mean()).sqrt()
+        # min ||h_S D^T - h_P W_P^T||^2 + lambda ||D||^2, as one least-squares problem
+        system = torch.cat([every[:, stays], size * torch.eye(len(stays))])
+        right = torch.cat([every[:, goes] @ weight[:, goes].T, torch.zeros(len(stays), 32)])
+        expected = weight[:, stays] + torch.linalg.lstsq(system, right, driver="gelsd").solution.T
+        assert torch.allclose(layer.mlp.down_proj.weight.double(), expected, atol=1e-5)
+        assert not torch.allclose(weight[:, stays], expected, atol=1e-2)
+    assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
+
+
+def test_a_refit_lowers_the_error_of_each_layers_output():
+    model, sequences, kept = make_model(), tokens(20), some()
+    h, weights = activations(model, sequences), [layer.mlp.down_proj.weight.clone() for layer in model.model.layers]
+    refit(model, kept, sequences, "least_squares", 0.1)
+    for layer, stays, every, weight in zip(model.model.layers, kept, h, weights, strict=True):
+        plain = (every @ weight.T - every[:, stays] @ weight[:, stays].T).square().sum()
+        assert (every @ weight.T - every @ layer.mlp.down_proj.weight.T).square().sum() < 0.95 * plain
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_refits_lower_the_divergence_from_the_dense_model_in_order(family, changes):
+    dense, held_out, kept = make_model(family, **changes), tokens(16, seed=1), some()
+    kl = []
+    for method in ("none", "least_squares", "sequential"):
+        model = copy.deepcopy(dense)
+        if method != "none":
+            refit(model, kept, tokens(64), method, 0.1)
+        cut(model, kept)
+        kl.append(token_measures(output(dense, held_out), output(model, held_out))["kl"].mean().item())
+    assert kl[0] > 1.05 * kl[1] > 1.05 * kl[2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_where_nothing_goes_nothing_changes(family, changes, method):
+    dense = make_model(family, **changes)
+    model = copy.deepcopy(dense)
+    refit(model, [torch.arange(48)] * 3, tokens(8), method, 0.1)
+    for layer, before in zip(model.model.layers, dense.model.layers, strict=True):
+        assert torch.equal(layer.mlp.down_proj.weight, before.mlp.down_proj.weight)
+
+
+def test_a_layer_that_loses_nothing_is_left_alone_by_least_squares_and_corrects_others_when_sequential():
+    dense, kept = make_model(), [torch.arange(20), torch.arange(48), torch.arange(48)]
+    for method, unchanged in (("least_squares", True), ("sequential", False)):
+        model = copy.deepcopy(dense)
+        refit(model, kept, tokens(8), method, 0.1)
+        weights = [each.model.layers[1].mlp.down_proj.weight for each in (dense, model)]
+        assert torch.equal(*weights) == unchanged
+
+
+def test_sequential_reads_the_model_that_is_cut_below():
+    dense, kept, sequences = make_model(), some(), tokens(20)
+    model = copy.deepcopy(dense)
+    refit(model, kept, sequences, "sequential", 0.1)
+    with torch.no_grad():
+        lacking = [
+            each.model(sequences, output_hidden_states=True).hidden_states[2].flatten(0, 1) for each in (dense, model)
+        ]
+    # What the second layer was refitted to is orthogonal to what its neurons can say, but for the ridge's pull.
+    h = activations(model, sequences)[1][:, kept[1]].double()
+    left = (lacking[0] - lacking[1]).double()
+    correction_made = (model.model.layers[1].mlp.down_proj.weight - dense.model.layers[1].mlp.down_proj.weight)[
+        :, kept[1]
+    ]
+    pull = 0.1 * h.square().sum(0).mean() * correction_made.double()
+    assert torch.allclose(left.T @ h, pull, atol=1e-3 * pull.abs().max().item())
+
+
+def test_bias_makes_up_for_the_mean_of_what_goes():
+    dense, kept, sequences = make_model(mlp_bias=True), some(), tokens(20)
+    model = copy.deepcopy(dense)
+    assert refit(model, kept, sequences, "bias", 0.1) == {"refit_tokens": 640}
+    cut(model, kept)
+    every, mlp, before = activations(dense, sequences)[0], model.model.layers[0].mlp, dense.model.layers[0].mlp
+    with torch.no_grad():
+        difference = mlp.down_proj(every[:, kept[0]]) - before.down_proj(every)
+    assert difference.mean(0).abs().max() < 1e-5
+    assert difference.abs().max() > 1e-2
+    assert torch.equal(mlp.down_proj.weight, before.down_proj.weight[:, kept[0]])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_bias_is_refused_where_a_checkpoint_cannot_hold_one(family):
+    with pytest.raises(UserError, match=f"refit 'bias': .*{family} model have no bias.*Use 'least_squares'"):
+        refit(make_model(family), some(), tokens(4), "bias", 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_tokens_than_neurons_are_told_and_still_solved(method, capsys):
+    model, kept = make_model(), [torch.arange(20), torch.arange(48), torch.arange(40)]
+    assert refit(model, kept, tokens(1), method, 0.1)["starved_layers"] == [1, 2]
+    assert "only 32 calibration tokens" in capsys.readouterr().err
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_system_that_cannot_be_solved_names_its_layer():
+    model = make_model()
+    model.model.layers[1].mlp.gate_proj.weight[:5] = 0  # neurons that are always silent
+    with pytest.raises(UserError, match=r"layer 1: .* with ridge 0.*Set a larger `ridge`"):
+        refit(model, [torch.arange(48)] * 3, tokens(8), "least_squares", 0.0)
+    with pytest.raises(UserError, match="layer 7: "):
+        correction(iter([(torch.full((2, 3, 4), torch.nan), torch.zeros(2, 3, 5))]), 0.1, 7)
+
+
+def test_half_precision_is_refitted_in_float32():
+    exact, kept, sequences = make_model(), some(), tokens(40)
+    half = copy.deepcopy(exact).bfloat16()
+    for model in (exact, half):
+        refit(model, kept, sequences, "least_squares", 0.1)
+    for one, other in zip(exact.model.layers, half.model.layers, strict=True):
+        assert other.mlp.down_proj.weight.dtype == torch.bfloat16
+        assert (one.mlp.down_proj.weight - other.mlp.down_proj.weight.float()).abs().max() < 0.02
