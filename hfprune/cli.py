@@ -30,6 +30,7 @@ from hfprune.config import (
     schema,
 )
 from hfprune.errors import UserError
+from hfprune.layout import PRUNING
 from hfprune.plan import store_root
 
 WELCOME = """\
@@ -296,7 +297,11 @@ def _score(args: argparse.Namespace) -> None:
         together = [asked.criterion, *missing]
         started = time.monotonic()
         scores = score(folder, model.folder, text.folder, together, **asked.model_dump(exclude={"criterion"}))
-        details = {"together": together, "seconds_together": round(time.monotonic() - started, 3)}
+        details = {
+            "text": text.manifest["details"]["name"],
+            "together": together,
+            "seconds_together": round(time.monotonic() - started, 3),
+        }
 
         def save(criterion: str, into: Path) -> dict:
             save_scores(into, scores[criterion])
@@ -318,9 +323,20 @@ def _prune(args: argparse.Namespace) -> None:
     def produce(folder: Path) -> dict:
         from hfprune.surgery import prune
 
-        return prune(folder, model.folder, scores.folder, scores.parameters, **asked)
+        calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
+        return prune(folder, model.folder, scores.folder, _provenance(model), calibration, **asked)
 
     _make(args, stages.recipe("prune", asked, model=model.key, scores=scores.key), produce)
+
+
+def _provenance(model: Artifact) -> dict[str, Any]:
+    """Where a model came from and its licence: what was asked for, and what its download found. No local path."""
+    if model.manifest["stage"] == "prune":
+        import json
+
+        return json.loads((model.folder / PRUNING).read_text(encoding="utf-8"))["source"]
+    known = model.parameters | model.manifest["details"]
+    return {name: value for name, value in known.items() if name != "path"}
 
 
 def _reference(args: argparse.Namespace) -> None:

@@ -127,11 +127,15 @@ class Calibration(Sampling):
     draws: int = DRAWS
 
 
+PAD: Any = Field(False, description="make layers of several widths one width again, with zeros that save nothing")
+
+
 class Pruning(Section):
     """What is cut."""
 
     criteria: list[CriterionName] = Field(["entropy"], min_length=1, description="how neurons are ranked")
     ratios: list[Ratio] = Field([0.1, 0.2, 0.3], min_length=1, description="shares of all parameters to remove")
+    pad: bool = PAD
 
 
 class Evaluation(Section):
@@ -203,6 +207,7 @@ class PruneParameters(Section):
 
     ratio: Ratio = Field(description="share of all parameters to remove")
     dtype: DType = "auto"
+    pad: bool = PAD
 
 
 class EvaluateParameters(Section):

@@ -5,9 +5,17 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hfprune.errors import UserError
+from hfprune.modeling_per_layer import CLASSES
 
 # `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -20,8 +28,8 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_family(folder: Path) -> None:
-    """Refuse a checkpoint that cannot be pruned here.
+def check_family(folder: Path) -> PreTrainedConfig:
+    """The config of the checkpoint in `folder`, which must be one that can be pruned here.
 
     Raises:
         UserError: no readable `config.json`, or a model of another family.
@@ -35,17 +43,21 @@ def check_family(folder: Path) -> None:
             f"{folder / 'config.json'}: model_type {config.model_type!r} is not supported. "
             f"Supported families: {', '.join(FAMILIES)}."
         )
+    return config
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     """The checkpoint in `folder`, for inference, on `device()`; no parameter asks for a gradient.
 
+    One with a width per layer is built by this package's own class: code in the folder never runs.
+
     Args:
         folder: a checkpoint of one of `FAMILIES`.
         dtype: "float32", "bfloat16", "float16", or "auto" for what the checkpoint says.
     """
-    check_family(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    config = check_family(folder)
+    made_by = CLASSES[config.model_type] if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
+    model = made_by.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.to(device()).eval().requires_grad_(False)
 
 
@@ -57,6 +69,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def mlps(model: PreTrainedModel) -> list[nn.Module]:
     """The MLP of every layer, first to last, each with `gate_proj`, `up_proj` and `down_proj`."""
     return [layer.mlp for layer in model.model.layers]
+
+
+def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a linear layer other weights, of another shape: (out, in) and (out,)."""
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    linear.out_features, linear.in_features = weight.shape
 
 
 def count_parameters(model: PreTrainedModel) -> int:

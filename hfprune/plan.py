@@ -82,7 +82,8 @@ class Plan:
                 self.scores.append(scores)
                 for ratio in config.pruning.ratios:
                     label = f"{ratio:.4g} by {criterion}, seed {seed}"
-                    pruned = self._add("prune", {"ratio": ratio} | dtype, {"model": dense, "scores": scores}, label)
+                    cut = {"ratio": ratio, "pad": config.pruning.pad} | dtype
+                    pruned = self._add("prune", cut, {"model": dense, "scores": scores}, label)
                     models.append((pruned, label))
         sampling = config.evaluation.model_dump(exclude={"tasks"}) | dtype
         for model, label in models:

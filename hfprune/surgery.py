@@ -1,7 +1,7 @@
-"""Cut a model to the neurons that stay, and save it as the plain checkpoint that it still is."""
+"""Cut a model to the neurons that stay."""
 
 import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +10,39 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hfprune import card, checkpoint
 from hfprune.allocation import uniform
 from hfprune.errors import UserError
-from hfprune.layout import PRUNING, SCORES, layer_name
-from hfprune.models import count_parameters, load_model, mlps
-
-# What a checkpoint's folder holds beside weights and config.json: carried over as it is.
-COMPANIONS = ("generation_config.json", "chat_template*", "*token*", "vocab.*", "merges.txt", "*.model", "LICENSE*")
+from hfprune.layout import CARD, PRUNING, SCORES, layer_name
+from hfprune.models import count_parameters, load_model, mlps, set_linear
 
 
-def prune(folder: Path, model: Path, scores: Path, calibration: dict[str, Any], ratio: float, dtype: str):
-    """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
+def prune(
+    folder: Path,
+    model: Path,
+    scores: Path,
+    source: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    ratio: float,
+    dtype: str,
+    pad: bool,
+) -> dict[str, Any]:
+    """Stage `prune`: write the pruned checkpoint, its `pruning.json` and its model card into `folder`.
+
+    The checkpoint has been reloaded in a fresh process, see `checkpoint.prove`, or there is none.
 
     Args:
         folder: where to write.
         model: folder of the dense checkpoint.
         scores: folder of its scores.
+        source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`.
         ratio: share of all parameters to remove, tied embeddings counted once.
         dtype: of the checkpoint written.
+        pad: make layers of several widths as wide as the widest with zeros, see `checkpoint.pad`.
+
+    Raises:
+        UserError: the MLPs do not hold that much, or the checkpoint does not reload as it was saved.
     """
     network = load_model(model, dtype)
     by_name = load_file(scores / SCORES)
@@ -36,11 +50,11 @@ def prune(folder: Path, model: Path, scores: Path, calibration: dict[str, Any], 
     dense = count_parameters(network)
     kept = uniform(ranked, neurons_to_remove(network, ratio))
     cut(network, kept)
-    network.save_pretrained(folder)
-    for pattern in COMPANIONS:
-        for file in model.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    padding = checkpoint.pad(network) if pad else 0
     left = count_parameters(network)
+    expected = checkpoint.write(network, folder, model)
+    del network  # one copy in memory at a time: the reload is the next
+    reload = checkpoint.prove(folder, expected)
     done = {
         "structure": "mlp",
         "allocation": "uniform",
@@ -53,10 +67,14 @@ def prune(folder: Path, model: Path, scores: Path, calibration: dict[str, Any], 
         **done,
         "ratio": ratio,
         "criterion": calibration["criterion"],
-        "calibration": calibration,
+        "calibration": dict(calibration),
+        "padding": padding,
+        "source": dict(source),
+        "reload": reload,
         "kept": [layer.tolist() for layer in kept],
     }
     (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card.card(report), encoding="utf-8")
     return done
 
 
@@ -90,20 +108,16 @@ def neuron_parameters(mlp: nn.Module) -> int:
 
 @torch.no_grad()
 def cut(model: PreTrainedModel, kept: list[Tensor]) -> None:
-    """Remove, in place, every neuron that is not in `kept`, and set the config's `intermediate_size`.
+    """Remove, in place, every neuron that is not in `kept`; config and class then say the widths left.
 
     Args:
         model: a model of a supported family.
-        kept: per layer the int64 indices that stay, all of one length.
+        kept: per layer the int64 indices that stay.
     """
     for mlp, indices in zip(mlps(model), kept, strict=True):
         indices = indices.to(mlp.down_proj.weight.device)
         for linear in (mlp.gate_proj, mlp.up_proj):
-            linear.weight = nn.Parameter(linear.weight[indices], requires_grad=False)
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(linear.bias[indices], requires_grad=False)
-            linear.out_features = len(indices)
-        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, indices].contiguous(), requires_grad=False)
-        mlp.down_proj.in_features = len(indices)
+            set_linear(linear, linear.weight[indices], None if linear.bias is None else linear.bias[indices])
+        set_linear(mlp.down_proj, mlp.down_proj.weight[:, indices], mlp.down_proj.bias)
         mlp.intermediate_size = len(indices)
-    model.config.intermediate_size = len(kept[0])
+    checkpoint.declare_widths(model)

@@ -34,13 +34,15 @@ def random_scores(seed=0, layers=3, neurons=48):
     return [torch.rand(neurons) for _ in range(layers)]
 
 
-def run_prune(model, folder, ratio, scores=None):
+def run_prune(model, folder, ratio, scores=None, dtype="float32", pad=False):
     made = folder / "scores"
     made.mkdir(parents=True)
     save_file({layer_name(i): layer for i, layer in enumerate(scores or random_scores())}, made / SCORES)
     out = folder / "pruned"
     out.mkdir()
-    return out, prune(out, model, made, {"criterion": "entropy"}, ratio, "float32")
+    source = {"name": "tiny", "content": "0"}
+    calibration = {"criterion": "entropy", "samples": 6, "length": 32, "seed": 0, "text": "words"}
+    return out, prune(out, model, made, source, calibration, ratio, dtype, pad)
 
 
 @pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", {"mlp_bias": True})])
