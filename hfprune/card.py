@@ -1,12 +1,14 @@
 """The model card of a pruned checkpoint: what was done to which model, and what was measured of the result."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hfprune.layout import LICENCE
+from hfprune.layout import LICENCE, PRUNING
 
 TITLES = {
     "perplexity": "Perplexity",
@@ -43,6 +45,11 @@ class Figure:
     on: str
     pruned: Estimate
     dense: Estimate | None
+
+
+def read_pruning(folder: Path) -> dict[str, Any]:
+    """The `pruning.json` of a checkpoint."""
+    return json.loads((folder / PRUNING).read_text(encoding="utf-8"))
 
 
 def card(pruning: Mapping[str, Any], figures: Sequence[Figure] = (), address: str = "path/to/this/folder") -> str:
@@ -104,7 +111,8 @@ def _measured(figures: Sequence[Figure]) -> str:
     if not figures:
         return "Nothing yet: this card was written with the checkpoint. `hfprune export` adds what was measured.\n"
     rows = "".join(
-        f"| {TITLES.get(each.metric, each.metric)} | {each.on} | {each.dense or ''} | {each.pruned} | {each.pruned.n} |\n"
+        f"| {TITLES.get(each.metric, each.metric)} | {each.on} "
+        f"| {each.dense or ''} | {each.pruned} | {each.pruned.n} |\n"
         for each in figures
     )
     return (
@@ -123,8 +131,8 @@ def _loading(pruning: Mapping[str, Any], address: str) -> str:
     )
     if trust:
         text += (
-            "Its layers have widths of their own, which no stock class builds: `modeling_per_layer.py`, in this folder, "
-            "does. Software that runs stock classes only wants one width; hfprune makes that with `pad: true`.\n\n"
+            "Its layers have widths of their own, which no stock class builds; `modeling_per_layer.py`, in this "
+            "folder, does. Software that runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
         )
     return text + (
         f"Before it was kept, a fresh process loaded it so with transformers {reload['transformers']}: "

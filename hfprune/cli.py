@@ -30,7 +30,6 @@ from hfprune.config import (
     schema,
 )
 from hfprune.errors import UserError
-from hfprune.layout import PRUNING
 from hfprune.plan import store_root
 
 WELCOME = """\
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.run is None:
         print(WELCOME, end="")
         return 0
-    if args.command != "download":  # what is not downloaded by then is missing: say so, do not fetch it
+    if args.command not in ("download", "push"):  # what is not downloaded by then is missing: say so, do not fetch it
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     try:
         args.run(args)
@@ -182,6 +181,32 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
     compare.add_argument("scores", nargs="+", type=Path, help="artifacts of score, of one model")
 
+    measured = "--results store/measure/*/ store/evaluate/*/"
+    export = command(
+        "export",
+        _export,
+        "Copy a pruned checkpoint out of the store, its model card with what was measured of it.",
+        f"hfprune export --model store/prune/KEY {measured} --output SmolLM2-107M",
+    )
+    push = command(
+        "push",
+        _push,
+        "Upload a pruned checkpoint, its model card with what was measured of it, to the Hugging Face hub.",
+        f"hfprune push --model store/prune/KEY {measured} --to me/SmolLM2-107M --private",
+    )
+    for each in (export, push):
+        _add_inputs(each, model="pruned checkpoint")
+        each.add_argument(
+            "--results",
+            nargs="+",
+            type=Path,
+            required=True,
+            help="artifacts of measure and evaluate; those of this model and of its dense one are used",
+        )
+    export.add_argument("--output", type=Path, required=True, help="the folder to make")
+    push.add_argument("--to", required=True, metavar="OWNER/NAME", help="the repository, made where there is none")
+    push.add_argument("--private", action="store_true", help="a new repository is private")
+
     config = command(
         "config",
         _config,
@@ -198,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     makers = (model, text, task, score, prune, reference, measure, evaluate)
-    for each in (*makers, collect):
+    for each in (*makers, collect, export, push):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
         each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
@@ -332,9 +357,9 @@ def _prune(args: argparse.Namespace) -> None:
 def _provenance(model: Artifact) -> dict[str, Any]:
     """Where a model came from and its licence: what was asked for, and what its download found. No local path."""
     if model.manifest["stage"] == "prune":
-        import json
+        from hfprune.card import read_pruning
 
-        return json.loads((model.folder / PRUNING).read_text(encoding="utf-8"))["source"]
+        return read_pruning(model.folder)["source"]
     known = model.parameters | model.manifest["details"]
     return {name: value for name, value in known.items() if name != "path"}
 
@@ -440,6 +465,24 @@ def _compare(args: argparse.Namespace) -> None:
     found.to_csv(args.output / "tables" / "agreement.csv", index=False)
     for path in (args.output / "tables" / "agreement.csv", *draw_scores(scores, found, args.output / "figures")):
         print(path)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from hfprune.export import export
+
+    export(args.output, *_shared(args))
+    print(args.output)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from hfprune.export import push
+
+    print(push(args.to, args.private, *_shared(args)))
+
+
+def _shared(args: argparse.Namespace) -> tuple[Artifact, list[Artifact], Store]:
+    results = [_open(path, "measure", "evaluate") for path in args.results]
+    return _open(args.model, "prune"), results, Store(args.store)
 
 
 def _config(args: argparse.Namespace) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hfprune.cli import main
 
 STAGES = ("score", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config")
-COMMANDS = [*((stage,) for stage in STAGES), *(("download", kind) for kind in ("model", "text", "task"))]
+SHARING = ("export", "push")
+COMMANDS = [*((stage,) for stage in (*STAGES, *SHARING)), *(("download", kind) for kind in ("model", "text", "task"))]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
