@@ -181,6 +181,18 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
     compare.add_argument("scores", nargs="+", type=Path, help="artifacts of score, of one model")
 
+    efficiency = command(
+        "efficiency",
+        _efficiency,
+        "Time checkpoints side by side: prefill, decoding, peak memory.",
+        "hfprune efficiency --models store/model/KEY store/prune/KEY --output efficiency.csv",
+    )
+    efficiency.add_argument("--models", nargs="+", type=Path, required=True, help="checkpoints, dense and pruned")
+    efficiency.add_argument("--output", type=Path, required=True, help="the csv to write")
+    efficiency.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    efficiency.add_argument("--tokens", type=int, default=64, help="new tokens to decode (default: %(default)s)")
+    _add_options(efficiency, MeasureParameters)
+
     measured = "--results store/measure/*/ store/evaluate/*/"
     export = command(
         "export",
@@ -465,6 +477,20 @@ def _compare(args: argparse.Namespace) -> None:
     found.to_csv(args.output / "tables" / "agreement.csv", index=False)
     for path in (args.output / "tables" / "agreement.csv", *draw_scores(scores, found, args.output / "figures")):
         print(path)
+
+
+def _efficiency(args: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from hfprune.efficiency import time_models
+
+    dtype = _parameters(args, MeasureParameters).dtype
+    models = [_open(path, "model", "prune") for path in args.models]
+    folders = {f"{each.manifest['stage']} {each.key}": each.folder for each in models}
+    rows = pd.DataFrame(time_models(folders, dtype, args.rounds, args.tokens))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(args.output, index=False)
+    print(rows.to_string(index=False))
 
 
 def _export(args: argparse.Namespace) -> None:

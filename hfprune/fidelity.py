@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from hfprune.layout import REFERENCE, RESULTS
-from hfprune.models import count_parameters, load_model, load_tokenizer, logits_of
+from hfprune.models import count_parameters, flops_per_token, load_model, load_tokenizer, logits_of, weight_bytes
 from hfprune.progress import progress
 from hfprune.texts import sample_sequences
 
@@ -41,6 +41,9 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
 
     The file maps each measure of `token_measures` to its mean over documents, its standard error over documents
     and their number. The dense model compared with itself gives kl = js = 0 and top1_agreement = 1.
+
+    Returns:
+        Of the model: `parameters`, `flops_per_token` of a forward pass, `bytes` of the weights on disk.
     """
     network = load_model(model, dtype)
     dense = {name: tensor.to(network.device) for name, tensor in load_file(reference / REFERENCE).items()}
@@ -49,7 +52,11 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
     for i, hidden in enumerate(hidden_states(network, dense["tokens"], "measure")):
         documents.append(document_measures(hidden[0], head, dense["hidden"][i], dense["head"], dense["tokens"][i]))
     (folder / RESULTS).write_text(json.dumps(summary(documents), indent=1) + "\n", encoding="utf-8")
-    return {"parameters": count_parameters(network)}
+    return {
+        "parameters": count_parameters(network),
+        "flops_per_token": flops_per_token(network),
+        "bytes": weight_bytes(model),
+    }
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from hfprune.modeling_per_layer import CLASSES
 
 # `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PREFILL = 256  # tokens of the sequence that efficiency is counted and timed on
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -81,6 +82,24 @@ def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 def count_parameters(model: PreTrainedModel) -> int:
     """All parameters of the model, tied embeddings counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(model: PreTrainedModel) -> int:
+    """Floating-point operations of a forward pass over one sequence of `PREFILL` tokens, divided by its tokens.
+
+    2 (a product and a sum) for each weight of each linear layer, the output projection among them; and 4 for each
+    dimension of each attention head and each token of the sequence: 2 for the scores, 2 for the sum of values, counted
+    without the causal mask. Norms, activations, softmax and embedding lookups are not counted. This is what
+    `torch.utils.flop_counter` counts.
+    """
+    linear = sum(2 * each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear))
+    heads = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
+    return linear + 4 * heads * PREFILL
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's weights on disk."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def logits_of(hidden: Tensor, head: Tensor) -> Tensor:

@@ -128,10 +128,10 @@ def experiment(checkpoint, data) -> dict:
     }
 
 
-def run_hfprune(store: Path, *words, status: int = 0, **environment) -> str:
+def run_hfprune(store: Path | None, *words, status: int = 0, **environment) -> str:
     """Run `hfprune` in a process of its own; the last line it printed, or of its message where it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "hfprune", *map(str, words), "--store", store],
+        [sys.executable, "-m", "hfprune", *map(str, words), *(["--store", store] if store else [])],
         capture_output=True,
         text=True,
         env=os.environ | environment,

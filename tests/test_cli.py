@@ -8,8 +8,8 @@ import pytest
 from hfprune.cli import main
 
 STAGES = ("score", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config")
-SHARING = ("export", "push")
-COMMANDS = [*((stage,) for stage in (*STAGES, *SHARING)), *(("download", kind) for kind in ("model", "text", "task"))]
+OTHERS = ("efficiency", "export", "push")
+COMMANDS = [*((stage,) for stage in (*STAGES, *OTHERS)), *(("download", kind) for kind in ("model", "text", "task"))]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
