@@ -1,4 +1,7 @@
-"""The model card of a pruned checkpoint: what was done to which model, and what was measured of the result."""
+"""The model card of a pruned checkpoint: what was done to which model, and what was measured of the result.
+
+Its words are no part of an artifact's key: everything in it stands in `pruning.json` and in results.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hfprune.layout import LICENCE, PRUNING
+from hfprune.layout import CARD, LICENCE, PRUNING
 
 TITLES = {
     "perplexity": "Perplexity",
@@ -52,8 +55,15 @@ def read_pruning(folder: Path) -> dict[str, Any]:
     return json.loads((folder / PRUNING).read_text(encoding="utf-8"))
 
 
-def card(pruning: Mapping[str, Any], figures: Sequence[Figure] = (), address: str = "path/to/this/folder") -> str:
-    """The text of `README.md`, a YAML header in the form of the hub's model cards before it.
+def write_card(
+    folder: Path, pruning: Mapping[str, Any], figures: Sequence[Figure] = (), address: str = "path/to/this/folder"
+) -> None:
+    """Write `card` as the `README.md` of a checkpoint's folder."""
+    (folder / CARD).write_text(card(pruning, figures, address), encoding="utf-8")
+
+
+def card(pruning: Mapping[str, Any], figures: Sequence[Figure], address: str) -> str:
+    """What was done and measured, a YAML header in the form of the hub's model cards before it.
 
     Args:
         pruning: the content of the checkpoint's `pruning.json`.
@@ -102,7 +112,7 @@ def _what_was_done(pruning: Mapping[str, Any]) -> str:
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return (
-        "Made by hfprune, no training after the cut unless it says so. `pruning.json` has the indices that stayed.\n\n"
+        "Cut by hfprune, not trained after the cut. `pruning.json` has the indices of what stayed.\n\n"
         f"| | |\n|---|---|\n{table}"
     )
 

@@ -358,10 +358,13 @@ def _prune(args: argparse.Namespace) -> None:
         raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
 
     def produce(folder: Path) -> dict:
+        from hfprune.card import read_pruning, write_card
         from hfprune.surgery import prune
 
         calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
-        return prune(folder, model.folder, scores.folder, _provenance(model), calibration, **asked)
+        done = prune(folder, model.folder, scores.folder, _provenance(model), calibration, **asked)
+        write_card(folder, read_pruning(folder))
+        return done
 
     _make(args, stages.recipe("prune", asked, model=model.key, scores=scores.key), produce)
 

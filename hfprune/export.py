@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hfprune.artifacts import Artifact, Store
-from hfprune.card import Estimate, Figure, card, read_pruning
+from hfprune.card import Estimate, Figure, read_pruning, write_card
 from hfprune.errors import UserError
 from hfprune.layout import CARD
 from hfprune.tables import collect, headline
@@ -40,9 +40,7 @@ def export(
     for name in model.manifest["files"]:
         if name != CARD:
             place((model.folder / name).resolve(), folder / name)
-    (folder / CARD).write_text(
-        card(read_pruning(model.folder), found, address or folder.resolve().name), encoding="utf-8"
-    )
+    write_card(folder, read_pruning(model.folder), found, address or folder.resolve().name)
 
 
 def push(repository: str, private: bool, model: Artifact, results: list[Artifact], store: Store) -> str:

@@ -1,9 +1,11 @@
 """Llama, Mistral, Qwen2 and Qwen3 with MLPs of a width of their own in every layer.
 
 The stock classes of transformers, but for the MLPs: `config.intermediate_sizes` lists their widths, first layer to
-last. A checkpoint of such a model carries this file (written by hfprune), so that it needs nothing but transformers:
+last. A checkpoint of such a model carries this file, so that it needs nothing but transformers:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+Part of hfprune, Apache-2.0.
 """
 
 from copy import deepcopy

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfprune import card, checkpoint
+from hfprune import checkpoint
 from hfprune.allocation import uniform
 from hfprune.errors import UserError
-from hfprune.layout import CARD, PRUNING, SCORES, layer_name
+from hfprune.layout import PRUNING, SCORES, layer_name
 from hfprune.models import count_parameters, load_model, mlps, set_linear
 
 
@@ -27,7 +27,7 @@ def prune(
     dtype: str,
     pad: bool,
 ) -> dict[str, Any]:
-    """Stage `prune`: write the pruned checkpoint, its `pruning.json` and its model card into `folder`.
+    """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
     The checkpoint has been reloaded in a fresh process, see `checkpoint.prove`, or there is none.
 
@@ -74,7 +74,6 @@ def prune(
         "kept": [layer.tolist() for layer in kept],
     }
     (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card.card(report), encoding="utf-8")
     return done
 
 

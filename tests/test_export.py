@@ -29,7 +29,7 @@ PRUNING = {
 
 
 def test_a_card_says_what_was_done_in_the_hubs_form():
-    found = ModelCard(card(PRUNING))
+    found = ModelCard(card(PRUNING, [], "path/to/this/folder"))
     assert found.data.base_model == "someone/Tiny-1B"
     assert found.data.license == "apache-2.0"
     assert found.data.library_name == "transformers"
@@ -68,7 +68,7 @@ def test_a_card_holds_the_figures_and_the_address_that_it_is_given():
 def test_a_card_says_what_padding_is_and_that_a_licence_is_not_known():
     source = {"name": "mine", "content": "0" * 64}
     plain = PRUNING["reload"] | {"trust_remote_code": False}
-    text = card(PRUNING | {"padding": 200, "source": source, "reload": plain})
+    text = card(PRUNING | {"padding": 200, "source": source, "reload": plain}, [], "here")
     assert "1 to 3, padded to 3 with zeros (200 parameters that do nothing)" in text
     assert "trust_remote_code" not in text
     assert "`mine`, a local checkpoint; its licence is not known here" in text
