@@ -43,8 +43,8 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
                     found.setdefault((name, task, metric), []).append(value)
     del models, model
     rows = [(*what, statistics.median(values), rounds) for what, values in found.items()]
-    # A process of its own for each, or the first model's peak would be everyone's.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    # A process of its own for each, not spawned from this one: Linux counts the spawning process's peak as the child's.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), max_tasks_per_child=1) as pool:
         for name, folder in folders.items():
             peak = pool.submit(peak_of, folder, dtype, new_tokens).result()
             rows.append((name, "inference", "peak_bytes", peak, 1))

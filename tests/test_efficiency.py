@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune.artifacts import Recipe, Store
-from hfprune.efficiency import decode
+from hfprune.artifacts import Recipe, Store, peak_memory
+from hfprune.efficiency import decode, time_models
 from hfprune.fidelity import measure, reference
 from hfprune.models import PREFILL, flops_per_token, load_model, weight_bytes
 from hfprune.surgery import cut
@@ -52,6 +52,13 @@ def test_decoding_takes_the_tokens_that_generate_takes(checkpoint, monkeypatch):
         eos_token_id=-1,
     )
     assert torch.equal(torch.cat(fed, 1), expected)
+
+
+def test_the_memory_of_a_model_is_not_that_of_the_process_that_asks(checkpoint):
+    ballast = bytearray(500_000_000)
+    rows = time_models({"tiny": checkpoint}, "float32", rounds=1, new_tokens=2)
+    (peak,) = [row["value"] for row in rows if row["metric"] == "peak_bytes"]
+    assert 0 < peak < peak_memory() - len(ballast) // 2
 
 
 def test_the_command_times_models_side_by_side(checkpoint, tmp_path):
