@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.run is None:
         print(WELCOME, end="")
         return 0
-    if args.command != "download":  # what is not downloaded by then is missing: say so, do not fetch it
+    if args.command not in ("download", "push"):  # what is not downloaded by then is missing: say so, do not fetch it
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     try:
         args.run(args)
@@ -202,6 +202,44 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
     compare.add_argument("scores", nargs="+", type=Path, help="artifacts of score, of one model")
 
+    efficiency = command(
+        "efficiency",
+        _efficiency,
+        "Time checkpoints side by side: prefill, decoding, peak memory.",
+        "hfprune efficiency --models store/model/KEY store/prune/KEY --output efficiency.csv",
+    )
+    efficiency.add_argument("--models", nargs="+", type=Path, required=True, help="checkpoints, dense and pruned")
+    efficiency.add_argument("--output", type=Path, required=True, help="the csv to write")
+    efficiency.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    efficiency.add_argument("--tokens", type=int, default=64, help="new tokens to decode (default: %(default)s)")
+    _add_options(efficiency, MeasureParameters)
+
+    measured = "--results store/measure/*/ store/evaluate/*/"
+    export = command(
+        "export",
+        _export,
+        "Copy a pruned checkpoint out of the store, its model card with what was measured of it.",
+        f"hfprune export --model store/prune/KEY {measured} --output SmolLM2-107M",
+    )
+    push = command(
+        "push",
+        _push,
+        "Upload a pruned checkpoint, its model card with what was measured of it, to the Hugging Face hub.",
+        f"hfprune push --model store/prune/KEY {measured} --to me/SmolLM2-107M --private",
+    )
+    for each in (export, push):
+        _add_inputs(each, model="pruned checkpoint")
+        each.add_argument(
+            "--results",
+            nargs="+",
+            type=Path,
+            required=True,
+            help="artifacts of measure and evaluate; those of this model and of its dense one are used",
+        )
+    export.add_argument("--output", type=Path, required=True, help="the folder to make")
+    push.add_argument("--to", required=True, metavar="OWNER/NAME", help="the repository, made where there is none")
+    push.add_argument("--private", action="store_true", help="a new repository is private")
+
     config = command(
         "config",
         _config,
@@ -218,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     makers = (model, text, task, score, shard, prune, reference, measure, evaluate)
-    for each in (*makers, collect):
+    for each in (*makers, collect, export, push):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
         each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
@@ -318,7 +356,7 @@ def _score(args: argparse.Namespace) -> None:
 
     def produce(folder: Path) -> dict:
         save_scores(folder, merge([by_key[each.key] for each in expected], model=inputs.folders["model"], **read))
-        return {"shards": len(shards)}
+        return {"text": inputs.text, "shards": len(shards)}
 
     _make(args, recipe(asked.criterion), produce)
 
@@ -331,10 +369,11 @@ def _shard(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a scoring stage is made from, by name: keys of artifacts, and their folders."""
+    """What a scoring stage is made from: keys of artifacts and their folders, and the text's name for people."""
 
     keys: dict[str, str]
     folders: dict[str, Path]
+    text: str
 
 
 def _scoring(args: argparse.Namespace, section: type[ScoreParameters], stage: str):
@@ -349,9 +388,9 @@ def _scoring(args: argparse.Namespace, section: type[ScoreParameters], stage: st
         if needed != cut:
             wanted = f"--light-cut with scores by {needed}" if needed else "no --light-cut"
             raise UserError(f"criterion {name} takes {wanted}; given: {f'scores by {cut}' if cut else 'none'}.")
-    inputs = Inputs(
-        {name: each.key for name, each in found.items()}, {name: each.folder for name, each in found.items()}
-    )
+    keys = {name: each.key for name, each in found.items()}
+    folders = {name: each.folder for name, each in found.items()}
+    inputs = Inputs(keys, folders, found["text"].manifest["details"]["name"])
 
     def recipe(criterion: str) -> artifacts.Recipe:
         one = parse(section, asked.model_dump() | {"criterion": criterion}, f"hfprune {stage}")
@@ -377,7 +416,8 @@ def _one_pass(
         together = [asked.criterion, *missing]
         started = time.monotonic()
         found = compute(folder, criteria=together, **inputs.folders, **asked.model_dump(exclude={"criterion"}))
-        details = {"together": together, "seconds_together": round(time.monotonic() - started, 3)}
+        seconds = round(time.monotonic() - started, 3)
+        details = {"text": inputs.text, "together": together, "seconds_together": seconds}
 
         def save_one(criterion: str, into: Path) -> dict:
             save(into, found[criterion])
@@ -406,13 +446,28 @@ def _prune(args: argparse.Namespace) -> None:
         raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
 
     def produce(folder: Path) -> dict:
+        from hfprune.card import read_pruning, write_card
         from hfprune.surgery import prune
 
         words = text and text.folder
-        return prune(folder, model.folder, scores.folder, words, scores.parameters, **asked.model_dump())
+        calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
+        source = _provenance(model)
+        done = prune(folder, model.folder, scores.folder, words, source, calibration, **asked.model_dump())
+        write_card(folder, read_pruning(folder))
+        return done
 
     inputs = {"model": model.key, "scores": scores.key} | ({"text": text.key} if text else {})
     _make(args, stages.recipe("prune", asked.read(), **inputs), produce)
+
+
+def _provenance(model: Artifact) -> dict[str, Any]:
+    """Where a model came from and its licence: what was asked for, and what its download found. No local path."""
+    if model.manifest["stage"] == "prune":
+        from hfprune.card import read_pruning
+
+        return read_pruning(model.folder)["source"]
+    known = model.parameters | model.manifest["details"]
+    return {name: value for name, value in known.items() if name != "path"}
 
 
 def _reference(args: argparse.Namespace) -> None:
@@ -516,6 +571,38 @@ def _compare(args: argparse.Namespace) -> None:
     found.to_csv(args.output / "tables" / "agreement.csv", index=False)
     for path in (args.output / "tables" / "agreement.csv", *draw_scores(scores, found, args.output / "figures")):
         print(path)
+
+
+def _efficiency(args: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from hfprune.efficiency import time_models
+
+    dtype = _parameters(args, MeasureParameters).dtype
+    models = [_open(path, "model", "prune") for path in args.models]
+    folders = {f"{each.manifest['stage']} {each.key}": each.folder for each in models}
+    rows = pd.DataFrame(time_models(folders, dtype, args.rounds, args.tokens))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(args.output, index=False)
+    print(rows.to_string(index=False))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from hfprune.export import export
+
+    export(args.output, *_shared(args))
+    print(args.output)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from hfprune.export import push
+
+    print(push(args.to, args.private, *_shared(args)))
+
+
+def _shared(args: argparse.Namespace) -> tuple[Artifact, list[Artifact], Store]:
+    results = [_open(path, "measure", "evaluate") for path in args.results]
+    return _open(args.model, "prune"), results, Store(args.store)
 
 
 def _config(args: argparse.Namespace) -> None:

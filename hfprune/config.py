@@ -163,6 +163,7 @@ class Cut(Section):
     ridge: float = Field(
         0.1, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
     )
+    pad: bool = Field(False, description="make layers of several widths one width again, with zeros that save nothing")
 
 
 class Pruning(Cut):

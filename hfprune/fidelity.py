@@ -15,7 +15,16 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from hfprune.layout import REFERENCE, RESULTS
-from hfprune.models import at_hand, count_parameters, final_hidden, load_model, load_tokenizer, logits_of
+from hfprune.models import (
+    at_hand,
+    count_parameters,
+    final_hidden,
+    flops_per_token,
+    load_model,
+    load_tokenizer,
+    logits_of,
+    weight_bytes,
+)
 from hfprune.products import fast_products
 from hfprune.progress import progress
 from hfprune.texts import sample_sequences
@@ -43,6 +52,9 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
 
     The file maps each measure of `token_measures` to its mean over documents, its standard error over documents
     and their number. The dense model compared with itself gives kl = js = 0 and top1_agreement = 1.
+
+    Returns:
+        Of the model: `parameters`, `flops_per_token` of a forward pass, `bytes` of the weights on disk.
     """
     network = load_model(model, dtype)
     documents: list[dict[str, float]] = []
@@ -53,7 +65,11 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
             one = (hidden[0].to(head.device), head, dense["hidden"][i], dense["head"], dense["tokens"][i])
             documents.append(document_measures(*one))
     (folder / RESULTS).write_text(json.dumps(summary(documents), indent=1) + "\n", encoding="utf-8")
-    return {"parameters": count_parameters(network)}
+    return {
+        "parameters": count_parameters(network),
+        "flops_per_token": flops_per_token(network),
+        "bytes": weight_bytes(model),
+    }
 
 
 @torch.no_grad()

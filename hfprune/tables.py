@@ -56,6 +56,10 @@ def collect(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
             found = [
                 ("perplexity" if name == "perplexity" else "fidelity", text, name, results[name]) for name in results
             ]
+            found += [
+                ("efficiency", "inference", name, {"value": artifact.manifest["details"][name], "stderr": None, "n": 1})
+                for name in ("flops_per_token", "bytes")
+            ]
         else:
             found = [("task", task, name, each[name]) for task, each in results.items() for name in each]
         for group, task, metric, estimate in found:

@@ -128,20 +128,23 @@ def experiment(checkpoint, data) -> dict:
     }
 
 
+def run_hfprune(store: Path | None, *words, status: int = 0, **environment) -> str:
+    """Run `hfprune` in a process of its own; the last line it printed, or of its message where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hfprune", *map(str, words), *(["--store", store] if store else [])],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return (done.stderr if status else done.stdout).splitlines()[-1]
+
+
 @pytest.fixture
 def command(tmp_path):
     """Run `hfprune` in a process of its own, its store in the test's folder; the artifact's folder."""
-
-    def run(*words) -> Path:
-        done = subprocess.run(
-            [sys.executable, "-m", "hfprune", *map(str, words), "--store", tmp_path / "store"],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return Path(done.stdout.splitlines()[-1])
-
-    return run
+    return lambda *words: Path(run_hfprune(tmp_path / "store", *words))
 
 
 @pytest.fixture(autouse=True)

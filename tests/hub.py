@@ -1,5 +1,6 @@
 """A small server that speaks the Hugging Face hub's protocol on 127.0.0.1, for the real client code."""
 
+import base64
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
     def commit(self, files: dict[str, bytes]) -> str:
         """Add a commit to main; its id."""
@@ -35,6 +37,8 @@ class Hub:
     breaks: int = 0  # so many transfers of more than `break_after` bytes break off there
     break_after: int = 11_000_000
     endpoint: str = ""
+    token: str = "hf_write"  # who writes must show it
+    large: dict[str, bytes] = field(default_factory=dict)  # what was uploaded by its sha256
 
     def repository(self, kind: str, name: str) -> Repository:
         """The repository of this kind and name, made where there is none."""
@@ -59,18 +63,66 @@ def serve():
             self.answer()
 
         def do_POST(self):
-            self.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            self.answer(self.body())
+
+        def do_PUT(self):
+            self.answer(self.body())
+
+        def body(self):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def answer(self, body=b""):
             url = urlsplit(self.path)
             path = unquote(url.path)
             hub.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
+            if path == "/api/validate-yaml":
+                return self.json({"errors": [], "warnings": []})
+            writing = re.search(r"^/api/repos/create$|/(preupload|commit)/|/info/lfs/", path)
+            if writing and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                return self.refuse(401, "")
+            if path == "/api/repos/create":
+                return self.create(json.loads(body))
+            if found := re.fullmatch(r"/([^/]+/[^/]+)[.]git/info/lfs/objects/batch", path):
+                return self.batch(json.loads(body)["objects"])
+            if found := re.fullmatch(r"/large/([0-9a-f]{64})", path):
+                hub.large[found[1]] = body
+                return self.json({})
             if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(\S+))?", path):
                 return self.api(*found.groups(), body, parse_qs(url.query))
             if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 kind = "datasets" if found[1] else "models"
                 return self.file(kind, found[2], found[3], found[4])
             return self.refuse(404, "EntryNotFound")
+
+        def create(self, asked):
+            name = f"{asked['organization']}/{asked['name']}"
+            address = {"url": f"{hub.endpoint}/{name}"}
+            if ("models", name) in hub.repositories:
+                return self.json(address, 409)
+            made = hub.repository("models", name)
+            made.private = asked.get("visibility") == "private"
+            made.commit({".gitattributes": b""})
+            return self.json(address)
+
+        def batch(self, objects):
+            """Where to put large files: https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md."""
+            missing = [each for each in objects if each["oid"] not in hub.large]
+            for each in missing:
+                each["actions"] = {"upload": {"href": f"{hub.endpoint}/large/{each['oid']}"}}
+            return self.json({"transfer": "basic", "objects": objects})
+
+        def commit(self, name, repository, lines):
+            files = dict(repository.commits[repository.branches["main"]])
+            for operation in map(json.loads, lines.splitlines()):
+                what, value = operation["key"], operation["value"]
+                if what == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif what == "lfsFile":
+                    files[value["path"]] = hub.large[value["oid"]]
+                elif what == "deletedFile":
+                    del files[value["path"]]
+            made = repository.commit(files)
+            return self.json({"commitUrl": f"{hub.endpoint}/{name}/commit/{made}", "commitOid": made})
 
         def api(self, kind, name, rest, body, query):
             repository = hub.repositories.get((kind, name))
@@ -86,6 +138,13 @@ def serve():
                 siblings = [{"rfilename": file} for file in files]
                 gated = "manual" if repository.gated else False
                 return self.json({"id": name, "sha": commit, "siblings": siblings, "private": False, "gated": gated})
+            if action == "preupload":
+                modes = {True: "lfs", False: "regular"}
+                asked = [each["path"] for each in json.loads(body)["files"]]
+                answers = [{"path": each, "uploadMode": modes[each.endswith(".safetensors")]} for each in asked]
+                return self.json({"files": [each | {"shouldIgnore": False} for each in answers]})
+            if action == "commit":
+                return self.commit(name, repository, body)
             entries = [self.entry(file, content) for file, content in files.items()]
             if action == "paths-info":
                 asked = parse_qs(body.decode()).get("paths") or json.loads(body)["paths"]
@@ -140,9 +199,9 @@ def serve():
             self.wfile.write(part)
             return None
 
-        def json(self, value):
+        def json(self, value, status=200):
             content = json.dumps(value).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

@@ -11,7 +11,8 @@ from hfprune.cli import main
 STAGES = (
     "score", "shard", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config",
 )  # fmt: skip
-COMMANDS = [*((stage,) for stage in STAGES), *(("download", kind) for kind in ("model", "text", "task"))]
+OTHERS = ("efficiency", "export", "push")
+COMMANDS = [*((stage,) for stage in (*STAGES, *OTHERS)), *(("download", kind) for kind in ("model", "text", "task"))]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

