@@ -1,19 +1,18 @@
 """Let the neurons that stay carry what those that go carried: new weights, or a bias, for every `down_proj`.
 
-A layer's MLP writes W h, h its neurons' activations at a token. Let S be the neurons that stay, P those that go, and r
-what is missing at a token once P is silent. With sums over all calibration tokens,
+A layer's MLP writes W h, h its neurons' activations at a token. Let S be the neurons that stay, P those that go, and
+r = W[:, P] h[P] what is lost at a token once P is silent. With sums over all calibration tokens,
 
     G = sum h[S] h[S]^T,    C = sum r h[S]^T,    lambda = ridge * mean(diag G),
 
 the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + lambda I)^-1, and is added to W[:, S].
 
-- `least_squares`: r = W[:, P] h[P] on the intact model.
-- `sequential`: on the model whose layers below are cut and refitted already; r is what its hidden states behind the
-  layer lack of the intact model's, so it also makes up for what the layers below have left missing.
-- `bias`: r as for `least_squares`, but only its mean is made up for, by down_proj's bias (FLAP, arXiv 2312.11983).
+- `least_squares`: h of the intact model.
+- `sequential`: h of the model whose layers below are cut and refitted already.
+- `bias`: h of the intact model; only the mean of r is made up for, by down_proj's bias (FLAP, arXiv 2312.11983).
 
 The layers are refitted first to last, each with all tokens. Beside the weights, memory holds the calibration tokens'
-hidden states at one layer (for `sequential` twice), and one layer's G and C.
+hidden states at one layer, and one layer's G and C.
 """
 
 import sys
@@ -64,24 +63,22 @@ def refit(model: PreTrainedModel, kept: list[Tensor], tokens: Tensor, method: st
             f"{', '.join(map(str, starved))}: what the tokens do not determine, `ridge` does. Take more samples.",
             file=sys.stderr,
         )
-    intact, arguments = entrance(model, tokens)
-    cut = list(intact) if method == "sequential" else None
+    stream, arguments = entrance(model, tokens)
     layers = list(zip(model.model.layers, arguments, kept, strict=True))
     for number, (layer, keywords, stay) in enumerate(progress(layers, "refit", len(layers), "layer")):
         down = layer.mlp.down_proj
         stays = torch.zeros(down.in_features, dtype=torch.bool, device=down.weight.device)
         stays[stay] = True
-        if cut is None:
-            pairs = missing_there(layer, keywords, stays, intact)
-        else:
-            pairs = missing_so_far(layer, keywords, stays, intact, cut)
+        pairs = losses(layer, keywords, stays, stream, advance=method != "sequential")
         if method == "bias":
-            down.bias += (sum(missing.sum((0, 1)) for _, missing in pairs) / tokens.numel()).to(down.bias.dtype)
+            down.bias += (sum(lost.sum((0, 1)) for _, lost in pairs) / tokens.numel()).to(down.bias.dtype)
         else:
             found = correction(pairs, ridge, number)
             down.weight[:, stays] = (down.weight[:, stays] + found).to(down.weight.dtype)
-        if cut is not None:
-            advance(layer, keywords, cut)
+        down.weight[:, ~stays] = 0
+        if method == "sequential":  # the layers above are to see this one as it is now
+            for i, (behind, _) in enumerate(through(layer, keywords, stream)):
+                stream[i] = behind
     details = {"refit_tokens": tokens.numel()}
     return details if method == "bias" else details | {"ridge": ridge, "starved_layers": starved}
 
@@ -127,33 +124,14 @@ def through(layer: nn.Module, keywords: dict[str, Any], stream: Stream) -> Itera
         hook.remove()
 
 
-def advance(layer: nn.Module, keywords: dict[str, Any], stream: Stream) -> None:
-    """Send a stream through a layer, in place."""
-    for i, (behind, _) in enumerate(through(layer, keywords, stream)):
-        stream[i] = behind
-
-
-def missing_there(layer: nn.Module, keywords: dict[str, Any], stays: Tensor, intact: Stream) -> Pairs:
-    """h[S] and r = W[:, P] h[P] on the intact model; then the layer is cut, and `intact` stands behind it."""
-    down = layer.mlp.down_proj
-    removed = down.weight[:, ~stays].float()
-    for i, (behind, activations) in enumerate(through(layer, keywords, intact)):
-        intact[i] = behind
+def losses(layer: nn.Module, keywords: dict[str, Any], stays: Tensor, stream: Stream, advance: bool) -> Pairs:
+    """h[S] and r = W[:, P] h[P] of every batch; with `advance`, `stream` stands behind the layer afterwards."""
+    removed = layer.mlp.down_proj.weight[:, ~stays].float()
+    for i, (behind, activations) in enumerate(through(layer, keywords, stream)):
+        if advance:
+            stream[i] = behind
         activations = activations.float()
         yield activations[..., stays], activations[..., ~stays] @ removed.T
-    down.weight[:, ~stays] = 0
-
-
-def missing_so_far(layer: nn.Module, keywords: dict[str, Any], stays: Tensor, intact: Stream, cut: Stream) -> Pairs:
-    """h[S] on the cut model, and r = what its hidden states lack; then `intact` stands behind the layer, `cut` before.
-
-    `cut` waits for the layer to be refitted.
-    """
-    down = layer.mlp.down_proj
-    advance(layer, keywords, intact)
-    down.weight[:, ~stays] = 0
-    for target, (behind, activations) in zip(intact, through(layer, keywords, cut), strict=True):
-        yield activations[..., stays].float(), target.float() - behind.float()
 
 
 def correction(pairs: Pairs, ridge: float, layer: int) -> Tensor:
@@ -170,10 +148,10 @@ def correction(pairs: Pairs, ridge: float, layer: int) -> Tensor:
         UserError: G + lambda I is not positive definite, or not finite.
     """
     gram = cross = 0.0
-    for activations, missing in pairs:
-        activations, missing = activations.flatten(0, 1), missing.flatten(0, 1)
+    for activations, lost in pairs:
+        activations, lost = activations.flatten(0, 1), lost.flatten(0, 1)
         gram += (activations.T @ activations).double()
-        cross += (missing.T @ activations).double()
+        cross += (lost.T @ activations).double()
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed or not factor.isfinite().all():
