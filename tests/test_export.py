@@ -190,6 +190,8 @@ def test_pushed_to_a_hub_it_loads_from_there(made, tmp_path):
         assert "hf auth login" in said
         assert ("models", "me/tiny-pruned") not in hub.repositories
 
+        assert "not a name: the hub refused it" in refused(made, *push[:-2], "not a name", **where)
+
         run_hfprune(made["store"], *push, **where, HF_TOKEN=hub.token)
         repository = hub.repository("models", "me/tiny-pruned")
         assert repository.private

@@ -127,8 +127,10 @@ def test_local_model_is_linked_and_refused_once_it_changes(checkpoint, tmp_path)
     original.mkdir()
     for file in checkpoint.iterdir():
         (original / file.name).write_bytes(file.read_bytes())
+    (original / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
     folder = download(tmp_path / "store", "model", "--path", original)
     assert (folder / "model.safetensors").is_symlink()
+    assert manifest(folder)["details"] == {"name": "model", "path": str(original), "license": "mit"}
     assert "path" not in manifest(folder)["parameters"]
     content = bytearray((original / "model.safetensors").read_bytes())
     content[-1] ^= 1
