@@ -142,7 +142,8 @@ def test_a_grid_of_cuts_and_what_each_reads(experiment):
     target = Plan(parse(Experiment, changed(experiment, "pruning", {"target_parameters": [20_000]}), "test"))
     (job,) = target.jobs["prune"].values()
     assert job.recipe.parameters == {
-        "target_parameters": 20_000, "round_to": 1, "allocation": "uniform", "refit": "none", "pad": False, "dtype": "float32"
+        "target_parameters": 20_000, "round_to": 1, "allocation": "uniform", "refit": "none",
+        "pad": False, "dtype": "float32",
     }  # fmt: skip
 
 
