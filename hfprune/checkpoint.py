@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from hfprune.errors import UserError
 from hfprune.layout import COMPANIONS
 from hfprune.modeling_per_layer import CLASSES
-from hfprune.models import count_parameters, device, mlps, set_linear
+from hfprune.models import count_parameters, mlps, set_linear
 
 # What a fresh process does with the folder: nothing of hfprune in it, only what anyone with transformers has.
 RELOAD = """\
@@ -66,12 +65,14 @@ class Expected:
         logits: (2, 32, vocabulary) of those tokens, in the model's dtype.
         parameters: how many the model has.
         own_class: whether it is one of `modeling_per_layer`.
+        device: where it was.
     """
 
     tokens: Tensor
     logits: Tensor
     parameters: int
     own_class: bool
+    device: str
 
     @property
     def tolerance(self) -> float:
@@ -136,7 +137,9 @@ def write(model: PreTrainedModel, folder: Path, source: Path) -> Expected:
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-    return Expected(tokens, logits, count_parameters(model), hasattr(model.config, "intermediate_sizes"))
+    return Expected(
+        tokens, logits, count_parameters(model), hasattr(model.config, "intermediate_sizes"), str(model.device)
+    )
 
 
 def prove(folder: Path, expected: Expected) -> dict[str, Any]:
@@ -147,19 +150,18 @@ def prove(folder: Path, expected: Expected) -> dict[str, Any]:
 
     Returns:
         `max_difference` of the logits, `tolerance`, `dtype`, `parameters`, `generated` tokens, `trust_remote_code`,
-        `tokenizer` class, version of `transformers`, and the `seconds` it took.
+        `tokenizer` class and version of `transformers`.
 
     Raises:
         UserError: it does not load, or is not the model that was saved.
     """
     gc.collect()  # the model that was saved
     torch.cuda.empty_cache()
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         record = Path(scratch) / "expected.safetensors"
         save_file({"tokens": expected.tokens, "logits": expected.logits}, record)
         done = subprocess.run(
-            [sys.executable, "-P", "-c", RELOAD, folder, record, str(device()), str(expected.own_class)],
+            [sys.executable, "-P", "-c", RELOAD, folder, record, expected.device, str(expected.own_class)],
             env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
             capture_output=True,
             text=True,
@@ -176,8 +178,7 @@ def prove(folder: Path, expected: Expected) -> dict[str, Any]:
         raise _not_proven(
             folder, f"logits differ by up to {found['max_difference']:.3g}, tolerance {expected.tolerance:.3g}"
         )
-    more = {"tolerance": expected.tolerance, "trust_remote_code": expected.own_class}
-    return found | more | {"seconds": round(time.monotonic() - started, 3)}
+    return found | {"tolerance": expected.tolerance, "trust_remote_code": expected.own_class}
 
 
 def _not_proven(folder: Path, what: str) -> UserError:

@@ -198,7 +198,9 @@ class Pruning(Cut):
 class Evaluation(Section):
     """Zero-shot tasks of lm-eval."""
 
-    tasks: dict[Name, TaskSource] = Field(min_length=1, description="lm-eval's task name, and its documents")
+    tasks: dict[Name, TaskSource] = Field(
+        {}, description="lm-eval's task name, and its documents; none: fidelity alone"
+    )
     limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; null: all")
     seed: Seed = 0
 
@@ -219,7 +221,7 @@ class Experiment(Section):
     texts: dict[Name, TextSource] = Field(min_length=1)
     calibration: Calibration
     pruning: Pruning = Pruning()
-    evaluation: Evaluation
+    evaluation: Evaluation = Evaluation()
     fidelity: Fidelity
 
     @model_validator(mode="after")

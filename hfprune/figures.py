@@ -35,8 +35,11 @@ NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def draw(metrics: pd.DataFrame, folder: Path) -> Iterator[Path]:
-    """Draw the figures of `metrics.csv` into `folder`; their paths."""
-    yield from _save({"accuracy": lambda: accuracy(metrics), "kl": lambda: kl(metrics)}, folder)
+    """Draw the figures of `metrics.csv` into `folder`, of accuracy where tasks were evaluated; their paths."""
+    figures = {"kl": lambda: kl(metrics)}
+    if (metrics["group"] == "task").any():
+        figures["accuracy"] = lambda: accuracy(metrics)
+    yield from _save(figures, folder)
 
 
 def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> Iterator[Path]:

@@ -87,23 +87,19 @@ class Plan:
                         inputs["text"] = texts[config.calibration.text]
                     label = f"{cut.label} by {criterion}, seed {seed}"
                     models.append((self._add("prune", cut.read(), inputs, label), label))
-        sampling = config.evaluation.model_dump(exclude={"tasks"}) | dtype
         for model, label in models:
             self.measures.append(self._add("measure", dtype, {"model": model, "reference": reference}, label))
-            parts = {
-                name: recipe("evaluate-task", sampling, model=model.key, task=task.key).key
-                for name, task in tasks.items()
-            }
-            self.evaluations.append(
-                self._put(
-                    Job(
-                        recipe("evaluate", {}, model=model.key, **parts),
-                        {"model": model, "tasks": list(tasks.values())},
-                        options(sampling),
-                        label,
-                    )
-                )
-            )
+            if tasks:
+                self.evaluations.append(self._evaluate(model, tasks, label))
+
+    def _evaluate(self, model: Job, tasks: Mapping[str, Job], label: str) -> Job:
+        """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
+        sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
+        parts = {
+            name: recipe("evaluate-task", sampling, model=model.key, task=task.key).key for name, task in tasks.items()
+        }
+        made = recipe("evaluate", {}, model=model.key, **parts)
+        return self._put(Job(made, {"model": model, "tasks": list(tasks.values())}, options(sampling), label))
 
     def _score(self, model: Job, text: Job, seed: int) -> list[Job]:
         """One job for each criterion asked for."""

@@ -136,13 +136,10 @@ def summary(metrics: pd.DataFrame) -> pd.DataFrame:
 
     Each value stands beside its standard error, `value` and `value ±`.
     """
-    accuracy = over_seeds(headline(metrics))
-    mean = mean_accuracy(accuracy).assign(task="Mean")
-    accuracy = pd.concat([accuracy.assign(task=accuracy["task"].map(lambda name: TASK_TITLES.get(name, name))), mean])
-    accuracy[["value", "stderr"]] *= 100
     others = {"perplexity": "Perplexity", "kl": "KL (nats/token)", "top1_agreement": "Top-1 agreement"}
     measures = over_seeds(metrics[metrics["metric"].isin(others)])
     measures["task"] = measures["metric"].map(others)
+    accuracy = _accuracy(metrics)
     both = pd.concat([accuracy, measures])
     columns = [*dict.fromkeys(accuracy["task"]), *others.values()]
     size = measures.drop_duplicates(MODEL).set_index(MODEL)[["ratio_achieved", "parameters"]]
@@ -154,6 +151,17 @@ def summary(metrics: pd.DataFrame) -> pd.DataFrame:
         table[column] = found["value"]
         table[f"{column} ±"] = found["stderr"]
     return table.reset_index()
+
+
+def _accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The accuracy of each task and their mean, in per cent; nothing where no task was evaluated."""
+    if not (metrics["group"] == "task").any():
+        return pd.DataFrame(columns=[*MODEL, "task", "value", "stderr"])
+    accuracy = over_seeds(headline(metrics))
+    mean = mean_accuracy(accuracy).assign(task="Mean")
+    accuracy = pd.concat([accuracy.assign(task=accuracy["task"].map(lambda name: TASK_TITLES.get(name, name))), mean])
+    accuracy[["value", "stderr"]] *= 100
+    return accuracy
 
 
 def write_summary(metrics: pd.DataFrame, folder: Path) -> list[Path]:

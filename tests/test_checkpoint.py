@@ -181,7 +181,6 @@ def test_prune_writes_the_proof_beside_the_checkpoint(pad, made, tmp_path, monke
     assert reload["parameters"] == done["parameters"] == count_parameters(load_model(out, "float32"))
     assert reload["generated"] == 8
     assert reload["trust_remote_code"] is not pad
-    assert reload["seconds"] > 0
     assert (out / "modeling_per_layer.py").exists() is not pad
     assert written["padding"] == pad * (3 * 40 - sum(WIDTHS)) * 3 * 32
     assert [len(layer) for layer in written["kept"]] == list(WIDTHS)
@@ -249,7 +248,7 @@ def test_a_checkpoint_damaged_between_saving_and_proof_is_refused(damage, messag
 
 def test_the_tolerance_is_a_few_roundings_of_the_largest_logit():
     def tolerance(logits):
-        return checkpoint.Expected(TOKENS, logits, 0, False).tolerance
+        return checkpoint.Expected(TOKENS, logits, 0, False, "cpu").tolerance
 
     assert tolerance(torch.tensor([-20.0, 3.0])) == 1e-4
     assert tolerance(torch.tensor([-20.0, 3.0], dtype=torch.bfloat16)) == 2 * 2**-7 * 20

@@ -38,7 +38,7 @@ rule figures:
     input:
         rules.collect.output,
     output:
-        drawn("accuracy", "kl"),
+        drawn("kl", *(["accuracy"] if plan.evaluations else [])),
     log:
         "logs/figures.log",
     conda:
