@@ -148,6 +148,9 @@ def agreement(found: pd.DataFrame) -> Figure:
         axis.set_title(title, fontsize=9)
         axis.grid(False)
         axis.spines[:].set_visible(False)
+    figure.supxlabel(
+        "Two criteria at the same calibration seed; on the diagonal, one criterion at two seeds", fontsize=8
+    )
     return figure
 
 
