@@ -338,11 +338,9 @@ def _download_task(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from hfprune.scoring import merge, save_scores, score
-
     asked, recipe, inputs = _scoring(args, ScoreParameters, "score")
     if not args.shards:
-        return _one_pass(args, asked, recipe, inputs, score, save_scores)
+        return _one_pass(args, asked, recipe, inputs)
     shards = [_open(path, "shard") for path in args.shards]
     parts = [ShardParameters(**asked.model_dump(), shard=i, shards=len(shards)) for i in range(len(shards))]
     expected = [stages.recipe("shard", part.read(), **inputs.keys) for part in parts]
@@ -355,6 +353,8 @@ def _score(args: argparse.Namespace) -> None:
     read = asked.model_dump(include={"criterion", "length", "seed", "draws", "dtype"})
 
     def produce(folder: Path) -> dict:
+        from hfprune.scoring import merge, save_scores
+
         save_scores(folder, merge([by_key[each.key] for each in expected], model=inputs.folders["model"], **read))
         return {"text": inputs.text, "shards": len(shards)}
 
@@ -362,9 +362,7 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _shard(args: argparse.Namespace) -> None:
-    from hfprune.scoring import save_sums, shard
-
-    _one_pass(args, *_scoring(args, ShardParameters, "shard"), shard, save_sums)
+    _one_pass(args, *_scoring(args, ShardParameters, "shard"))
 
 
 @dataclass(frozen=True)
@@ -380,9 +378,16 @@ def _scoring(args: argparse.Namespace, section: type[ScoreParameters], stage: st
     """The parameters of `score` or `shard`, the recipe of each criterion with them, and the inputs."""
     asked: ScoreParameters = _parameters(args, section)
     found = {"model": _open(args.model, "model", "prune"), "text": _open(args.text, "text")}
+    for name in args.together:  # refused by name, as the criterion itself
+        parse(section, asked.model_dump() | {"criterion": name}, f"hfprune {stage}")
+    cut = None
     if args.light_cut:
-        found["light_cut"] = _open(args.light_cut, "score")
-    cut = found["light_cut"].parameters["criterion"] if args.light_cut else None
+        found["light_cut"] = scores = _open(args.light_cut, "score")
+        cut = scores.parameters["criterion"]
+        if scores.manifest["inputs"]["model"] != found["model"].key:
+            raise UserError(
+                f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {found['model'].key}."
+            )
     for name in (asked.criterion, *args.together):
         needed = getattr(CRITERIA[name], "light_cut", None)
         if needed != cut:
@@ -404,14 +409,16 @@ def _one_pass(
     asked: ScoreParameters,
     recipe: Callable[[str], artifacts.Recipe],
     inputs: Inputs,
-    compute: Callable[..., dict[str, Any]],
-    save: Callable[[Path, Any], None],
 ) -> None:
     """Make the artifact asked for and, in the same pass over the text, those of the other criteria that are missing."""
     store = Store(args.store)
     others = {name: recipe(name) for name in args.together if name != asked.criterion}
 
     def produce(folder: Path) -> dict:
+        from hfprune import scoring
+
+        ways = {"score": (scoring.score, scoring.save_scores), "shard": (scoring.shard, scoring.save_sums)}
+        compute, save = ways[recipe(asked.criterion).stage]
         missing = {name: each for name, each in others.items() if not store.has(each.stage, each.key)}
         together = [asked.criterion, *missing]
         started = time.monotonic()

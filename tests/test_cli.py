@@ -117,3 +117,11 @@ def test_stages_by_hand_refuse_what_does_not_belong_together(checkpoint, data, t
     assert "largest ratio that this model's MLPs allow" in refused(
         "prune", "--model", model, "--scores", scores, "--ratio", 0.9
     )
+
+    of = ("--model", model, "--text", text, "--samples", 4, "--length", 16, "--criterion")
+    assert "takes --light-cut with scores by cross_entropy; given: none" in refused("score", *of, "self_distillation")
+    assert "given: scores by entropy" in refused("score", *of, "self_distillation", "--light-cut", scores)
+    assert "criterion = 'fisherman'" in refused("score", *of, "entropy", "--together", "fisherman")
+    assert "expected shard < shards <= samples" in refused("shard", *of, "entropy", "--shard", 2, "--shards", 2)
+    shard = command("shard", *of, "entropy", "--shard", 0, "--shards", 2)
+    assert "not the 1 parts of these scores" in refused("score", *of, "entropy", "--seed", 1, "--shards", shard)
