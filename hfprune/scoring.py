@@ -300,7 +300,7 @@ def add_up(
     size = batch or _batch_size(tokens.shape[1])
     watch = Watch(sums, moments, bool(by_gradient), silenced(light_cut) if light_cut else None)
     output = model.get_output_embeddings()
-    batches = tokens[part.start + sums.sequences : part.stop].split(size) if part else ()
+    left = tokens[part.start + sums.sequences : part.stop]
     saved = time.monotonic()
     with ExitStack() as stack:
         for layer, mlp in enumerate(mlps(model)):
@@ -311,7 +311,7 @@ def add_up(
             print("memory is short: each layer is computed once more in the backward pass", flush=True)
             stack.enter_context(checkpointed(model, lambda: watch.during("again")))
         head = output.weight
-        for rows in progress(batches, "score", len(batches), "batch"):
+        for rows in progress(left.split(size) if len(left) else (), "score", left.numel(), " tokens", torch.numel):
             dense = None
             if light_cut:
                 with watch.during("dense"), torch.no_grad():
