@@ -52,7 +52,7 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
         ),
         ("pruning.ridge", -1, r"pruning\.ridge = -1: .*greater than or equal to 0"),
         ("pruning.criteria", ["entrpy"], r"pruning\.criteria\.0 = 'entrpy': .*Did you mean 'entropy'\?"),
-        ("evaluation.tasks", {}, r"evaluation\.tasks = \{\}: .*at least 1 item"),
+        ("calibration.shards", 100, r"calibration: shards = 100: there are only 6 samples"),
         ("calibration.samples", "many", r"calibration\.samples = 'many': .*valid integer"),
         ("calibration.text", "calibrations", r"calibration\.text = 'calibrations': not one of `texts`: calibration,"),
         ("fidelity.text", "calibration", r"shares documents with calibration\.text"),
@@ -164,3 +164,9 @@ def test_a_local_model_counts_by_its_content_not_its_place(experiment, checkpoin
     assert keys(changed(experiment, "model.path", str(moved)), "score") == keys(experiment, "score")
     (moved / "config.json").write_text((moved / "config.json").read_text().replace("silu", "gelu"))
     assert keys(changed(experiment, "model.path", str(moved)), "score") != keys(experiment, "score")
+
+
+def test_without_tasks_only_fidelity_is_measured(experiment):
+    plan = Plan(parse(Experiment, changed(experiment, "evaluation", {"tasks": {}}), "test"))
+    assert not plan.evaluations and not plan.jobs["evaluate"] and not plan.jobs["task"]
+    assert len(plan.measures) == 3

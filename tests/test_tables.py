@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from hfprune import figures
-from hfprune.statistics import varying
+from hfprune.statistics import MODEL, varying
 from hfprune.tables import COLUMNS, summary, write_summary
 
 METRICS = [
@@ -70,3 +70,12 @@ def test_more_lines_than_colours_can_be_told_apart():
     looks = [each.lines[0] for each in figure.axes[0].get_legend_handles_labels()[0]]
     assert len({(line.get_color(), line.get_linestyle()) for line in looks}) == 12
     plt.close(figure)
+
+
+def test_without_tasks_there_is_no_accuracy(tmp_path):
+    found = metrics(*WAYS)
+    found = found[found["group"] != "task"]
+    assert list(summary(found))[len(MODEL) :: 2] == ["Removed", "Perplexity", "KL (nats/token)", "Top-1 agreement"]
+    write_summary(found, tmp_path)
+    assert "Perplexity" in (tmp_path / "summary.md").read_text()
+    assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}
