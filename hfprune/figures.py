@@ -89,7 +89,7 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
 
 def kl(metrics: pd.DataFrame) -> Figure:
     """KL divergence from the dense model on held-out text against the share of parameters removed."""
-    figure, axis = plt.subplots(figsize=(3.4, 2.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(3.8, 3.1), layout="constrained")
     found = over_seeds(metrics[metrics["metric"] == "kl"])
     _curves(axis, found)
     axis.set_ylim(bottom=0)
