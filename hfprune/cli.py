@@ -389,7 +389,7 @@ def _scoring(args: argparse.Namespace, section: type[ScoreParameters], stage: st
                 f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {found['model'].key}."
             )
     for name in (asked.criterion, *args.together):
-        needed = getattr(CRITERIA[name], "light_cut", None)
+        needed = CRITERIA[name].light_cut
         if needed != cut:
             wanted = f"--light-cut with scores by {needed}" if needed else "no --light-cut"
             raise UserError(f"criterion {name} takes {wanted}; given: {f'scores by {cut}' if cut else 'none'}.")

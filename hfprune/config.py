@@ -257,8 +257,7 @@ class ScoreParameters(Sampling):
 
     def read(self) -> dict[str, Any]:
         """The parameters that this criterion reads: `draws` only where labels are sampled."""
-        sampled = getattr(CRITERIA[self.criterion], "sampled", False)
-        return self.model_dump(exclude=set() if sampled else {"draws"})
+        return self.model_dump(exclude=set() if CRITERIA[self.criterion].sampled else {"draws"})
 
 
 class ShardParameters(ScoreParameters):

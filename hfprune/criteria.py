@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:  # the config reads the names of the criteria without paying for torch
     from torch import Generator, Tensor, nn
@@ -83,6 +83,8 @@ class StaticCriterion:
 
     score: Callable[[nn.Module, Moments, Generator], Tensor]
     source: str
+    sampled: ClassVar[bool] = False
+    light_cut: ClassVar[None] = None
 
 
 def entropy_gradient(logits: Tensor, _positions: Positions) -> Tensor:
@@ -112,10 +114,9 @@ def cross_entropy_gradient(logits: Tensor, positions: Positions) -> Tensor:
 
 
 LIGHT_CUT = 0.025  # share of a layer's neurons: SDMPrune keeps 3.9 of 4.0 times the hidden size of Llama-3.2-1B
-DISTILLATION_WEIGHT, DISTILLATION_TEMPERATURE = (
-    0.4,
-    0.2,
-)  # SDMPrune's settings for 20 %; the temperature is the teacher's
+# SDMPrune's settings for 20 %; the temperature is the teacher's.
+DISTILLATION_WEIGHT = 0.4
+DISTILLATION_TEMPERATURE = 0.2
 
 
 def self_distillation_gradient(logits: Tensor, positions: Positions) -> Tensor:
@@ -202,7 +203,7 @@ def passes(names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
 
     The first is on the intact model, with the criteria that light cuts are made by, asked for or not.
     """
-    cuts = {name: getattr(CRITERIA[name], "light_cut", None) for name in names}
+    cuts = {name: CRITERIA[name].light_cut for name in names}
     needed = list(dict.fromkeys(cut for cut in cuts.values() if cut))
     intact = dict.fromkeys([*(name for name in names if not cuts[name]), *needed])
     return [(None, list(intact)), *((cut, [name for name in names if cuts[name] == cut]) for cut in needed)]

@@ -1,7 +1,7 @@
 """Matrix products of float32 on a CPU by oneDNN.
 
-PyTorch hands them to MKL, which on processors with AVX-512 that are not Intel's reaches a half to nine tenths of
-oneDNN's rate (`benchmarks/scoring.py` measures both). Both compute in float32; results differ by rounding.
+PyTorch hands them to MKL, which on the AMD EPYC with AVX-512 that we have reaches a half to nine tenths of oneDNN's
+rate, by shape (`benchmarks/scoring.py` measures a large one). Both compute in float32; results differ by rounding.
 """
 
 from contextlib import AbstractContextManager, nullcontext

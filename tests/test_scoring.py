@@ -22,7 +22,7 @@ from hfprune.scoring import (
 from hfprune.texts import sample_sequences
 from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines
 
-INTACT = [name for name, criterion in CRITERIA.items() if not getattr(criterion, "light_cut", None)]
+INTACT = [name for name, criterion in CRITERIA.items() if not criterion.light_cut]
 GRADIENT = [name for name, criterion in CRITERIA.items() if isinstance(criterion, GradientCriterion)]
 
 
