@@ -15,9 +15,9 @@ import torch
 from common import record
 from scoring import SHAPES, build
 
-from hfprune.budget import neurons_to_keep
+from hfprune.budget import units_to_keep
 from hfprune.efficiency import time_models
-from hfprune.models import PREFILL, count_parameters, flops_per_token, mlps, weight_bytes
+from hfprune.models import PREFILL, count_parameters, flops_per_token, weight_bytes
 from hfprune.surgery import cut
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
@@ -38,8 +38,9 @@ def main() -> None:
         for ratio in RATIOS:
             model = build(args.shape)
             if ratio:
-                width = round(neurons_to_keep(model, ratio) / len(mlps(model)))
-                cut(model, [torch.arange(width)] * len(mlps(model)))
+                layers = model.config.num_hidden_layers
+                width = round(units_to_keep(model, ratio).keep["mlp"] / layers)
+                cut(model, {"mlp": [torch.arange(width)] * layers})
             name = f"{ratio:.0%} pruned" if ratio else "dense"
             folders[name] = Path(scratch) / name
             model.save_pretrained(folders[name])

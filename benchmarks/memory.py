@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune import memory
 from hfprune.models import device
-from hfprune.scoring import neuron_scores
+from hfprune.scoring import unit_scores
 
 LAYERS = SHAPES["llama-2-7b"]["num_hidden_layers"]
 
@@ -35,7 +35,7 @@ def peak(depth: int, length: int, anew: bool, results) -> None:
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        neuron_scores(model, tokens, ["entropy"])
+        unit_scores(model, tokens, ["entropy"])
         results.put(torch.cuda.max_memory_allocated() - before)
         return
     process, seen, done = psutil.Process(), [], threading.Event()
@@ -48,7 +48,7 @@ def peak(depth: int, length: int, anew: bool, results) -> None:
     before = process.memory_info().rss
     thread = threading.Thread(target=watch)
     thread.start()
-    neuron_scores(model, tokens, ["entropy"])
+    unit_scores(model, tokens, ["entropy"])
     done.set()
     thread.join()
     results.put(max(seen) - before)

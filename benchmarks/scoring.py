@@ -20,9 +20,10 @@ import torch
 from common import alternate, record
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hfprune.models import count_parameters, device, mlps
+from hfprune.models import count_parameters, device
 from hfprune.products import fast_products
-from hfprune.scoring import neuron_scores
+from hfprune.scoring import unit_scores
+from hfprune.structures import parts
 
 SHAPES = {
     "smollm2-135m": {
@@ -47,10 +48,10 @@ def build(shape: str) -> PreTrainedModel:
 
 def published(model: PreTrainedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Entropy-Taylor as the paper's code goes about it."""
-    downs = [mlp.down_proj for mlp in mlps(model)]
+    downs = [mlp.output for mlp in parts(model, "mlp")]
     sums = [torch.zeros(down.in_features, dtype=torch.bfloat16, device=model.device) for down in downs]
-    for mlp in mlps(model):
-        mlp.requires_grad_(True)
+    for layer in model.model.layers:
+        layer.mlp.requires_grad_(True)
     activations: list[torch.Tensor] = []
 
     def keep(_module, inputs):
@@ -74,7 +75,7 @@ def published(model: PreTrainedModel, tokens: torch.Tensor) -> list[torch.Tensor
 
 def ours(model: PreTrainedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Our engine."""
-    return neuron_scores(model, tokens, ["entropy"])["entropy"]
+    return unit_scores(model, tokens, ["entropy"])["entropy"]
 
 
 PROCEDURES = {"published": published, "ours": ours}
@@ -112,9 +113,9 @@ def cost(model: PreTrainedModel, length: int, rounds: int) -> dict[str, float]:
     """Seconds by number of sequences and by gradient functions, relative to one of each."""
     tokens = torch.randint(0, model.config.vocab_size, (4, length))
     functions = ["entropy", "cross_entropy", "fisher_token", "entropy_top_k"]
-    work = {f"sequences_{n}": lambda n=n: neuron_scores(model, tokens[:n], functions[:1], batch=1) for n in (1, 2, 4)}
-    work |= {f"functions_{n}": lambda n=n: neuron_scores(model, tokens[:1], functions[:n]) for n in (1, 2, 4)}
-    work |= {"static_only": lambda: neuron_scores(model, tokens[:1], ["wanda", "flap", "ppm_activation"])}
+    work = {f"sequences_{n}": lambda n=n: unit_scores(model, tokens[:n], functions[:1], batch=1) for n in (1, 2, 4)}
+    work |= {f"functions_{n}": lambda n=n: unit_scores(model, tokens[:1], functions[:n]) for n in (1, 2, 4)}
+    work |= {"static_only": lambda: unit_scores(model, tokens[:1], ["wanda", "flap", "ppm_activation"])}
     seconds = alternate(work, rounds)
     return {name: each / seconds["sequences_1"] for name, each in seconds.items()}
 

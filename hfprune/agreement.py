@@ -4,11 +4,11 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 from scipy.stats import rankdata, spearmanr
 
 from hfprune.artifacts import Artifact
-from hfprune.layout import SCORES, layer_name
+from hfprune.layout import SCORES
+from hfprune.structures import read_scores
 
 KEPT = 2 / 3  # the share of a layer's neurons that stays when 20 % of a small model's parameters go
 
@@ -40,9 +40,8 @@ def compare(artifacts: list[Artifact]) -> pd.DataFrame:
 
 
 def layers(artifact: Artifact) -> list[np.ndarray]:
-    """The scores of an artifact, (neurons,) per layer."""
-    by_name = load_file(artifact.folder / SCORES)
-    return [by_name[layer_name(i)] for i in range(len(by_name))]
+    """The scores of an artifact's neurons, (neurons,) per layer."""
+    return [layer.numpy() for layer in read_scores(artifact.folder / SCORES)["mlp"]]
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:

@@ -1,61 +1,170 @@
-"""What a budget is in neurons: how many have to stay, or why it cannot be met."""
+"""What a budget is in units: how many have to stay of each part, or why it cannot be met."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from torch import nn
+import torch
 from transformers import PreTrainedModel
 
 from hfprune.allocation import fewest_kept
 from hfprune.errors import UserError
-from hfprune.models import count_parameters, mlps
+from hfprune.models import count_parameters
+from hfprune.structures import STRUCTURES, UNITS, Scores, parts
 
 
-def neurons_to_keep(
+@dataclass(frozen=True)
+class Room:
+    """What one part of all layers holds.
+
+    Attributes:
+        units: of each layer.
+        fewest: that the allocation leaves in each layer.
+        parameters: of one unit.
+        step: the fewest units, in all layers together, that the allocation can remove or leave.
+    """
+
+    units: list[int]
+    fewest: list[int]
+    parameters: int
+    step: int
+
+    @property
+    def most(self) -> int:
+        """Parameters that can be removed."""
+        return (sum(self.units) - sum(self.fewest)) * self.parameters
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget in units.
+
+    Attributes:
+        share: of all parameters, to remove.
+        keep: by part that is cut, how many units stay in all layers together, not yet rounded.
+    """
+
+    share: float
+    keep: dict[str, float]
+
+
+def units_to_keep(
     model: PreTrainedModel,
     ratio: float | None = None,
     ratio_of: str = "all",
     target_parameters: int | None = None,
+    structure: str = "mlp",
+    attention_share: float | None = None,
     allocation: str = "uniform",
     round_to: int = 1,
-) -> float:
-    """How many MLP neurons, in all layers together and not yet rounded, meet the budget.
+    scores: Scores | None = None,
+) -> Budget:
+    """How many units have to stay.
 
     Args:
         model: the dense model.
         ratio: the share to remove of what `ratio_of` says, or None: then `target_parameters` is given.
         ratio_of: "all": of all parameters, tied embeddings counted once; "mlp": of the MLPs' neurons, all of one size.
         target_parameters: how many of all parameters to leave.
-        allocation: how the budget will be shared; with `round_to` it decides how many neurons have to stay.
-        round_to: the step of the widths.
+        structure: a name in `structures.STRUCTURES`.
+        attention_share: with "mlp+attention", the share of what goes that attention gives. None: what it would give
+            in one ranking of all units of the model by their score per parameter.
+        allocation: how the budget will be shared among layers; with `round_to` it decides how many units have to stay.
+        round_to: the step of the MLPs' widths.
+        scores: read where both parts are cut and `attention_share` is None.
 
     Raises:
-        UserError: there is nothing to remove, or the MLPs do not hold that much.
+        UserError: nothing would be removed, or the structure does not hold that much.
     """
-    widths = [mlp.down_proj.in_features for mlp in mlps(model)]
-    neurons, total, per_neuron = sum(widths), count_parameters(model), neuron_parameters(mlps(model)[0])
-    fewest = fewest_kept(allocation, widths, round_to)
-    if too_wide := [(width, least) for width, least in zip(widths, fewest, strict=True) if least > width]:
-        raise UserError(f"round_to {round_to}: a layer has only {too_wide[0][0]} neurons; set a smaller `round_to`.")
+    rooms = {name: room(model, name, allocation, round_to) for name in STRUCTURES[structure]}
+    total, most = count_parameters(model), sum(each.most for each in rooms.values())
     if target_parameters is not None:
-        asked, remove = f"target_parameters {target_parameters}", (total - target_parameters) / per_neuron
+        asked, remove = f"target_parameters {target_parameters}", float(total - target_parameters)
         if remove <= 0:
             raise UserError(f"{asked}: the model has {total:,} parameters; the target has to be smaller.")
-        least = total - (neurons - sum(fewest)) * per_neuron
-        possible = f"smallest target_parameters that this model's MLPs allow is {least}"
+        possible = f"smallest target_parameters that allows is {total - most}"
     else:
-        per_share = total / per_neuron if ratio_of == "all" else neurons  # neurons that the share 1 is worth
-        asked, remove = f"ratio {ratio} of {ratio_of} parameters", ratio * per_share
-        largest = math.floor((neurons - sum(fewest)) / per_share * 10_000) / 10_000
-        possible = f"largest ratio that this model's MLPs allow is {largest}"
-    if neurons - remove < sum(fewest) - 0.5:  # half a neuron: what is allowed is a printed, rounded number
-        raise UserError(
-            f"{asked}: takes {remove:,.0f} of the {neurons:,} neurons in all MLPs, of which allocation {allocation!r} "
-            f"with round_to {round_to} leaves at least {sum(fewest):,}. The {possible}."
+        of = total if ratio_of == "all" else sum(rooms["mlp"].units) * rooms["mlp"].parameters
+        asked, remove = f"ratio {ratio} of {ratio_of} parameters", ratio * of
+        possible = f"largest ratio that allows is {math.floor(most / of * 10_000) / 10_000}"
+    if remove > most + max(each.parameters for each in rooms.values()) / 2:  # what is allowed is a rounded number
+        least = " and ".join(
+            f"{sum(each.fewest):,} of {sum(each.units):,} {UNITS[name]}" for name, each in rooms.items()
         )
-    return neurons - remove
+        raise UserError(
+            f"{asked}: takes {remove:,.0f} parameters. Structure {structure!r} with allocation {allocation!r} and "
+            f"round_to {round_to} leaves at least {least}, and can remove {most:,} parameters. The {possible}."
+        )
+    smallest = min(each.step * each.parameters for each in rooms.values())
+    if remove <= smallest / 2:
+        raise UserError(
+            f"{asked}: takes {remove:,.0f} parameters, less than half of the {smallest:,} that structure {structure!r} "
+            f"with allocation {allocation!r} and round_to {round_to} removes at least ({smallest / total:.4g} of all "
+            "parameters): nothing would go."
+        )
+    given = _split(rooms, remove, attention_share, scores) if len(rooms) > 1 else {structure: remove}
+    keep = {name: sum(each.units) - given[name] / each.parameters for name, each in rooms.items()}
+    return Budget(remove / total, keep)
 
 
-def neuron_parameters(mlp: nn.Module) -> int:
-    """Parameters that one neuron holds: rows of gate and up with their biases, and a column of down."""
-    biases = sum(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj))
-    return mlp.gate_proj.in_features + mlp.up_proj.in_features + mlp.down_proj.out_features + biases
+def room(model: PreTrainedModel, name: str, allocation: str, round_to: int) -> Room:
+    """What a part holds.
+
+    Raises:
+        UserError: a layer is narrower than what has to stay of it.
+    """
+    found, step = parts(model, name), round_to if name == "mlp" else 1
+    units = [each.units for each in found]
+    fewest = fewest_kept(allocation, units, step)
+    if too_wide := [width for width, least in zip(units, fewest, strict=True) if least > width]:
+        raise UserError(f"round_to {round_to}: a layer has only {too_wide[0]} neurons; set a smaller `round_to`.")
+    return Room(units, fewest, found[0].parameters, step * (len(units) if allocation == "uniform" else 1))
+
+
+def _split(
+    rooms: Mapping[str, Room], remove: float, attention_share: float | None, scores: Scores | None
+) -> dict[str, float]:
+    """How many parameters each part gives: whole groups, and what is left by neurons.
+
+    Raises:
+        UserError: a part does not hold the share that is set for it.
+    """
+    mlp, attention = rooms["mlp"], rooms["attention"]
+    if attention_share is None:
+        assert scores is not None
+        groups = _lowest_together(rooms, remove, scores)
+    else:
+        groups = attention_share * remove / attention.parameters
+        for name, asked in (("attention", attention_share * remove), ("mlp", (1 - attention_share) * remove)):
+            if asked > rooms[name].most:
+                fitting = 1 - mlp.most / remove if name == "mlp" else attention.most / remove
+                raise UserError(
+                    f"attention_share {attention_share}: takes {asked:,.0f} parameters of {name}, of which "
+                    f"{rooms[name].most:,} can be removed. The {'smallest' if name == 'mlp' else 'largest'} "
+                    f"attention_share that allows is {fitting:.4f}."
+                )
+    # Groups are large: no more of them than asked for, if neurons can give the rest.
+    needed = math.ceil((remove - mlp.most) / attention.parameters / attention.step) * attention.step
+    allowed = math.floor(remove / attention.parameters / attention.step) * attention.step
+    whole = max(needed, 0, min(allowed, round(groups / attention.step) * attention.step))
+    whole = min(whole, sum(attention.units) - sum(attention.fewest))
+    given = whole * attention.parameters
+    return {"attention": given, "mlp": max(0.0, remove - given)}
+
+
+def _lowest_together(rooms: Mapping[str, Room], remove: float, scores: Scores) -> int:
+    """How many groups are among the units that go when those of the lowest score per parameter go, whatever they are.
+
+    The `fewest` best units of every layer stay in any case.
+    """
+    names, values, sizes = [], [], []
+    for name, each in rooms.items():
+        for layer, least in zip(scores[name], each.fewest, strict=True):
+            free = layer.double().sort(descending=True).values[least:]
+            values.append(free / each.parameters)
+            sizes.append(torch.full_like(free, each.parameters))
+            names.append(torch.full_like(free, name == "attention"))
+    order = torch.cat(values).argsort(stable=True)
+    together = torch.cat(sizes)[order].cumsum(0)
+    gone = order[together <= remove]
+    return int(torch.cat(names)[gone].sum())

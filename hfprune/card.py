@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hfprune.layout import CARD, LICENCE, PRUNING
+from hfprune.structures import UNITS
 
 TITLES = {
     "perplexity": "Perplexity",
@@ -94,10 +95,6 @@ def card(pruning: Mapping[str, Any], figures: Sequence[Figure], address: str) ->
 
 def _what_was_done(pruning: Mapping[str, Any]) -> str:
     calibration, dense = pruning["calibration"], pruning["parameters_dense"]
-    widths = sorted({len(layer) for layer in pruning["kept"]})
-    shown = f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,} to {widths[-1]:,}"
-    if pruning["padding"]:
-        shown += f", padded to {widths[-1]:,} with zeros ({pruning['padding']:,} parameters that do nothing)"
     drawn = f"{calibration['samples']} x {calibration['length']} tokens"
     rows = {
         "Structure cut": pruning["structure"],
@@ -107,7 +104,7 @@ def _what_was_done(pruning: Mapping[str, Any]) -> str:
         "Share of all parameters to remove": f"{pruning['ratio']:.4g}",
         "Share removed": f"{pruning['ratio_achieved']:.4f}",
         "Parameters": f"{pruning['parameters']:,} of {dense:,}",
-        "Neurons a layer": shown,
+        **_widths(pruning),
         "Calibration": f"{drawn} of {calibration['text']}, seed {calibration['seed']}",
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
@@ -115,6 +112,18 @@ def _what_was_done(pruning: Mapping[str, Any]) -> str:
         "Cut by hfprune, not trained after the cut. `pruning.json` has the indices of what stayed.\n\n"
         f"| | |\n|---|---|\n{table}"
     )
+
+
+def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
+    """How many units each layer kept."""
+    rows = {}
+    for name, layers in pruning["kept"].items():
+        widths = sorted(map(len, layers))
+        spread = f"{widths[0]:,}" if widths[0] == widths[-1] else f"{widths[0]:,} to {widths[-1]:,}"
+        rows[f"{UNITS[name].capitalize()} a layer"] = spread
+    if pruning["padding"]:
+        rows["Padding"] = f"{pruning['padding']:,} parameters that are zero make all layers as wide as the widest"
+    return rows
 
 
 def _measured(figures: Sequence[Figure]) -> str:

@@ -1,7 +1,7 @@
 """From a cut model to a checkpoint that loads: widths, files, and the proof that it reloads.
 
-Layers of one width make a plain checkpoint of the stock class. Layers of several widths make one of the classes of
-`modeling_per_layer`, whose file goes into the folder; `pad` makes one width of them again, with zeros.
+Layers that are alike make a plain checkpoint of the stock class. Layers of several widths make one of the classes of
+`modeling_per_layer`, whose file goes into the folder; `pad` makes them alike again, with zeros.
 """
 
 import gc
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad as pad_with_zeros
@@ -24,7 +25,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from hfprune.errors import UserError
 from hfprune.layout import COMPANIONS
 from hfprune.modeling_per_layer import CLASSES
-from hfprune.models import count_parameters, mlps, set_linear
+from hfprune.models import count_parameters, set_linear
+from hfprune.structures import PARTS, parts
 
 # What a fresh process does with the folder: nothing of hfprune in it, only what anyone with transformers has.
 RELOAD = """\
@@ -85,41 +87,70 @@ class Expected:
 
 
 def declare_widths(model: PreTrainedModel) -> None:
-    """Make the config and the class of `model` say the widths that its MLPs have, in place.
+    """Make the config and the class of `model` say the widths of its layers, in place.
 
-    One width: the family's stock class, `config.intermediate_size`. Several: its class of `modeling_per_layer`,
-    `config.intermediate_sizes`, and the widest as `intermediate_size`.
+    Where all layers are alike: the family's stock class. Otherwise, or where the stock class does not take that number
+    of heads (Llama's wants one that divides the hidden size): its class of `modeling_per_layer`, with lists of widths.
     """
-    config, widths = model.config, [mlp.down_proj.in_features for mlp in mlps(model)]
-    for name in ("intermediate_sizes", "auto_map"):
+    config = model.config
+    widths, groups = ([part.units for part in parts(model, name)] for name in PARTS)
+    for name in ("intermediate_sizes", "key_value_heads", "auto_map"):
         if hasattr(config, name):
             delattr(config, name)
     config.intermediate_size = max(widths)
-    if len(set(widths)) == 1:
+    for layer, width in zip(model.model.layers, widths, strict=True):
+        layer.mlp.intermediate_size = width
+    if len(set(widths)) == len(set(groups)) == 1 and stock_takes(model, groups[0]):
+        for name, value in heads(model, groups[0]).items():
+            setattr(config, name, value)
         model.__class__ = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     else:
-        config.intermediate_sizes = widths
+        config.intermediate_sizes, config.key_value_heads = widths, groups
         model.__class__ = CLASSES[config.model_type]  # differs from the stock class in how it is built, not in state
+
+
+def heads(model: PreTrainedModel, groups: int) -> dict[str, int]:
+    """What has to change in a stock config for so many key-value groups in every layer."""
+    config, attention = model.config, model.model.layers[0].self_attn
+    if groups == config.num_key_value_heads:
+        return {}
+    counts = {"num_key_value_heads": groups, "num_attention_heads": groups * attention.num_key_value_groups}
+    return counts | {"head_dim": attention.head_dim}  # else it would follow from the number of heads
+
+
+def stock_takes(model: PreTrainedModel, groups: int) -> bool:
+    """Whether the family's stock config takes so many key-value groups in every layer."""
+    try:
+        type(model.config).from_dict(model.config.to_dict() | heads(model, groups))
+    except (ValueError, StrictDataclassError):
+        return False
+    return True
 
 
 @torch.no_grad()
 def pad(model: PreTrainedModel) -> int:
-    """Make all MLPs of `model` as wide as the widest, in place, with neurons of zeros, which add exactly nothing.
+    """Make all layers of `model` as wide as the widest, in place, with units of zeros, which add exactly nothing.
 
-    The checkpoint then loads wherever the family does, and saves nothing of what narrower layers saved.
+    The checkpoint then loads wherever the family does, and saves nothing of what narrower layers saved. Where the stock
+    class does not take that number of heads, attention becomes wider still.
 
     Returns:
         How many parameters that are zero it added.
     """
     before = count_parameters(model)
-    widest = max(mlp.down_proj.in_features for mlp in mlps(model))
-    for mlp in mlps(model):
-        missing = widest - mlp.down_proj.in_features
-        for linear in (mlp.gate_proj, mlp.up_proj):
-            bias = None if linear.bias is None else pad_with_zeros(linear.bias, (0, missing))
-            set_linear(linear, pad_with_zeros(linear.weight, (0, 0, 0, missing)), bias)
-        set_linear(mlp.down_proj, pad_with_zeros(mlp.down_proj.weight, (0, missing)), mlp.down_proj.bias)
-        mlp.intermediate_size = widest
+    for name in PARTS:
+        found = parts(model, name)
+        wanted = max(part.units for part in found)
+        while name == "attention" and not stock_takes(model, wanted):
+            wanted += 1
+        for part in found:
+            missing = wanted - part.units
+            for linear in part.inputs:
+                rows = missing * linear.out_features // part.units
+                bias = None if linear.bias is None else pad_with_zeros(linear.bias, (0, rows))
+                set_linear(linear, pad_with_zeros(linear.weight, (0, 0, 0, rows)), bias)
+            output = part.output
+            set_linear(output, pad_with_zeros(output.weight, (0, missing * part.columns)), output.bias)
     declare_widths(model)
     return count_parameters(model) - before
 

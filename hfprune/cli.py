@@ -33,6 +33,7 @@ from hfprune.config import (
 )
 from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
+from hfprune.layout import SCORES, SUMS
 from hfprune.plan import store_root
 
 WELCOME = """\
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     prune = command(
         "prune",
         _prune,
-        "Cut the least important neurons and save the checkpoint.",
+        "Cut the least important neurons or key-value groups and save the checkpoint.",
         "hfprune prune --model store/model/KEY --scores store/score/KEY --ratio 0.2\n"
         "  hfprune prune --model store/model/KEY --scores store/score/KEY --target-parameters 107000000 \\\n"
         "    --refit least_squares --text store/text/KEY",
@@ -353,9 +354,12 @@ def _score(args: argparse.Namespace) -> None:
     read = asked.model_dump(include={"criterion", "length", "seed", "draws", "dtype"})
 
     def produce(folder: Path) -> dict:
-        from hfprune.scoring import merge, save_scores
+        from hfprune.scoring import merge
+        from hfprune.structures import save_scores
 
-        save_scores(folder, merge([by_key[each.key] for each in expected], model=inputs.folders["model"], **read))
+        save_scores(
+            folder / SCORES, merge([by_key[each.key] for each in expected], model=inputs.folders["model"], **read)
+        )
         return {"text": inputs.text, "shards": len(shards)}
 
     _make(args, recipe(asked.criterion), produce)
@@ -416,9 +420,10 @@ def _one_pass(
 
     def produce(folder: Path) -> dict:
         from hfprune import scoring
+        from hfprune.structures import save_scores
 
-        ways = {"score": (scoring.score, scoring.save_scores), "shard": (scoring.shard, scoring.save_sums)}
-        compute, save = ways[recipe(asked.criterion).stage]
+        whole = recipe(asked.criterion).stage == "score"
+        compute = scoring.score if whole else scoring.shard
         missing = {name: each for name, each in others.items() if not store.has(each.stage, each.key)}
         together = [asked.criterion, *missing]
         started = time.monotonic()
@@ -427,7 +432,10 @@ def _one_pass(
         details = {"text": inputs.text, "together": together, "seconds_together": seconds}
 
         def save_one(criterion: str, into: Path) -> dict:
-            save(into, found[criterion])
+            if whole:
+                save_scores(into / SCORES, found[criterion])
+            else:
+                found[criterion].save(into / SUMS)
             return details
 
         for name, each in missing.items():

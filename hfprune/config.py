@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from hfprune.allocation import ALLOCATIONS
 from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
+from hfprune.structures import STRUCTURES
 from hfprune.tasks import CONVERSIONS
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -27,6 +28,7 @@ Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 CriterionName = Literal[tuple(CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
+StructureName = Literal[tuple(STRUCTURES)]
 RefitName = Literal["none", "bias", "least_squares", "sequential"]
 # A command line's numbers are words, which a Literal does not take.
 RoundTo = Annotated[
@@ -48,6 +50,14 @@ def _one_budget(cut: Cut, ratio: str, target: str) -> None:
         raise ValueError(f"give exactly one of {ratio} and {target}, not {'both' if given else 'none'}")
     if given == [target] and cut.ratio_of != "all":
         raise ValueError(f"'ratio_of' does not go with {target!r}, which counts all parameters")
+
+
+def _fits_structures(cut: Cut, structures: Sequence[str], key: str) -> None:
+    """Refuse what does not go with what is cut."""
+    if cut.ratio_of == "mlp" and set(structures) != {"mlp"}:
+        raise ValueError(f"'ratio_of: mlp' goes with {key} mlp alone, not {', '.join(structures)}")
+    if cut.attention_share is not None and "mlp+attention" not in structures:
+        raise ValueError(f"'attention_share' goes with {key} mlp+attention, not {', '.join(structures)}")
 
 
 class Source(Section):
@@ -159,7 +169,10 @@ class Cut(Section):
     ratio_of: Literal["all", "mlp"] = Field(
         "all", description="what a ratio is a share of: all parameters (tied embeddings once), or the MLPs' neurons"
     )
-    round_to: RoundTo = Field(1, description="every layer keeps a multiple of so many neurons")
+    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of so many neurons")
+    attention_share: float | None = Field(
+        None, ge=0, le=1, description="of what mlp+attention removes; null: what one ranking of all units gives"
+    )
     ridge: float = Field(
         0.1, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
     )
@@ -167,7 +180,7 @@ class Cut(Section):
 
 
 class Pruning(Cut):
-    """What is cut: every combination of criterion, budget, allocation and refit."""
+    """What is cut: every combination of criterion, budget, structure, allocation and refit."""
 
     criteria: list[CriterionName] = Field(["entropy"], min_length=1, description="how neurons are ranked")
     target_parameters: list[Parameters] | None = Field(
@@ -178,12 +191,14 @@ class Pruning(Cut):
         min_length=1,
         description="shares to remove (default: 0.1, 0.2, 0.3, where target_parameters is not given)",
     )
+    structures: list[StructureName] = Field(["mlp"], min_length=1, description="what of a layer is cut")
     allocations: list[AllocationName] = Field(["uniform"], min_length=1, description="how layers share a budget")
     refits: list[RefitName] = Field(["none"], min_length=1, description="what makes up for the neurons that go")
 
     @model_validator(mode="after")
     def _budget(self) -> Pruning:
         _one_budget(self, "ratios", "target_parameters")
+        _fits_structures(self, self.structures, "structures")
         return self
 
     def cuts(self, dtype: str) -> Iterator[PruneParameters]:
@@ -191,8 +206,10 @@ class Pruning(Cut):
         common = {name: getattr(self, name) for name in Cut.model_fields}
         budgets = [{"ratio": ratio} for ratio in self.ratios or []]
         budgets += [{"target_parameters": target} for target in self.target_parameters or []]
-        for budget, allocation, refit in product(budgets, self.allocations, self.refits):
-            yield PruneParameters(**budget, **common, allocation=allocation, refit=refit, dtype=dtype)
+        for budget, structure, allocation, refit in product(budgets, self.structures, self.allocations, self.refits):
+            shared = common | ({} if structure == "mlp+attention" else {"attention_share": None})
+            way = {"structure": structure, "allocation": allocation, "refit": refit}
+            yield PruneParameters(**budget, **shared, **way, dtype=dtype)
 
 
 class Evaluation(Section):
@@ -280,6 +297,7 @@ class PruneParameters(Cut):
     target_parameters: Parameters | None = Field(
         None, description="instead of a ratio: how many of all parameters to leave"
     )
+    structure: StructureName = Field("mlp", description="what of a layer is cut")
     allocation: AllocationName = Field("uniform", description="how layers share the budget")
     refit: RefitName = Field("none", description="what makes up for the neurons that go; all but none need the text")
     dtype: DType = "auto"
@@ -287,6 +305,7 @@ class PruneParameters(Cut):
     @model_validator(mode="after")
     def _budget(self) -> PruneParameters:
         _one_budget(self, "ratio", "target_parameters")
+        _fits_structures(self, [self.structure], "structure")
         return self
 
     @property
@@ -294,7 +313,7 @@ class PruneParameters(Cut):
         """What is cut and how, for people; what is as usual is not said."""
         share = "" if self.ratio_of == "all" else " of the MLPs"
         budget = f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
-        ways = {"allocation": self.allocation, "refit": self.refit}
+        ways = {"structure": self.structure, "allocation": self.allocation, "refit": self.refit}
         said = [f"{name} {way}" for name, way in ways.items() if way != type(self).model_fields[name].default]
         return ", ".join([budget, *said])
 

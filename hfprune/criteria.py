@@ -1,10 +1,12 @@
-"""What makes a neuron important: a registry of criteria, each a few lines with its formula and source.
+"""What makes a unit important: a registry of criteria, each a few lines with its formula and source.
 
-A neuron is one input column of an MLP's `down_proj`, with activation h_t at token t. There are two kinds:
+A unit (`structures.py`) is a neuron of an MLP or a key-value group of attention. It writes through input columns of one
+linear layer, a neuron through one column, with the activations h_t at token t. There are two kinds of criteria:
 
 - A *gradient* criterion names a scalar function S of the logits, by its gradient dS/dlogits in closed form, and says
-  how the products h_t * dS/dh_t are summed over tokens. `scoring.py` carries the gradient from the logits to h.
-- A *static* criterion is a function of the layer's weights and of the moments of h over the calibration tokens.
+  how the products g_t = h_t . dS/dh_t, the first-order change of S when the unit is silent at token t, are summed over
+  tokens. `scoring.py` carries the gradient from the logits to h.
+- A *static* criterion is a function of the weights and of the moments of h over the calibration tokens.
 
 To add one: write its function and its line in `CRITERIA`.
 """
@@ -16,7 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:  # the config reads the names of the criteria without paying for torch
-    from torch import Generator, Tensor, nn
+    from torch import Generator, Tensor
+
+    from hfprune.structures import Part
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,17 @@ class Positions:
 
 @dataclass(frozen=True)
 class GradientCriterion:
-    """The first-order change of S when a neuron goes.
+    """The first-order change of S when a unit goes.
 
     Attributes:
         logit_gradient: (tokens, vocabulary) float32 logits, which may be overwritten, and their positions -> dS/dlogits
             of the same shape, for S summed over positions.
-        products: what is summed of the products g_t = h_t * dS/dh_t: `absolute` sum_t |g_t|, `square` sum_t g_t**2,
+        products: what is summed of the products g_t: `absolute` sum_t |g_t|, `square` sum_t g_t**2,
             `square_of_sum` (sum_t g_t)**2.
         source: where it comes from.
         sampled: whether it reads `Positions.uniforms`, so that it gains from several draws.
-        light_cut: another criterion, by whose scores the lowest `LIGHT_CUT` of every layer's neurons are silenced
-            before this one is taken; the model then differs from the intact one, whose logits are in `Positions`.
+        light_cut: another criterion, by whose scores the lowest `LIGHT_CUT` of every MLP's neurons are silenced before
+            this one is taken; the model then differs from the intact one, whose logits are in `Positions`.
     """
 
     logit_gradient: Callable[[Tensor, Positions], Tensor]
@@ -58,12 +62,12 @@ class GradientCriterion:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over the calibration tokens of a layer's activations.
+    """Sums over the calibration tokens of the activations at a part's columns.
 
     Attributes:
         count: number of tokens.
-        total: (neurons,) float64, sum of h.
-        squares: (neurons,) float64, sum of h**2.
+        total: (columns,) float64, sum of h.
+        squares: (columns,) float64, sum of h**2.
     """
 
     count: int
@@ -76,12 +80,11 @@ class StaticCriterion:
     """A score that needs no gradient.
 
     Attributes:
-        score: an MLP with `gate_proj`, `up_proj`, `down_proj`, the moments of its activations and a seeded generator on
-            the CPU -> (neurons,) scores.
+        score: a part, the moments of its activations and a seeded generator on the CPU -> (units,) scores.
         source: where it comes from.
     """
 
-    score: Callable[[nn.Module, Moments, Generator], Tensor]
+    score: Callable[[Part, Moments, Generator], Tensor]
     source: str
     sampled: ClassVar[bool] = False
     light_cut: ClassVar[None] = None
@@ -142,41 +145,40 @@ def fisher_gradient(logits: Tensor, positions: Positions) -> Tensor:
     return p.neg_().scatter_add_(-1, drawn.clamp(max=p.shape[-1] - 1), logits.new_ones(drawn.shape))
 
 
-def _column_norms(mlp: nn.Module) -> Tensor:
-    """(neurons,) l2 norm of what a neuron writes: its column of `down_proj`."""
-    return mlp.down_proj.weight.double().norm(dim=0)
+def _column_norms(part: Part) -> Tensor:
+    """(columns,) l2 norm of what a column writes."""
+    return part.output.weight.double().norm(dim=0)
 
 
-def wanda(mlp: nn.Module, moments: Moments, _generator: Generator) -> Tensor:
-    """Norm of the activation times norm of the weights that it meets, ||h|| * ||W_down[:, i]||."""
-    return moments.squares.sqrt() * _column_norms(mlp)
+def wanda(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """Norm of the activation times norm of the weights that it meets, ||h|| * ||W[:, i]||, summed over columns."""
+    return part.per_unit(moments.squares.sqrt() * _column_norms(part))
 
 
-def flap(mlp: nn.Module, moments: Moments, _generator: Generator) -> Tensor:
-    """Weighted fluctuation (WIFV): variance of the activation times ||W_down[:, i]||**2."""
+def flap(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """Weighted fluctuation (WIFV): variance of the activation times ||W[:, i]||**2, summed over columns."""
     variance = (moments.squares - moments.total**2 / moments.count) / (moments.count - 1)
-    return variance.clamp(min=0) * _column_norms(mlp) ** 2
+    return part.per_unit(variance.clamp(min=0) * _column_norms(part) ** 2)
 
 
-def ppm_activation(mlp: nn.Module, moments: Moments, _generator: Generator) -> Tensor:
-    """Ranges of a neuron's weights, each matrix's divided by the layer's largest, times the norm of the activation.
+def ppm_activation(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """Ranges of a unit's weights, each matrix's divided by the layer's largest, times the norm of the activation.
 
-    The range of a set of weights is max(w) + |min(w)|. (optipfair adds up the norms of its batches; here is one norm.)
+    The range of a set of weights is max(w) + |min(w)|. (optipfair adds up the norms of its batches; here is one norm.
+    Its rule is one for MLPs; for attention this is the same formula.)
     """
-    matrices = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
-    ranges = [weights.double().amax(1) + weights.double().amin(1).abs() for weights in matrices]
-    return sum(each / each.max() for each in ranges) * moments.squares.sqrt()
+    ranges = [weights.double().amax(1) + weights.double().amin(1).abs() for weights in part.matrices()]
+    return sum(each / each.max() for each in ranges) * part.per_unit(moments.squares).sqrt()
 
 
-def magnitude(mlp: nn.Module, _moments: Moments, _generator: Generator) -> Tensor:
-    """The l2 norm of all the weights of a neuron."""
-    matrices = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
-    return sum(weights.double().square().sum(1) for weights in matrices).sqrt()
+def magnitude(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
+    """The l2 norm of all the weights of a unit."""
+    return sum(weights.double().square().sum(1) for weights in part.matrices()).sqrt()
 
 
-def random(_mlp: nn.Module, moments: Moments, generator: Generator) -> Tensor:
+def random(part: Part, moments: Moments, generator: Generator) -> Tensor:
     """Uniform random numbers: what any criterion has to beat."""
-    return moments.squares.new_empty(moments.squares.shape, device="cpu").uniform_(generator=generator)
+    return moments.squares.new_empty(part.units, device="cpu").uniform_(generator=generator)
 
 
 CRITERIA: dict[str, GradientCriterion | StaticCriterion] = {

@@ -5,8 +5,8 @@ REFUSED = "manifest.refused.json"  # the manifest of an artifact that was found 
 RESUME = ".resume"  # a folder: what a killed attempt leaves here, the next attempt finds
 
 DOCUMENTS = "documents.jsonl"  # download: a text's or a task's, one JSON object per line
-SCORES = "scores.safetensors"  # score: float32 (neurons,) per layer, under `layer_name`
-SUMS = "sums.safetensors"  # shard: float64 (neurons,) per layer, what one criterion reads
+SCORES = "scores.safetensors"  # score: see `structures.save_scores`
+SUMS = "sums.safetensors"  # shard: float64 per layer and part, what one criterion reads
 PRUNING = "pruning.json"  # prune: what was cut, from what, and how it reloaded
 CARD = "README.md"  # prune: the model card
 REFERENCE = "reference.safetensors"  # reference: tokens, hidden, head of the dense model
@@ -20,8 +20,3 @@ COMPANIONS = (
 )  # fmt: skip
 
 LICENCE = ("license", "license_name", "license_link")  # in a model's details, as in the hub's model cards
-
-
-def layer_name(index: int) -> str:
-    """The name of a layer's MLP scores."""
-    return f"layers.{index}.mlp"

@@ -1,7 +1,9 @@
-"""Llama, Mistral, Qwen2 and Qwen3 with MLPs of a width of their own in every layer.
+"""Llama, Mistral, Qwen2 and Qwen3 with MLPs and attention of a width of their own in every layer.
 
-The stock classes of transformers, but for the MLPs: `config.intermediate_sizes` lists their widths, first layer to
-last. A checkpoint of such a model carries this file, so that it needs nothing but transformers:
+The stock classes of transformers, but for those: `config.intermediate_sizes` lists the MLPs' widths, and
+`config.key_value_heads` the key-value heads, first layer to last; every layer has as many query heads to a key-value
+head as `num_attention_heads` and `num_key_value_heads` say. A checkpoint of such a model carries this file, so that it
+needs nothing but transformers:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -14,15 +16,20 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM,
 
 
 class PerLayerWidths:
-    """Gives each layer an MLP of its own width, made by the stock MLP's class."""
+    """Gives each layer an MLP and an attention of its own width, made by the stock classes."""
 
     def __init__(self, config):
         super().__init__(config)
-        for layer, width in zip(self.model.layers, config.intermediate_sizes, strict=True):
-            own = deepcopy(config)
-            own.intermediate_size = width
+        for number, layer in enumerate(self.model.layers):
+            own, attention = deepcopy(config), layer.self_attn
+            own.head_dim = attention.head_dim
+            own.intermediate_size = config.intermediate_sizes[number]
+            own.num_key_value_heads = config.key_value_heads[number]
+            own.num_attention_heads = own.num_key_value_heads * attention.num_key_value_groups
             layer.mlp = type(layer.mlp)(own)
-        self.post_init()  # again: the MLPs are new
+            layer.self_attn = type(attention)(own, number)
+            layer.self_attn.config = config  # which says what computes attention, also when that is changed later
+        self.post_init()  # again: these modules are new
 
 
 class PerLayerLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):

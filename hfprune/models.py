@@ -1,4 +1,4 @@
-"""Loading checkpoints, and where the pruned parts stand in the families that are supported."""
+"""Loading checkpoints of the families that are supported, running them, and counting what they hold."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -100,11 +100,6 @@ def _bytes(model: PreTrainedModel) -> int:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the checkpoint in `folder`."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def mlps(model: PreTrainedModel) -> list[nn.Module]:
-    """The MLP of every layer, first to last, each with `gate_proj`, `up_proj` and `down_proj`."""
-    return [layer.mlp for layer in model.model.layers]
 
 
 def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:

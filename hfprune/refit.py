@@ -1,22 +1,25 @@
-"""Let the neurons that stay carry what those that go carried: new weights, or a bias, for every `down_proj`.
+"""Let the units that stay carry what those that go carried: new weights, or a bias, for every output layer that is cut.
 
-A layer's MLP writes W h, h its neurons' activations at a token. Let S be the neurons that stay, P those that go, and
-r = W[:, P] h[P] what is lost at a token once P is silent. With sums over all calibration tokens,
+An MLP, or attention, writes W h into the residual stream, h the activations at a token that meet its output layer
+(down_proj, o_proj). Let S be the columns that stay, P those that go, and r = W[:, P] h[P] what is lost at a token once
+P is silent. With sums over all calibration tokens,
 
     G = sum h[S] h[S]^T,    C = sum r h[S]^T,    lambda = ridge * mean(diag G),
 
 the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + lambda I)^-1, and is added to W[:, S].
 
 - `least_squares`: h of the intact model.
-- `sequential`: h of the model whose layers below are cut and refitted already.
-- `bias`: h of the intact model; only the mean of r is made up for, by down_proj's bias (FLAP, arXiv 2312.11983).
+- `sequential`: h of the model in which everything below is cut and refitted already.
+- `bias`: h of the intact model; only the mean of r is made up for, by the output layer's bias (FLAP, arXiv 2312.11983).
 
-The layers are refitted first to last, each with all tokens. Beside the weights, memory holds the calibration tokens'
-hidden states at one layer, and one layer's G and C.
+The layers are refitted first to last, each with all tokens, attention before the MLP. Beside the weights, memory holds
+the calibration tokens' hidden states at one layer, and one layer's G and C.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,63 +27,135 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
-from hfprune.models import mlps
 from hfprune.progress import progress
+from hfprune.structures import UNITS, Kept, Part, part_of, parts
 
 TOKENS_PER_BATCH = 4096
 
 Stream = list[Tensor]  # hidden states of all calibration tokens at one layer's entrance, (batch, length, hidden) each
-Pairs = Iterator[tuple[Tensor, Tensor]]  # h[S] (batch, length, kept neurons) and r (batch, length, hidden), float32
 
 
 @torch.no_grad()
-def refit(model: PreTrainedModel, kept: list[Tensor], tokens: Tensor, method: str, ridge: float) -> dict[str, Any]:
-    """Refit every `down_proj` in place for a cut to `kept`, and silence the neurons that go: their columns become 0.
+def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge: float) -> dict[str, Any]:
+    """Refit every output layer in place for a cut to `kept`, and silence the units that go: their columns become 0.
 
     Args:
         model: the intact model, on its device.
-        kept: per layer the int64 indices of the neurons that stay.
+        kept: by part the int64 indices of the units that stay, per layer.
         tokens: (sequences, length) int64 calibration tokens.
         method: "bias", "least_squares" or "sequential".
         ridge: at least 0; `bias` does not read it.
 
     Returns:
         Details for the record: `refit_tokens`; except for `bias`, also `ridge` and `starved_layers`, the layers with
-        fewer tokens than neurons that stay.
+        fewer tokens than columns that stay.
 
     Raises:
-        UserError: `bias` where a `down_proj` has none; a layer's system cannot be solved.
+        UserError: `bias` where an output layer has none; a layer's system cannot be solved.
     """
-    if method == "bias" and any(mlp.down_proj.bias is None for mlp in mlps(model)):
-        raise UserError(
-            f"refit 'bias': the MLPs of this {model.config.model_type} model have no bias in down_proj, and its plain "
-            "checkpoint cannot hold one. Use 'least_squares' or 'sequential'."
-        )
-    starved = [layer for layer, stay in enumerate(kept) if len(stay) > tokens.numel()]
-    if starved and method != "bias":
+    for name in kept:
+        if method == "bias" and any(part.output.bias is None for part in parts(model, name)):
+            where = {"mlp": "the MLPs", "attention": "the attention blocks"}[name]
+            raise UserError(
+                f"refit 'bias': {where} of this {model.config.model_type} model have no bias in the output layer, and "
+                "a plain checkpoint cannot hold one. Use 'least_squares' or 'sequential'."
+            )
+    starved: set[int] = set()
+    stream, arguments = entrance(model, tokens)
+    layers = list(zip(model.model.layers, arguments, strict=True))
+    for number, (layer, keywords) in enumerate(progress(layers, "refit", len(layers), "layer")):
+        repairs = [
+            Repair(part_of(layer, name), kept[name][number], name, number)
+            for name in ("attention", "mlp")
+            if name in kept and len(kept[name][number]) < part_of(layer, name).units
+        ]
+        starved |= {number for repair in repairs if len(repair.stays) > tokens.numel()}
+        steps = [[repair] for repair in repairs] if method == "sequential" else [repairs]
+        for together in steps:
+            look = {each.part.output: partial(each.see, mean=method == "bias") for each in together}
+            pass_through(layer, keywords, stream, look, advance=method != "sequential")
+            for repair in together:
+                repair.shift() if method == "bias" else repair.solve(ridge)
+        if method == "sequential":  # the layers above are to see this one as it is now
+            pass_through(layer, keywords, stream, {}, advance=True)
+    details = {"refit_tokens": tokens.numel()}
+    if method == "bias":
+        return details
+    if starved:
         print(
-            f"refit {method!r}: only {tokens.numel()} calibration tokens for the more neurons that stay in layers "
-            f"{', '.join(map(str, starved))}: what the tokens do not determine, `ridge` does. Take more samples.",
+            f"refit {method!r}: only {tokens.numel()} calibration tokens for the more columns that stay in layers "
+            f"{', '.join(map(str, sorted(starved)))}: what the tokens do not determine, `ridge` does. Take more "
+            "samples.",
             file=sys.stderr,
         )
-    stream, arguments = entrance(model, tokens)
-    layers = list(zip(model.model.layers, arguments, kept, strict=True))
-    for number, (layer, keywords, stay) in enumerate(progress(layers, "refit", len(layers), "layer")):
-        down = layer.mlp.down_proj
-        stays = torch.zeros(down.in_features, dtype=torch.bool, device=down.weight.device)
-        stays[stay] = True
-        pairs = losses(layer, keywords, stays, stream, advance=method != "sequential")
-        if method == "bias":
-            down.bias += (sum(lost.sum((0, 1)) for _, lost in pairs) / tokens.numel()).to(down.bias.dtype)
-        else:
-            found = correction(pairs, ridge, number)
-            down.weight[:, stays] = (down.weight[:, stays] + found).to(down.weight.dtype)
-        down.weight[:, ~stays] = 0
-        if method == "sequential":  # the layers above are to see this one as it is now
-            for i, (behind, _) in enumerate(through(layer, keywords, stream)):
-                stream[i] = behind
-    details = {"refit_tokens": tokens.numel()}
-    return details if method == "bias" else details | {"ridge": ridge, "starved_layers": starved}
+    return details | {"ridge": ridge, "starved_layers": sorted(starved)}
+
+
+class Repair:
+    """What one part of a layer loses, what was seen of it, and its mending.
+
+    Attributes:
+        part: as it still is, all its units in place.
+        stays, goes: the columns of its output layer, int64.
+        name: of the part.
+        layer: its number.
+    """
+
+    def __init__(self, part: Part, stay: Tensor, name: str, layer: int) -> None:
+        self.part, self.name, self.layer = part, name, layer
+        gone = torch.ones(part.units, dtype=torch.bool).index_fill_(0, stay.cpu(), False)
+        place = part.output.weight.device
+        self.stays, self.goes = (part.columns_of(units.nonzero()[:, 0]).to(place) for units in (~gone, gone))
+        self.removed = part.output.weight[:, self.goes].float()
+        self.gram: Tensor | float = 0.0  # sum h[S] h[S]^T
+        self.cross: Tensor | float = 0.0  # sum r h[S]^T
+        self.lost: Tensor | float = 0.0  # sum r
+        self.count = 0
+
+    def see(self, activations: Tensor, mean: bool) -> None:
+        """Add (batch, length, columns) activations to the sums: products float32, sums float64.
+
+        Args:
+            activations: what meets the output layer.
+            mean: add r alone, which is all that `shift` reads.
+        """
+        flat = activations.flatten(0, -2).float()
+        lost = flat[:, self.goes] @ self.removed.T
+        self.count += len(flat)
+        if mean:
+            self.lost += lost.sum(0).double()
+            return
+        stays = flat[:, self.stays]
+        self.gram += (stays.T @ stays).double()
+        self.cross += (lost.T @ stays).double()
+
+    def shift(self) -> None:
+        """Make up for the mean of what is lost, by the bias."""
+        bias = self.part.output.bias
+        bias += (self.lost / self.count).to(bias.dtype)
+        self._silence()
+
+    def solve(self, ridge: float) -> None:
+        """Make up for what is lost, by the weights that stay; solved in float64.
+
+        Raises:
+            UserError: G + lambda I is not positive definite, or not finite.
+        """
+        self.gram.diagonal().add_(ridge * self.gram.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(self.gram)
+        if failed or not factor.isfinite().all():
+            raise UserError(
+                f"layer {self.layer}, {self.name}: cannot be refitted with ridge {ridge}: the activations of its "
+                f"{UNITS[self.name]} are linearly dependent or not finite. Set a larger `ridge`, take more samples, or "
+                "compute in float32."
+            )
+        weight = self.part.output.weight
+        found = torch.cholesky_solve(self.cross.T, factor).T
+        weight[:, self.stays] = (weight[:, self.stays] + found).to(weight.dtype)
+        self._silence()
+
+    def _silence(self) -> None:
+        self.part.output.weight[:, self.goes] = 0
 
 
 def entrance(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[str, Any]]]:
@@ -104,59 +179,27 @@ def entrance(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[
     return [model.get_input_embeddings()(batch) for batch in batches], arguments
 
 
-def through(layer: nn.Module, keywords: dict[str, Any], stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
-    """Send a stream through a layer: of each batch the hidden states behind the layer, and what meets its `down_proj`.
+def pass_through(
+    layer: nn.Module,
+    keywords: dict[str, Any],
+    stream: Stream,
+    look: Mapping[nn.Module, Callable[[Tensor], None]],
+    advance: bool,
+) -> None:
+    """Send all calibration tokens through a layer.
 
     Args:
         layer: a decoder layer.
         keywords: its keyword arguments, see `entrance`.
-        stream: the batches, (batch, length, hidden) each.
-
-    Yields:
-        (batch, length, hidden) and (batch, length, neurons), in the model's dtype.
+        stream: the tokens before the layer; with `advance`, afterwards behind it.
+        look: by module of the layer, what to call with its input, batch by batch.
+        advance: see `stream`.
     """
-    seen: list[Tensor] = []
-    hook = layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    try:
-        for states in stream:
-            yield layer(states, **keywords), seen.pop()
-    finally:
-        hook.remove()
-
-
-def losses(layer: nn.Module, keywords: dict[str, Any], stays: Tensor, stream: Stream, advance: bool) -> Pairs:
-    """h[S] and r = W[:, P] h[P] of every batch; with `advance`, `stream` stands behind the layer afterwards."""
-    removed = layer.mlp.down_proj.weight[:, ~stays].float()
-    for i, (behind, activations) in enumerate(through(layer, keywords, stream)):
-        if advance:
-            stream[i] = behind
-        activations = activations.float()
-        yield activations[..., stays], activations[..., ~stays] @ removed.T
-
-
-def correction(pairs: Pairs, ridge: float, layer: int) -> Tensor:
-    """The D (hidden, kept neurons), float64, that minimises sum ||r - D h||^2 + lambda ||D||^2 over all tokens.
-
-    Products are float32, a batch at a time, sums and the solution float64.
-
-    Args:
-        pairs: h and r of every batch.
-        ridge: lambda as a share of the mean of G's diagonal.
-        layer: whose it is, for the message.
-
-    Raises:
-        UserError: G + lambda I is not positive definite, or not finite.
-    """
-    gram = cross = 0.0
-    for activations, lost in pairs:
-        activations, lost = activations.flatten(0, 1), lost.flatten(0, 1)
-        gram += (activations.T @ activations).double()
-        cross += (lost.T @ activations).double()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed or not factor.isfinite().all():
-        raise UserError(
-            f"layer {layer}: cannot be refitted with ridge {ridge}: its neurons' activations are linearly dependent "
-            "or not finite. Set a larger `ridge`, take more samples, or compute in float32."
-        )
-    return torch.cholesky_solve(cross.T, factor).T
+    with ExitStack() as hooks:
+        for module, see in look.items():
+            hook = module.register_forward_pre_hook(lambda _module, inputs, see=see: see(inputs[0]))
+            hooks.callback(hook.remove)
+        for i, states in enumerate(stream):
+            behind = layer(states, **keywords)
+            if advance:
+                stream[i] = behind

@@ -1,4 +1,4 @@
-"""The engine: one pass over calibration tokens gives every criterion's score of every neuron of every layer."""
+"""The engine: one pass over calibration tokens gives every criterion's score of every unit of every layer."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.linalg import vector_norm
 from transformers import PreTrainedModel
 
 from hfprune.criteria import CRITERIA, LIGHT_CUT, GradientCriterion, Moments, Positions, StaticCriterion
 from hfprune.errors import UserError
-from hfprune.layout import RESUME, SCORES, SUMS, layer_name
+from hfprune.layout import RESUME, SCORES, SUMS
 from hfprune.memory import checkpointed, is_short
-from hfprune.models import at_hand, final_hidden, load_model, load_tokenizer, logits_of, mlps
+from hfprune.models import at_hand, final_hidden, load_model, load_tokenizer, logits_of
 from hfprune.products import fast_products
 from hfprune.progress import progress
+from hfprune.structures import PARTS, Part, Scores, parts, read_scores
 from hfprune.texts import sample_sequences
 
 TOKENS_PER_BATCH = 1024
 # How many logits are held at once, in float32: 32 MiB on a CPU, where more is no faster; 256 MiB on a GPU.
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}
 SECONDS_BETWEEN_SAVES = 120
-PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, neurons) products -> (neurons,) their sum
+PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, units) products -> (units,) their sum
     "absolute": lambda products: vector_norm(products, 1, dim=(0, 1)),
     "square": lambda products: vector_norm(products, 2, dim=(0, 1)).double().square(),
     "square_of_sum": lambda products: products.sum(1).square().sum(0),
@@ -40,7 +41,7 @@ MOMENTS = ("total", "squares")  # what static criteria read of the activations
 def score(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
     dtype: str, light_cut: Path | None = None,
-) -> dict[str, list[Tensor]]:  # fmt: skip
+) -> dict[str, Scores]:  # fmt: skip
     """Stage `score`: the scores of every criterion in `criteria`, by one pass over the calibration text.
 
     Args:
@@ -56,44 +57,36 @@ def score(
         light_cut: folder of the scores by which neurons are silenced first, for criteria that ask for it.
 
     Returns:
-        By criterion one float32 tensor (neurons,) per layer, on the CPU.
+        The scores by criterion, on the CPU.
     """
     network, tokens = _subject(model, text, samples, length, seed, dtype)
-    return neuron_scores(network, tokens, criteria, seed, draws, _scores(light_cut), resume=folder / RESUME)
+    return unit_scores(network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME)
 
 
 def shard(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
     dtype: str, shard: int, shards: int, light_cut: Path | None = None,
 ) -> dict[str, Sums]:  # fmt: skip
-    """Stage `shard`: what `score` adds up, over part `shard` of `shards` of its sequences; other arguments alike.
+    """Stage `shard`: what `score` adds up, over share `shard` of `shards` of its sequences; other arguments alike.
 
     Returns:
         The sums that each criterion reads, to be saved in its own artifact.
     """
     network, tokens = _subject(model, text, samples, length, seed, dtype)
-    part = shard_range(samples, length, shard, shards)
-    sums = add_up(network, tokens, criteria, seed, draws, _scores(light_cut), folder / RESUME, part)
+    share = shard_range(samples, length, shard, shards)
+    sums = add_up(network, tokens, criteria, seed, draws, _light_cut(light_cut), folder / RESUME, share)
     return {name: sums.of(name) for name in criteria}
 
 
-def merge(shards: Sequence[Path], criterion: str, model: Path, length: int, seed: int, draws: int, dtype: str):
-    """Stage `score` from the folders of all its shards: the same scores, float32 (neurons,) per layer."""
+def merge(
+    shards: Sequence[Path], criterion: str, model: Path, length: int, seed: int, draws: int, dtype: str
+) -> Scores:
+    """Stage `score` from the folders of all its shards: the same scores."""
     sums = Sums()
     for folder in shards:
         sums.load(folder / SUMS)
-    weights = mlps(load_model(model, dtype)) if isinstance(CRITERIA[criterion], StaticCriterion) else None
-    return finish(criterion, sums, sums.sequences * length, seed, draws, weights)
-
-
-def save_sums(folder: Path, sums: Sums) -> None:
-    """Write `sums.safetensors` into `folder`: what one criterion reads of a shard's pass."""
-    sums.save(folder / SUMS)
-
-
-def save_scores(folder: Path, scores: list[Tensor]) -> None:
-    """Write `scores.safetensors` into `folder`: one criterion's scores, one tensor (neurons,) per layer."""
-    save_file({layer_name(i): layer for i, layer in enumerate(scores)}, folder / SCORES)
+    network = load_model(model, dtype) if isinstance(CRITERIA[criterion], StaticCriterion) else None
+    return finish(criterion, sums, sums.sequences * length, seed, draws, network)
 
 
 def shard_range(samples: int, length: int, shard: int, shards: int) -> range:
@@ -110,7 +103,7 @@ class Sums:
 
     Attributes:
         sequences: how many sequences it has seen.
-        tensors: `<name>.<layer>` -> (neurons,); the names are those of gradient criteria, and `MOMENTS`.
+        tensors: `<name>.<part>.<layer>` -> (units,) for names of gradient criteria, (columns,) for `MOMENTS`.
     """
 
     def __init__(self) -> None:
@@ -127,13 +120,13 @@ class Sums:
         names = (criterion,) if isinstance(CRITERIA[criterion], GradientCriterion) else MOMENTS
         found = Sums()
         found.sequences = self.sequences
-        found.tensors = {name: tensor for name, tensor in self.tensors.items() if name.rpartition(".")[0] in names}
+        found.tensors = {name: tensor for name, tensor in self.tensors.items() if name.split(".")[0] in names}
         return found
 
-    def layers(self, name: str) -> list[Tensor]:
-        """The sums of that name on the CPU, by layer."""
-        found = {key: tensor for key, tensor in self.tensors.items() if key.rpartition(".")[0] == name}
-        return [found[f"{name}.{layer}"].cpu() for layer in range(len(found))]
+    def layers(self, name: str, part: str) -> list[Tensor]:
+        """The sums of that name and part on the CPU, by layer."""
+        found = {key: tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}.{part}.")}
+        return [found[f"{name}.{part}.{layer}"].cpu() for layer in range(len(found))]
 
     def save(self, file: Path) -> None:
         """Write all sums to `file`, whole or not at all."""
@@ -149,7 +142,7 @@ class Sums:
                 self.add(name, stored.get_tensor(name))
 
 
-def neuron_scores(
+def unit_scores(
     model: PreTrainedModel,
     tokens: Tensor,
     criteria: Sequence[str],
@@ -158,8 +151,8 @@ def neuron_scores(
     light_cut: list[Tensor] | None = None,
     batch: int | None = None,
     resume: Path | None = None,
-) -> dict[str, list[Tensor]]:
-    """The importance of every MLP neuron by each criterion.
+) -> dict[str, Scores]:
+    """The importance of every unit of every part by each criterion.
 
     One forward pass serves all; each gradient function costs one backward pass, times `draws` where it is sampled.
     Only activations carry gradients. A gradient criterion's score is the mean over sequences (and draws) of its summed
@@ -171,51 +164,58 @@ def neuron_scores(
         criteria: names in `CRITERIA`, all of one `light_cut`.
         seed: of sampled labels and of `random`.
         draws: labels per position for sampled criteria.
-        light_cut: (neurons,) scores per layer by which the lowest `LIGHT_CUT` are silenced; then the intact model runs
-            too, one forward pass more. Silenced neurons score 0.
+        light_cut: (neurons,) scores per layer by which the lowest `LIGHT_CUT` of the MLPs' neurons are silenced; then
+            the intact model runs too, one forward pass more. Silenced neurons score 0.
         batch: sequences at once; by default as many as make `TOKENS_PER_BATCH`. It does not change the scores.
         resume: folder for partial sums, saved every few minutes and read at the start.
 
     Returns:
-        By criterion one float32 tensor (neurons,) per layer, on the CPU.
+        The scores by criterion, on the CPU.
 
     Raises:
         UserError: a layer's scores are not finite, or all zero, or nothing reached it.
     """
     sums = add_up(model, tokens, criteria, seed, draws, light_cut, resume, batch=batch)
-    return {name: finish(name, sums, tokens.numel(), seed, draws, mlps(model)) for name in criteria}
+    return {name: finish(name, sums, tokens.numel(), seed, draws, model) for name in criteria}
 
 
-def finish(
-    name: str, sums: Sums, count: int, seed: int, draws: int, weights: Sequence[nn.Module] | None
-) -> list[Tensor]:
-    """One criterion's scores from the sums over `count` tokens; `weights`, the MLPs, only for static criteria."""
+def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreTrainedModel | None) -> Scores:
+    """One criterion's scores from the sums over `count` tokens; only static criteria need the model."""
     criterion = CRITERIA[name]
-    found: list[Tensor] = []
-    if isinstance(criterion, GradientCriterion):
-        times = count * (draws if criterion.sampled else 1)
-        found = [layer / times for layer in sums.layers(name)]
-    else:
-        assert weights is not None
-        for layer, (mlp, total, squares) in enumerate(zip(weights, *map(sums.layers, MOMENTS), strict=True)):
-            with at_hand(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-                place = mlp.down_proj.weight.device
-                moments = Moments(count, total.to(place), squares.to(place))
-                found.append(criterion.score(mlp, moments, generator(seed, name, layer)).cpu())
-    for layer, scores in enumerate(found):
-        if not scores.isfinite().all():
-            raise UserError(f"layer {layer}: scores by {name} are not finite; compute in float32 or bfloat16.")
-        if not scores.any():
-            raise UserError(f"layer {layer}: all scores by {name} are zero: nothing reached it.")
-    return [scores.float() for scores in found]
+    found: Scores = {}
+    for kind in PARTS:
+        if isinstance(criterion, GradientCriterion):
+            times = count * (draws if criterion.sampled else 1)
+            found[kind] = [(layer / times).float() for layer in sums.layers(name, kind)]
+        else:
+            assert model is not None
+            moments = zip(parts(model, kind), *(sums.layers(moment, kind) for moment in MOMENTS), strict=True)
+            found[kind] = [
+                _static(criterion, part, count, total, squares, generator(seed, name, kind, layer))
+                for layer, (part, total, squares) in enumerate(moments)
+            ]
+        for layer, scores in enumerate(found[kind]):
+            if not scores.isfinite().all():
+                raise UserError(f"layer {layer}: scores by {name} are not finite; compute in float32 or bfloat16.")
+            if not scores.any():
+                raise UserError(f"layer {layer}, {kind}: all scores by {name} are zero: nothing reached it.")
+    return found
+
+
+def _static(
+    criterion: StaticCriterion, part: Part, count: int, total: Tensor, squares: Tensor, drawn: torch.Generator
+) -> Tensor:
+    with at_hand(*part.linears):
+        place = part.output.weight.device
+        return criterion.score(part, Moments(count, total.to(place), squares.to(place)), drawn).float().cpu()
 
 
 class Watch:
-    """What happens at the neurons, the inputs of every `down_proj`, while the model runs.
+    """What happens at the units, the inputs of every part's output layer, while the model runs.
 
     Attributes:
         criteria: those whose gradient the running backward pass carries.
-        phase: `dense`, the neurons are left alone; `scored`, they are silenced, summed and differentiated; `again`, a
+        phase: `dense`, the units are left alone; `scored`, they are silenced, summed and differentiated; `again`, a
             layer of a scored pass is computed anew, which must be the same computation but is not summed again.
     """
 
@@ -228,33 +228,33 @@ class Watch:
         """A context in which the phase is another."""
         return During(self, phase)
 
-    def hook(self, layer: int) -> Callable:
-        """The forward pre-hook of that layer's `down_proj`."""
+    def hook(self, kind: str, layer: int, part: Part) -> Callable:
+        """The forward pre-hook of a part's output layer."""
 
-        def before_down_proj(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            activation = inputs[0]  # (batch, length, neurons)
+        def before_output(_module: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            activation = inputs[0]  # (batch, length, columns)
             if self.phase == "dense":
                 return (activation,)
-            if self.silent:
+            if self.silent and kind == "mlp":
                 activation = activation * self.silent[layer].to(activation)
             if self.differentiate and not activation.requires_grad:  # layer 0: nothing before it needs a gradient
                 activation = activation.detach().requires_grad_()
             if self.phase == "scored":
-                self._sum(layer, activation)
+                self._sum(f"{kind}.{layer}", part, activation)
             return (activation,)
 
-        return before_down_proj
+        return before_output
 
-    def _sum(self, layer: int, activation: Tensor) -> None:
+    def _sum(self, where: str, part: Part, activation: Tensor) -> None:
         values = activation.detach()
         if self.moments:
-            self.sums.add(f"total.{layer}", values.float().sum((0, 1)))
-            self.sums.add(f"squares.{layer}", vector_norm(values.float(), dim=(0, 1)).double().square())
+            self.sums.add(f"total.{where}", values.float().sum((0, 1)))
+            self.sums.add(f"squares.{where}", vector_norm(values.float(), dim=(0, 1)).double().square())
 
         def add(gradient: Tensor) -> None:
-            products = gradient.float() * values.float()
+            products = part.per_unit(gradient.float() * values.float())
             for name in self.criteria:
-                self.sums.add(f"{name}.{layer}", PRODUCTS[CRITERIA[name].products](products))
+                self.sums.add(f"{name}.{where}", PRODUCTS[CRITERIA[name].products](products))
 
         if self.differentiate:
             activation.register_hook(add)
@@ -281,11 +281,12 @@ def add_up(
     draws: int,
     light_cut: list[Tensor] | None,
     resume: Path | None,
-    part: range | None = None,
+    share: range | None = None,
     batch: int | None = None,
 ) -> Sums:
-    """One pass over the sequences `part` of `tokens`, all by default; other arguments as for `neuron_scores`."""
-    part = part if part is not None else range(len(tokens))
+    """One pass over the sequences `share` of `tokens`, all by default; other arguments as for `unit_scores`."""
+    share = share if share is not None else range(len(tokens))
+    everywhere = [(kind, layer, part) for kind in PARTS for layer, part in enumerate(parts(model, kind))]
     by_gradient: dict[tuple, list[str]] = defaultdict(list)  # criteria of one gradient share its backward passes
     for name in criteria:
         if isinstance(criterion := CRITERIA[name], GradientCriterion):
@@ -300,11 +301,11 @@ def add_up(
     size = batch or _batch_size(tokens.shape[1])
     watch = Watch(sums, moments, bool(by_gradient), silenced(light_cut) if light_cut else None)
     output = model.get_output_embeddings()
-    left = tokens[part.start + sums.sequences : part.stop]
+    left = tokens[share.start + sums.sequences : share.stop]
     saved = time.monotonic()
     with ExitStack() as stack:
-        for layer, mlp in enumerate(mlps(model)):
-            stack.callback(mlp.down_proj.register_forward_pre_hook(watch.hook(layer)).remove)
+        for kind, layer, part in everywhere:
+            stack.callback(part.output.register_forward_pre_hook(watch.hook(kind, layer, part)).remove)
         stack.enter_context(at_hand(output))
         stack.enter_context(fast_products(model.device))
         if by_gradient and is_short(model, size * tokens.shape[1]):
@@ -321,7 +322,7 @@ def add_up(
             passes = [(names, each, draw) for (each, count), names in by_gradient.items() for draw in range(count)]
             for number, (names, logit_gradient, draw) in enumerate(passes):
                 watch.criteria = names
-                positions = positions_of(rows, part.start + sums.sequences, seed, draw, head.device)
+                positions = positions_of(rows, share.start + sums.sequences, seed, draw, head.device)
                 gradient = hidden_gradient(hidden.detach(), head, logit_gradient, positions, dense)
                 hidden.backward(gradient, retain_graph=number + 1 < len(passes))
             sums.sequences += len(rows)
@@ -330,9 +331,9 @@ def add_up(
                 sums.save(state)
                 saved = time.monotonic()
     for name in {*(name for names in by_gradient.values() for name in names), *(MOMENTS if moments else ())}:
-        for layer in range(len(mlps(model))):
-            if part and f"{name}.{layer}" not in sums.tensors:
-                raise UserError(f"layer {layer}: nothing reached it, neither activations nor gradients.")
+        for kind, layer, _ in everywhere:
+            if share and f"{name}.{kind}.{layer}" not in sums.tensors:
+                raise UserError(f"layer {layer}, {kind}: nothing reached it, neither activations nor gradients.")
     return sums
 
 
@@ -405,8 +406,5 @@ def _subject(model: Path, text: Path, samples: int, length: int, seed: int, dtyp
     return network, sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
 
 
-def _scores(folder: Path | None) -> list[Tensor] | None:
-    if folder is None:
-        return None
-    found = load_file(folder / SCORES)
-    return [found[layer_name(i)] for i in range(len(found))]
+def _light_cut(folder: Path | None) -> list[Tensor] | None:
+    return None if folder is None else read_scores(folder / SCORES)["mlp"]

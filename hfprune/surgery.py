@@ -1,4 +1,4 @@
-"""Cut a model to the neurons that stay."""
+"""Cut a model to the units that stay."""
 
 import json
 from collections.abc import Mapping
@@ -6,24 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfprune import checkpoint
 from hfprune.allocation import allocate
-from hfprune.budget import neuron_parameters, neurons_to_keep
-from hfprune.layout import PRUNING, SCORES, layer_name
-from hfprune.models import count_parameters, load_model, load_tokenizer, mlps, set_linear
+from hfprune.budget import units_to_keep
+from hfprune.layout import PRUNING, SCORES
+from hfprune.models import count_parameters, load_model, load_tokenizer, set_linear
 from hfprune.products import fast_products
 from hfprune.refit import refit as refit_kept
+from hfprune.structures import Kept, Part, parts, read_scores, spread
 from hfprune.texts import sample_sequences
 
 
 def prune(
     folder: Path, model: Path, scores: Path, text: Path | None, source: Mapping[str, Any],
     calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None, round_to: int,
-    allocation: str, refit: str, ridge: float, pad: bool, dtype: str,
+    structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float, pad: bool, dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
@@ -36,8 +36,9 @@ def prune(
         text: folder of the text that the scores were made on; only a refit reads it.
         source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
-        ratio, ratio_of, target_parameters: the budget, see `budget.neurons_to_keep`.
-        round_to: every layer keeps a multiple of so many neurons.
+        ratio, ratio_of, target_parameters, attention_share: the budget, see `budget.units_to_keep`.
+        round_to: every MLP keeps a multiple of so many neurons.
+        structure: a name in `structures.STRUCTURES`.
         allocation: a name in `allocation.ALLOCATIONS`.
         refit: "none", or a method of `refit.refit`.
         ridge: of the refit.
@@ -49,11 +50,16 @@ def prune(
             saved.
     """
     network = load_model(model, dtype, spread=False)
-    by_name = load_file(scores / SCORES)
-    ranked = [by_name[layer_name(i)] for i in range(len(by_name))]
+    ranked = read_scores(scores / SCORES)
     dense = count_parameters(network)
-    keep = neurons_to_keep(network, ratio, ratio_of, target_parameters, allocation, round_to)
-    kept = allocate(allocation, ranked, keep, round_to)
+    asked = units_to_keep(
+        network, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
+    )
+    kept = {
+        name: allocate(allocation, ranked[name], keep, round_to if name == "mlp" else 1)
+        for name, keep in asked.keep.items()
+    }
+    before, after = ({name: sum(map(len, each[name])) for name in kept} for each in (ranked, kept))
     refitted = {}
     if refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
@@ -63,22 +69,21 @@ def prune(
     cut(network, kept)
     padding = checkpoint.pad(network) if pad else 0
     left = count_parameters(network)
-    per_neuron = neuron_parameters(mlps(network)[0])
     expected = checkpoint.write(network, folder, model)
     del network  # one copy in memory at a time: the reload is the next
     reload = checkpoint.prove(folder, expected)
     done = {
-        "structure": "mlp",
+        "structure": structure,
         "allocation": allocation,
         "refit": refit,
         **refitted,
         # Both shares are of all parameters, however the budget was given.
-        "ratio": ratio if ratio and ratio_of == "all" else (sum(map(len, ranked)) - keep) * per_neuron / dense,
+        "ratio": ratio if ratio and ratio_of == "all" else asked.share,
         "ratio_achieved": 1 - left / dense,
         "parameters": left,
         "parameters_dense": dense,
-        "neurons": sum(map(len, kept)),
-        "neurons_dense": sum(map(len, ranked)),
+        "units": after,
+        "units_dense": before,
     }
     report = {
         **done,
@@ -88,24 +93,29 @@ def prune(
         "padding": padding,
         "source": dict(source),
         "reload": reload,
-        "kept": [layer.tolist() for layer in kept],
+        "kept": {name: [layer.tolist() for layer in layers] for name, layers in kept.items()},
     }
     (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
     return done
 
 
 @torch.no_grad()
-def cut(model: PreTrainedModel, kept: list[Tensor]) -> None:
-    """Remove, in place, every neuron that is not in `kept`; config and class then say the widths left.
+def cut(model: PreTrainedModel, kept: Kept) -> None:
+    """Remove, in place, every unit that is not in `kept`; config and class then say the widths left.
 
     Args:
         model: a model of a supported family.
-        kept: per layer the int64 indices that stay.
+        kept: by part the int64 indices that stay, per layer; a part that is not named stays whole.
     """
-    for mlp, indices in zip(mlps(model), kept, strict=True):
-        indices = indices.to(mlp.down_proj.weight.device)
-        for linear in (mlp.gate_proj, mlp.up_proj):
-            set_linear(linear, linear.weight[indices], None if linear.bias is None else linear.bias[indices])
-        set_linear(mlp.down_proj, mlp.down_proj.weight[:, indices], mlp.down_proj.bias)
-        mlp.intermediate_size = len(indices)
+    for name, layers in kept.items():
+        for part, stay in zip(parts(model, name), layers, strict=True):
+            cut_part(part, stay.to(part.output.weight.device))
     checkpoint.declare_widths(model)
+
+
+def cut_part(part: Part, stay: Tensor) -> None:
+    """Remove the rows and columns of the units that are not in `stay`."""
+    for linear in part.inputs:
+        rows = spread(stay, linear.out_features // part.units)
+        set_linear(linear, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+    set_linear(part.output, part.output.weight[:, part.columns_of(stay)], part.output.bias)

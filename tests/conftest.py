@@ -80,6 +80,18 @@ def save_checkpoint(folder: Path, family: str = "llama", **changes) -> Path:
     return folder
 
 
+def save_dense(folder: Path, family: str = "llama", **changes) -> Path:
+    """A dense checkpoint whose biases are not the zeros of a new model."""
+    model = make_model(family, **changes)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def boolq_records(count: int) -> list[dict]:
     """Documents in the fields that lm-eval's boolq reads."""
     return [

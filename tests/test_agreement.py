@@ -6,12 +6,13 @@ import torch
 
 from hfprune.agreement import KEPT, between_criteria, compare, overlap
 from hfprune.artifacts import Artifact
-from hfprune.scoring import save_scores
+from hfprune.layout import SCORES
+from hfprune.structures import save_scores
 
 
 def artifact(folder, criterion, seed, *layers):
     folder.mkdir()
-    save_scores(folder, [torch.tensor(layer, dtype=torch.float32) for layer in layers])
+    save_scores(folder / SCORES, {"mlp": [torch.tensor(layer, dtype=torch.float32) for layer in layers]})
     return Artifact(folder, {"key": folder.name, "parameters": {"criterion": criterion, "seed": seed}})
 
 

@@ -18,12 +18,15 @@ from hfprune.evaluation import language_model
 from hfprune.fidelity import measure, reference
 from hfprune.layout import PRUNING, RESULTS
 from hfprune.models import count_parameters, load_model
-from tests.conftest import make_model, make_tokenizer
-from tests.test_surgery import prune_into, run_prune, save_scores
+from hfprune.structures import parts
+from tests.conftest import save_dense
+from tests.test_surgery import masked_logits, prune_into, random_scores, run_prune, write_scores
 
 TOKENS = torch.arange(24).view(2, 12)
 WIDTHS = (40, 17, 29)
 KEPT = [torch.randperm(48, generator=torch.Generator().manual_seed(i))[:n].sort().values for i, n in enumerate(WIDTHS)]
+GROUPS = [torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([0])]  # key-value groups, of two
+BOTH = {"mlp": KEPT, "attention": GROUPS}
 CASES = {
     "llama-tied": ("llama", "float32", {"tie_word_embeddings": True}),
     "llama-biases": ("llama", "float32", {"mlp_bias": True, "attention_bias": True}),
@@ -60,21 +63,9 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
-def save_dense(folder, family, changes):
-    """A dense checkpoint whose biases are not the zeros of a new model."""
-    model = make_model(family, **changes)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def cut_model(dense, dtype, pad):
     network = load_model(dense, dtype)
-    surgery.cut(network, KEPT)
+    surgery.cut(network, BOTH)
     if pad:
         checkpoint.pad(network)
     return network
@@ -86,7 +77,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     folders = []
     for case, (family, dtype, changes) in CASES.items():
-        dense = save_dense(root / case / "dense", family, changes)
+        dense = save_dense(root / case / "dense", family, **changes)
         for name in ("own", "padded"):
             checkpoint.write(cut_model(dense, dtype, pad=name == "padded"), root / case / name, dense)
             folders.append(root / case / name)
@@ -110,13 +101,8 @@ def test_someone_else_loads_the_model_that_was_cut(case, name, made):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1] == "float32"])
-def test_widths_per_layer_and_padding_are_the_dense_model_with_neurons_silent(case, made):
-    network = load_model(made[case] / "dense", "float32")
-    for layer, kept in zip(network.model.layers, KEPT, strict=True):
-        mask = torch.zeros(48).index_fill(0, kept, 1)
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs, mask=mask: (inputs[0] * mask,))
-    with torch.no_grad():
-        expected = network(TOKENS).logits
+def test_widths_per_layer_and_padding_are_the_dense_model_with_units_silent(case, made):
+    expected = masked_logits(made[case] / "dense", BOTH, TOKENS)
     for name in ("own", "padded"):
         logits = load_file(made[case] / name / "found.safetensors")["logits"]
         assert (logits - expected).abs().max() < 1e-4
@@ -126,6 +112,7 @@ def test_configs_say_what_the_folders_hold(made):
     own, padded, dense = (json.loads((made["mistral"] / name / "config.json").read_text()) for name in
                           ("own", "padded", "dense"))  # fmt: skip
     assert own["intermediate_sizes"] == list(WIDTHS)
+    assert own["key_value_heads"] == [1, 2, 1]
     assert own["auto_map"] == {"AutoModelForCausalLM": "modeling_per_layer.PerLayerMistralForCausalLM"}
     assert padded == dense | {"intermediate_size": max(WIDTHS)}
 
@@ -147,10 +134,28 @@ def test_a_checkpoint_with_widths_per_layer_is_loaded_here_without_running_its_c
 
 def test_one_width_again_is_a_plain_model_again(made):
     network = load_model(made["qwen3-head_dim"] / "own", "float32")
-    surgery.cut(network, [torch.arange(10)] * 3)
+    surgery.cut(network, {"mlp": [torch.arange(10)] * 3, "attention": [torch.arange(1)] * 3})
     assert type(network).__module__.startswith("transformers.")
-    assert not {"intermediate_sizes", "auto_map"} & set(network.config.to_dict())
-    assert network.config.intermediate_size == 10
+    config = network.config
+    assert not {"intermediate_sizes", "key_value_heads", "auto_map"} & set(config.to_dict())
+    assert (config.intermediate_size, config.num_key_value_heads, config.num_attention_heads) == (10, 1, 2)
+    assert config.head_dim == 12
+
+
+@pytest.mark.parametrize(("pad", "groups"), [(False, 3), (True, 4)])
+def test_heads_that_the_stock_class_does_not_take_go_into_ours_or_are_padded(pad, groups, tmp_path):
+    """Llama's config wants a number of heads that divides the hidden size: 6 do not divide 32, 8 do."""
+    dense = save_dense(tmp_path / "dense", num_attention_heads=8, num_key_value_heads=4)
+    scores = {name: [torch.rand(count) for _ in range(3)] for name, count in (("mlp", 48), ("attention", 4))}
+    asked = {"structure": "attention", "target_parameters": count_parameters(load_model(dense, "float32")) - 3 * 1536}
+    out, _ = run_prune(dense, tmp_path, scores=scores, pad=pad, **asked)
+    network = load_model(out, "float32")
+    assert [part.units for part in parts(network, "attention")] == [groups] * 3
+    assert type(network).__name__ == ("LlamaForCausalLM" if pad else "PerLayerLlamaForCausalLM")
+    kept = json.loads((out / PRUNING).read_text())["kept"]
+    assert [len(layer) for layer in kept["attention"]] == [3] * 3
+    with torch.no_grad():
+        assert (network(TOKENS).logits - masked_logits(dense, kept, TOKENS)).abs().max() < 1e-5
 
 
 def test_a_checkpoint_with_widths_per_layer_is_measured_and_evaluated(made, texts, tmp_path):
@@ -183,11 +188,11 @@ def test_prune_writes_the_proof_beside_the_checkpoint(pad, made, tmp_path, monke
     assert reload["trust_remote_code"] is not pad
     assert (out / "modeling_per_layer.py").exists() is not pad
     assert written["padding"] == pad * (3 * 40 - sum(WIDTHS)) * 3 * 32
-    assert [len(layer) for layer in written["kept"]] == list(WIDTHS)
+    assert [len(layer) for layer in written["kept"]["mlp"]] == list(WIDTHS)
 
 
 def test_large_checkpoints_are_in_shards_and_the_generation_config_stays_as_it_was(made, tmp_path, monkeypatch):
-    dense = save_dense(tmp_path / "dense", "llama", {})
+    dense = save_dense(tmp_path / "dense")
     odd = '{"temperature": 0.6, "eos_token_id": 1, "transformers_version": "4.31.0"}'
     (dense / "generation_config.json").write_text(odd)
     save = PreTrainedModel.save_pretrained
@@ -235,7 +240,7 @@ def test_a_checkpoint_damaged_between_saving_and_proof_is_refused(damage, messag
 
     monkeypatch.setattr(checkpoint, "write", write_and_damage)
     monkeypatch.setattr(surgery, "allocate", lambda *_: KEPT)
-    dense, scores = made["llama-tied"] / "dense", save_scores(tmp_path / "scores")
+    dense, scores = made["llama-tied"] / "dense", write_scores(tmp_path / "scores", random_scores())
 
     def produce(folder):
         return prune_into(folder, dense, scores, ratio=0.1)

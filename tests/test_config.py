@@ -50,6 +50,18 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
             ["least-squares"],
             r"pruning\.refits\.0 = 'least-squares': .*mean 'least_squares'\?",
         ),
+        ("pruning.structures", ["attn"], r"pruning\.structures\.0 = 'attn': .*Did you mean 'attention'\?"),
+        (
+            "pruning",
+            {"ratio_of": "mlp", "structures": ["mlp", "attention"]},
+            r"pruning: 'ratio_of: mlp' goes with structures mlp alone, not mlp, attention",
+        ),
+        ("pruning.attention_share", 0.3, r"pruning: 'attention_share' goes with structures mlp\+attention, not mlp"),
+        (
+            "pruning",
+            {"attention_share": 1.5, "structures": ["mlp+attention"]},
+            r"pruning\.attention_share = 1\.5: .*less than or equal to 1",
+        ),
         ("pruning.ridge", -1, r"pruning\.ridge = -1: .*greater than or equal to 0"),
         ("pruning.criteria", ["entrpy"], r"pruning\.criteria\.0 = 'entrpy': .*Did you mean 'entropy'\?"),
         ("calibration.shards", 100, r"calibration: shards = 100: there are only 6 samples"),
@@ -129,20 +141,24 @@ def test_a_grid_of_cuts_and_what_each_reads(experiment):
         "ratios": [0.1, 0.2],
         "allocations": ["uniform", "global"],
         "refits": ["none", "bias", "sequential"],
+        "structures": ["mlp", "mlp+attention"],
+        "attention_share": 0.25,
         "round_to": 8,
     }
     plan = Plan(parse(Experiment, changed(experiment, "pruning", grid), "test"))
     jobs = plan.jobs["prune"].values()
-    assert len(jobs) == 2 * 2 * 2 * 3
+    assert len(jobs) == 2 * 2 * 2 * 3 * 2
     assert len({job.label for job in jobs}) == len(jobs)
     for job in jobs:
         refit = job.recipe.parameters["refit"]
         assert ("text" in job.inputs) == ("text" in job.recipe.inputs) == (refit != "none")
         assert ("ridge" in job.recipe.parameters) == ("--ridge" in job.options) == (refit == "sequential")
+        both = job.recipe.parameters["structure"] == "mlp+attention"
+        assert ("attention_share" in job.recipe.parameters) == ("--attention-share" in job.options) == both
     target = Plan(parse(Experiment, changed(experiment, "pruning", {"target_parameters": [20_000]}), "test"))
     (job,) = target.jobs["prune"].values()
     assert job.recipe.parameters == {
-        "target_parameters": 20_000, "round_to": 1, "allocation": "uniform", "refit": "none",
+        "target_parameters": 20_000, "round_to": 1, "structure": "mlp", "allocation": "uniform", "refit": "none",
         "pad": False, "dtype": "float32",
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hfprune.criteria import CRITERIA, TOP_K, GradientCriterion, Moments, Positions, StaticCriterion, fisher_gradient
+from hfprune.structures import PARTS, part_of
 from tests.conftest import make_model
 
 TOKENS, VOCABULARY = 7, 50
@@ -102,46 +103,66 @@ def test_labels_are_drawn_from_the_models_own_output():
     torch.testing.assert_close(drawn.mean(0), p[0], rtol=0, atol=0.012)
 
 
-def weights(mlp):
-    return (mlp.gate_proj.weight.numpy(), mlp.up_proj.weight.numpy(), mlp.down_proj.weight.numpy())
+def weights(layer, kind):
+    """Of every unit, by numpy: rows of what it reads through, and columns of what it writes through."""
+    if kind == "mlp":
+        return [
+            layer.mlp.gate_proj.weight.numpy(),
+            layer.mlp.up_proj.weight.numpy(),
+            layer.mlp.down_proj.weight.numpy().T,
+        ]
+    block = layer.self_attn  # 2 groups of 2 query heads, 8 dimensions each
+    linears = (block.q_proj.weight, block.k_proj.weight, block.v_proj.weight, block.o_proj.weight.T)
+    return [np.stack(np.split(weight.numpy(), 2)).reshape(2, -1) for weight in linears]
+
+
+def per_unit(values, kind):
+    return values if kind == "mlp" else np.array([values[:16].sum(), values[16:].sum()])
+
+
+def written(layer, kind):
+    """(columns,) norms of the columns of the output layer."""
+    output = layer.mlp.down_proj if kind == "mlp" else layer.self_attn.o_proj
+    return np.linalg.norm(output.weight.numpy(), axis=0)
 
 
 def spread(rows):
     return rows.max(1) + np.abs(rows.min(1))
 
 
-def ppm(mlp, h):
-    gate, up, down = weights(mlp)
-    ranges = [spread(gate), spread(up), spread(down.T)]
-    return sum(each / each.max() for each in ranges) * np.linalg.norm(h, axis=0)
+def ppm(layer, kind, h):
+    ranges = [spread(rows) for rows in weights(layer, kind)]
+    return sum(each / each.max() for each in ranges) * np.sqrt(per_unit((h**2).sum(0), kind))
 
 
 FORMULAS = {
-    "wanda": lambda mlp, h: np.linalg.norm(h, axis=0) * np.linalg.norm(weights(mlp)[2], axis=0),
-    "flap": lambda mlp, h: h.var(axis=0, ddof=1) * (weights(mlp)[2] ** 2).sum(0),
+    "wanda": lambda layer, kind, h: per_unit(np.linalg.norm(h, axis=0) * written(layer, kind), kind),
+    "flap": lambda layer, kind, h: per_unit(h.var(axis=0, ddof=1) * written(layer, kind) ** 2, kind),
     "ppm_activation": ppm,
-    "magnitude": lambda mlp, _h: np.sqrt(
-        (weights(mlp)[0] ** 2).sum(1) + (weights(mlp)[1] ** 2).sum(1) + (weights(mlp)[2] ** 2).sum(0)
-    ),
+    "magnitude": lambda layer, kind, _h: np.sqrt(sum((rows**2).sum(1) for rows in weights(layer, kind))),
 }
 
 
+@pytest.mark.parametrize("kind", PARTS)
 @pytest.mark.parametrize("name", FORMULAS)
-def test_static_scores_equal_their_formulas(name):
-    mlp = make_model().model.layers[1].mlp
-    h = np.random.default_rng(0).normal(0.3, 1, (200, 48))
+def test_static_scores_equal_their_formulas(name, kind):
+    layer = make_model().model.layers[1]
+    h = np.random.default_rng(0).normal(0.3, 1, (200, 48 if kind == "mlp" else 32))
     moments = Moments(200, torch.tensor(h.sum(0)), torch.tensor((h**2).sum(0)))
-    found = CRITERIA[name].score(mlp, moments, torch.Generator())
-    np.testing.assert_allclose(found.numpy(), FORMULAS[name](mlp, h), rtol=1e-5)
+    found = CRITERIA[name].score(part_of(layer, kind), moments, torch.Generator())
+    np.testing.assert_allclose(found.numpy(), FORMULAS[name](layer, kind, h), rtol=1e-5)
 
 
 def test_ppm_activation_equals_optipfairs_own():
     from optipfair.pruning.mlp_glu import compute_neuron_pair_importance_maw_hybrid
 
-    mlp = make_model().model.layers[0].mlp
+    layer = make_model().model.layers[0]
+    mlp = layer.mlp
     h = torch.randn(100, 48, dtype=torch.float64)
     theirs = compute_neuron_pair_importance_maw_hybrid(
         mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, h.norm(dim=0).float()
     )
-    ours = CRITERIA["ppm_activation"].score(mlp, Moments(100, h.sum(0), (h**2).sum(0)), torch.Generator())
+    ours = CRITERIA["ppm_activation"].score(
+        part_of(layer, "mlp"), Moments(100, h.sum(0), (h**2).sum(0)), torch.Generator()
+    )
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)

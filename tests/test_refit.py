@@ -8,7 +8,8 @@ import torch
 from hfprune.allocation import allocate
 from hfprune.errors import UserError
 from hfprune.fidelity import token_measures
-from hfprune.refit import correction, entrance, refit, through
+from hfprune.refit import Repair, entrance, pass_through, refit
+from hfprune.structures import part_of
 from hfprune.surgery import cut
 from tests.conftest import make_model
 
@@ -31,11 +32,11 @@ def some(share=2 / 3):
     return allocate("global", [torch.rand(48) for _ in range(3)], share * 144, 1)
 
 
-def activations(model, sequences):
-    """What meets every down_proj in the model's own forward pass: (tokens, neurons) per layer."""
+def activations(model, sequences, name="mlp"):
+    """What meets every output layer in the model's own forward pass: (tokens, columns) per layer."""
     seen = [[] for _ in model.model.layers]
     hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs, into=into: into.append(inputs[0]))
+        part_of(layer, name).output.register_forward_pre_hook(lambda _module, inputs, into=into: into.append(inputs[0]))
         for layer, into in zip(model.model.layers, seen, strict=True)
     ]
     with torch.no_grad():
@@ -56,11 +57,11 @@ def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family,
     model, sequences = make_model(family, **changes), tokens(10)
     stream, arguments = entrance(model, sequences)
     for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):
+        passed = []
         with torch.no_grad():
-            passed = list(through(layer, keywords, stream))
+            pass_through(layer, keywords, stream, {layer.mlp.down_proj: passed.append}, advance=True)
         assert len(passed) == 4
-        stream = [behind for behind, _ in passed]
-        found = torch.cat([each for _, each in passed]).flatten(0, 1)
+        found = torch.cat(passed).flatten(0, 1)
         assert torch.allclose(found, expected, atol=1e-5)
         assert torch.allclose(found.T @ found, expected.T @ expected, rtol=1e-4, atol=1e-4)
 
@@ -68,44 +69,56 @@ def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family,
 def ridge_solution(h, weight, stays):
     """W_S + D by torch's own solver: min ||h_S D^T - h_P W_P^T||^2 + lambda ||D||^2 as one least-squares problem."""
     h, weight = h.double(), weight.double()
-    goes = [i for i in range(48) if i not in stays]
+    goes = [i for i in range(weight.shape[1]) if i not in stays]
     size = (0.1 * h[:, stays].square().sum(0).mean()).sqrt()
     system = torch.cat([h[:, stays], size * torch.eye(len(stays))])
     right = torch.cat([h[:, goes] @ weight[:, goes].T, torch.zeros(len(stays), 32)])
     return weight[:, stays] + torch.linalg.lstsq(system, right, driver="gelsd").solution.T
 
 
+GROUPS = [torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([0])]  # of two, each of 16 columns
+
+
+@pytest.mark.parametrize("structure", ["mlp", "attention", "mlp+attention"])
 @pytest.mark.parametrize("method", METHODS)
-def test_it_solves_the_ridge_problem_on_the_intact_or_on_the_refitted_model(method):
-    dense, sequences, kept = make_model(), tokens(20), some()
+def test_it_solves_the_ridge_problem_on_the_intact_or_on_the_refitted_model(method, structure):
+    dense, sequences, neurons = make_model(), tokens(20), some()
+    kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
     model, seen = copy.deepcopy(dense), copy.deepcopy(dense)
     details = refit(model, kept, sequences, method, 0.1)
     cut(model, kept)
-    for number, stays in enumerate(kept):
-        weight = dense.model.layers[number].mlp.down_proj.weight
-        expected = ridge_solution(activations(seen, sequences)[number], weight, stays)
-        found = model.model.layers[number].mlp.down_proj.weight.double()
-        assert torch.allclose(found, expected, atol=1e-5)
-        assert not torch.allclose(weight[:, stays].double(), expected, atol=1e-2)
-        if method == "sequential":  # what the layers above see
-            below = seen.model.layers[number].mlp.down_proj.weight
-            below.zero_()
-            below[:, stays] = found.float()
+    columns = {"mlp": neurons, "attention": [torch.arange(32).view(2, 16)[stay].flatten() for stay in GROUPS]}
+    for number in range(3):
+        for name in ("attention", "mlp"):
+            if name not in kept or (name == "attention" and len(GROUPS[number]) == 2):
+                continue
+            stays = columns[name][number]
+            weight = part_of(dense.model.layers[number], name).output.weight
+            expected = ridge_solution(activations(seen, sequences, name)[number], weight, stays)
+            found = part_of(model.model.layers[number], name).output.weight.double()
+            assert torch.allclose(found, expected, atol=1e-5), (number, name)
+            assert not torch.allclose(weight[:, stays].double(), expected, atol=1e-2)
+            if method == "sequential":  # what everything above sees
+                below = part_of(seen.model.layers[number], name).output.weight
+                below.zero_()
+                below[:, stays] = found.float()
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
 
 
 def test_a_refit_lowers_the_error_of_each_layers_output():
     model, sequences, kept = make_model(), tokens(20), some()
     h, weights = activations(model, sequences), [layer.mlp.down_proj.weight.clone() for layer in model.model.layers]
-    refit(model, kept, sequences, "least_squares", 0.1)
+    refit(model, {"mlp": kept}, sequences, "least_squares", 0.1)
     for layer, stays, every, weight in zip(model.model.layers, kept, h, weights, strict=True):
         plain = (every @ weight.T - every[:, stays] @ weight[:, stays].T).square().sum()
         assert (every @ weight.T - every @ layer.mlp.down_proj.weight.T).square().sum() < 0.95 * plain
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
-def test_refits_lower_the_divergence_from_the_dense_model(family, changes):
-    dense, held_out, kept = make_model(family, **changes), tokens(16, seed=1), some()
+@pytest.mark.parametrize("structure", ["mlp", "attention"])
+def test_refits_lower_the_divergence_from_the_dense_model(family, changes, structure):
+    dense, held_out = make_model(family, **changes), tokens(16, seed=1)
+    kept = {structure: some() if structure == "mlp" else GROUPS}
     kl = []
     for method in ("none", "least_squares", "sequential"):
         model = copy.deepcopy(dense)
@@ -121,7 +134,7 @@ def test_refits_lower_the_divergence_from_the_dense_model(family, changes):
 def test_where_nothing_goes_nothing_changes(family, changes, method):
     dense = make_model(family, **changes)
     model = copy.deepcopy(dense)
-    refit(model, [torch.arange(48)] * 3, tokens(8), method, 0.1)
+    refit(model, {"mlp": [torch.arange(48)] * 3}, tokens(8), method, 0.1)
     for layer, before in zip(model.model.layers, dense.model.layers, strict=True):
         assert torch.equal(layer.mlp.down_proj.weight, before.mlp.down_proj.weight)
 
@@ -129,8 +142,8 @@ def test_where_nothing_goes_nothing_changes(family, changes, method):
 def test_bias_makes_up_for_the_mean_of_what_goes():
     dense, kept, sequences = make_model(mlp_bias=True), some(), tokens(20)
     model = copy.deepcopy(dense)
-    assert refit(model, kept, sequences, "bias", 0.1) == {"refit_tokens": 640}
-    cut(model, kept)
+    assert refit(model, {"mlp": kept}, sequences, "bias", 0.1) == {"refit_tokens": 640}
+    cut(model, {"mlp": kept})
     every, mlp, before = activations(dense, sequences)[0], model.model.layers[0].mlp, dense.model.layers[0].mlp
     with torch.no_grad():
         difference = mlp.down_proj(every[:, kept[0]]) - before.down_proj(every)
@@ -142,13 +155,13 @@ def test_bias_makes_up_for_the_mean_of_what_goes():
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_bias_is_refused_where_a_checkpoint_cannot_hold_one(family):
     with pytest.raises(UserError, match=f"refit 'bias': .*{family} model have no bias.*Use 'least_squares'"):
-        refit(make_model(family), some(), tokens(4), "bias", 0.1)
+        refit(make_model(family), {"mlp": some()}, tokens(4), "bias", 0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fewer_tokens_than_neurons_are_told_and_still_solved(method, capsys):
-    model, kept = make_model(), [torch.arange(20), torch.arange(48), torch.arange(40)]
-    assert refit(model, kept, tokens(1), method, 0.1)["starved_layers"] == [1, 2]
+    model, kept = make_model(), [torch.arange(20), torch.arange(47), torch.arange(40)]
+    assert refit(model, {"mlp": kept}, tokens(1), method, 0.1)["starved_layers"] == [1, 2]
     assert "only 32 calibration tokens" in capsys.readouterr().err
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
@@ -156,17 +169,19 @@ def test_fewer_tokens_than_neurons_are_told_and_still_solved(method, capsys):
 def test_a_system_that_cannot_be_solved_names_its_layer():
     model = make_model()
     model.model.layers[1].mlp.gate_proj.weight[:5] = 0  # neurons that are always silent
-    with pytest.raises(UserError, match=r"layer 1: .* with ridge 0.*Set a larger `ridge`"):
-        refit(model, [torch.arange(48)] * 3, tokens(8), "least_squares", 0.0)
-    with pytest.raises(UserError, match="layer 7: "):
-        correction(iter([(torch.full((2, 3, 4), torch.nan), torch.zeros(2, 3, 5))]), 0.1, 7)
+    with pytest.raises(UserError, match=r"layer 1, mlp: .* with ridge 0.*Set a larger `ridge`"):
+        refit(model, {"mlp": [torch.arange(47)] * 3}, tokens(8), "least_squares", 0.0)
+    broken = Repair(part_of(model.model.layers[0], "mlp"), torch.arange(40), "mlp", 7)
+    broken.see(torch.full((2, 3, 48), torch.nan), mean=False)
+    with pytest.raises(UserError, match="layer 7, mlp: "):
+        broken.solve(0.1)
 
 
 def test_half_precision_is_refitted_in_float32():
     exact, kept, sequences = make_model(), some(), tokens(40)
     half = copy.deepcopy(exact).bfloat16()
     for model in (exact, half):
-        refit(model, kept, sequences, "least_squares", 0.1)
+        refit(model, {"mlp": kept}, sequences, "least_squares", 0.1)
     for one, other in zip(exact.model.layers, half.model.layers, strict=True):
         assert other.mlp.down_proj.weight.dtype == torch.bfloat16
         assert (one.mlp.down_proj.weight - other.mlp.down_proj.weight.float()).abs().max() < 0.02

@@ -1,5 +1,7 @@
 """Scores against an independent float64 computation, and what must not change them."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -7,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from hfprune.criteria import CRITERIA, TOP_K, GradientCriterion
 from hfprune.errors import UserError
 from hfprune.memory import graph_bytes
-from hfprune.models import load_model, load_tokenizer, mlps
+from hfprune.models import load_model, load_tokenizer
 from hfprune.scoring import (
     LOGITS_PER_CHUNK,
     Sums,
@@ -15,10 +17,11 @@ from hfprune.scoring import (
     finish,
     generator,
     hidden_gradient,
-    neuron_scores,
     positions_of,
     shard_range,
+    unit_scores,
 )
+from hfprune.structures import PARTS
 from hfprune.texts import sample_sequences
 from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines
 
@@ -55,82 +58,110 @@ PRODUCT_SUMS = {
 }
 
 
-def scores_by_autograd(name, model, sequences, seed=0, silent=()):
+def scores_by_autograd(name, model, sequences, seed=0, silent=(), kind="mlp"):
     """The formula with nothing of the engine: float64, autograd through the whole model, one sequence at a time."""
     model = model.double()
     totals = 0
+    groups = model.config.num_key_value_heads
     for number, sequence in enumerate(sequences):
         dense = model(sequence[None]).logits[0]
         seen = []
 
+        def silence(_module, inputs, cut):
+            h = inputs[0].clone()
+            h[..., cut] = 0
+            return (h,)
+
         def remember(_module, inputs, seen=seen):
             h = inputs[0].clone()
-            if silent:
-                h[..., silent[len(seen)]] = 0
             h = h if h.requires_grad else h.detach().requires_grad_()
             h.retain_grad()
             seen.append(h)
             return (h,)
 
-        hooks = [layer.mlp.down_proj.register_forward_pre_hook(remember) for layer in model.model.layers]
+        hooks = [
+            layer.mlp.down_proj.register_forward_pre_hook(partial(silence, cut=cut))
+            for layer, cut in zip(model.model.layers, silent, strict=False)
+        ]
+        for layer in model.model.layers:
+            output = layer.mlp.down_proj if kind == "mlp" else layer.self_attn.o_proj
+            hooks.append(output.register_forward_pre_hook(remember))
         loss(name, model(sequence[None]).logits[0], sequence, number, seed, dense).backward()
         for hook in hooks:
             hook.remove()
         summed = PRODUCT_SUMS[CRITERIA[name].products]
-        totals = totals + torch.stack([summed((h * h.grad)[0]).detach() for h in seen])
+        products = [(h * h.grad)[0].detach() for h in seen]
+        if kind == "attention":  # a group's query heads stand side by side
+            products = [each.view(len(sequence), groups, -1).sum(-1) for each in products]
+        totals = totals + torch.stack([summed(each) for each in products])
     return totals / sequences.numel()
 
 
+def flat(scores):
+    """All layers of all parts."""
+    return [layer for kind in PARTS for layer in scores[kind]]
+
+
 def assert_close(found, right, tolerance=1e-5):
+    """Layers of one part, or of all parts."""
+    found, right = (flat(scores) if isinstance(scores, dict) else scores for scores in (found, right))
     for layer, (ours, expected) in enumerate(zip(found, right, strict=True)):
         error = ((ours.double() - expected).norm() / expected.norm()).item()
         assert error < tolerance, f"layer {layer}: relative error {error:.1e}"
 
 
+@pytest.mark.parametrize("kind", PARTS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_entropy_scores_equal_float64_autograd(family, tied):
-    ours = neuron_scores(make_model(family, tie_word_embeddings=tied), tokens(), ["entropy"])["entropy"]
-    assert_close(ours, scores_by_autograd("entropy", make_model(family, tie_word_embeddings=tied), tokens()))
+def test_entropy_scores_equal_float64_autograd(family, tied, kind):
+    ours = unit_scores(make_model(family, tie_word_embeddings=tied), tokens(), ["entropy"])["entropy"][kind]
+    expected = scores_by_autograd("entropy", make_model(family, tie_word_embeddings=tied), tokens(), kind=kind)
+    assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("kind", PARTS)
 @pytest.mark.parametrize("name", [name for name in GRADIENT if name in INTACT])
-def test_scores_of_all_criteria_at_once_equal_float64_autograd(name):
-    ours = neuron_scores(make_model(), tokens(), INTACT, seed=4)
-    assert_close(ours[name], scores_by_autograd(name, make_model(), tokens(), seed=4))
+def test_scores_of_all_criteria_at_once_equal_float64_autograd(name, kind):
+    ours = unit_scores(make_model(), tokens(), INTACT, seed=4)
+    assert_close(ours[name][kind], scores_by_autograd(name, make_model(), tokens(), seed=4, kind=kind))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_self_distillation_equals_float64_autograd_on_the_lightly_cut_model(family):
-    first = neuron_scores(make_model(family), tokens(), ["cross_entropy"])["cross_entropy"]
-    ours = neuron_scores(make_model(family), tokens(), ["self_distillation"], light_cut=first)["self_distillation"]
+    first = unit_scores(make_model(family), tokens(), ["cross_entropy"])["cross_entropy"]["mlp"]
+    ours = unit_scores(make_model(family), tokens(), ["self_distillation"], light_cut=first)["self_distillation"]
     silent = [[int(layer.argmin())] for layer in first]  # 2.5 % of 48 neurons
-    assert_close(ours, scores_by_autograd("self_distillation", make_model(family), tokens(), silent=silent))
-    assert all(layer[cut].item() == 0 for layer, (cut,) in zip(ours, silent, strict=True))
+    for kind in PARTS:
+        model = make_model(family)
+        assert_close(ours[kind], scores_by_autograd("self_distillation", model, tokens(), silent=silent, kind=kind))
+    assert all(layer[cut].item() == 0 for layer, (cut,) in zip(ours["mlp"], silent, strict=True))
 
 
-def test_static_scores_rest_on_the_activations_of_the_intact_model():
+@pytest.mark.parametrize("kind", PARTS)
+def test_static_scores_rest_on_the_activations_of_the_intact_model(kind):
     model = make_model()
-    seen = []
-    hook = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    layer, seen = model.model.layers[2], []
+    output = layer.mlp.down_proj if kind == "mlp" else layer.self_attn.o_proj
+    hook = output.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
     model(tokens())
     hook.remove()
-    norms = seen[0].flatten(0, 1).norm(dim=0) * model.model.layers[2].mlp.down_proj.weight.norm(dim=0)
-    torch.testing.assert_close(neuron_scores(model, tokens(), ["wanda"])["wanda"][2], norms, rtol=1e-5, atol=0)
+    norms = seen[0].flatten(0, 1).norm(dim=0) * output.weight.norm(dim=0)
+    expected = norms if kind == "mlp" else norms.view(2, 16).sum(1)
+    torch.testing.assert_close(unit_scores(model, tokens(), ["wanda"])["wanda"][kind][2], expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_scores_do_not_depend_on_the_batch(batch):
-    some, whole = (neuron_scores(make_model(), tokens(), INTACT, batch=size) for size in (batch, 6))
+    some, whole = (unit_scores(make_model(), tokens(), INTACT, batch=size) for size in (batch, 6))
     for name in INTACT:
         assert_close(some[name], whole[name])
-        for a, b in zip(some[name], whole[name], strict=True):
+        for a, b in zip(some[name]["mlp"], whole[name]["mlp"], strict=True):
             assert a.argsort()[-24:].sort().values.equal(b.argsort()[-24:].sort().values), name
 
 
 def test_more_draws_come_closer_to_the_expectation():
     def fisher(seed, draws):
-        return neuron_scores(make_model(), tokens(), ["fisher_token"], seed=seed, draws=draws)["fisher_token"][0]
+        return unit_scores(make_model(), tokens(), ["fisher_token"], seed=seed, draws=draws)["fisher_token"]["mlp"][0]
 
     expectation = fisher(seed=99, draws=400)
     errors = [(fisher(seed=0, draws=draws) - expectation).norm() / expectation.norm() for draws in (1, 40)]
@@ -141,10 +172,10 @@ def test_one_backward_pass_serves_all_criteria_of_one_gradient(monkeypatch):
     passes = []
     backward = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **kw: (passes.append(1), backward(*args, **kw)))
-    neuron_scores(make_model(), tokens(), INTACT, batch=6)
+    unit_scores(make_model(), tokens(), INTACT, batch=6)
     assert len(passes) == 4  # entropy, entropy_top_k, cross_entropy, and one for both of Fisher's
     passes.clear()
-    neuron_scores(make_model(), tokens(), ["wanda", "random"], batch=6)
+    unit_scores(make_model(), tokens(), ["wanda", "random"], batch=6)
     assert not passes
 
 
@@ -164,10 +195,10 @@ def test_the_output_projection_in_chunks_changes_nothing(monkeypatch):
 def test_layers_computed_anew_where_memory_is_short_give_the_same_scores(family, monkeypatch):
     model, forwards = make_model(family), []
     model.model.layers[1].self_attn.register_forward_hook(lambda *_: forwards.append(1))
-    kept = neuron_scores(model, tokens(), INTACT, draws=2)
+    kept = unit_scores(model, tokens(), INTACT, draws=2)
     assert len(forwards) == 1
     monkeypatch.setattr("hfprune.memory.free_bytes", lambda _device: 1)
-    anew = neuron_scores(model, tokens(), INTACT, draws=2)
+    anew = unit_scores(model, tokens(), INTACT, draws=2)
     assert len(forwards) == 1 + 1 + 5  # a forward pass, and one again in each backward pass
     for name in INTACT:
         assert_close(anew[name], kept[name], 1e-6)
@@ -182,7 +213,7 @@ def test_layers_computed_anew_leave_less_to_keep(monkeypatch):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            neuron_scores(make_model(), tokens(), ["entropy"])
+            unit_scores(make_model(), tokens(), ["entropy"])
         return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
     before = kept()
@@ -198,8 +229,8 @@ def test_weights_offloaded_by_accelerate_give_the_same_scores(tied, tmp_path):
     places |= {"model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "cpu" if tied else "disk"}
     spread = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "off")
     assert spread.model.layers[1].mlp.down_proj.weight.is_meta
-    found = neuron_scores(spread.eval().requires_grad_(False), tokens(), INTACT)
-    whole = neuron_scores(load_model(folder, "float32"), tokens(), INTACT)
+    found = unit_scores(spread.eval().requires_grad_(False), tokens(), INTACT)
+    whole = unit_scores(load_model(folder, "float32"), tokens(), INTACT)
     for name in INTACT:
         assert_close(found[name], whole[name], 1e-6)
 
@@ -216,8 +247,8 @@ def test_shards_add_up_to_what_one_job_scores(shards, monkeypatch):
         for name, tensor in add_up(model, sequences, INTACT, 0, 2, None, None, part).tensors.items():
             merged.add(name, tensor)
     for name in INTACT:
-        found, right = (finish(name, sums, 120, 0, 2, mlps(model)) for sums in (merged, whole))
-        assert all(a.equal(b) for a, b in zip(found, right, strict=True)), name
+        found, right = (finish(name, sums, 120, 0, 2, model) for sums in (merged, whole))
+        assert all(a.equal(b) for a, b in zip(flat(found), flat(right), strict=True)), name
 
 
 def test_a_shard_holds_whole_batches_where_there_are_enough():
@@ -227,7 +258,7 @@ def test_a_shard_holds_whole_batches_where_there_are_enough():
 
 def test_no_parameter_receives_a_gradient():
     model = make_model()
-    neuron_scores(model, tokens(), ["entropy"])
+    unit_scores(model, tokens(), ["entropy"])
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
@@ -235,13 +266,13 @@ def test_bfloat16_sums_do_not_stall():
     """A bfloat16 sum of equal terms stalls at 256 of them; ours is float32 or better."""
     many = tokens(1, 8).repeat(600, 1)
     total, once = (
-        neuron_scores(make_model().bfloat16(), some, ["entropy"], batch=4)["entropy"] for some in (many, many[:4])
+        unit_scores(make_model().bfloat16(), some, ["entropy"], batch=4)["entropy"]["mlp"] for some in (many, many[:4])
     )
     assert_close(total, once, 1e-4)
 
 
 def test_a_pass_that_was_cut_short_goes_on_where_it_was(tmp_path, monkeypatch):
-    whole = neuron_scores(make_model(), tokens(), INTACT, batch=2)
+    whole = unit_scores(make_model(), tokens(), INTACT, batch=2)
     monkeypatch.setattr("hfprune.scoring.SECONDS_BETWEEN_SAVES", 0)
     model, calls = make_model(), []
 
@@ -252,14 +283,14 @@ def test_a_pass_that_was_cut_short_goes_on_where_it_was(tmp_path, monkeypatch):
 
     hook = model.model.register_forward_pre_hook(fail_at_the_third_batch, with_kwargs=True)
     with pytest.raises(KeyboardInterrupt):
-        neuron_scores(model, tokens(), INTACT, batch=2, resume=tmp_path / "resume")
+        unit_scores(model, tokens(), INTACT, batch=2, resume=tmp_path / "resume")
     hook.remove()
     calls.clear()
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    resumed = neuron_scores(model, tokens(), INTACT, batch=2, resume=tmp_path / "resume")
+    resumed = unit_scores(model, tokens(), INTACT, batch=2, resume=tmp_path / "resume")
     assert len(calls) == 1
     for name in INTACT:
-        assert all(a.equal(b) for a, b in zip(resumed[name], whole[name], strict=True)), name
+        assert all(a.equal(b) for a, b in zip(flat(resumed[name]), flat(whole[name]), strict=True)), name
 
 
 @pytest.mark.parametrize(
@@ -267,19 +298,19 @@ def test_a_pass_that_was_cut_short_goes_on_where_it_was(tmp_path, monkeypatch):
 )
 def test_a_pass_over_other_criteria_or_draws_does_not_go_on_with_partial_sums(criteria, draws, tmp_path, monkeypatch):
     monkeypatch.setattr("hfprune.scoring.SECONDS_BETWEEN_SAVES", 0)
-    neuron_scores(make_model(), tokens(), ["entropy", "fisher_token"], batch=2, resume=tmp_path / "resume")
-    found = neuron_scores(make_model(), tokens(), criteria, draws=draws, batch=2, resume=tmp_path / "resume")
-    fresh = neuron_scores(make_model(), tokens(), criteria, draws=draws, batch=2)
+    unit_scores(make_model(), tokens(), ["entropy", "fisher_token"], batch=2, resume=tmp_path / "resume")
+    found = unit_scores(make_model(), tokens(), criteria, draws=draws, batch=2, resume=tmp_path / "resume")
+    fresh = unit_scores(make_model(), tokens(), criteria, draws=draws, batch=2)
     for name in criteria:
-        assert all(a.equal(b) for a, b in zip(found[name], fresh[name], strict=True)), name
+        assert all(a.equal(b) for a, b in zip(flat(found[name]), flat(fresh[name]), strict=True)), name
 
 
 def test_all_zero_scores_name_the_layer():
     model = make_model()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    with pytest.raises(UserError, match="layer 1: all scores by entropy are zero"):
-        neuron_scores(model, tokens(), ["entropy"])
+    with pytest.raises(UserError, match="layer 1, mlp: all scores by entropy are zero"):
+        unit_scores(model, tokens(), ["entropy"])
 
 
 def test_scores_that_are_not_finite_name_the_layer():
@@ -287,7 +318,7 @@ def test_scores_that_are_not_finite_name_the_layer():
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[5] = float("inf")
     with pytest.raises(UserError, match="layer 0: scores by entropy are not finite"):
-        neuron_scores(model, tokens(), ["entropy"])
+        unit_scores(model, tokens(), ["entropy"])
 
 
 def test_sequences_are_the_same_for_a_seed_and_differ_between_seeds(checkpoint, texts):

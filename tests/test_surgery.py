@@ -1,34 +1,38 @@
 """The pruned checkpoint: exact, of the asked size, and loadable by anyone."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hfprune.allocation import allocate
-from hfprune.budget import neurons_to_keep
+from hfprune.budget import units_to_keep
 from hfprune.config import PruneParameters
 from hfprune.errors import UserError
-from hfprune.layout import PRUNING, SCORES, layer_name
+from hfprune.layout import PRUNING, SCORES
 from hfprune.models import count_parameters, load_model
+from hfprune.structures import parts, save_scores
 from hfprune.surgery import cut, prune
-from tests.conftest import FAMILIES, make_model, save_checkpoint
+from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense
 
 
-def random_scores(seed=0, layers=3, neurons=48):
+def random_scores(seed=0, layers=3, neurons=48, groups=2):
     torch.manual_seed(seed)
-    return [torch.rand(neurons) for _ in range(layers)]
+    return {
+        name: [torch.rand(count) for _ in range(layers)] for name, count in (("mlp", neurons), ("attention", groups))
+    }
 
 
 CALIBRATION = {"criterion": "entropy", "samples": 6, "length": 32, "seed": 0, "text": "words"}
 SOURCE = {"name": "tiny", "content": "0"}
 
 
-def save_scores(folder):
+def write_scores(folder, scores):
     folder.mkdir(parents=True)
-    save_file({layer_name(i): layer for i, layer in enumerate(random_scores())}, folder / SCORES)
+    save_scores(folder / SCORES, scores)
     return folder
 
 
@@ -37,29 +41,53 @@ def prune_into(out, model, scores, text=None, **asked):
     return prune(out, model, scores, text, SOURCE, CALIBRATION, **asked.model_dump())
 
 
-def run_prune(model, folder, text=None, **asked):
-    scores, out = save_scores(folder / "scores"), folder / "pruned"
+def run_prune(model, folder, text=None, scores=None, **asked):
+    scores, out = write_scores(folder / "scores", scores or random_scores()), folder / "pruned"
     out.mkdir()
     return out, prune_into(out, model, scores, text, **asked)
 
 
-@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), ("llama", {"mlp_bias": True})])
-def test_reloaded_by_stock_code_it_is_the_intact_model_with_those_neurons_silent(family, changes, tmp_path):
-    dense = save_checkpoint(tmp_path / "dense", family, **changes)
-    out, _ = run_prune(dense, tmp_path, ratio=0.15)
+def masked_logits(dense, kept, tokens):
+    """The logits of the intact model with the units that are not in `kept` silent."""
+    model = load_model(dense, "float32")
+    for name, layers in kept.items():
+        for part, stays in zip(parts(model, name), layers, strict=True):
+            mask = torch.zeros(part.units, part.columns)
+            mask[stays] = 1
+            hook = partial(lambda _module, inputs, mask: (inputs[0] * mask,), mask=mask.flatten())
+            part.output.register_forward_pre_hook(hook)
     with torch.no_grad():
-        found = AutoModelForCausalLM.from_pretrained(out)(torch.arange(24).view(2, 12)).logits
-    kept = json.loads((out / PRUNING).read_text())["kept"]
+        return model(tokens).logits
 
-    masked = load_model(dense, "float32")
-    for layer, stays in zip(masked.model.layers, kept, strict=True):
-        mask = torch.zeros(48)
-        mask[stays] = 1
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs, mask=mask: (inputs[0] * mask,))
+
+VARIANTS = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", {"mlp_bias": True, "attention_bias": True}),
+    ("mistral", {"num_key_value_heads": 4}),  # a group is a single head
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("qwen3", {"head_dim": 12, "attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize("structure", ["mlp", "attention", "mlp+attention"])
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_reloaded_by_stock_code_it_is_the_intact_model_with_those_units_silent(family, changes, structure, tmp_path):
+    dense = save_dense(tmp_path / "dense", family, **changes)
+    share = {"attention_share": 0.5} if structure == "mlp+attention" else {}
+    scores = random_scores(groups=changes.get("num_key_value_heads", 2))
+    ratio = 0.09 if structure == "attention" else 0.2
+    out, _ = run_prune(dense, tmp_path, scores=scores, ratio=ratio, structure=structure, **share)
+    tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
-        expected = masked(torch.arange(24).view(2, 12)).logits
+        found = AutoModelForCausalLM.from_pretrained(out)(tokens).logits
+    kept = json.loads((out / PRUNING).read_text())["kept"]
+    assert set(kept) == set(structure.split("+"))
+    dense_model = load_model(dense, "float32")
+    for name, layers in kept.items():
+        assert all(len(stays) < part.units for stays, part in zip(layers, parts(dense_model, name), strict=True))
+    expected = masked_logits(dense, kept, tokens)
     assert (found - expected).abs().max() < 1e-4
-    assert (load_model(dense, "float32")(torch.arange(24).view(2, 12)).logits - expected).abs().max() > 1e-2
+    assert (dense_model(tokens).logits - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -67,7 +95,7 @@ def test_reloaded_by_stock_code_it_is_the_intact_model_with_those_neurons_silent
 def test_the_share_removed_is_within_half_a_neuron_per_layer(ratio, tied):
     model = make_model(tie_word_embeddings=tied)
     before = count_parameters(model)
-    cut(model, allocate("uniform", random_scores(), neurons_to_keep(model, ratio), 1))
+    cut(model, {"mlp": allocate("uniform", random_scores()["mlp"], units_to_keep(model, ratio).keep["mlp"], 1)})
     half_a_neuron_per_layer = 3 * 3 * 32 / 2 / before
     assert abs(1 - count_parameters(model) / before - ratio) <= half_a_neuron_per_layer + 1e-12
 
@@ -104,8 +132,8 @@ def test_a_budget_is_met_to_the_nearest_width(budget, round_to, allocation):
         "ratio_of_mlp": 0.45 * 144,
         "target_parameters": 50 + 11 / PER_NEURON,
     }
-    keep = neurons_to_keep(model, **asked, round_to=round_to, allocation=allocation)
-    widths = [len(layer) for layer in allocate(allocation, random_scores(), keep, round_to)]
+    keep = units_to_keep(model, **asked, round_to=round_to, allocation=allocation).keep["mlp"]
+    widths = [len(layer) for layer in allocate(allocation, random_scores()["mlp"], keep, round_to)]
     assert keep == pytest.approx(144 - removed[budget])
     assert all(width % round_to == 0 for width in widths)
     step = round_to * (3 if allocation == "uniform" else 1)  # uniform widths move together
@@ -129,27 +157,109 @@ def test_both_shares_on_record_are_of_all_parameters(asked, checkpoint, tmp_path
 )
 def test_an_impossible_ratio_is_refused_with_the_largest_possible_one(allocation, round_to, fewest, ratio_of):
     model, words = make_model(), {"ratio_of": ratio_of, "allocation": allocation, "round_to": round_to}
-    said = f"ratio 0.99 of {ratio_of} parameters.*largest ratio that this model's MLPs allow is 0[.][0-9]+"
+    said = f"ratio 0.99 of {ratio_of} parameters.*largest ratio that allows is 0[.][0-9]+"
     with pytest.raises(UserError, match=said) as refused:
-        neurons_to_keep(model, 0.99, **words)
+        units_to_keep(model, 0.99, **words)
     largest = float(str(refused.value).split()[-1].rstrip("."))
-    assert neurons_to_keep(model, largest, **words) == pytest.approx(fewest, abs=0.1)
+    assert units_to_keep(model, largest, **words).keep["mlp"] == pytest.approx(fewest, abs=0.1)
 
 
 def test_an_impossible_target_is_refused_with_the_smallest_possible_one():
     model = make_model()
     with pytest.raises(
-        UserError, match=r"target_parameters 1000.*smallest target_parameters that .* is [0-9]+"
+        UserError, match=r"target_parameters 1000.*smallest target_parameters that allows is [0-9]+"
     ) as refused:
-        neurons_to_keep(model, target_parameters=1000)
-    assert neurons_to_keep(model, target_parameters=int(str(refused.value).split()[-1].rstrip("."))) == 3
+        units_to_keep(model, target_parameters=1000)
+    assert units_to_keep(model, target_parameters=int(str(refused.value).split()[-1].rstrip("."))).keep == {"mlp": 3}
     with pytest.raises(UserError, match="the target has to be smaller"):
-        neurons_to_keep(model, target_parameters=count_parameters(model))
+        units_to_keep(model, target_parameters=count_parameters(model))
+
+
+PER_GROUP = 2 * 8 * 32 + 2 * 8 * 32 + 2 * 8 * 32  # two query heads, a key and a value head, columns of o_proj
+
+
+def gone(model, kept):
+    """By part, how many units of each layer go."""
+    return {
+        name: [part.units - len(stay) for part, stay in zip(parts(model, name), layers, strict=True)]
+        for name, layers in kept.items()
+    }
+
+
+def keep_of(model, allocation, scores, asked, round_to=1):
+    return {
+        name: allocate(allocation, scores[name], keep, round_to if name == "mlp" else 1)
+        for name, keep in asked.keep.items()
+    }
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
+def test_a_set_share_comes_from_attention_and_neurons_give_the_rest(share, allocation):
+    model, scores = make_model(), random_scores()
+    words = {"structure": "mlp+attention", "allocation": allocation, "attention_share": share}
+    asked = units_to_keep(model, 0.2, **words)
+    kept = keep_of(model, allocation, scores, asked)
+    lost = {name: sum(layers) for name, layers in gone(model, kept).items()}
+    whole = share * 0.2 * count_parameters(model) / PER_GROUP
+    step = 3 if allocation == "uniform" else 1
+    assert abs(lost["attention"] - whole) <= step / 2 + 1e-9
+    before = count_parameters(model)
+    cut(model, kept)
+    assert abs(1 - count_parameters(model) / before - 0.2) <= 2 * PER_NEURON / before
+
+
+def test_without_a_set_share_the_lowest_scores_per_parameter_go_wherever_they_are():
+    model, scores = make_model(), random_scores()
+    scores["attention"] = [layer * PER_GROUP / PER_NEURON for layer in scores["attention"]]
+    asked = units_to_keep(model, 0.2, structure="mlp+attention", allocation="global", scores=scores)
+    kept = keep_of(model, "global", scores, asked)
+    per_unit = {"mlp": PER_NEURON, "attention": PER_GROUP}
+    values = {name: [layer / per_unit[name] for layer in scores[name]] for name in kept}
+    stays, goes = [], []
+    for name, layers in kept.items():
+        for value, stay in zip(values[name], layers, strict=True):
+            mask = torch.zeros(len(value), dtype=torch.bool).index_fill_(0, stay, True)
+            stays += value[mask].tolist() if len(stay) > 1 else []  # the last group of a layer stays in any case
+            goes += value[~mask].tolist()
+    assert gone(model, kept)["attention"] != [0, 0, 0]
+    # But for the neurons that fill up what a whole group more would have overshot.
+    assert sum(value > min(stays) for value in goes) <= PER_GROUP // PER_NEURON
+
+
+def test_groups_that_nobody_would_miss_all_go_but_one_a_layer():
+    model, scores = make_model(), random_scores()
+    scores["attention"] = [torch.full((2,), 1e-6) for _ in range(3)]
+    for allocation in ("uniform", "global"):
+        asked = units_to_keep(model, 0.2, structure="mlp+attention", allocation=allocation, scores=scores)
+        assert gone(model, keep_of(model, allocation, scores, asked))["attention"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"ratio": 0.3, "structure": "attention"},
+            "at least 3 of 6 key-value groups.*largest ratio .* is 0.1",
+        ),
+        ({"target_parameters": 1000, "structure": "mlp+attention"}, "3 of 144 neurons and 3 of 6 key-value groups"),
+        ({"ratio": 0.3, "structure": "mlp+attention", "attention_share": 0.9}, "largest attention_share .* is 0.35"),
+        ({"ratio": 0.4, "structure": "mlp+attention", "attention_share": 0.0}, "smallest attention_share .* is 0.2"),
+    ],
+)
+def test_what_attention_does_not_hold_is_refused_with_what_it_holds(asked, message):
+    with pytest.raises(UserError, match=message):
+        units_to_keep(make_model(), scores=random_scores(), **asked)
+
+
+def test_a_budget_that_rounds_to_nothing_is_refused(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"ratio 0\.02 .* less than half of the 4,608 .*: nothing would go"):
+        run_prune(checkpoint, tmp_path, ratio=0.02, structure="attention")
 
 
 def test_widths_too_small_for_the_step_are_refused():
     with pytest.raises(UserError, match="round_to 64: a layer has only 48 neurons"):
-        neurons_to_keep(make_model(), 0.1, round_to=64)
+        units_to_keep(make_model(), 0.1, round_to=64)
 
 
 @pytest.mark.parametrize("refit", ["bias", "least_squares", "sequential"])
@@ -174,7 +284,7 @@ def test_a_refit_is_on_record_and_reads_the_sequences_of_the_scores(refit, texts
 def test_cutting_nothing_changes_nothing():
     model, tokens = make_model(), torch.arange(10)[None]
     before = model(tokens).logits
-    cut(model, [torch.arange(48)] * 3)
+    cut(model, {"mlp": [torch.arange(48)] * 3, "attention": [torch.arange(2)] * 3})
     assert torch.equal(model(tokens).logits, before)
 
 

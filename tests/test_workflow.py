@@ -290,6 +290,18 @@ def test_shards_give_the_scores_of_one_job_and_a_lost_one_is_made_alone(checkout
     assert "shard" not in elsewhere.planned(changed(sharded, calibration={"shards": 3})), "finished scores need none"
 
 
+def test_attention_is_cut_beside_the_mlps_from_the_same_scores(checkout, experiment, tmp_path):
+    cut = {"ratios": [0.2], "structures": ["mlp", "mlp+attention"], "allocations": ["global"], "refits": ["sequential"]}
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
+    output = elsewhere.snakemake(changed(experiment, pruning=cut), "tables")
+    assert model_stages(ran(output)) == {"prune": 2, "measure": 2, "evaluate": 2}
+    metrics = pd.read_csv(elsewhere.folder / "results" / "tiny" / "metrics.csv", keep_default_na=False)
+    pruned = metrics[(metrics["stage"] == "pruned") & (metrics["metric"] == "kl")].set_index("structure")
+    assert sorted(pruned.index) == ["mlp", "mlp+attention"]
+    assert pruned["value"].nunique() == 2
+    assert (pruned["ratio_achieved"].astype(float) - 0.2).abs().max() < 2 * 96 / pruned["parameters"].astype(int).min()
+
+
 def test_a_grid_of_refits_stands_side_by_side_in_the_results(checkout, experiment, tmp_path):
     grid = changed(experiment, pruning={"ratios": [0.2], "refits": ["none", "least_squares", "sequential"]})
     elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)

@@ -1,5 +1,5 @@
 rule prune:
-    """The checkpoint without its least important neurons."""
+    """The checkpoint without its least important neurons or key-value groups."""
     input:
         unpack(made_from("prune")),
     output:

@@ -1,5 +1,5 @@
 rule score:
-    """The importance of every neuron: one pass over the calibration text, or the sum of its shards."""
+    """The importance of every neuron and key-value group: one pass over the calibration text, or the sum of its shards."""
     input:
         unpack(made_from("score")),
     output:
@@ -17,7 +17,7 @@ rule score:
         inputs=input_options("light_cut", "shards"),
         label=label("score"),
     message:
-        "score neurons: {params.label}"
+        "score: {params.label}"
     shell:
         "python -m hfprune score --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q} 2>&1"
         " | tee {log:q}"
