@@ -1,6 +1,6 @@
 """The figures: drawn from `metrics.csv` and from scores, one look throughout."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 
 from hfprune.agreement import KEPT, between_criteria, layers
 from hfprune.artifacts import Artifact
-from hfprune.statistics import MODEL, mean_accuracy, over_seeds, varying
+from hfprune.statistics import MODEL, WAYS, mean_accuracy, over_seeds, varying
 from hfprune.tables import TASK_TITLES, headline
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 MARKERS = "osD^vP*"
 LINES = ("-", "--", ":")  # for more lines than there are colours
+MOST_LINES = 6  # in one panel
+KL_LABEL = "KL(dense || pruned), nats per token"
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 300,
@@ -88,16 +90,69 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
 
 
 def kl(metrics: pd.DataFrame) -> Figure:
-    """KL divergence from the dense model on held-out text against the share of parameters removed."""
-    figure, axis = plt.subplots(figsize=(3.8, 3.1), layout="constrained")
+    """KL divergence from the dense model on held-out text, by how models were made.
+
+    Against the share of parameters removed: in one panel, or where that would be too many lines, in a panel for each
+    structure and allocation. Where all models are of one size: one below the other, the nearest to the dense one first.
+    """
     found = over_seeds(metrics[metrics["metric"] == "kl"])
-    _curves(axis, found)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("Parameters removed (%)")
-    axis.set_ylabel("KL(dense || pruned), nats per token")
-    axis.set_title(f"Held-out text: {', '.join(dict.fromkeys(found['task']))}", fontsize=9)
-    _legend(figure, axis)
+    title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
+    pruned = found[found["stage"] != "dense"]
+    if len(pruned.drop_duplicates(["criterion", *WAYS])) <= MOST_LINES:
+        figure, axes = plt.subplots(figsize=(3.8, 3.1), squeeze=False, layout="constrained")
+        _curves(axes[0, 0], found)
+        axes[0, 0].set_ylim(bottom=0)
+        _legend(figure, axes[0, 0])
+    elif pruned["ratio"].nunique() == 1:
+        figure, axis = plt.subplots(figsize=(5, 0.8 + 0.17 * len(pruned)), layout="constrained")
+        _ranked(axis, pruned)
+        axis.set_title(f"{title}; {pruned['ratio'].iloc[0]:.0%} of all parameters removed", fontsize=9)
+        axis.set_xlabel(KL_LABEL)
+        return figure
+    else:
+        figure, axes = _panels(found)
+    figure.suptitle(title, fontsize=9)
+    figure.supxlabel("Parameters removed (%)", fontsize=9)
+    figure.supylabel(KL_LABEL, fontsize=9)
     return figure
+
+
+def _panels(found: pd.DataFrame) -> tuple[Figure, np.ndarray]:
+    """A panel for each structure and allocation; the same look for the same criterion and refit. Logarithmic."""
+    pruned = found[found["stage"] != "dense"]
+    split = [way for way in varying(found) if way != "refit"]
+    panels = list(pruned.groupby(split, sort=False)) if split else [((), pruned)]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.1 * columns, 0.8 + 2.1 * rows), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    criteria, refits = (list(dict.fromkeys(pruned[name])) for name in ("criterion", "refit"))
+    for axis, (chosen, panel) in zip(axes.flat, panels, strict=False):
+        for (criterion, refit), line in panel.groupby(["criterion", "refit"], sort=False):
+            look = (criteria.index(criterion), criteria.index(criterion), refits.index(refit))
+            label = f"{criterion}, {'no refit' if refit == 'none' else refit}" if len(refits) > 1 else criterion
+            _line(axis, line, label, *look)
+        axis.set_yscale("log")
+        axis.set_title(", ".join(chosen), fontsize=9)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    _legend(figure, axes[0, 0])
+    return figure, axes
+
+
+def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
+    """A row for each model, the lowest value first, with one standard error."""
+    criteria, ways = list(dict.fromkeys(models["criterion"])), varying(models)
+    models = models.sort_values("value", ascending=False)
+    for row, (_, model) in enumerate(models.iterrows()):
+        color = COLORS[criteria.index(model["criterion"]) % len(COLORS)]
+        axis.errorbar(model["value"], row, xerr=model["stderr"], color=color, marker="o", markersize=4, capsize=2)
+    labels = [", ".join([model["criterion"], *_said(ways, model[ways])]) for _, model in models.iterrows()]
+    axis.set_yticks(range(len(models)), labels, fontsize=8)
+    axis.set_ylim(-0.7, len(models) - 0.3)
+    axis.set_xlim(left=0)
 
 
 def importance(scores: list[Artifact]) -> Figure:
@@ -160,20 +215,32 @@ def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
     pruned = found[found["stage"] != "dense"]
     ways = varying(found)
     for number, ((criterion, *chosen), line) in enumerate(pruned.groupby(["criterion", *ways], sort=False)):
-        said = [f"no {way}" if value == "none" else value for way, value in zip(ways, chosen, strict=True)]
-        line = pd.concat([dense, line]).sort_values("ratio_achieved")
-        axis.errorbar(
-            100 * line["ratio_achieved"],
-            scale * line["value"],
-            yerr=scale * line["stderr"],
-            label=", ".join([criterion, *said]),
-            color=COLORS[number % len(COLORS)],
-            marker=MARKERS[number % len(MARKERS)],
-            linestyle=LINES[number // len(COLORS) % len(LINES)],
-            markersize=4,
-            capsize=2,
-            lw=1.2,
-        )
+        label = ", ".join([criterion, *_said(ways, chosen)])
+        _line(axis, pd.concat([dense, line]), label, number, number, number // len(COLORS), scale)
+
+
+def _said(ways: list[str], chosen: Iterable[str]) -> list[str]:
+    """How a model was made, in words."""
+    return [f"no {way}" if value == "none" else value for way, value in zip(ways, chosen, strict=True)]
+
+
+def _line(
+    axis: plt.Axes, models: pd.DataFrame, label: str, color: int, marker: int, line: int, scale: float = 1
+) -> None:
+    """Values against the share of parameters removed, with error bars of one standard error."""
+    models = models.sort_values("ratio_achieved")
+    axis.errorbar(
+        100 * models["ratio_achieved"],
+        scale * models["value"],
+        yerr=scale * models["stderr"],
+        label=label,
+        color=COLORS[color % len(COLORS)],
+        marker=MARKERS[marker % len(MARKERS)],
+        linestyle=LINES[line % len(LINES)],
+        markersize=4,
+        capsize=2,
+        lw=1.2,
+    )
 
 
 def _legend(figure: Figure, axis: plt.Axes) -> None:

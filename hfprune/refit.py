@@ -1,25 +1,27 @@
-"""Let the units that stay carry what those that go carried: new weights, or a bias, for every output layer that is cut.
+"""Let the units that stay carry what those that go carried: new weights, or a bias, for output layers.
 
 An MLP, or attention, writes W h into the residual stream, h the activations at a token that meet its output layer
-(down_proj, o_proj). Let S be the columns that stay, P those that go, and r = W[:, P] h[P] what is lost at a token once
-P is silent. With sums over all calibration tokens,
+(down_proj, o_proj). Let S be the columns that stay, P those that go, and r what is to be made up for at a token. With
+sums over all calibration tokens, each with a weight w,
 
-    G = sum h[S] h[S]^T,    C = sum r h[S]^T,    lambda = ridge * mean(diag G),
+    G = sum w h[S] h[S]^T,    C = sum w r h[S]^T,    lambda = ridge * mean(diag G),
 
-the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + lambda I)^-1, and is added to W[:, S].
+the correction D that minimises sum w ||r - D h[S]||^2 + lambda ||D||^2 is C (G + lambda I)^-1, and is added to W[:, S].
 
-- `least_squares`: h of the intact model.
-- `sequential`: h of the model in which everything below is cut and refitted already.
+- `least_squares`: h of the intact model, r = W[:, P] h[P], what is lost here. w = 1.
+- `sequential`: h of the model in which everything below is cut and refitted already, and r = W[:, P] h[P] + a (y - y'):
+  y is the residual stream of the dense model behind this part, y' that of the cut model if nothing were lost here, so
+  that their difference is what went wrong below. a = `DRIFT`: making up for all of it would fit noise. w = 1 / ||y||^2,
+  or else the few tokens with a hundred times the norm of the others (attention sinks) would decide alone. The output
+  layers of all parts are refitted, also of those that keep all their units.
 - `bias`: h of the intact model; only the mean of r is made up for, by the output layer's bias (FLAP, arXiv 2312.11983).
 
-The layers are refitted first to last, each with all tokens, attention before the MLP. Beside the weights, memory holds
-the calibration tokens' hidden states at one layer, and one layer's G and C.
+The parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. Beside the
+weights, memory holds the calibration tokens' hidden states at one layer (`sequential`: also the dense model's), and G
+and C of one part.
 """
 
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from hfprune.progress import progress
 from hfprune.structures import UNITS, Kept, Part, part_of, parts
 
 TOKENS_PER_BATCH = 4096
+DRIFT = 0.5
 
 Stream = list[Tensor]  # hidden states of all calibration tokens at one layer's entrance, (batch, length, hidden) each
 
@@ -60,24 +63,33 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
                 f"refit 'bias': {where} of this {model.config.model_type} model have no bias in the output layer, and "
                 "a plain checkpoint cannot hold one. Use 'least_squares' or 'sequential'."
             )
-    starved: set[int] = set()
+    sequential, starved = method == "sequential", []
     stream, arguments = entrance(model, tokens)
+    dense = list(stream)
     layers = list(zip(model.model.layers, arguments, strict=True))
     for number, (layer, keywords) in enumerate(progress(layers, "refit", len(layers), "layer")):
-        repairs = [
-            Repair(part_of(layer, name), kept[name][number], name, number)
-            for name in ("attention", "mlp")
-            if name in kept and len(kept[name][number]) < part_of(layer, name).units
-        ]
-        starved |= {number for repair in repairs if len(repair.stays) > tokens.numel()}
-        steps = [[repair] for repair in repairs] if method == "sequential" else [repairs]
-        for together in steps:
-            look = {each.part.output: partial(each.see, mean=method == "bias") for each in together}
-            pass_through(layer, keywords, stream, look, advance=method != "sequential")
-            for repair in together:
-                repair.shift() if method == "bias" else repair.solve(ridge)
-        if method == "sequential":  # the layers above are to see this one as it is now
-            pass_through(layer, keywords, stream, {}, advance=True)
+        for name in ("attention", "mlp"):
+            part = part_of(layer, name)
+            stay = kept[name][number] if name in kept else torch.arange(part.units)
+            repair = Repair(part, stay, name, number)
+            for i, states in enumerate(stream):
+                written, activations = through(layer, name, keywords, states)
+                if sequential:
+                    dense[i] = dense[i] + through(layer, name, keywords, dense[i])[0]
+                    repair.see(activations, DRIFT * (dense[i].float() - (states + written).float()), relative(dense[i]))
+                else:
+                    stream[i] = states + written
+                    if repair.lossy:
+                        repair.see(activations, mean=method == "bias")
+            if repair.lossy and method == "bias":
+                repair.shift()
+            elif repair.lossy or sequential:
+                repair.solve(ridge)
+                if len(repair.stays) > tokens.numel():
+                    starved.append(number)
+            if sequential:  # what is above is to see this part as it is now
+                for i, states in enumerate(stream):
+                    stream[i] = states + through(layer, name, keywords, states)[0]
     details = {"refit_tokens": tokens.numel()}
     if method == "bias":
         return details
@@ -107,27 +119,39 @@ class Repair:
         place = part.output.weight.device
         self.stays, self.goes = (part.columns_of(units.nonzero()[:, 0]).to(place) for units in (~gone, gone))
         self.removed = part.output.weight[:, self.goes].float()
-        self.gram: Tensor | float = 0.0  # sum h[S] h[S]^T
-        self.cross: Tensor | float = 0.0  # sum r h[S]^T
-        self.lost: Tensor | float = 0.0  # sum r
+        self.gram: Tensor | float = 0.0  # G
+        self.cross: Tensor | float = 0.0  # C
+        self.lost: Tensor | float = 0.0  # sum of W[:, P] h[P]
         self.count = 0
 
-    def see(self, activations: Tensor, mean: bool) -> None:
-        """Add (batch, length, columns) activations to the sums: products float32, sums float64.
+    @property
+    def lossy(self) -> bool:
+        """Whether anything goes."""
+        return len(self.goes) > 0
+
+    def see(
+        self, activations: Tensor, more: Tensor | None = None, weight: Tensor | None = None, mean: bool = False
+    ) -> None:
+        """Add a batch to the sums: products float32, sums float64.
 
         Args:
-            activations: what meets the output layer.
+            activations: (batch, length, columns), what meets the output layer.
+            more: (batch, length, hidden) float32, what is to be made up for beside what is lost here.
+            weight: (batch, length) float32, of each token; 1 by default.
             mean: add r alone, which is all that `shift` reads.
         """
-        flat = activations.flatten(0, -2).float()
-        lost = flat[:, self.goes] @ self.removed.T
+        flat = activations.flatten(0, 1).float()
+        r = flat[:, self.goes] @ self.removed.T
+        self.lost += r.sum(0).double()
         self.count += len(flat)
         if mean:
-            self.lost += lost.sum(0).double()
             return
+        if more is not None:
+            r += more.flatten(0, 1)
         stays = flat[:, self.stays]
-        self.gram += (stays.T @ stays).double()
-        self.cross += (lost.T @ stays).double()
+        weighted = stays if weight is None else stays * weight.flatten()[:, None]
+        self.gram += (weighted.T @ stays).double()
+        self.cross += (r.T @ weighted).double()
 
     def shift(self) -> None:
         """Make up for the mean of what is lost, by the bias."""
@@ -158,6 +182,11 @@ class Repair:
         self.part.output.weight[:, self.goes] = 0
 
 
+def relative(states: Tensor) -> Tensor:
+    """(..., hidden) -> (...) float32, the weight of each token that makes errors relative to the size of its state."""
+    return 1 / states.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def entrance(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[str, Any]]]:
     """The calibration tokens' hidden states at the first layer's entrance, and the keyword arguments of every layer.
 
@@ -179,27 +208,26 @@ def entrance(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[
     return [model.get_input_embeddings()(batch) for batch in batches], arguments
 
 
-def pass_through(
-    layer: nn.Module,
-    keywords: dict[str, Any],
-    stream: Stream,
-    look: Mapping[nn.Module, Callable[[Tensor], None]],
-    advance: bool,
-) -> None:
-    """Send all calibration tokens through a layer.
+def through(layer: nn.Module, name: str, keywords: dict[str, Any], states: Tensor) -> tuple[Tensor, Tensor]:
+    """Send hidden states through one part of a layer, with the norm before it.
 
     Args:
-        layer: a decoder layer.
-        keywords: its keyword arguments, see `entrance`.
-        stream: the tokens before the layer; with `advance`, afterwards behind it.
-        look: by module of the layer, what to call with its input, batch by batch.
-        advance: see `stream`.
+        layer: a decoder layer, in which x becomes a = x + attention(norm(x)), and that a + mlp(norm(a)).
+        name: of the part.
+        keywords: the layer's keyword arguments, see `entrance`.
+        states: (batch, length, hidden), what meets the part.
+
+    Returns:
+        (batch, length, hidden) what the part adds to them, and (batch, length, columns) what met its output layer.
     """
-    with ExitStack() as hooks:
-        for module, see in look.items():
-            hook = module.register_forward_pre_hook(lambda _module, inputs, see=see: see(inputs[0]))
-            hooks.callback(hook.remove)
-        for i, states in enumerate(stream):
-            behind = layer(states, **keywords)
-            if advance:
-                stream[i] = behind
+    seen: list[Tensor] = []
+    output = part_of(layer, name).output
+    hook = output.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        if name == "attention":
+            written, _ = layer.self_attn(hidden_states=layer.input_layernorm(states), **keywords)
+        else:
+            written = layer.mlp(layer.post_attention_layernorm(states))
+    finally:
+        hook.remove()
+    return written, seen[0]

@@ -1,6 +1,7 @@
 """The refit: the solution that the formula states, from the statistics that the whole model has."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from hfprune.allocation import allocate
 from hfprune.errors import UserError
 from hfprune.fidelity import token_measures
-from hfprune.refit import Repair, entrance, pass_through, refit
+from hfprune.refit import DRIFT, Repair, entrance, refit, through
 from hfprune.structures import part_of
 from hfprune.surgery import cut
 from tests.conftest import make_model
@@ -57,52 +58,90 @@ def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family,
     model, sequences = make_model(family, **changes), tokens(10)
     stream, arguments = entrance(model, sequences)
     for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):
-        passed = []
-        with torch.no_grad():
-            pass_through(layer, keywords, stream, {layer.mlp.down_proj: passed.append}, advance=True)
-        assert len(passed) == 4
-        found = torch.cat(passed).flatten(0, 1)
+        assert len(stream) == 4
+        for name in ("attention", "mlp"):
+            with torch.no_grad():
+                passed = [through(layer, name, keywords, states) for states in stream]
+            stream = [states + written for states, (written, _) in zip(stream, passed, strict=True)]
+        found = torch.cat([seen for _, seen in passed]).flatten(0, 1)
         assert torch.allclose(found, expected, atol=1e-5)
         assert torch.allclose(found.T @ found, expected.T @ expected, rtol=1e-4, atol=1e-4)
 
 
-def ridge_solution(h, weight, stays):
-    """W_S + D by torch's own solver: min ||h_S D^T - h_P W_P^T||^2 + lambda ||D||^2 as one least-squares problem."""
+def ridge_solution(h, weight, stays, more=0.0, sizes=None):
+    """W_S + D by torch's own solver: min sum w ||r - D h_S||^2 + lambda ||D||^2 as one least-squares problem.
+
+    r is W_P h_P + `more`, and w is 1 / `sizes`**2.
+    """
     h, weight = h.double(), weight.double()
     goes = [i for i in range(weight.shape[1]) if i not in stays]
-    size = (0.1 * h[:, stays].square().sum(0).mean()).sqrt()
-    system = torch.cat([h[:, stays], size * torch.eye(len(stays))])
-    right = torch.cat([h[:, goes] @ weight[:, goes].T, torch.zeros(len(stays), 32)])
+    each = 1 / sizes.double()[:, None] if sizes is not None else torch.ones(len(h), 1).double()
+    system = h[:, stays] * each
+    size = (0.1 * system.square().sum(0).mean()).sqrt()
+    system = torch.cat([system, size * torch.eye(len(stays))])
+    right = torch.cat([(h[:, goes] @ weight[:, goes].T + more) * each, torch.zeros(len(stays), 32)])
     return weight[:, stays] + torch.linalg.lstsq(system, right, driver="gelsd").solution.T
 
 
 GROUPS = [torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([0])]  # of two, each of 16 columns
+COLUMNS = [torch.arange(32).view(2, 16)[stay].flatten() for stay in GROUPS]
 
 
 @pytest.mark.parametrize("structure", ["mlp", "attention", "mlp+attention"])
-@pytest.mark.parametrize("method", METHODS)
-def test_it_solves_the_ridge_problem_on_the_intact_or_on_the_refitted_model(method, structure):
+def test_least_squares_solves_the_ridge_problem_on_the_intact_model(structure):
     dense, sequences, neurons = make_model(), tokens(20), some()
     kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
-    model, seen = copy.deepcopy(dense), copy.deepcopy(dense)
-    details = refit(model, kept, sequences, method, 0.1)
-    cut(model, kept)
-    columns = {"mlp": neurons, "attention": [torch.arange(32).view(2, 16)[stay].flatten() for stay in GROUPS]}
-    for number in range(3):
-        for name in ("attention", "mlp"):
-            if name not in kept or (name == "attention" and len(GROUPS[number]) == 2):
-                continue
-            stays = columns[name][number]
-            weight = part_of(dense.model.layers[number], name).output.weight
-            expected = ridge_solution(activations(seen, sequences, name)[number], weight, stays)
-            found = part_of(model.model.layers[number], name).output.weight.double()
-            assert torch.allclose(found, expected, atol=1e-5), (number, name)
-            assert not torch.allclose(weight[:, stays].double(), expected, atol=1e-2)
-            if method == "sequential":  # what everything above sees
-                below = part_of(seen.model.layers[number], name).output.weight
-                below.zero_()
-                below[:, stays] = found.float()
+    model = copy.deepcopy(dense)
+    assert refit(model, kept, sequences, "least_squares", 0.1) == {
+        "refit_tokens": 640, "ridge": 0.1, "starved_layers": []
+    }  # fmt: skip
+    for number, (name, columns) in product(range(3), (("mlp", neurons), ("attention", COLUMNS))):
+        weight, found = (part_of(each.model.layers[number], name).output.weight for each in (dense, model))
+        if name not in kept or len(columns[number]) == weight.shape[1]:
+            assert torch.equal(found, weight)
+            continue
+        expected = ridge_solution(activations(dense, sequences, name)[number], weight, columns[number])
+        assert torch.allclose(found[:, columns[number]].double(), expected, atol=1e-5), (number, name)
+        assert not torch.allclose(weight[:, columns[number]].double(), expected, atol=1e-2)
+
+
+def behind(model, sequences, name):
+    """The residual stream behind that part of every layer, in the model's own forward pass: (tokens, hidden)."""
+    seen = [[] for _ in model.model.layers]
+    hooks = [
+        (layer.post_attention_layernorm if name == "attention" else layer).register_forward_hook(
+            lambda _module, inputs, output, into=into: into.append(inputs[0] if name == "attention" else output)
+        )
+        for layer, into in zip(model.model.layers, seen, strict=True)
+    ]
+    with torch.no_grad():
+        model(sequences)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(each).flatten(0, 1) for each in seen]
+
+
+@pytest.mark.parametrize("structure", ["mlp", "attention", "mlp+attention"])
+def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_of_the_drift(structure):
+    dense, sequences, neurons = make_model(), tokens(20), some()
+    kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
+    model, seen = copy.deepcopy(dense), copy.deepcopy(dense)  # seen: refitted as far as the loop below has come
+    details = refit(model, kept, sequences, "sequential", 0.1)
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
+    columns = {"mlp": neurons if "mlp" in kept else [torch.arange(48)] * 3}
+    columns["attention"] = COLUMNS if "attention" in kept else [torch.arange(32)] * 3
+    for number, name in product(range(3), ("attention", "mlp")):
+        stays, weight = columns[name][number], part_of(dense.model.layers[number], name).output.weight
+        right = behind(dense, sequences, name)[number]
+        drift = right - behind(seen, sequences, name)[number]
+        h = activations(seen, sequences, name)[number]
+        expected = ridge_solution(h, weight, stays, DRIFT * drift, right.norm(dim=1))
+        found = part_of(model.model.layers[number], name).output.weight
+        assert torch.allclose(found[:, stays].double(), expected, atol=2e-5), (number, name)
+        part_of(seen.model.layers[number], name).output.weight.copy_(found)  # what everything above sees
+        lost = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, stays, False)
+        assert not found[:, lost].any()
+    assert DRIFT == 0.5
 
 
 def test_a_refit_lowers_the_error_of_each_layers_output():

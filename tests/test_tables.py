@@ -1,5 +1,7 @@
 """Tables and figures do not mix models that were made in different ways, and say what tells them apart."""
 
+from itertools import product
+
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -64,9 +66,43 @@ def test_figures_draw_a_line_for_each_way_of_pruning():
         plt.close(figure)
 
 
+def test_many_ways_are_drawn_in_a_panel_for_each_allocation_with_one_look_throughout():
+    settings = list(product(["entropy", "wanda"], ["uniform", "global"], ["none", "sequential"]))
+    figure = figures.kl(metrics(*settings))
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title() for axis in panels] == ["uniform", "global"]
+    looks = []
+    for axis in panels:
+        handles, labels = axis.get_legend_handles_labels()
+        assert sorted(labels) == [
+            "entropy, no refit", "entropy, sequential", "wanda, no refit", "wanda, sequential"
+        ]  # fmt: skip
+        lines = [handle.lines[0] for handle in handles]
+        assert [line.get_xdata().tolist() for line in lines] == [[10, 20]] * 4, "the dense model's 0 has no logarithm"
+        looks.append(
+            {label: (line.get_color(), line.get_linestyle()) for label, line in zip(labels, lines, strict=True)}
+        )
+    assert looks[0] == looks[1]
+    assert len(set(looks[0].values())) == 4
+    plt.close(figure)
+
+
+def test_many_models_of_one_size_stand_one_below_the_other_the_nearest_last_drawn_on_top():
+    found = metrics(*product(["entropy", "wanda"], ["uniform", "global"], ["none", "sequential"]))
+    figure = figures.kl(found[found["ratio"] != 0.1])
+    (axis,) = figure.axes
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels[0] == "wanda, global, sequential"  # the largest value at the bottom
+    assert labels[-1] == "entropy, uniform, no refit"
+    assert "20%" in axis.get_title()
+    plt.close(figure)
+
+
 def test_more_lines_than_colours_can_be_told_apart():
     settings = [(f"c{i}", "uniform", "none") for i in range(12)]
-    figure = figures.kl(metrics(*settings))
+    found = metrics(*settings)
+    found["task"] = found["task"].replace("text", "boolq")
+    figure = figures.accuracy(found)
     looks = [each.lines[0] for each in figure.axes[0].get_legend_handles_labels()[0]]
     assert len({(line.get_color(), line.get_linestyle()) for line in looks}) == 12
     plt.close(figure)
