@@ -17,8 +17,8 @@ the correction D that minimises sum w ||r - D h[S]||^2 + lambda ||D||^2 is C (G 
 - `bias`: h of the intact model; only the mean of r is made up for, by the output layer's bias (FLAP, arXiv 2312.11983).
 
 The parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. Beside the
-weights, memory holds the calibration tokens' hidden states at one layer (`sequential`: also the dense model's), and G
-and C of one part.
+weights, memory holds the calibration tokens' hidden states at one layer (`sequential`: also the dense model's, and the
+activations of one part), and G and C of one part.
 """
 
 import sys
@@ -71,12 +71,13 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
         for name in ("attention", "mlp"):
             part = part_of(layer, name)
             stay = kept[name][number] if name in kept else torch.arange(part.units)
-            repair = Repair(part, stay, name, number)
+            repair, seen = Repair(part, stay, name, number), []
             for i, states in enumerate(stream):
                 written, activations = through(layer, name, keywords, states)
                 if sequential:
                     dense[i] = dense[i] + through(layer, name, keywords, dense[i])[0]
                     repair.see(activations, DRIFT * (dense[i].float() - (states + written).float()), relative(dense[i]))
+                    seen.append(activations)
                 else:
                     stream[i] = states + written
                     if repair.lossy:
@@ -88,8 +89,7 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
                 if len(repair.stays) > tokens.numel():
                     starved.append(number)
             if sequential:  # what is above is to see this part as it is now
-                for i, states in enumerate(stream):
-                    stream[i] = states + through(layer, name, keywords, states)[0]
+                stream = [states + part.output(activations) for states, activations in zip(stream, seen, strict=True)]
     details = {"refit_tokens": tokens.numel()}
     if method == "bias":
         return details
