@@ -13,7 +13,16 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from hfprune.allocation import ALLOCATIONS
 from hfprune.criteria import CRITERIA
@@ -202,7 +211,7 @@ class Pruning(Cut):
         return self
 
     def cuts(self, dtype: str) -> Iterator[PruneParameters]:
-        """Every cut to make of one model by one criterion's scores."""
+        """Every cut to make by one criterion's scores."""
         common = {name: getattr(self, name) for name in Cut.model_fields}
         budgets = [{"ratio": ratio} for ratio in self.ratios or []]
         budgets += [{"target_parameters": target} for target in self.target_parameters or []]
@@ -210,6 +219,14 @@ class Pruning(Cut):
             shared = common | ({} if structure == "mlp+attention" else {"attention_share": None})
             way = {"structure": structure, "allocation": allocation, "refit": refit}
             yield PruneParameters(**budget, **shared, **way, dtype=dtype)
+
+
+# One grid or several; the tags tell pydantic which is meant, and are no keys.
+ONE, SEVERAL = "one grid", "several grids"
+Prunings = Annotated[
+    Annotated[Pruning, Tag(ONE)] | Annotated[list[Pruning], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(lambda value: SEVERAL if isinstance(value, list) else ONE),
+]
 
 
 class Evaluation(Section):
@@ -237,9 +254,26 @@ class Experiment(Section):
     model: ModelSource
     texts: dict[Name, TextSource] = Field(min_length=1)
     calibration: Calibration
-    pruning: Pruning = Pruning()
+    pruning: Prunings = Field(Pruning(), description="one grid of cuts, or a list of grids")
     evaluation: Evaluation = Evaluation()
     fidelity: Fidelity
+
+    @property
+    def grids(self) -> list[Pruning]:
+        """What is cut, always as a list."""
+        return self.pruning if isinstance(self.pruning, list) else [self.pruning]
+
+    @property
+    def criteria(self) -> list[str]:
+        """All criteria of all grids, each once."""
+        return list(dict.fromkeys(name for grid in self.grids for name in grid.criteria))
+
+    def cuts(self) -> list[tuple[str, PruneParameters]]:
+        """Every cut of all grids with its criterion, each once."""
+        dtype = self.model.dtype
+        return list(
+            dict.fromkeys((name, cut) for grid in self.grids for name in grid.criteria for cut in grid.cuts(dtype))
+        )
 
     @model_validator(mode="after")
     def _texts(self) -> Experiment:
@@ -382,10 +416,11 @@ def parse(model: type[Section], values: Mapping[str, Any], origin: str) -> Any:
 
 
 def _explain(model: type[Section], fault: Mapping[str, Any], origin: str) -> str:
-    path = ".".join(str(part) for part in fault["loc"])
+    location = tuple(part for part in fault["loc"] if part not in (ONE, SEVERAL))
+    path = ".".join(map(str, location))
     where = f"{origin}: {path}" if path else origin
     if fault["type"] == "extra_forbidden":
-        known = _keys_at(model, fault["loc"][:-1])
+        known = _keys_at(model, location[:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
         return f"{where}: unknown key. " + (f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}.")
     if fault["type"] == "missing":
@@ -403,8 +438,10 @@ def _explain(model: type[Section], fault: Mapping[str, Any], origin: str) -> str
 def _keys_at(model: Any, loc: tuple) -> list[str]:
     """The keys that the section at `loc` below `model` knows."""
     for part in loc:
+        if isinstance(part, int):  # an item of a list
+            continue
         if isinstance(model, type) and issubclass(model, Section):
-            model = model.model_fields[part].annotation
+            model = Pruning if part == "pruning" else model.model_fields[part].annotation
         else:
-            model = get_args(model)[-1]  # dict[Name, X], list[X]
+            model = get_args(model)[-1]  # dict[Name, X]
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []

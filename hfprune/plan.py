@@ -78,15 +78,14 @@ class Plan:
         )
         models = [(dense, "dense")]
         for seed in config.calibration.seeds:
-            for scores in self._score(dense, texts[config.calibration.text], seed):
-                criterion = scores.recipe.parameters["criterion"]
-                self.scores.append(scores)
-                for cut in config.pruning.cuts(config.model.dtype):
-                    inputs = {"model": dense, "scores": scores}
-                    if cut.refit != "none":
-                        inputs["text"] = texts[config.calibration.text]
-                    label = f"{cut.label} by {criterion}, seed {seed}"
-                    models.append((self._add("prune", cut.read(), inputs, label), label))
+            scores = self._score(dense, texts[config.calibration.text], seed)
+            self.scores += scores.values()
+            for criterion, cut in config.cuts():
+                inputs = {"model": dense, "scores": scores[criterion]}
+                if cut.refit != "none":
+                    inputs["text"] = texts[config.calibration.text]
+                label = f"{cut.label} by {criterion}, seed {seed}"
+                models.append((self._add("prune", cut.read(), inputs, label), label))
         for model, label in models:
             self.measures.append(self._add("measure", dtype, {"model": model, "reference": reference}, label))
             if tasks:
@@ -101,9 +100,9 @@ class Plan:
         made = recipe("evaluate", {}, model=model.key, **parts)
         return self._put(Job(made, {"model": model, "tasks": list(tasks.values())}, options(sampling), label))
 
-    def _score(self, model: Job, text: Job, seed: int) -> list[Job]:
-        """One job for each criterion asked for."""
-        calibration, criteria = self.experiment.calibration, self.experiment.pruning.criteria
+    def _score(self, model: Job, text: Job, seed: int) -> dict[str, Job]:
+        """By criterion asked for, the job that makes its scores."""
+        calibration, criteria = self.experiment.calibration, self.experiment.criteria
         sampling = calibration.model_dump(include={"samples", "length", "draws"})
         sampling |= {"seed": seed, "dtype": self.experiment.model.dtype}
         scores: dict[str, Job] = {}
@@ -126,7 +125,7 @@ class Plan:
                 parts = {"shards": shards[one.criterion]} if there or not done else {}
                 label = f"{one.criterion}, seed {seed}"
                 scores[one.criterion] = self._put(Job(made, inputs | parts, options(one.model_dump()), label))
-        return [scores[name] for name in criteria]
+        return {name: scores[name] for name in criteria}
 
     def _pass(
         self, stage: str, asked: Sequence[ScoreParameters], inputs: Mapping[str, Job], part: str

@@ -163,7 +163,40 @@ def test_a_grid_of_cuts_and_what_each_reads(experiment):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("pruning", [{}, {"target_parameters": [9]}, {"ratios": [0.5], "ratio_of": "mlp"}])
+def test_several_grids_stand_in_one_experiment_and_share_what_they_share(experiment):
+    first, second = (
+        {"criteria": ["entropy", "wanda"], "ratios": [0.1, 0.2]},
+        {"ratios": [0.2], "refits": ["none", "bias"]},
+    )
+    plan = Plan(parse(Experiment, changed(experiment, "pruning", [first, second]), "test"))
+    assert len(plan.scores) == 2
+    assert len(plan.jobs["prune"]) == len(plan.measures) - 1 == 2 * 2 + 1
+    labels = [job.label for job in plan.jobs["prune"].values()]
+    assert sorted(labels) == sorted(
+        [f"{ratio} by {name}, seed 0" for name in ("entropy", "wanda") for ratio in (0.1, 0.2)]
+        + ["0.2, refit bias by entropy, seed 0"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("grids", "message"),
+    [
+        ([], r"pruning = \[\]: .*at least 1 item"),
+        ([{"ratio": [0.1]}], r"pruning\.0\.ratio: unknown key\. Did you mean 'ratios'\?"),
+        ([{}, {"ratios": [0.2, 3]}], r"pruning\.1\.ratios\.1 = 3: .*less than 1"),
+        ([{}, {"ratios": [0.2], "target_parameters": [9]}], r"pruning\.1: give exactly one of ratios"),
+        ("entropy", r"pruning = 'entropy': .*valid dictionary"),
+    ],
+)
+def test_a_fault_in_one_of_several_grids_says_which(grids, message, experiment):
+    with pytest.raises(UserError, match=message) as refused:
+        parse(Experiment, changed(experiment, "pruning", grids), "my.yaml")
+    assert "grid" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "pruning", [{}, {"target_parameters": [9]}, {"ratios": [0.5], "ratio_of": "mlp"}, [{}, {"refits": ["bias"]}]]
+)
 def test_the_cuts_that_the_config_command_prints_are_the_same_cuts(pruning, experiment, tmp_path, capsys):
     asked = changed(experiment, "pruning", pruning)
     (tmp_path / "my.yaml").write_text(json.dumps(asked))
