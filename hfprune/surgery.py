@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hfprune import checkpoint
 from hfprune.allocation import allocate
-from hfprune.budget import units_to_keep
+from hfprune.budget import shape_of, units_to_keep
 from hfprune.layout import PRUNING, SCORES
 from hfprune.models import count_parameters, load_model, load_tokenizer, set_linear
 from hfprune.products import fast_products
@@ -51,9 +51,9 @@ def prune(
     """
     network = load_model(model, dtype, spread=False)
     ranked = read_scores(scores / SCORES)
-    dense = count_parameters(network)
+    shape = shape_of(network)
     asked = units_to_keep(
-        network, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
+        shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
     kept = {
         name: allocate(allocation, ranked[name], keep, round_to if name == "mlp" else 1)
@@ -79,9 +79,9 @@ def prune(
         **refitted,
         # Both shares are of all parameters, however the budget was given.
         "ratio": ratio if ratio and ratio_of == "all" else asked.share,
-        "ratio_achieved": 1 - left / dense,
+        "ratio_achieved": 1 - left / shape.total,
         "parameters": left,
-        "parameters_dense": dense,
+        "parameters_dense": shape.total,
         "units": after,
         "units_dense": before,
     }

@@ -205,6 +205,15 @@ def test_the_cuts_that_the_config_command_prints_are_the_same_cuts(pruning, expe
     assert parse(Experiment, asked | {"pruning": printed}, "printed") == parse(Experiment, asked, "asked")
 
 
+@pytest.mark.parametrize(
+    "name", ["config.yaml", *(f"configs/{path.name}" for path in (REPOSITORY / "configs").iterdir())]
+)
+def test_what_the_config_command_prints_is_the_same_experiment(name, tmp_path, capsys):
+    assert main(["config", str(REPOSITORY / name)]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load(tmp_path / "printed.yaml") == load(REPOSITORY / name)
+
+
 def test_a_local_model_counts_by_its_content_not_its_place(experiment, checkpoint, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()

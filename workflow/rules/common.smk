@@ -1,4 +1,5 @@
 # The experiment, its plan of artifacts, and how a rule asks the plan.
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from hfprune.plan import Plan
 try:
     origin = ", ".join(map(str, workflow.overwrite_configfiles)) or "config.yaml"
     plan = Plan(experiments.parse(experiments.Experiment, config, origin))
+    plan.refuse_budgets()
 except UserError as error:
     raise WorkflowError(str(error))
 
@@ -27,6 +29,9 @@ ENVIRONMENT = Path(workflow.basedir) / "envs" / "hfprune.yaml"
 os.environ.update(
     PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     PYTHONPATH=os.pathsep.join([workflow.basedir, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    # For the model's download, which refuses at once what it cannot give. An option would make Snakemake download again
+    # whenever a ratio changes.
+    HFPRUNE_BUDGETS=json.dumps(plan.budgets),
 )
 
 # What a job that computes on a model takes of the GPU that the default profile hands out, where there is one.
