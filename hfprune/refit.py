@@ -2,17 +2,16 @@
 
 An MLP, or attention, writes W h into the residual stream, h the activations at a token that meet its output layer
 (down_proj, o_proj). Let S be the columns that stay, P those that go, and r what is to be made up for at a token. With
-sums over all calibration tokens, each with a weight w,
+sums over all calibration tokens,
 
-    G = sum w h[S] h[S]^T,    C = sum w r h[S]^T,    lambda = ridge * mean(diag G),
+    G = sum h[S] h[S]^T,    C = sum r h[S]^T,    lambda = ridge * mean(diag G),
 
-the correction D that minimises sum w ||r - D h[S]||^2 + lambda ||D||^2 is C (G + lambda I)^-1, and is added to W[:, S].
+the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + lambda I)^-1, and is added to W[:, S].
 
-- `least_squares`: h of the intact model, r = W[:, P] h[P], what is lost here. w = 1.
+- `least_squares`: h of the intact model, r = W[:, P] h[P], what is lost here.
 - `sequential`: h of the model in which everything below is cut and refitted already, and r = W[:, P] h[P] + a (y - y'):
   y is the residual stream of the dense model behind this part, y' that of the cut model if nothing were lost here, so
-  that their difference is what went wrong below. a = `DRIFT`: making up for all of it would fit noise. w = 1 / ||y||^2,
-  or else the few tokens with a hundred times the norm of the others (attention sinks) would decide alone. The output
+  that their difference is what went wrong below. a = `DRIFT`: making up for all of it would fit noise. The output
   layers of all parts are refitted, also of those that keep all their units.
 - `bias`: h of the intact model; only the mean of r is made up for, by the output layer's bias (FLAP, arXiv 2312.11983).
 
@@ -76,7 +75,7 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
                 written, activations = through(layer, name, keywords, states)
                 if sequential:
                     dense[i] = dense[i] + through(layer, name, keywords, dense[i])[0]
-                    repair.see(activations, DRIFT * (dense[i].float() - (states + written).float()), relative(dense[i]))
+                    repair.see(activations, DRIFT * (dense[i].float() - (states + written).float()))
                     seen.append(activations)
                 else:
                     stream[i] = states + written
@@ -129,15 +128,12 @@ class Repair:
         """Whether anything goes."""
         return len(self.goes) > 0
 
-    def see(
-        self, activations: Tensor, more: Tensor | None = None, weight: Tensor | None = None, mean: bool = False
-    ) -> None:
+    def see(self, activations: Tensor, more: Tensor | None = None, mean: bool = False) -> None:
         """Add a batch to the sums: products float32, sums float64.
 
         Args:
             activations: (batch, length, columns), what meets the output layer.
             more: (batch, length, hidden) float32, what is to be made up for beside what is lost here.
-            weight: (batch, length) float32, of each token; 1 by default.
             mean: add r alone, which is all that `shift` reads.
         """
         flat = activations.flatten(0, 1).float()
@@ -149,9 +145,8 @@ class Repair:
         if more is not None:
             r += more.flatten(0, 1)
         stays = flat[:, self.stays]
-        weighted = stays if weight is None else stays * weight.flatten()[:, None]
-        self.gram += (weighted.T @ stays).double()
-        self.cross += (r.T @ weighted).double()
+        self.gram += (stays.T @ stays).double()
+        self.cross += (r.T @ stays).double()
 
     def shift(self) -> None:
         """Make up for the mean of what is lost, by the bias."""
@@ -180,11 +175,6 @@ class Repair:
 
     def _silence(self) -> None:
         self.part.output.weight[:, self.goes] = 0
-
-
-def relative(states: Tensor) -> Tensor:
-    """(..., hidden) -> (...) float32, the weight of each token that makes errors relative to the size of its state."""
-    return 1 / states.float().square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def entrance(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[str, Any]]]:

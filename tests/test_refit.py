@@ -68,18 +68,13 @@ def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family,
         assert torch.allclose(found.T @ found, expected.T @ expected, rtol=1e-4, atol=1e-4)
 
 
-def ridge_solution(h, weight, stays, more=0.0, sizes=None):
-    """W_S + D by torch's own solver: min sum w ||r - D h_S||^2 + lambda ||D||^2 as one least-squares problem.
-
-    r is W_P h_P + `more`, and w is 1 / `sizes`**2.
-    """
+def ridge_solution(h, weight, stays, more=0.0):
+    """W_S + D by torch's own solver: min sum ||W_P h_P + more - D h_S||^2 + lambda ||D||^2 as one problem."""
     h, weight = h.double(), weight.double()
     goes = [i for i in range(weight.shape[1]) if i not in stays]
-    each = 1 / sizes.double()[:, None] if sizes is not None else torch.ones(len(h), 1).double()
-    system = h[:, stays] * each
-    size = (0.1 * system.square().sum(0).mean()).sqrt()
-    system = torch.cat([system, size * torch.eye(len(stays))])
-    right = torch.cat([(h[:, goes] @ weight[:, goes].T + more) * each, torch.zeros(len(stays), 32)])
+    size = (0.1 * h[:, stays].square().sum(0).mean()).sqrt()
+    system = torch.cat([h[:, stays], size * torch.eye(len(stays))])
+    right = torch.cat([h[:, goes] @ weight[:, goes].T + more, torch.zeros(len(stays), 32)])
     return weight[:, stays] + torch.linalg.lstsq(system, right, driver="gelsd").solution.T
 
 
@@ -135,7 +130,7 @@ def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_
         right = behind(dense, sequences, name)[number]
         drift = right - behind(seen, sequences, name)[number]
         h = activations(seen, sequences, name)[number]
-        expected = ridge_solution(h, weight, stays, DRIFT * drift, right.norm(dim=1))
+        expected = ridge_solution(h, weight, stays, DRIFT * drift)
         found = part_of(model.model.layers[number], name).output.weight
         assert torch.allclose(found[:, stays].double(), expected, atol=2e-5), (number, name)
         part_of(seen.model.layers[number], name).output.weight.copy_(found)  # what everything above sees
