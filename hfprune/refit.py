@@ -62,7 +62,7 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
                 f"refit 'bias': {where} of this {model.config.model_type} model have no bias in the output layer, and "
                 "a plain checkpoint cannot hold one. Use 'least_squares' or 'sequential'."
             )
-    sequential, starved = method == "sequential", []
+    sequential, starved = method == "sequential", set()
     stream, arguments = entrance(model, tokens)
     dense = list(stream)
     layers = list(zip(model.model.layers, arguments, strict=True))
@@ -86,7 +86,7 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
             elif repair.lossy or sequential:
                 repair.solve(ridge)
                 if len(repair.stays) > tokens.numel():
-                    starved.append(number)
+                    starved.add(number)
             if sequential:  # what is above is to see this part as it is now
                 stream = [states + part.output(activations) for states, activations in zip(stream, seen, strict=True)]
     details = {"refit_tokens": tokens.numel()}

