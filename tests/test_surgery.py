@@ -12,10 +12,13 @@ from hfprune.allocation import allocate
 from hfprune.budget import shape_of, shape_on_disk, units_to_keep
 from hfprune.config import PruneParameters
 from hfprune.errors import UserError
+from hfprune.fidelity import token_measures
 from hfprune.layout import PRUNING, SCORES
-from hfprune.models import count_parameters, load_model
+from hfprune.models import count_parameters, load_model, load_tokenizer
+from hfprune.scoring import unit_scores
 from hfprune.structures import parts, save_scores
 from hfprune.surgery import cut, prune
+from hfprune.texts import sample_sequences
 from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense
 
 
@@ -26,6 +29,7 @@ def random_scores(seed=0, layers=3, neurons=48, groups=2):
     }
 
 
+PER_NEURON = 3 * 32  # parameters of a neuron of the tiny model
 CALIBRATION = {"criterion": "entropy", "samples": 6, "length": 32, "seed": 0, "text": "words"}
 SOURCE = {"name": "tiny", "content": "0"}
 
@@ -90,6 +94,31 @@ def test_reloaded_by_stock_code_it_is_the_intact_model_with_those_units_silent(f
     assert (dense_model(tokens).logits - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_every_family_goes_the_whole_way(family, changes, texts, tmp_path):
+    """Scored, cut to widths per layer, refitted, saved, reloaded by someone else, who generates."""
+    dense = save_dense(tmp_path / "dense", family, **changes)
+    network = load_model(dense, "float32")
+    tokens = sample_sequences(load_tokenizer(dense), 320, texts, 6, 32, 0)
+    scores = unit_scores(network, tokens, ["fisher_token"])["fisher_token"]
+    asked = {"ratio": 0.2, "structure": "mlp+attention", "allocation": "global"}
+    out, done = run_prune(dense, tmp_path, texts, scores, refit="sequential", **asked)
+    written = json.loads((out / PRUNING).read_text())
+    assert written["reload"]["generated"] == 8
+    assert written["reload"]["max_difference"] < 1e-4
+    assert abs(done["ratio_achieved"] - 0.2) < 2 * PER_NEURON / done["parameters_dense"]
+    _, plain = run_prune(dense, tmp_path / "plain", scores=scores, **asked)
+    kl = [divergence(network, load_model(tmp_path / each, "float32"), tokens) for each in ("pruned", "plain/pruned")]
+    assert kl[0] < 0.9 * kl[1], "the refit brings it nearer to the dense model"
+    assert plain["parameters"] == done["parameters"]
+
+
+@torch.no_grad()
+def divergence(dense, model, tokens):
+    log_p, log_q = (each(tokens).logits.log_softmax(-1) for each in (dense, model))
+    return token_measures(log_p, log_q)["kl"].mean().item()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("ratio", [0.03, 0.1, 0.2, 0.25])
 def test_the_share_removed_is_within_half_a_neuron_per_layer(ratio, tied):
@@ -112,9 +141,6 @@ def test_what_was_done_stands_beside_the_weights_with_the_tokenizer_and_all(chec
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes(), name
     assert json.loads((out / "config.json").read_text())["intermediate_size"] < 48
-
-
-PER_NEURON = 3 * 32  # parameters of a neuron of the tiny model
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
