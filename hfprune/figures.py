@@ -92,32 +92,49 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
 def kl(metrics: pd.DataFrame) -> Figure:
     """KL divergence from the dense model on held-out text, by how models were made.
 
-    Against the share of parameters removed: in one panel, or where that would be too many lines, in a panel for each
-    structure and allocation. Where all models are of one size: one below the other, the nearest to the dense one first.
+    Against the share of parameters removed. Where that would be too many lines in one panel: those of the ways that
+    were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the dense
+    one first. Where it still would be too many: in a panel for each structure and allocation.
     """
     found = over_seeds(metrics[metrics["metric"] == "kl"])
     title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
     pruned = found[found["stage"] != "dense"]
-    if len(pruned.drop_duplicates(["criterion", *WAYS])) <= MOST_LINES:
-        figure, axes = plt.subplots(figsize=(3.8, 3.1), squeeze=False, layout="constrained")
-        _curves(axes[0, 0], found)
-        axes[0, 0].set_ylim(bottom=0)
-        _legend(figure, axes[0, 0])
-    elif pruned["ratio"].nunique() == 1:
-        figure, axis = plt.subplots(figsize=(5, 0.8 + 0.17 * len(pruned)), layout="constrained")
-        _ranked(axis, pruned)
-        axis.set_title(f"{title}; {pruned['ratio'].iloc[0]:.0%} of all parameters removed", fontsize=9)
-        axis.set_xlabel(KL_LABEL)
-        return figure
+    ways = pruned.groupby(["criterion", *WAYS])["ratio"]
+    several = pruned[ways.transform("nunique") > 1]
+    if ways.ngroups <= MOST_LINES:
+        figure, axis = plt.subplots(figsize=(3.8, 3.1), layout="constrained")
+        _against_ratio(axis, found)
+        _legend(figure, axis)
+    elif several.groupby(["criterion", *WAYS]).ngroups <= MOST_LINES:
+        ratio = pruned["ratio"].mode().iloc[0]
+        rows = pruned[pruned["ratio"] == ratio]
+        height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
+        if len(several):
+            figure, (left, right) = plt.subplots(
+                1, 2, figsize=(8.4, height), layout="constrained", width_ratios=[1, 1.1]
+            )
+            _against_ratio(right, pd.concat([found[found["stage"] == "dense"], several]))
+            right.legend(frameon=False, fontsize=8)
+        else:
+            figure, left = plt.subplots(figsize=(5, height), layout="constrained")
+        _ranked(left, rows)
+        left.set_xlabel(KL_LABEL)
+        left.set_title(f"{ratio:.0%} of all parameters removed", fontsize=9)
     else:
-        figure, axes = _panels(found)
+        figure = _panels(found)
     figure.suptitle(title, fontsize=9)
-    figure.supxlabel("Parameters removed (%)", fontsize=9)
-    figure.supylabel(KL_LABEL, fontsize=9)
     return figure
 
 
-def _panels(found: pd.DataFrame) -> tuple[Figure, np.ndarray]:
+def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
+    """KL against the share of parameters removed."""
+    _curves(axis, found)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("Parameters removed (%)")
+    axis.set_ylabel(KL_LABEL)
+
+
+def _panels(found: pd.DataFrame) -> Figure:
     """A panel for each structure and allocation; the same look for the same criterion and refit. Logarithmic."""
     pruned = found[found["stage"] != "dense"]
     split = [way for way in varying(found) if way != "refit"]
@@ -138,8 +155,10 @@ def _panels(found: pd.DataFrame) -> tuple[Figure, np.ndarray]:
         axis.set_title(", ".join(chosen), fontsize=9)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    figure.supxlabel("Parameters removed (%)", fontsize=9)
+    figure.supylabel(KL_LABEL, fontsize=9)
     _legend(figure, axes[0, 0])
-    return figure, axes
+    return figure
 
 
 def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:

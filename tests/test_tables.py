@@ -98,6 +98,17 @@ def test_many_models_of_one_size_stand_one_below_the_other_the_nearest_last_draw
     plt.close(figure)
 
 
+def test_ways_tried_at_several_sizes_are_lines_beside_all_models_of_one_size():
+    found = metrics(*product(["entropy", "wanda"], ["uniform", "global"], ["none", "sequential"]))
+    only_once = (found["criterion"] == "wanda") | (found["refit"] == "sequential")
+    figure = figures.kl(found[~(only_once & (found["ratio"] == 0.1))])
+    left, right = figure.axes
+    assert len(left.get_yticklabels()) == 8
+    assert left.get_title() == "20% of all parameters removed"
+    assert right.get_legend_handles_labels()[1] == ["entropy, uniform", "entropy, global"]
+    plt.close(figure)
+
+
 def test_more_lines_than_colours_can_be_told_apart():
     settings = [(f"c{i}", "uniform", "none") for i in range(12)]
     found = metrics(*settings)
