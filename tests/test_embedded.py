@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune import plan as plans
 from hfprune.config import load
+from hfprune.layout import PRUNING
 from hfprune.plan import Plan
 from tests.conftest import REPOSITORY
 
@@ -22,7 +23,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_model_loads_speaks_and_is_scored(plan, command):
+def test_the_model_loads_speaks_is_scored_and_is_cut(plan, command):
     (job,) = plan.jobs["model"].values()
     model = command("download", "model", *job.options, "--key", job.key)
     details = json.loads((model / "manifest.json").read_text())["details"]
@@ -41,8 +42,16 @@ def test_the_model_loads_speaks_and_is_scored(plan, command):
     assert len(lines(text)) == 500
     folder = command("score", "--model", model, "--text", text, "--samples", 2, "--length", 128)
     scores = load_file(folder / "scores.safetensors")
-    assert len(scores) == 30
-    assert all(layer.shape == (1536,) and layer.isfinite().all() and (layer > 0).any() for layer in scores.values())
+    assert [scores[f"layers.{layer}.mlp"].shape for layer in range(30)] == [(1536,)] * 30
+    assert [scores[f"layers.{layer}.attention"].shape for layer in range(30)] == [(3,)] * 30
+    assert all(layer.isfinite().all() and (layer > 0).any() for layer in scores.values())
+
+    how = ("--structure", "mlp+attention", "--allocation", "global", "--refit", "sequential")
+    pruned = command("prune", "--model", model, "--scores", folder, "--text", text, "--ratio", 0.2, *how)
+    written = json.loads((pruned / PRUNING).read_text())
+    assert abs(written["parameters"] - 0.8 * 134_515_008) <= 1728
+    assert written["units"]["attention"] < 90
+    assert written["reload"]["generated"] == 8
 
 
 @pytest.mark.parametrize(
