@@ -20,7 +20,8 @@ WIDTHS = (40, 17, 29)
 def test_operations_are_those_that_torch_counts(family, cut_too):
     model = make_model(family, head_dim=12, tie_word_embeddings=True, attn_implementation="eager")
     if cut_too:
-        cut(model, [torch.arange(width) for width in WIDTHS])
+        groups = [torch.tensor([1]), torch.arange(2), torch.tensor([0])]
+        cut(model, {"mlp": [torch.arange(width) for width in WIDTHS], "attention": groups})
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(PREFILL)[None], use_cache=False)
     assert flops_per_token(model) * PREFILL == counter.get_total_flops()
