@@ -114,7 +114,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
                 1, 2, figsize=(8.4, height), layout="constrained", width_ratios=[1, 1.1]
             )
             _against_ratio(right, pd.concat([found[found["stage"] == "dense"], several]))
-            right.legend(frameon=False, fontsize=8)
+            right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
             figure, left = plt.subplots(figsize=(5, height), layout="constrained")
         _ranked(left, rows)
