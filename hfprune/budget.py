@@ -36,9 +36,11 @@ class Shape:
 
 def shape_of(model: PreTrainedModel) -> Shape:
     """The shape of a model."""
+    from hfprune.models import count_parameters
+
     found = {name: parts(model, name) for name in PARTS}
     return Shape(
-        sum(parameter.numel() for parameter in model.parameters()),
+        count_parameters(model),
         {name: [part.units for part in layers] for name, layers in found.items()},
         {name: layers[0].parameters for name, layers in found.items()},
     )

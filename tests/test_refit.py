@@ -33,18 +33,23 @@ def some(share=2 / 3):
     return allocate("global", [torch.rand(48) for _ in range(3)], share * 144, 1)
 
 
-def activations(model, sequences, name="mlp"):
-    """What meets every output layer in the model's own forward pass: (tokens, columns) per layer."""
-    seen = [[] for _ in model.model.layers]
+def seen_at(model, sequences, place, take):
+    """In the model's own forward pass, what `take` makes of input and output of a module of every layer."""
+    seen = []
     hooks = [
-        part_of(layer, name).output.register_forward_pre_hook(lambda _module, inputs, into=into: into.append(inputs[0]))
-        for layer, into in zip(model.model.layers, seen, strict=True)
+        place(layer).register_forward_hook(lambda _module, inputs, output: seen.append(take(inputs[0], output)))
+        for layer in model.model.layers
     ]
     with torch.no_grad():
         model(sequences)
     for hook in hooks:
         hook.remove()
-    return [torch.cat(each).flatten(0, 1) for each in seen]
+    return [each.flatten(0, 1) for each in seen]
+
+
+def activations(model, sequences, name="mlp"):
+    """What meets every output layer: (tokens, columns) per layer."""
+    return seen_at(model, sequences, lambda layer: part_of(layer, name).output, lambda meets, _output: meets)
 
 
 def output(model, sequences):
@@ -101,19 +106,10 @@ def test_least_squares_solves_the_ridge_problem_on_the_intact_model(structure):
 
 
 def behind(model, sequences, name):
-    """The residual stream behind that part of every layer, in the model's own forward pass: (tokens, hidden)."""
-    seen = [[] for _ in model.model.layers]
-    hooks = [
-        (layer.post_attention_layernorm if name == "attention" else layer).register_forward_hook(
-            lambda _module, inputs, output, into=into: into.append(inputs[0] if name == "attention" else output)
-        )
-        for layer, into in zip(model.model.layers, seen, strict=True)
-    ]
-    with torch.no_grad():
-        model(sequences)
-    for hook in hooks:
-        hook.remove()
-    return [torch.cat(each).flatten(0, 1) for each in seen]
+    """The residual stream behind that part of every layer: (tokens, hidden) per layer."""
+    if name == "attention":
+        return seen_at(model, sequences, lambda layer: layer.post_attention_layernorm, lambda meets, _output: meets)
+    return seen_at(model, sequences, lambda layer: layer, lambda _meets, output: output)
 
 
 @pytest.mark.parametrize("structure", ["mlp", "attention", "mlp+attention"])
