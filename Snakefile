@@ -12,6 +12,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/download.smk"
 include: "workflow/rules/score.smk"
 include: "workflow/rules/prune.smk"
+include: "workflow/rules/recover.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/figures.smk"
 
@@ -22,6 +23,7 @@ localrules:
     tables,
     figures,
     agreement,
+    losses,
     download,
 
 
@@ -32,3 +34,4 @@ rule all:
         rules.tables.output,
         rules.figures.output,
         rules.agreement.output,
+        rules.losses.output if plan.recoveries else [],

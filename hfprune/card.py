@@ -1,6 +1,6 @@
-"""The model card of a pruned checkpoint: what was done to which model, and what was measured of the result.
+"""The model card of a checkpoint: what was done to which model, and what was measured of the result.
 
-Its words are no part of an artifact's key: everything in it stands in `pruning.json` and in results.
+Its words are no part of an artifact's key: everything in it stands in `pruning.json`, `recovery.json` and results.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hfprune.layout import CARD, LICENCE, PRUNING
+from hfprune.layout import CARD, LICENCE, PRUNING, RECOVERY
 from hfprune.structures import UNITS
 
 TITLES = {
@@ -41,77 +41,113 @@ class Figure:
     Attributes:
         metric: its name in metrics.csv.
         on: the task or text that it was measured on.
-        pruned: of the checkpoint.
-        dense: of the model that it was cut from, where that was measured too.
+        value: of the checkpoint.
+        dense: of the model that it was made from, where that was measured too.
     """
 
     metric: str
     on: str
-    pruned: Estimate
+    value: Estimate
     dense: Estimate | None
 
 
-def read_pruning(folder: Path) -> dict[str, Any]:
-    """The `pruning.json` of a checkpoint."""
-    return json.loads((folder / PRUNING).read_text(encoding="utf-8"))
+@dataclass(frozen=True)
+class Made:
+    """How a checkpoint was made.
+
+    Attributes:
+        pruning: the content of its `pruning.json`; None for a dense model that was only trained.
+        recovery: the content of its `recovery.json`; None where it was not trained.
+    """
+
+    pruning: Mapping[str, Any] | None
+    recovery: Mapping[str, Any] | None = None
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """What the last stage says: `source` and `reload` among others."""
+        found = self.recovery or self.pruning
+        assert found is not None
+        return found
+
+    @property
+    def title(self) -> str:
+        """The model's name, and what became of it."""
+        what = [f"{self.pruning['ratio_achieved']:.1%} of its parameters pruned"] if self.pruning else []
+        return ", ".join([self.last["source"]["name"], *what, *(["trained"] if self.recovery else [])])
 
 
-def write_card(
-    folder: Path, pruning: Mapping[str, Any], figures: Sequence[Figure] = (), address: str = "path/to/this/folder"
-) -> None:
+def read_made(folder: Path) -> Made:
+    """How the checkpoint in `folder` was made."""
+    found = {
+        name: json.loads(file.read_text(encoding="utf-8")) if (file := folder / name).exists() else None
+        for name in (PRUNING, RECOVERY)
+    }
+    return Made(found[PRUNING], found[RECOVERY])
+
+
+def write_card(folder: Path, figures: Sequence[Figure] = (), address: str = "path/to/this/folder") -> None:
     """Write `card` as the `README.md` of a checkpoint's folder."""
-    (folder / CARD).write_text(card(pruning, figures, address), encoding="utf-8")
+    (folder / CARD).write_text(card(read_made(folder), figures, address), encoding="utf-8")
 
 
-def card(pruning: Mapping[str, Any], figures: Sequence[Figure], address: str) -> str:
+def card(made: Made, figures: Sequence[Figure], address: str) -> str:
     """What was done and measured, a YAML header in the form of the hub's model cards before it.
 
     Args:
-        pruning: the content of the checkpoint's `pruning.json`.
+        made: how the checkpoint was made.
         figures: what was measured; none says that nothing was.
         address: what to load it by.
     """
-    source = pruning["source"]
+    source = made.last["source"]
     header = ModelCardData(
         base_model=source.get("hub"),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["hfprune", "pruning", "structured-pruning"],
+        tags=["hfprune", *(["pruning", "structured-pruning"] if made.pruning else [])],
         **{key: source[key] for key in LICENCE if key in source},
     )
     parts = [
         f"---\n{header.to_yaml()}\n---\n",
-        f"# {source['name']}, {pruning['ratio_achieved']:.1%} of its parameters pruned\n",
-        _what_was_done(pruning),
+        f"# {made.title}\n",
+        _what_was_done(made),
         "## Measured\n",
         _measured(figures),
         "## Loading\n",
-        _loading(pruning, address),
+        _loading(made.last["reload"], address),
         "## Source and licence\n",
         _source(source),
     ]
     return "\n".join(parts)
 
 
-def _what_was_done(pruning: Mapping[str, Any]) -> str:
-    calibration, dense = pruning["calibration"], pruning["parameters_dense"]
-    drawn = f"{calibration['samples']} x {calibration['length']} tokens"
-    rows = {
-        "Structure cut": pruning["structure"],
-        "Criterion": pruning["criterion"],
-        "Allocation over layers": pruning["allocation"],
-        "Refit": pruning["refit"],
-        "Share of all parameters to remove": f"{pruning['ratio']:.4g}",
-        "Share removed": f"{pruning['ratio_achieved']:.4f}",
-        "Parameters": f"{pruning['parameters']:,} of {dense:,}",
-        **_widths(pruning),
-        "Calibration": f"{drawn} of {calibration['text']}, seed {calibration['seed']}",
-    }
+def _what_was_done(made: Made) -> str:
+    rows: dict[str, str] = {}
+    if pruning := made.pruning:
+        calibration, dense = pruning["calibration"], pruning["parameters_dense"]
+        drawn = f"{calibration['samples']} x {calibration['length']} tokens"
+        rows |= {
+            "Structure cut": pruning["structure"],
+            "Criterion": pruning["criterion"],
+            "Allocation over layers": pruning["allocation"],
+            "Refit": pruning["refit"],
+            "Share of all parameters to remove": f"{pruning['ratio']:.4g}",
+            "Share removed": f"{pruning['ratio_achieved']:.4f}",
+            "Parameters": f"{pruning['parameters']:,} of {dense:,}",
+            **_widths(pruning),
+            "Calibration": f"{drawn} of {calibration['text']}, seed {calibration['seed']}",
+        }
+    if recovery := made.recovery:
+        rows |= {
+            "Training": f"{recovery['method']}, {recovery['loss'].replace('_', ' ')}",
+            "Trained on": f"{recovery['tokens']:,} tokens of {recovery['text']}, {recovery['steps']:,} steps",
+            "Learning rate": f"{recovery['learning_rate']:.3g}, falling to 0",
+        }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    return (
-        "Cut by hfprune, not trained after the cut. `pruning.json` has the indices of what stayed.\n\n"
-        f"| | |\n|---|---|\n{table}"
-    )
+    did = "Cut by hfprune" if pruning else "Not cut"
+    did += ", then trained." if recovery else ", not trained after the cut."
+    did += " `pruning.json` has the indices of what stayed." if pruning else ""
+    return f"{did}\n\n| | |\n|---|---|\n{table}"
 
 
 def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
@@ -130,18 +166,16 @@ def _measured(figures: Sequence[Figure]) -> str:
     if not figures:
         return "Nothing yet: this card was written with the checkpoint. `hfprune export` adds what was measured.\n"
     rows = "".join(
-        f"| {TITLES.get(each.metric, each.metric)} | {each.on} "
-        f"| {each.dense or ''} | {each.pruned} | {each.pruned.n} |\n"
+        f"| {TITLES.get(each.metric, each.metric)} | {each.on} | {each.dense or ''} | {each.value} | {each.value.n} |\n"
         for each in figures
     )
     return (
-        "| Measure | On | Dense | Pruned | Documents |\n|---|---|---|---|---|\n"
+        "| Measure | On | Dense | This model | Documents |\n|---|---|---|---|---|\n"
         f"{rows}\nWritten by the pipeline from its own results; ± one standard error over documents.\n"
     )
 
 
-def _loading(pruning: Mapping[str, Any], address: str) -> str:
-    reload = pruning["reload"]
+def _loading(reload: Mapping[str, Any], address: str) -> str:
     trust = ", trust_remote_code=True" if reload["trust_remote_code"] else ""
     text = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -170,4 +204,4 @@ def _source(source: Mapping[str, Any]) -> str:
     licence = source.get("license_name") or source.get("license")
     known = f"its licence, {licence}, holds for this checkpoint too"
     unknown = "its licence is not known here: look it up before you share this checkpoint"
-    return f"Cut from {origin}; {known if licence else unknown}.\n"
+    return f"Made from {origin}; {known if licence else unknown}.\n"

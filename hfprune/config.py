@@ -29,6 +29,7 @@ from pydantic import (
 from hfprune.allocation import ALLOCATIONS
 from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
+from hfprune.sources import template_fields
 from hfprune.structures import STRUCTURES
 from hfprune.tasks import CONVERSIONS
 
@@ -128,10 +129,29 @@ class DataSource(Source):
 
 
 class TextSource(DataSource):
-    """Documents."""
+    """Documents; or instructions with their responses, made from the fields of a record."""
 
     field: str = Field("text", description="the field that holds a document")
+    instruction: str | None = Field(None, description="instead of `field`: an instruction, {name} for a record's field")
+    response: str | None = Field(None, description="the response to learn, {name} for a record's field")
     documents: tuple[int, int] | None = Field(None, description="use the documents from the first to before the second")
+
+    @model_validator(mode="after")
+    def _form(self) -> TextSource:
+        given = [name for name in ("instruction", "response") if getattr(self, name) is not None]
+        if len(given) == 1:
+            raise ValueError(f"{given[0]!r} alone: 'instruction' and 'response' go together")
+        if given and "field" in self.model_fields_set:
+            raise ValueError("'field' does not go with 'instruction' and 'response', which name fields themselves")
+        for name in given:
+            template_fields(name, getattr(self, name))
+        return self
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What is taken of each record, and which records."""
+        names = ("field",) if self.instruction is None else ("instruction", "response")
+        return {name: getattr(self, name) for name in (*names, "documents")}
 
     @model_validator(mode="after")
     def _range(self) -> TextSource:
@@ -162,6 +182,62 @@ class Sampling(Section):
 
 
 DRAWS: Any = Field(1, ge=1, description="labels drawn per position, for criteria that sample (fisher_*)")
+
+
+class Training(Section):
+    """How a model is trained after the cut; the defaults are the paper's."""
+
+    method: Literal["lora", "norms", "full"] = Field(
+        "lora", description="what is trained: adapters; norms, biases and a scale of the embeddings; every weight"
+    )
+    loss: Literal["cross_entropy", "distillation"] = Field(
+        "cross_entropy", description="with the text's tokens, or KL from the dense model's predictions"
+    )
+    epochs: int = Field(2, ge=1, description="times that the text is seen")
+    length: int = Field(1024, ge=2, description="tokens in a sequence, into which documents are packed")
+    batch_tokens: int = Field(131072, ge=2, description="tokens of one step, in all processes together")
+    learning_rate: float = Field(4e-4, gt=0, allow_inf_nan=False, description="falls to 0 by a cosine")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="of AdamW")
+    rank: int = Field(32, ge=1, description="of an adapter")
+    alpha: int = Field(64, ge=1, description="an adapter counts alpha / rank times")
+    dropout: float = Field(0.05, ge=0, lt=1, description="of what enters an adapter")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="linear layers that get an adapter",
+    )
+    keep_adapter: bool = Field(False, description="keep the adapter beside the checkpoint that it is merged into")
+    seed: Seed = Field(0, description="of the order of the sequences, of adapters and of dropout")
+    micro_batch: int = Field(1, ge=1, description="sequences that a device takes at a time; no matter to the result")
+    save_steps: int = Field(50, ge=1, description="steps between two checkpoints: what a kill can lose")
+    report_to: Literal["none", "tensorboard", "trackio"] = Field(
+        "none", description="a tracker that is told of every step, if it is installed"
+    )
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> Training:
+        if self.method != "lora" and (given := [name for name in OF_LORA if name in self._differing()]):
+            raise ValueError(f"{given[0]!r} goes with method lora, not {self.method}")
+        if self.batch_tokens % (self.length * self.micro_batch):
+            raise ValueError(
+                f"batch_tokens = {self.batch_tokens} is not a multiple of length x micro_batch = "
+                f"{self.length} x {self.micro_batch}"
+            )
+        return self
+
+    def _differing(self) -> list[str]:
+        return [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+
+
+OF_LORA = ("rank", "alpha", "dropout", "targets", "keep_adapter")
+NOT_IN_RESULT = ("micro_batch", "save_steps", "report_to")  # of Training: how it runs, not what comes out
+
+
+class Recovery(Training):
+    """A way to train after the cut; grids of `pruning` name it."""
+
+    text: Name = Field(description="a name in `texts`: instructions, of which responses are learned, or plain text")
+    dense: bool = Field(True, description="train the dense model so too, the control; not for distillation")
 
 
 class Calibration(Sampling):
@@ -210,6 +286,7 @@ class Pruning(Cut):
     structures: list[StructureName] = Field(["mlp"], min_length=1, description="what of a layer is cut")
     allocations: list[AllocationName] = Field(["uniform"], min_length=1, description="how layers share a budget")
     refits: list[RefitName] = Field(["none"], min_length=1, description="what makes up for the neurons that go")
+    recoveries: list[Name] = Field(["none"], min_length=1, description="training after the cut: names in `recovery`")
 
     @model_validator(mode="after")
     def _budget(self) -> Pruning:
@@ -262,6 +339,7 @@ class Experiment(Section):
     texts: dict[Name, TextSource] = Field(min_length=1)
     calibration: Calibration
     pruning: Prunings = Field(Pruning(), description="one grid of cuts, or a list of grids")
+    recovery: dict[Name, Recovery] = Field({}, description="ways to train after the cut, by a name of your own")
     evaluation: Evaluation = Evaluation()
     fidelity: Fidelity
 
@@ -275,31 +353,47 @@ class Experiment(Section):
         """All criteria of all grids, each once."""
         return list(dict.fromkeys(name for grid in self.grids for name in grid.criteria))
 
-    def cuts(self) -> list[tuple[str, PruneParameters]]:
-        """Every cut of all grids with its criterion, each once."""
-        dtype = self.model.dtype
-        return list(
-            dict.fromkeys((name, cut) for grid in self.grids for name in grid.criteria for cut in grid.cuts(dtype))
-        )
+    def cuts(self) -> dict[tuple[str, PruneParameters], list[str]]:
+        """Every cut of all grids with its criterion, and how the model is trained after it, each once."""
+        found: dict[tuple[str, PruneParameters], dict[str, None]] = {}
+        for grid in self.grids:
+            for name, cut in product(grid.criteria, grid.cuts(self.model.dtype)):
+                found.setdefault((name, cut), {}).update(dict.fromkeys(grid.recoveries))
+        return {each: list(recoveries) for each, recoveries in found.items()}
 
     @model_validator(mode="after")
     def _texts(self) -> Experiment:
-        for section in ("calibration", "fidelity"):
-            name = getattr(self, section).text
+        named = {section: getattr(self, section).text for section in ("calibration", "fidelity")}
+        named |= {f"recovery.{name}": way.text for name, way in self.recovery.items()}
+        for section, name in named.items():
             if name not in self.texts:
                 raise ValueError(f"{section}.text = {name!r}: not one of `texts`: {', '.join(self.texts)}")
-        calibration, heldout = (self.texts[getattr(self, section).text] for section in ("calibration", "fidelity"))
-        if _share_documents(calibration, heldout):
-            raise ValueError(
-                f"fidelity.text = {self.fidelity.text!r} shares documents with calibration.text = "
-                f"{self.calibration.text!r}: held-out text must be other text. Name another, or split the documents "
-                "of one by `documents: [first, after last]`"
-            )
+            if section in ("calibration", "fidelity") and self.texts[name].instruction is not None:
+                raise ValueError(f"{section}.text = {name!r} holds instructions; plain text is needed here")
+        heldout = named.pop("fidelity")
+        for section, name in named.items():
+            if _share_documents(self.texts[name], self.texts[heldout]):
+                raise ValueError(
+                    f"fidelity.text = {heldout!r} shares documents with {section}.text = {name!r}: held-out text must "
+                    "be other text. Name another, or split the documents of one by `documents: [first, after last]`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _recoveries(self) -> Experiment:
+        if "none" in self.recovery:
+            raise ValueError("recovery.none: 'none' stands for no training after the cut; choose another name")
+        for number, grid in enumerate(self.grids):
+            for name in grid.recoveries:
+                if name != "none" and name not in self.recovery:
+                    where = f"pruning.{number}" if isinstance(self.pruning, list) else "pruning"
+                    known = ", ".join(["none", *self.recovery])
+                    raise ValueError(f"{where}.recoveries = {name!r}: not one of `recovery`: {known}")
         return self
 
 
 def _share_documents(one: TextSource, other: TextSource) -> bool:
-    if one.model_dump(exclude={"documents"}) != other.model_dump(exclude={"documents"}):
+    if one.origin() != other.origin():
         return False
     (start, stop), (other_start, other_stop) = (each.documents or (0, float("inf")) for each in (one, other))
     return start < other_stop and other_start < stop
@@ -363,6 +457,16 @@ class PruneParameters(Cut):
         unread = {"ratio_of"} if self.ratio is None else set()
         unread |= set() if self.refit in ("least_squares", "sequential") else {"ridge"}
         return self.model_dump(exclude=unread, exclude_none=True)
+
+
+class RecoverParameters(Training):
+    """What stage `recover` reads."""
+
+    dtype: DType = "auto"
+
+    def read(self) -> dict[str, Any]:
+        """The parameters that decide the result: those of adapters only where there are any."""
+        return self.model_dump(exclude={*NOT_IN_RESULT, *(() if self.method == "lora" else OF_LORA)})
 
 
 class EvaluateParameters(Section):

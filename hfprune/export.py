@@ -1,4 +1,4 @@
-"""A pruned checkpoint to share: its files, and a model card with what was measured of it."""
+"""A checkpoint to share: its files, and a model card with what was measured of it."""
 
 import shutil
 import tempfile
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hfprune.artifacts import Artifact, Store
-from hfprune.card import Estimate, Figure, read_pruning, write_card
+from hfprune.card import Estimate, Figure, write_card
 from hfprune.errors import UserError
 from hfprune.layout import CARD
-from hfprune.tables import collect, headline
+from hfprune.tables import collect, headline, lineage
 
 
 def export(
@@ -24,7 +24,7 @@ def export(
 
     Args:
         folder: where to write; made, must not hold anything yet.
-        model: an artifact of `prune`.
+        model: an artifact of `prune` or `recover`.
         results: artifacts of `measure` and `evaluate`; those of this model and of its dense one are used.
         store: where everything that they were made from has its manifests.
         address: what the card says to load it by; its folder's name unless given.
@@ -40,7 +40,7 @@ def export(
     for name in model.manifest["files"]:
         if name != CARD:
             place((model.folder / name).resolve(), folder / name)
-    write_card(folder, read_pruning(model.folder), found, address or folder.resolve().name)
+    write_card(folder, found, address or folder.resolve().name)
 
 
 def push(repository: str, private: bool, model: Artifact, results: list[Artifact], store: Store) -> str:
@@ -51,7 +51,7 @@ def push(repository: str, private: bool, model: Artifact, results: list[Artifact
     Args:
         repository: owner/name.
         private: a new repository is private; else it is what the owner's settings say.
-        model: an artifact of `prune`.
+        model: an artifact of `prune` or `recover`.
         results: as for `export`.
         store: as for `export`.
 
@@ -86,7 +86,7 @@ def figures(model: Artifact, results: list[Artifact], store: Store) -> list[Figu
     Raises:
         UserError: they say nothing of it, two of them say the same thing, or a model was evaluated but not measured.
     """
-    dense = model.manifest["inputs"]["model"]
+    dense = lineage(model.key, store)["model"]["key"]
     ours = [each for each in results if each.manifest["inputs"]["model"] in (model.key, dense)]
     if not any(each.manifest["inputs"]["model"] == model.key for each in ours):
         raise UserError(
@@ -111,5 +111,5 @@ def figures(model: Artifact, results: list[Artifact], store: Store) -> list[Figu
     return [
         Figure(metric, task, estimate, estimates.get(("dense", task, metric)))
         for (stage, task, metric), estimate in estimates.items()
-        if stage == "pruned"
+        if stage != "dense"
     ]

@@ -21,6 +21,7 @@ MARKERS = "osD^vP*"
 LINES = ("-", "--", ":")  # for more lines than there are colours
 MOST_LINES = 6  # in one panel
 KL_LABEL = "KL(dense || pruned), nats per token"
+LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 300,
@@ -50,6 +51,11 @@ def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> It
     if len(scores) > 1:
         figures["agreement"] = lambda: agreement(found)
     yield from _save(figures, folder)
+
+
+def draw_losses(curves: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw the loss curves of recovery into `folder`; their paths."""
+    yield from _save({"losses": lambda: losses(curves)}, folder)
 
 
 def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> Iterator[Path]:
@@ -98,7 +104,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
     """
     found = over_seeds(metrics[metrics["metric"] == "kl"])
     title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
-    pruned = found[found["stage"] != "dense"]
+    pruned = found[found["criterion"] != "none"]
     ways = pruned.groupby(["criterion", *WAYS])["ratio"]
     several = pruned[ways.transform("nunique") > 1]
     if ways.ngroups <= MOST_LINES:
@@ -113,7 +119,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
             figure, (left, right) = plt.subplots(
                 1, 2, figsize=(8.4, height), layout="constrained", width_ratios=[1, 1.1]
             )
-            _against_ratio(right, pd.concat([found[found["stage"] == "dense"], several]))
+            _against_ratio(right, pd.concat([found[found["criterion"] == "none"], several]))
             right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
             figure, left = plt.subplots(figsize=(5, height), layout="constrained")
@@ -136,7 +142,7 @@ def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
 
 def _panels(found: pd.DataFrame) -> Figure:
     """A panel for each structure and allocation; the same look for the same criterion and refit. Logarithmic."""
-    pruned = found[found["stage"] != "dense"]
+    pruned = found[found["criterion"] != "none"]
     split = [way for way in varying(found) if way != "refit"]
     panels = list(pruned.groupby(split, sort=False)) if split else [((), pruned)]
     columns = min(2, len(panels))
@@ -172,6 +178,29 @@ def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
     axis.set_xlim(left=0)
+
+
+def losses(curves: pd.DataFrame) -> Figure:
+    """Loss and learning rate of every training against the tokens seen; a panel for each loss.
+
+    Args:
+        curves: see `tables.training_curves`.
+    """
+    panels = list(curves.groupby("loss_name", sort=False))
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(3.6 * len(panels) + 0.4, 3.8), sharex="col", squeeze=False, layout="constrained",
+        height_ratios=[3, 1],
+    )  # fmt: skip
+    for (above, below), (name, found) in zip(axes.T, panels, strict=True):
+        for number, (model, curve) in enumerate(found.groupby("model", sort=False)):
+            color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
+            above.plot(curve["tokens"] / 1000, curve["loss"], color=color, linestyle=line, lw=1.2, label=model)
+            below.plot(curve["tokens"] / 1000, curve["learning_rate"], color=color, linestyle=line, lw=1.2)
+        above.set_ylabel(LOSS_LABELS[name])
+        above.legend(frameon=False, fontsize=7)
+        below.set_ylabel("Learning rate")
+        below.set_xlabel("Thousand tokens")
+    return figure
 
 
 def importance(scores: list[Artifact]) -> Figure:
@@ -229,13 +258,16 @@ def agreement(found: pd.DataFrame) -> Figure:
 
 
 def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
-    """One line per criterion and way of pruning from the dense model on, with error bars of one standard error."""
-    dense = found[found["stage"] == "dense"]
-    pruned = found[found["stage"] != "dense"]
+    """One line per criterion and way of pruning, with error bars of one standard error.
+
+    It starts at the dense model, trained in the same way: the control.
+    """
+    dense, pruned = found[found["criterion"] == "none"], found[found["criterion"] != "none"]
     ways = varying(found)
     for number, ((criterion, *chosen), line) in enumerate(pruned.groupby(["criterion", *ways], sort=False)):
         label = ", ".join([criterion, *_said(ways, chosen)])
-        _line(axis, pd.concat([dense, line]), label, number, number, number // len(COLORS), scale)
+        control = dense[dense["recovery"] == line["recovery"].iloc[0]]
+        _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
 
 
 def _said(ways: list[str], chosen: Iterable[str]) -> list[str]:

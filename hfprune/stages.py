@@ -29,6 +29,7 @@ STAGES = {
     "shard": Stage("hfprune.scoring", ("torch", "transformers")),
     "score": Stage("hfprune.scoring", ("torch", "transformers")),
     "prune": Stage("hfprune.surgery", ("torch", "transformers")),
+    "recover": Stage("hfprune.recovery", ("torch", "transformers", "peft", "accelerate")),
     "reference": Stage("hfprune.fidelity", ("torch", "transformers")),
     "measure": Stage("hfprune.fidelity", ("torch", "transformers")),
     "evaluate-task": Stage("hfprune.evaluation", ("torch", "transformers", "lm_eval")),

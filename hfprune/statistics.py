@@ -9,13 +9,13 @@ WAYS = ["allocation", "refit", "structure", "recovery"]  # how a model was made,
 
 
 def varying(models: pd.DataFrame) -> list[str]:
-    """Those of `WAYS` in which the pruned models differ: what a table or a legend has to say beside the criterion.
+    """Those of `WAYS` in which the models differ: what a table or a legend has to say beside the criterion.
 
     Args:
-        models: rows with the columns of `MODEL`.
+        models: rows with the columns of `MODEL`. How models were cut is read of those that were.
     """
-    pruned = models[models["stage"] != "dense"]
-    return [way for way in WAYS if pruned[way].nunique() > 1]
+    cut = models[models["criterion"] != "none"]
+    return [way for way in WAYS if (models if way == "recovery" else cut)[way].nunique() > 1]
 
 
 def over_seeds(metrics: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from hfprune.artifacts import Artifact, Store
 from hfprune.errors import UserError
-from hfprune.layout import RESULTS
+from hfprune.layout import LOSSES, RESULTS
 from hfprune.statistics import MODEL, mean_accuracy, over_seeds, varying
 
 # One value a row; other people's scripts read these.
@@ -43,7 +43,16 @@ def collect(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
         UserError: a model was evaluated but not measured (the measurement counts its parameters).
     """
     measured = [artifact for artifact in artifacts if artifact.manifest["stage"] == "measure"]
-    models = {artifact.manifest["inputs"]["model"]: _model_columns(artifact.manifest, store) for artifact in measured}
+    made = {
+        artifact.manifest["inputs"]["model"]: lineage(artifact.manifest["inputs"]["model"], store)
+        for artifact in measured
+    }
+    trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
+    models = {
+        key: _model_columns(made[key])
+        | {"recovery": trained.get(key, "none"), "parameters": artifact.manifest["details"]["parameters"]}
+        for key, artifact in zip(made, measured, strict=True)
+    }
     rows: list[dict[str, Any]] = []
     for artifact in artifacts:
         inputs = artifact.manifest["inputs"]
@@ -66,46 +75,108 @@ def collect(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
             value = {"group": group, "task": task, "metric": metric, **estimate, "key": artifact.key}
             rows.append(models[inputs["model"]] | value)
     for key, columns in models.items():
-        rows += [columns | cost for cost in _costs(key, columns["stage"], store)]
+        rows += [columns | cost for cost in _costs(made[key])]
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
-    by = ["order", "criterion", "allocation", "refit", "ratio", "seed", "group", "task", "metric"]
+    by = ["order", "criterion", "allocation", "refit", "ratio", "recovery", "seed", "group", "task", "metric"]
     return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
 
 
-def _model_columns(measure: dict[str, Any], store: Store) -> dict[str, Any]:
-    """The columns that say which model it is, from the manifests that its measure came from."""
-    key, parameters = measure["inputs"]["model"], measure["details"]["parameters"]
-    if not store.has("prune", key):
-        dense = dict.fromkeys(("criterion", "allocation", "refit", "structure", "recovery"), "none")
-        name = store.manifest("model", key)["details"]["name"]
-        zero = {"ratio": 0.0, "ratio_achieved": 0.0}
-        return {"model": name, "stage": "dense", "parameters": parameters, "seed": None, **dense, **zero}
-    pruned = store.manifest("prune", key)
-    scores = store.manifest("score", pruned["inputs"]["scores"])
-    return {
-        "model": store.manifest("model", pruned["inputs"]["model"])["details"]["name"],
-        "stage": "pruned",
-        "criterion": scores["parameters"]["criterion"],
-        **{name: pruned["details"][name] for name in ("allocation", "refit", "structure", "ratio", "ratio_achieved")},
-        "parameters": parameters,
-        "recovery": "none",
-        "seed": scores["parameters"]["seed"],
+def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+    """Every step of every training, in the order of the artifacts.
+
+    Args:
+        artifacts: of the stage `recover`.
+        store: where what they were made from has its manifests.
+
+    Returns:
+        Columns `model` (how it was made, for people), `loss_name`, `key`, and those of `losses.jsonl`.
+    """
+    made = {artifact.key: lineage(artifact.key, store) for artifact in artifacts}
+    names = recovery_names({key: stages["recover"] for key, stages in made.items()}, store)
+    models = pd.DataFrame([_model_columns(stages) | {"recovery": names[key]} for key, stages in made.items()])
+    shown = varying(models) + [
+        name for name in ("ratio", "seed") if models[models["criterion"] != "none"][name].nunique() > 1
+    ]
+    curves = []
+    for artifact, (_, model) in zip(artifacts, models.iterrows(), strict=True):
+        said = ["dense"] if model["criterion"] == "none" else [str(model[name]) for name in ("criterion", *shown)]
+        label = ", ".join([*said, model["recovery"]])
+        steps = pd.read_json(artifact.folder / LOSSES, lines=True)
+        about = {"model": label, "loss_name": artifact.parameters["loss"], "key": artifact.key}
+        curves.append(steps.assign(**about)[[*about, *steps.columns]])
+    return pd.concat(curves, ignore_index=True)
+
+
+def lineage(key: str, store: Store) -> dict[str, dict[str, Any]]:
+    """By stage, the manifests of a model and of all that it was made from: `model`; `prune`, `score`; `recover`.
+
+    Raises:
+        UserError: the store lacks one of them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    while "model" not in found:
+        stage = next((name for name in ("recover", "prune") if store.has(name, key)), "model")
+        found[stage] = manifest = store.manifest(stage, key)
+        if stage == "prune":
+            found["score"] = store.manifest("score", manifest["inputs"]["scores"])
+        key = manifest["inputs"].get("model", key)
+    return found
+
+
+def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str, str]:
+    """What the trainings of several models are called in results, by the models' keys.
+
+    The method, `+distillation` where that is the loss, and whatever else tells two of them apart.
+
+    Args:
+        trained: the models' manifests of `recover`.
+        store: where the texts that they were trained on have theirs.
+    """
+    asked = {
+        key: {"text": store.manifest("text", manifest["inputs"]["text"])["details"]["name"]} | manifest["parameters"]
+        for key, manifest in trained.items()
     }
+    table = pd.DataFrame.from_dict(asked, orient="index").astype(str)
+    if table.empty:
+        return {}
+    table["name"] = table["method"] + table["loss"].map(lambda loss: "+distillation" if loss == "distillation" else "")
+    names: dict[str, str] = {}
+    for name, group in table.groupby("name"):
+        varies = [column for column in group if group[column].nunique() > 1]
+        for key, row in group.iterrows():
+            names[key] = ", ".join([name, *(f"{column} {row[column]}" for column in varies)])
+    return names
 
 
-def _costs(key: str, stage: str, store: Store) -> list[dict[str, Any]]:
-    """What it cost to make a pruned model: seconds and peak bytes of scoring and of cutting."""
-    if stage == "dense":
-        return []
-    pruned = store.manifest("prune", key)
+def _model_columns(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The columns that say which model it is, of its `lineage`, without `recovery` and `parameters`."""
+    columns = {"model": made["model"]["details"]["name"], "stage": "recovered" if "recover" in made else "pruned"}
+    if "prune" not in made:
+        none = dict.fromkeys(("criterion", "allocation", "refit", "structure"), "none")
+        stage = "recovered" if "recover" in made else "dense"
+        return columns | {"stage": stage, **none, "ratio": 0.0, "ratio_achieved": 0.0, "seed": None}
+    details, scores = made["prune"]["details"], made["score"]["parameters"]
+    cut = {name: details[name] for name in ("allocation", "refit", "structure", "ratio", "ratio_achieved")}
+    return columns | {"criterion": scores["criterion"], **cut, "seed": scores["seed"]}
+
+
+def _costs(made: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What it cost to make a model, of its `lineage`: seconds, peak bytes, tokens and FLOPs of each stage."""
     rows = []
-    for manifest in (store.manifest("score", pruned["inputs"]["scores"]), pruned):
-        # Criteria scored in one pass share its time; their artifacts' own seconds are those of writing a file.
+    for stage in ("score", "prune", "recover"):
+        if stage not in made:
+            continue
+        manifest = made[stage]
+        # Criteria scored in one pass share its time; their artifacts' own seconds are those of writing a file. A
+        # training that was killed and went on has the seconds of all attempts.
         seconds = manifest["details"].get("seconds_together", manifest["seconds"])
-        for metric, found in (("seconds", seconds), ("peak_bytes", manifest["peak_memory_bytes"])):
-            value = {"metric": metric, "value": found, "stderr": None, "n": 1}
-            rows.append({"group": "cost", "task": manifest["stage"], **value, "key": manifest["key"]})
+        found = {"seconds": seconds, "peak_bytes": manifest["peak_memory_bytes"]}
+        details = {name.removeprefix("refit_"): value for name, value in manifest["details"].items()}
+        found |= {name: details[name] for name in ("tokens", "flops") if name in details}
+        for metric, value in found.items():
+            estimate = {"metric": metric, "value": value, "stderr": None, "n": 1}
+            rows.append({"group": "cost", "task": stage, **estimate, "key": manifest["key"]})
     return rows
 
 

@@ -12,10 +12,35 @@ from hfprune.errors import UserError
 from hfprune.layout import DOCUMENTS
 
 
-def read_documents(folder: Path) -> list[str]:
-    """The documents of a downloaded text, in order."""
+def read_records(folder: Path) -> list[dict[str, str]]:
+    """The records of a downloaded text, in order: all with `text`, or all with `instruction` and `response`."""
     with (folder / DOCUMENTS).open(encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
+        return [json.loads(line) for line in file]
+
+
+def read_documents(folder: Path) -> list[str]:
+    """The documents of a downloaded text, in order.
+
+    Raises:
+        UserError: it holds instructions.
+    """
+    records = read_records(folder)
+    if any("text" not in record for record in records):
+        raise UserError(f"{folder / DOCUMENTS}: holds instructions; plain text is needed here. Download it by `field`.")
+    return [record["text"] for record in records]
+
+
+def check_vocabulary(largest: int, vocabulary: int) -> None:
+    """Refuse a tokenizer that gives ids which the model does not know.
+
+    Raises:
+        UserError: the `largest` id is not below `vocabulary`.
+    """
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token id {largest}, but the model knows ids up to {vocabulary - 1}: "
+            "the tokenizer is another model's."
+        )
 
 
 def sample_sequences(
@@ -50,9 +75,5 @@ def sample_sequences(
             f"{samples} are asked for. Set a smaller `samples` or `length`, or give a longer text."
         )
     sequences = torch.tensor(found)
-    if (largest := int(sequences.max())) >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives token id {largest}, but the model knows ids up to {vocabulary - 1}: "
-            "the tokenizer is another model's."
-        )
+    check_vocabulary(int(sequences.max()), vocabulary)
     return sequences

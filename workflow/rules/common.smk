@@ -79,6 +79,12 @@ def input_options(*names):
     return words
 
 
+def launch(wildcards, resources):
+    """Python; as many processes as the job has GPUs."""
+    several = f"accelerate launch --multi_gpu --num_processes {resources.gpu}"
+    return several if resources.gpu > 1 else "python"
+
+
 def label(stage):
     """What an artifact is, for people."""
     return lambda wildcards: plan.jobs[stage][wildcards.key].label

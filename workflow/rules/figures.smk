@@ -66,3 +66,22 @@ rule agreement:
         code=code_digest("hfprune.figures"),
     shell:
         "python -m hfprune compare --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
+
+
+rule losses:
+    """Loss and learning rate of every recovery."""
+    input:
+        [plan.manifest(job) for job in plan.recoveries],
+    output:
+        RESULTS / "tables" / "losses.csv",
+        drawn("losses"),
+    log:
+        "logs/losses.log",
+    conda:
+        ENVIRONMENT
+    params:
+        folder=RESULTS,
+        store=STORE,
+        code=code_digest("hfprune.figures"),
+    shell:
+        "python -m hfprune losses --store {params.store:q} --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
