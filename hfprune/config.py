@@ -101,8 +101,11 @@ class Source(Section):
 
     @model_serializer(mode="wrap")
     def _without_strangers(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A revision belongs to a repository of the hub: printed, a source reads as it was written."""
-        return {name: value for name, value in dump(self).items() if name != "revision" or self.hub}
+        """Printed, a source reads as it was written, without defaults that do not belong to it."""
+        return {name: value for name, value in dump(self).items() if name not in self._strangers()}
+
+    def _strangers(self) -> set[str]:
+        return set() if self.hub else {"revision"}
 
     def origin(self) -> dict[str, Any]:
         """The keys that say where it comes from, with their values: what `sources` reads."""
@@ -146,6 +149,9 @@ class TextSource(DataSource):
         for name in given:
             template_fields(name, getattr(self, name))
         return self
+
+    def _strangers(self) -> set[str]:
+        return super()._strangers() | (set() if self.instruction is None else {"field"})
 
     @property
     def form(self) -> dict[str, Any]:

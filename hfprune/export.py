@@ -39,6 +39,7 @@ def export(
         raise UserError(f"{folder}: not empty. Name a new folder, or empty this one.")
     for name in model.manifest["files"]:
         if name != CARD:
+            (folder / name).parent.mkdir(exist_ok=True)
             place((model.folder / name).resolve(), folder / name)
     write_card(folder, found, address or folder.resolve().name)
 

@@ -42,16 +42,13 @@ def collect(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
     Raises:
         UserError: a model was evaluated but not measured (the measurement counts its parameters).
     """
-    measured = [artifact for artifact in artifacts if artifact.manifest["stage"] == "measure"]
-    made = {
-        artifact.manifest["inputs"]["model"]: lineage(artifact.manifest["inputs"]["model"], store)
-        for artifact in measured
-    }
+    measured = {each.manifest["inputs"]["model"]: each for each in artifacts if each.manifest["stage"] == "measure"}
+    made = {key: lineage(key, store) for key in measured}
     trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
     models = {
         key: _model_columns(made[key])
-        | {"recovery": trained.get(key, "none"), "parameters": artifact.manifest["details"]["parameters"]}
-        for key, artifact in zip(made, measured, strict=True)
+        | {"recovery": trained.get(key, "none"), "parameters": measure.manifest["details"]["parameters"]}
+        for key, measure in measured.items()
     }
     rows: list[dict[str, Any]] = []
     for artifact in artifacts:
@@ -59,7 +56,7 @@ def collect(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
         if inputs["model"] not in models:
             raise UserError(f"{artifact.folder}: model {inputs['model']} has no measure among the artifacts given.")
         results = json.loads((artifact.folder / RESULTS).read_text(encoding="utf-8"))
-        if artifact in measured:
+        if artifact.manifest["stage"] == "measure":
             reference = store.manifest("reference", inputs["reference"])
             text = store.manifest("text", reference["inputs"]["text"])["details"]["name"]
             found = [

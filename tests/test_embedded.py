@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune import plan as plans
 from hfprune.config import load
-from hfprune.layout import PRUNING
+from hfprune.layout import PRUNING, RECOVERY
 from hfprune.plan import Plan
 from tests.conftest import REPOSITORY
 
@@ -53,6 +53,15 @@ def test_the_model_loads_speaks_is_scored_and_is_cut(plan, command):
     assert written["units"]["attention"] < 90
     assert written["reload"]["generated"] == 8
 
+    (instructions,) = [job for job in plan.jobs["text"].values() if "--instruction" in job.options]
+    few = command("download", "text", *instructions.options, "--documents", 500, 550)
+    small = ("--length", 256, "--batch-tokens", 512, "--rank", 8, "--epochs", 1)
+    recovered = command("recover", "--model", pruned, "--text", few, *small)
+    trained = json.loads((recovered / RECOVERY).read_text())
+    assert trained["steps"] >= 3
+    assert 2 < trained["last_loss"] < 7
+    assert trained["reload"]["trust_remote_code"], "its layers have widths of their own"
+
 
 @pytest.mark.parametrize(
     ("name", "count", "gold"),
@@ -70,10 +79,18 @@ def test_task_documents_have_their_count_and_gold_answers(name, count, gold, pla
     assert gold(documents[1] if name == "openbookqa" else documents[0])
 
 
-def test_calibration_and_held_out_text_share_no_document(plan, command):
+def test_texts_have_their_number_of_documents(plan, command):
     found = [set(map(str, lines(command("download", "text", *job.options)))) for job in plan.jobs["text"].values()]
-    assert sorted(map(len, found)) == [500, 1000]
-    assert not found[0] & found[1]
+    assert sorted(map(len, found)) == [500, 500, 1000]
+
+
+def test_what_is_trained_on_is_neither_calibrated_nor_tested_on(plan, command):
+    (job,) = [job for job in plan.jobs["text"].values() if "--instruction" in job.options]
+    taught = [line["instruction"] for line in lines(command("download", "text", *job.options))]
+    others = [job for job in plan.jobs["text"].values() if "--field" in job.options]
+    texts = [line["text"] for job in others for line in lines(command("download", "text", *job.options))]
+    assert len(texts) == 1500
+    assert not any(text in instruction for text in texts for instruction in taught)
 
 
 def test_the_store_may_be_set_from_outside(monkeypatch, plan):

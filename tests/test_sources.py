@@ -188,6 +188,12 @@ def test_a_wheel_that_is_not_what_was_meant_is_refused(options, message, wheel, 
     [
         ("a.jsonl", '{"text": "x"}\n', ("--field", "body"), "no field 'body'; its fields are text"),
         ("a.jsonl", '{"text": 3}\n', (), "field 'text' holds int, not text"),
+        (
+            "a.jsonl",
+            '{"q": "x"}\n',
+            ("--instruction", "{q}", "--response", "{a}"),
+            "no field 'a'; its fields are q. Set `response`",
+        ),
         ("a.jsonl", '{"text": "x"\n', (), "cannot be read"),
         ("a.jsonl", '{"text": "x"}\n', ("--documents", 0, 5), "it has 1 documents; asked for 0 to 5"),
         ("a.docx", "x", (), "cannot read 'a.docx'; known: .jsonl"),
@@ -198,6 +204,14 @@ def test_a_bad_text_file_is_refused(name, content, options, message, tmp_path):
     said = download(tmp_path / "store", "text", "--path", tmp_path / name, *options, status=2)
     assert said.startswith(f"hfprune download: path {tmp_path / name}: ")
     assert message in said
+
+
+def test_instructions_are_made_from_fields(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"q": "{1+1}?", "how": "now", "a": "2", "rest": None}] * 3)
+    options = ("--instruction", "Say {how}: {q} {{}}", "--response", "{a}", "--documents", 1, 3)
+    folder = download(tmp_path / "store", "text", "--path", tmp_path / "a.jsonl", *options)
+    lines = (Path(folder) / "documents.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == [{"instruction": "Say now: {1+1}? {}", "response": "2"}] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Tables and figures do not mix models that were made in different ways, and say what tells them apart."""
 
+import json
 from itertools import product
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from hfprune import figures
+from hfprune.artifacts import Store
 from hfprune.statistics import MODEL, varying
-from hfprune.tables import COLUMNS, summary, write_summary
+from hfprune.tables import COLUMNS, recovery_names, summary, write_summary
 
 METRICS = [
     ("task", "boolq", "acc"),
@@ -107,6 +109,60 @@ def test_ways_tried_at_several_sizes_are_lines_beside_all_models_of_one_size():
     assert left.get_title() == "20% of all parameters removed"
     assert right.get_legend_handles_labels()[1] == ["entropy, uniform", "entropy, global"]
     plt.close(figure)
+
+
+def trained(recovery, criterion="entropy", ratio=0.2, value=0.5):
+    """Rows of a model that was trained, dense where its criterion is none."""
+    rows = metrics(WAYS[0])
+    rows = rows[rows["ratio"] == 0.2].assign(stage="recovered", criterion=criterion, recovery=recovery, value=value)
+    return (
+        rows if criterion != "none" else rows.assign(ratio=0.0, ratio_achieved=0.0, structure="none", allocation="none")
+    )
+
+
+def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control():
+    found = pd.concat([metrics(WAYS[0]), trained("lora"), trained("lora", "none", value=0.3), trained("norms")])
+    assert varying(found) == ["recovery"]
+    table = summary(found)
+    assert len(table) == 3 + 3
+    figure = figures.kl(found)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    assert labels == ["entropy, no recovery", "entropy, lora", "entropy, norms"]
+    assert [handle.lines[0].get_xdata().tolist() for handle in handles] == [[0, 10, 20], [0, 20], [20]]
+    assert handles[1].lines[0].get_ydata().tolist() == [0.3, 0.5]
+    plt.close(figure)
+
+
+def test_trainings_are_called_by_what_tells_them_apart(tmp_path):
+    store = Store(tmp_path)
+
+    def manifest(text, **parameters):
+        path = tmp_path / "text" / text / "manifest.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"details": {"name": f"the {text}"}}))
+        common = {"method": "lora", "loss": "cross_entropy", "learning_rate": 0.1, "targets": ["a", "b"]}
+        return {"parameters": common | parameters, "inputs": {"text": text}}
+
+    names = recovery_names(
+        {
+            "1": manifest("x"),
+            "2": manifest("x", learning_rate=0.2),
+            "3": manifest("x", loss="distillation"),
+            "4": manifest("x", method="norms"),
+            "5": manifest("y", method="norms"),
+            "6": manifest("y", method="norms"),
+        },
+        store,
+    )
+    assert names == {
+        "1": "lora, learning_rate 0.1",
+        "2": "lora, learning_rate 0.2",
+        "3": "lora+distillation",
+        "4": "norms, text the x",
+        "5": "norms, text the y",
+        "6": "norms, text the y",
+    }
+    assert recovery_names({}, store) == {}
 
 
 def test_more_lines_than_colours_can_be_told_apart():

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from hfprune.artifacts import read
 from hfprune.layout import SCORES
 from hfprune.tables import COLUMNS
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, sentences, write_lines
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune")
-MODEL_STAGES = ("download", "score", "shard", "prune", "reference", "measure", "evaluate")
+MODEL_STAGES = ("download", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
 
 
 class Checkout:
@@ -314,6 +314,49 @@ def test_attention_is_cut_beside_the_mlps_from_the_same_scores(checkout, experim
     assert sorted(pruned.index) == ["mlp", "mlp+attention"]
     assert pruned["value"].nunique() == 2
     assert (pruned["ratio_achieved"].astype(float) - 0.2).abs().max() < 2 * 96 / pruned["parameters"].astype(int).min()
+
+
+def test_recovery_stands_beside_its_controls(checkout, experiment, data, tmp_path):
+    records = [{"q": sentences(i, 4), "a": sentences(90 + i, 6)} for i in range(24)]
+    lines = write_lines(data / "instructions.jsonl", records)
+    small = {"text": "instructions", "length": 384, "batch_tokens": 768, "rank": 2, "epochs": 1, "save_steps": 3}
+    trained = changed(
+        experiment,
+        texts={"instructions": {"path": str(lines), "instruction": "{q}", "response": "{a}"}},
+        pruning=[{"ratios": [0.1]}, {"ratios": [0.2], "recoveries": ["none", "lora", "taught"]}],
+    ) | {"recovery": {"lora": small, "taught": small | {"loss": "distillation"}}}
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
+    output = elsewhere.snakemake(trained)
+    assert model_stages(ran(output)) == {"download": 1, "recover": 3, "measure": 3, "evaluate": 3}
+    results = elsewhere.folder / "results" / "tiny"
+    metrics = pd.read_csv(results / "metrics.csv", keep_default_na=False)
+    found = metrics[metrics["metric"] == "kl"]
+    assert [tuple(row) for row in found[["stage", "criterion", "ratio", "recovery"]].to_numpy()] == [
+        ("dense", "none", 0.0, "none"),
+        ("pruned", "entropy", 0.1, "none"),
+        ("pruned", "entropy", 0.2, "none"),
+        ("recovered", "entropy", 0.2, "lora"),
+        ("recovered", "entropy", 0.2, "lora+distillation"),
+        ("recovered", "none", 0.0, "lora"),
+    ]
+    assert found["value"].nunique() == 6
+    costs = metrics[(metrics["group"] == "cost") & (metrics["recovery"] == "lora+distillation")]
+    assert sorted(zip(costs["task"], costs["metric"], strict=True)) == sorted(
+        [("score", name) for name in ("seconds", "peak_bytes", "tokens", "flops")]
+        + [("prune", name) for name in ("seconds", "peak_bytes")]
+        + [("recover", name) for name in ("seconds", "peak_bytes", "tokens", "flops")]
+    )
+    assert (costs["value"].astype(float) > 0).all()
+    curves = pd.read_csv(results / "tables" / "losses.csv")
+    assert set(curves["model"]) == {"dense, lora", "entropy, lora", "entropy, lora+distillation"}
+    assert (results / "figures" / "losses.svg").exists()
+    assert "Recovery" in (results / "tables" / "summary.md").read_text()
+    assert "Nothing to be done" in elsewhere.snakemake(trained)
+    oftener = copy.deepcopy(trained)
+    oftener["recovery"]["lora"] |= {"save_steps": 1, "micro_batch": 2}
+    assert not model_stages(elsewhere.planned(oftener)), "how it runs is no part of what it is"
+    oftener["recovery"]["lora"]["learning_rate"] = 0.01
+    assert model_stages(elsewhere.planned(oftener)) == {"recover": 2, "measure": 2, "evaluate": 2}
 
 
 def test_a_grid_of_refits_stands_side_by_side_in_the_results(checkout, experiment, tmp_path):
