@@ -9,8 +9,9 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 run: env
 	snakemake --cores all
 
+# One process a core, a test file in each, the longest first; torch's own threads would only get in their way.
 test: env lint
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 lint: env
 	ruff check .

@@ -83,8 +83,6 @@ def recover(
         raise UserError(f"report_to = {report_to!r}: not installed. Run `pip install {report_to}`, or leave it out.")
     network = load_model(model, dtype, spread=False)
     own_dtype = network.dtype
-    if own_dtype == torch.float16:
-        raise UserError(f"{model}: float16 cannot be trained in. Set the model's dtype to bfloat16 or float32.")
     rows = Packed(read_examples(load_tokenizer(model), network.config.vocab_size, text, length), length, epochs, seed)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     per_step = _rows_per_step(rows, batch_tokens, micro_batch, processes)
@@ -106,7 +104,7 @@ def recover(
         warmup_steps=0,
         weight_decay=weight_decay,
         optim="adamw_torch",
-        bf16=own_dtype == torch.bfloat16,
+        bf16=own_dtype != torch.float32,  # also of float16, whose small range would need its gradients scaled
         ddp_find_unused_parameters=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -244,6 +242,7 @@ def _lora(network: PreTrainedModel, rank: int, alpha: int, dropout: float, targe
 
     def finish(adapted: Any, keep: Path | None) -> PreTrainedModel:
         if keep is not None:
+            adapted.peft_config["default"].base_model_name_or_path = None  # it would be a path on this machine
             adapted.save_pretrained(keep)
         return adapted.merge_and_unload(safe_merge=True)
 
@@ -345,11 +344,7 @@ class RecoveryTrainer(Trainer):
             self.lowest = min(mean, self.lowest)
             return
         last = get_last_checkpoint(self.args.output_dir)
-        kept = (
-            f"the last good checkpoint is {last}"
-            if last
-            else f"no checkpoint yet (save_steps = {self.args.save_steps})"
-        )
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise UserError(
             f"step {self.state.global_step}: {what}; training has stopped, {kept}. Set a smaller learning_rate "
             f"(now {self.args.learning_rate})."
