@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     tables = command(
         "tables",
         _tables,
-        "Make the summary table: csv, md and tex.",
+        "Make the tables of results and of costs: csv, md and tex.",
         "hfprune tables --metrics results/default/metrics.csv --output results/default/tables",
     )
     figures = command(
@@ -628,10 +628,10 @@ def _collect(args: argparse.Namespace) -> None:
 
 
 def _tables(args: argparse.Namespace) -> None:
-    from hfprune.tables import read_metrics, write_summary
+    from hfprune.tables import read_metrics, write_tables
 
     args.output.mkdir(parents=True, exist_ok=True)
-    for path in write_summary(read_metrics(args.metrics), args.output):
+    for path in write_tables(read_metrics(args.metrics), args.output):
         print(path)
 
 

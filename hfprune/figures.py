@@ -181,25 +181,28 @@ def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
 
 
 def losses(curves: pd.DataFrame) -> Figure:
-    """Loss and learning rate of every training against the tokens seen; a panel for each loss.
+    """Loss, learning rate and speed of every training against the tokens seen; a column for each loss.
 
     Args:
         curves: see `tables.training_curves`.
     """
     panels = list(curves.groupby("loss_name", sort=False))
     figure, axes = plt.subplots(
-        2, len(panels), figsize=(3.6 * len(panels) + 0.4, 3.8), sharex="col", squeeze=False, layout="constrained",
-        height_ratios=[3, 1],
+        3, len(panels), figsize=(3.6 * len(panels) + 0.4, 4.8), sharex="col", squeeze=False, layout="constrained",
+        height_ratios=[3, 1, 1],
     )  # fmt: skip
-    for (above, below), (name, found) in zip(axes.T, panels, strict=True):
+    for (above, *below), (name, found) in zip(axes.T, panels, strict=True):
         for number, (model, curve) in enumerate(found.groupby("model", sort=False)):
             color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
             above.plot(curve["tokens"] / 1000, curve["loss"], color=color, linestyle=line, lw=1.2, label=model)
-            below.plot(curve["tokens"] / 1000, curve["learning_rate"], color=color, linestyle=line, lw=1.2)
+            for axis, column in zip(below, ("learning_rate", "tokens_per_second"), strict=True):
+                axis.plot(curve["tokens"] / 1000, curve[column], color=color, linestyle=line, lw=1.2)
         above.set_ylabel(LOSS_LABELS[name])
         above.legend(frameon=False, fontsize=7)
-        below.set_ylabel("Learning rate")
-        below.set_xlabel("Thousand tokens")
+        below[0].set_ylabel("Learning rate")
+        below[1].set_ylabel("Tokens/s")
+        below[1].set_ylim(bottom=0)
+        below[1].set_xlabel("Thousand tokens seen")
     return figure
 
 

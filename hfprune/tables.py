@@ -1,6 +1,7 @@
 """From artifacts to `metrics.csv`, and from that to the tables."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
         store: where what they were made from has its manifests.
 
     Returns:
-        Columns `model` (how it was made, for people), `loss_name`, `key`, and those of `losses.jsonl`.
+        Columns `model` (how it was made, for people), `loss_name`, `key`, those of `losses.jsonl`, and
+        `tokens_per_second`.
     """
     made = {artifact.key: lineage(artifact.key, store) for artifact in artifacts}
     names = recovery_names({key: stages["recover"] for key, stages in made.items()}, store)
@@ -100,6 +102,7 @@ def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
         said = ["dense"] if model["criterion"] == "none" else [str(model[name]) for name in ("criterion", *shown)]
         label = ", ".join([*said, model["recovery"]])
         steps = pd.read_json(artifact.folder / LOSSES, lines=True)
+        steps["tokens_per_second"] = steps["tokens"].diff().fillna(steps["tokens"]) / steps["seconds"]
         about = {"model": label, "loss_name": artifact.parameters["loss"], "key": artifact.key}
         curves.append(steps.assign(**about)[[*about, *steps.columns]])
     return pd.concat(curves, ignore_index=True)
@@ -232,16 +235,44 @@ def _accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
     return accuracy
 
 
-def write_summary(metrics: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write `summary.csv` (full precision), `summary.md` and `summary.tex` into `folder`; their paths."""
-    table = summary(metrics)
-    paths = [folder / f"summary.{suffix}" for suffix in ("csv", "md", "tex")]
-    table.to_csv(paths[0], index=False)
-    paths[1].write_text(_printed(table, "±").to_markdown(index=False, disable_numparse=True) + "\n", encoding="utf-8")
-    tex = _printed(table, r"$\pm$").map(_escaped).rename(columns=_escaped)
-    words = 2 + len(varying(table))
-    columns = "l" * words + "r" * (tex.shape[1] - words)
-    paths[2].write_text(tex.to_latex(index=False, column_format=columns), encoding="utf-8")
+def cost(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row per model: what making it took, beside what it is worth.
+
+    Seconds of scoring, of cutting with its refit, and of training; the FLOPs counted for the passes of all three (see
+    docs/recovery.md), and the most memory that one of them took. Criteria scored together have one pass's cost each.
+    """
+    rows = metrics[metrics["group"] == "cost"]
+    by = [*MODEL, "seed"]
+    table = summary(metrics).set_index(MODEL)[["Removed", "Parameters", "KL (nats/token)", "KL (nats/token) ±"]]
+    found = {
+        f"{title} (s)": rows[(rows["task"] == stage) & (rows["metric"] == "seconds")]
+        .groupby(by, dropna=False)["value"]
+        .sum()
+        for stage, title in (("score", "Scoring"), ("prune", "Cutting"), ("recover", "Training"))
+    }
+    found["TFLOP"] = rows[rows["metric"] == "flops"].groupby(by, dropna=False)["value"].sum() / 1e12
+    found["Peak memory (GiB)"] = rows[rows["metric"] == "peak_bytes"].groupby(by, dropna=False)["value"].max() / 2**30
+    for name, values in found.items():
+        table[name] = values.groupby(MODEL, dropna=False).mean()
+    return table.reset_index()
+
+
+def write_tables(metrics: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write `summary` and `cost`, each as csv (full precision), md and tex, into `folder`; their paths."""
+    paths = []
+    for name, table in (("summary", summary(metrics)), ("cost", cost(metrics))):
+        printed = _printed(table, "±").to_markdown(index=False, disable_numparse=True)
+        tex = _printed(table, r"$\pm$").map(_escaped).rename(columns=_escaped)
+        words = 2 + len(varying(table))
+        columns = "l" * words + "r" * (tex.shape[1] - words)
+        written = {
+            "csv": table.to_csv(index=False),
+            "md": printed + "\n",
+            "tex": tex.to_latex(index=False, column_format=columns),
+        }
+        for suffix, text in written.items():
+            paths.append(folder / f"{name}.{suffix}")
+            paths[-1].write_text(text, encoding="utf-8")
     return paths
 
 
@@ -258,10 +289,13 @@ def _printed(table: pd.DataFrame, plus_minus: str) -> pd.DataFrame:
         shown[way.capitalize()] = table[way]
     shown["Removed (%)"] = [f"{100 * share:.1f}" for share in table["Removed"]]
     shown["Parameters (M)"] = [f"{count / 1e6:.1f}" for count in table["Parameters"]]
-    for column in (name for name in table if f"{name} ±" in table):
+    for column in (name for name in table if name not in (*MODEL, "Removed", "Parameters") and "±" not in name):
         places = digits.get(column, 1)
+        errors = table[f"{column} ±"] if f"{column} ±" in table else [math.nan] * len(table)
         shown[column] = [
-            f"{value:.{places}f} {plus_minus} {error:.{places}f}" if error == error else f"{value:.{places}f}"
-            for value, error in zip(table[column], table[f"{column} ±"], strict=True)
+            ""
+            if value != value
+            else f"{value:.{places}f}" + (f" {plus_minus} {error:.{places}f}" if error == error else "")
+            for value, error in zip(table[column], errors, strict=True)
         ]
     return shown

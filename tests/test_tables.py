@@ -9,7 +9,7 @@ import pandas as pd
 from hfprune import figures
 from hfprune.artifacts import Store
 from hfprune.statistics import MODEL, varying
-from hfprune.tables import COLUMNS, recovery_names, summary, write_summary
+from hfprune.tables import COLUMNS, cost, recovery_names, summary, write_tables
 
 METRICS = [
     ("task", "boolq", "acc"),
@@ -39,7 +39,7 @@ def test_a_summary_has_one_row_for_each_way_of_pruning(tmp_path):
     table = summary(metrics(*WAYS))
     assert len(table) == 1 + 3 * 2
     assert table["KL (nats/token)"].tolist() == list(range(7))
-    write_summary(metrics(*WAYS), tmp_path)
+    write_tables(metrics(*WAYS), tmp_path)
     printed = (tmp_path / "summary.md").read_text()
     titles = [title.strip() for title in printed.splitlines()[0].split("|")]
     assert titles[1:6] == ["Model", "Criterion", "Allocation", "Refit", "Removed (%)"]
@@ -51,7 +51,7 @@ def test_a_summary_has_one_row_for_each_way_of_pruning(tmp_path):
 def test_what_does_not_vary_is_not_said(tmp_path):
     assert varying(metrics(WAYS[0])) == []
     assert varying(metrics(*WAYS[:2])) == ["refit"]
-    write_summary(metrics(WAYS[0]), tmp_path)
+    write_tables(metrics(WAYS[0]), tmp_path)
     assert "Refit" not in (tmp_path / "summary.md").read_text()
 
 
@@ -133,6 +133,33 @@ def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control
     plt.close(figure)
 
 
+def test_costs_are_those_of_all_stages_and_mean_over_seeds(tmp_path):
+    def costs(rows, seed, **stages):
+        first = rows.iloc[0].to_dict() | {"group": "cost", "stderr": None, "n": 1, "seed": seed}
+        return [
+            first | {"task": stage, "metric": metric, "value": value}
+            for stage, found in stages.items()
+            for metric, value in found.items()
+        ]
+
+    plain, taught = (rows[rows["ratio"] == 0.2] for rows in (metrics(WAYS[0]), trained("lora")))
+    rows = [
+        *costs(plain, 0, score={"seconds": 10, "flops": 2e12, "peak_bytes": 2**30}, prune={"seconds": 1}),
+        *costs(plain, 1, score={"seconds": 20, "flops": 4e12, "peak_bytes": 2**30}, prune={"seconds": 1}),
+        *costs(taught, 0, score={"seconds": 10, "flops": 2e12, "peak_bytes": 2**30}, prune={"seconds": 1}),
+        *costs(taught, 0, recover={"seconds": 99, "flops": 3e12, "peak_bytes": 2**31}),
+    ]
+    table = cost(pd.concat([metrics(WAYS[0]), trained("lora"), pd.DataFrame(rows, columns=COLUMNS)]))
+    table = table.set_index(["stage", "ratio"])
+    names = ["Scoring (s)", "Cutting (s)", "Training (s)", "TFLOP", "Peak memory (GiB)"]
+    assert table.loc[("recovered", 0.2), names].tolist() == [10, 1, 99, 5, 2]
+    assert table.loc[("pruned", 0.2), names].fillna(-1).tolist() == [15, 1, -1, 3, 1]
+    assert table.loc[("dense", 0.0), names].isna().all()
+    write_tables(pd.concat([trained("lora"), pd.DataFrame(rows[-5:], columns=COLUMNS)]), tmp_path)
+    assert "| 99.0" in (tmp_path / "cost.md").read_text()
+    assert "nan" not in (tmp_path / "cost.md").read_text()
+
+
 def test_trainings_are_called_by_what_tells_them_apart(tmp_path):
     store = Store(tmp_path)
 
@@ -179,6 +206,6 @@ def test_without_tasks_there_is_no_accuracy(tmp_path):
     found = metrics(*WAYS)
     found = found[found["group"] != "task"]
     assert list(summary(found))[len(MODEL) :: 2] == ["Removed", "Perplexity", "KL (nats/token)", "Top-1 agreement"]
-    write_summary(found, tmp_path)
+    write_tables(found, tmp_path)
     assert "Perplexity" in (tmp_path / "summary.md").read_text()
     assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}

@@ -107,9 +107,7 @@ def test_it_runs_end_to_end(checkout):
     results = checkout.folder / "results" / "tiny"
     assert {file.name for file in (results / "tables").iterdir()} == {
         "agreement.csv",
-        "summary.csv",
-        "summary.md",
-        "summary.tex",
+        *(f"{name}.{suffix}" for name in ("summary", "cost") for suffix in ("csv", "md", "tex")),
     }
     drawn = {f"{name}.{suffix}" for name in ("accuracy", "kl", "importance") for suffix in ("png", "pdf", "svg")}
     assert {file.name for file in (results / "figures").iterdir()} == drawn
@@ -351,6 +349,7 @@ def test_recovery_stands_beside_its_controls(checkout, experiment, data, tmp_pat
     assert set(curves["model"]) == {"dense, lora", "entropy, lora", "entropy, lora+distillation"}
     assert (results / "figures" / "losses.svg").exists()
     assert "Recovery" in (results / "tables" / "summary.md").read_text()
+    assert "Training (s)" in (results / "tables" / "cost.md").read_text()
     assert "Nothing to be done" in elsewhere.snakemake(trained)
     oftener = copy.deepcopy(trained)
     oftener["recovery"]["lora"] |= {"save_steps": 1, "micro_batch": 2}

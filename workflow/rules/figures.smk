@@ -17,11 +17,11 @@ rule collect:
 
 
 rule tables:
-    """The summary table."""
+    """The summary, and what each model cost."""
     input:
         rules.collect.output,
     output:
-        [RESULTS / "tables" / f"summary.{suffix}" for suffix in ("csv", "md", "tex")],
+        [RESULTS / "tables" / f"{name}.{suffix}" for name in ("summary", "cost") for suffix in ("csv", "md", "tex")],
     log:
         "logs/tables.log",
     conda:
