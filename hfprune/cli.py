@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        print(f"hfprune {args.command}: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", "0")) == 0:  # of several processes one speaks
+            print(f"hfprune {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

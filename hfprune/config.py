@@ -213,8 +213,8 @@ class Training(Section):
         description="linear layers that get an adapter",
     )
     keep_adapter: bool = Field(False, description="keep the adapter beside the checkpoint that it is merged into")
-    seed: Seed = Field(0, description="of the order of the sequences, of adapters and of dropout")
-    micro_batch: int = Field(1, ge=1, description="sequences that a device takes at a time; no matter to the result")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the order of the sequences, of adapters and of dropout")
+    micro_batch: int = Field(1, ge=1, description="sequences that a device takes at a time; only dropout sees it")
     save_steps: int = Field(50, ge=1, description="steps between two checkpoints: what a kill can lose")
     report_to: Literal["none", "tensorboard", "trackio"] = Field(
         "none", description="a tracker that is told of every step, if it is installed"

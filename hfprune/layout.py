@@ -13,7 +13,6 @@ REFERENCE = "reference.safetensors"  # reference: tokens, hidden, head of the de
 RECOVERY = "recovery.json"  # recover: how it was trained, and how it reloaded
 LOSSES = "losses.jsonl"  # recover: step, loss, learning_rate, grad_norm, seconds, tokens so far; one line a step
 ADAPTER = "adapter"  # recover: a folder, where it is asked for
-TENSORBOARD = "tensorboard"  # recover: a folder, where it is asked for
 RESULTS = "results.json"  # evaluate, measure: name -> value, stderr, n
 SAMPLES = "samples.jsonl"  # evaluate: one line per document
 

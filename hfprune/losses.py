@@ -58,16 +58,19 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, term: Term) -> Tensor:
+        place = hidden.device.type
         total = torch.zeros((), device=hidden.device)
         by_hidden = torch.empty_like(hidden)
         by_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        size = max(1, LOGITS_PER_CHUNK[hidden.device.type] // head.shape[0])
+        if torch.is_autocast_enabled(place):  # once, not for every chunk
+            hidden, head = (each.to(torch.get_autocast_dtype(place)) for each in (hidden, head))
+        size = max(1, LOGITS_PER_CHUNK[place] // head.shape[0])
         for first in range(0, len(hidden), size):
             chunk = slice(first, first + size)
             loss, gradient = term(logits_of(hidden[chunk], head), chunk)
-            gradient = gradient.to(hidden.dtype)
+            gradient = gradient.to(head.dtype)
             total += loss
-            by_hidden[chunk] = gradient @ head.to(hidden.dtype)
+            by_hidden[chunk] = gradient @ head
             if by_head is not None:
                 by_head += gradient.T @ hidden[chunk]
         ctx.save_for_backward(by_hidden, by_head)

@@ -29,10 +29,13 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def is_short(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether the graph of so many tokens could take more than half of the free memory, or weights are offloaded."""
+def is_short(model: PreTrainedModel, tokens: int, reserved: int = 0) -> bool:
+    """Whether the graph of so many tokens could take more than half of the free memory, or weights are offloaded.
+
+    `reserved` bytes of what is free count as taken.
+    """
     offloaded = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    return bool(offloaded) or graph_bytes(model, tokens) > free_bytes(model.device) / 2
+    return bool(offloaded) or graph_bytes(model, tokens) > (free_bytes(model.device) - reserved) / 2
 
 
 @contextmanager

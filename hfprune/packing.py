@@ -1,7 +1,7 @@
 """From documents to training sequences of one length, documents kept apart.
 
 A row of `length` tokens holds several documents. Positions restart at each, and by these transformers keeps attention
-within a document (`masking_utils.find_packed_sequence_indices`; with flash attention by the same restarts).
+within a document (`masking_utils.find_packed_sequence_indices`).
 """
 
 import random

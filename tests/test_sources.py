@@ -187,7 +187,7 @@ def test_a_wheel_that_is_not_what_was_meant_is_refused(options, message, wheel, 
     ("name", "content", "options", "message"),
     [
         ("a.jsonl", '{"text": "x"}\n', ("--field", "body"), "no field 'body'; its fields are text"),
-        ("a.jsonl", '{"text": 3}\n', (), "field 'text' holds int, not text"),
+        ("a.jsonl", '{"my text": 3}\n', ("--field", "my text"), "field 'my text' holds int, not text"),
         (
             "a.jsonl",
             '{"q": "x"}\n',

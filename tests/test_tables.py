@@ -166,7 +166,7 @@ def test_trainings_are_called_by_what_tells_them_apart(tmp_path):
     def manifest(text, **parameters):
         path = tmp_path / "text" / text / "manifest.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"details": {"name": f"the {text}"}}))
+        path.write_text(json.dumps({"details": {"name": "a file" if "part" in text else f"the {text}"}}))
         common = {"method": "lora", "loss": "cross_entropy", "learning_rate": 0.1, "targets": ["a", "b"]}
         return {"parameters": common | parameters, "inputs": {"text": text}}
 
@@ -178,6 +178,8 @@ def test_trainings_are_called_by_what_tells_them_apart(tmp_path):
             "4": manifest("x", method="norms"),
             "5": manifest("y", method="norms"),
             "6": manifest("y", method="norms"),
+            "7": manifest("part1", method="full"),
+            "8": manifest("part2", method="full"),
         },
         store,
     )
@@ -188,6 +190,8 @@ def test_trainings_are_called_by_what_tells_them_apart(tmp_path):
         "4": "norms, text the x",
         "5": "norms, text the y",
         "6": "norms, text the y",
+        "7": "full, text a file part1",
+        "8": "full, text a file part2",
     }
     assert recovery_names({}, store) == {}
 

@@ -81,7 +81,7 @@ def input_options(*names):
 
 def launch(wildcards, resources):
     """Python; as many processes as the job has GPUs."""
-    several = f"accelerate launch --multi_gpu --num_processes {resources.gpu}"
+    several = f"accelerate launch --multi_gpu --num_processes {resources.gpu} --main_process_port 0"
     return several if resources.gpu > 1 else "python"
 
 
