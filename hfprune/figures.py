@@ -122,7 +122,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
             _against_ratio(right, pd.concat([found[found["criterion"] == "none"], several]))
             right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
-            figure, left = plt.subplots(figsize=(5, height), layout="constrained")
+            figure, left = plt.subplots(figsize=(7.5, height), layout="constrained")
         _ranked(left, rows)
         left.set_xlabel(KL_LABEL)
         left.set_title(f"{ratio:.0%} of all parameters removed", fontsize=9)
@@ -187,9 +187,10 @@ def losses(curves: pd.DataFrame) -> Figure:
         curves: see `tables.training_curves`.
     """
     panels = list(curves.groupby("loss_name", sort=False))
+    most = max(found["model"].nunique() for _, found in panels)
     figure, axes = plt.subplots(
-        3, len(panels), figsize=(3.6 * len(panels) + 0.4, 4.8), sharex="col", squeeze=False, layout="constrained",
-        height_ratios=[3, 1, 1],
+        3, len(panels), figsize=(4.2 * len(panels), 4.8 + 0.17 * most), sharex="col", squeeze=False,
+        layout="constrained", height_ratios=[3, 1, 1],
     )  # fmt: skip
     for (above, *below), (name, found) in zip(axes.T, panels, strict=True):
         for number, (model, curve) in enumerate(found.groupby("model", sort=False)):
@@ -198,7 +199,7 @@ def losses(curves: pd.DataFrame) -> Figure:
             for axis, column in zip(below, ("learning_rate", "tokens_per_second"), strict=True):
                 axis.plot(curve["tokens"] / 1000, curve[column], color=color, linestyle=line, lw=1.2)
         above.set_ylabel(LOSS_LABELS[name])
-        above.legend(frameon=False, fontsize=7)
+        above.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
         below[0].set_ylabel("Learning rate")
         below[1].set_ylabel("Tokens/s")
         below[1].set_ylim(bottom=0)

@@ -18,6 +18,7 @@ COLUMNS = [
     "model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved", "parameters",
     "recovery", "seed", "group", "task", "metric", "value", "stderr", "n", "key",
 ]  # fmt: skip
+PLAIN = ("uniform", "mlp", "none")  # ways of pruning that need no words
 # The metric that the paper reports for a task, the first that it has.
 HEADLINE = ("pct_stereotype", "acc_norm", "acc")
 TASK_TITLES = {
@@ -95,12 +96,13 @@ def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
     made = {artifact.key: lineage(artifact.key, store) for artifact in artifacts}
     names = recovery_names({key: stages["recover"] for key, stages in made.items()}, store)
     models = pd.DataFrame([_model_columns(stages) | {"recovery": names[key]} for key, stages in made.items()])
-    shown = varying(models) + [
-        name for name in ("ratio", "seed") if models[models["criterion"] != "none"][name].nunique() > 1
-    ]
+    cut = models[models["criterion"] != "none"]
+    shown = [name for name in varying(models) if name != "recovery"]
+    shown += [name for name in ("ratio", "seed") if cut[name].nunique() > 1]
     curves = []
     for artifact, (_, model) in zip(artifacts, models.iterrows(), strict=True):
-        said = ["dense"] if model["criterion"] == "none" else [str(model[name]) for name in ("criterion", *shown)]
+        said = [str(model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
+        said = ["dense"] if model["criterion"] == "none" else said
         label = ", ".join([*said, model["recovery"]])
         steps = pd.read_json(artifact.folder / LOSSES, lines=True)
         steps["tokens_per_second"] = steps["tokens"].diff().fillna(steps["tokens"]) / steps["seconds"]
