@@ -92,6 +92,7 @@ def recover(
     per_step = _rows_per_step(rows, batch_tokens, micro_batch, processes)
     per_token = flops_per_token(network)
     set_seed(seed)  # of the adapters' first weights
+    network.name_or_path = model.name  # what an adapter says it belongs to: a key, not a path on this machine
     trained, finish = METHODS[method](network, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
     work = folder / RESUME
     work.mkdir(parents=True, exist_ok=True)
@@ -256,7 +257,6 @@ def _lora(network: PreTrainedModel, rank: int, alpha: int, dropout: float, targe
 
     def finish(adapted: Any, keep: Path | None) -> PreTrainedModel:
         if keep is not None:
-            adapted.peft_config["default"].base_model_name_or_path = None  # it would be a path on this machine
             adapted.save_pretrained(keep)
         return adapted.merge_and_unload(safe_merge=True)
 
