@@ -110,7 +110,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
     if ways.ngroups <= MOST_LINES:
         figure, axis = plt.subplots(figsize=(3.8, 3.1), layout="constrained")
         _against_ratio(axis, found)
-        _legend(figure, axis)
+        axis.legend(frameon=False, fontsize=8)
     elif several.groupby(["criterion", *WAYS]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
         rows = pruned[pruned["ratio"] == ratio]
