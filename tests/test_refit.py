@@ -9,6 +9,7 @@ import torch
 from hfprune.allocation import allocate
 from hfprune.errors import UserError
 from hfprune.fidelity import token_measures
+from hfprune.models import flops_per_token
 from hfprune.refit import DRIFT, Repair, entrance, refit, through
 from hfprune.structures import part_of
 from hfprune.surgery import cut
@@ -92,9 +93,9 @@ def test_least_squares_solves_the_ridge_problem_on_the_intact_model(structure):
     dense, sequences, neurons = make_model(), tokens(20), some()
     kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
     model = copy.deepcopy(dense)
-    assert refit(model, kept, sequences, "least_squares", 0.1) == {
-        "refit_tokens": 640, "ridge": 0.1, "starved_layers": []
-    }  # fmt: skip
+    details = refit(model, kept, sequences, "least_squares", 0.1)
+    assert details.pop("refit_flops") > 640 * flops_per_token(dense)
+    assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
     for number, (name, columns) in product(range(3), (("mlp", neurons), ("attention", COLUMNS))):
         weight, found = (part_of(each.model.layers[number], name).output.weight for each in (dense, model))
         if name not in kept or len(columns[number]) == weight.shape[1]:
@@ -118,6 +119,7 @@ def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_
     kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
     model, seen = copy.deepcopy(dense), copy.deepcopy(dense)  # seen: refitted as far as the loop below has come
     details = refit(model, kept, sequences, "sequential", 0.1)
+    assert details.pop("refit_flops") > 2 * 640 * flops_per_token(dense)
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
     columns = {"mlp": neurons if "mlp" in kept else [torch.arange(48)] * 3}
     columns["attention"] = COLUMNS if "attention" in kept else [torch.arange(32)] * 3
@@ -172,7 +174,9 @@ def test_where_nothing_goes_nothing_changes(family, changes, method):
 def test_bias_makes_up_for_the_mean_of_what_goes():
     dense, kept, sequences = make_model(mlp_bias=True), some(), tokens(20)
     model = copy.deepcopy(dense)
-    assert refit(model, {"mlp": kept}, sequences, "bias", 0.1) == {"refit_tokens": 640}
+    assert refit(model, {"mlp": kept}, sequences, "bias", 0.1) == {
+        "refit_tokens": 640, "refit_flops": 640 * flops_per_token(dense)
+    }  # fmt: skip
     cut(model, {"mlp": kept})
     every, mlp, before = activations(dense, sequences)[0], model.model.layers[0].mlp, dense.model.layers[0].mlp
     with torch.no_grad():
