@@ -236,7 +236,7 @@ class Training(Section):
 
 
 OF_LORA = ("rank", "alpha", "dropout", "targets", "keep_adapter")
-NOT_IN_RESULT = ("micro_batch", "save_steps", "report_to")  # of Training: how it runs, not what comes out
+NOT_IN_RESULT = {"micro_batch", "save_steps", "report_to"}  # of Training: how it runs, not what comes out
 
 
 class Recovery(Training):

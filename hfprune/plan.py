@@ -9,7 +9,7 @@ from typing import Any
 
 from hfprune.artifacts import Recipe, Store
 from hfprune.budget import check
-from hfprune.config import Experiment, RecoverParameters, ScoreParameters, ShardParameters, Source
+from hfprune.config import NOT_IN_RESULT, Experiment, RecoverParameters, ScoreParameters, ShardParameters, Source
 from hfprune.criteria import passes
 from hfprune.layout import MANIFEST
 from hfprune.stages import recipe, source_parameters
@@ -23,6 +23,7 @@ class Job:
         recipe: what it is.
         inputs: the jobs whose artifacts it is made from, by the stage's option for them.
         options: the stage's command-line options beside its inputs.
+        running: those of them that say how it runs, not what comes out.
         label: what it is, for people.
     """
 
@@ -30,6 +31,7 @@ class Job:
     inputs: Mapping[str, "Job | list[Job]"]
     options: tuple[str, ...]
     label: str
+    running: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -132,7 +134,8 @@ class Plan:
             inputs["teacher"] = dense
         label = f"{label}, recovery {name}"
         made = recipe("recover", asked.read(), **_keys(inputs))
-        return self._put(Job(made, inputs, options(asked.model_dump()), label)), label
+        what, how = asked.model_dump(exclude=NOT_IN_RESULT), asked.model_dump(include=NOT_IN_RESULT)
+        return self._put(Job(made, inputs, options(what), label, options(how))), label
 
     def _evaluate(self, model: Job, tasks: Mapping[str, Job], label: str) -> Job:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""

@@ -90,6 +90,8 @@ def test_what_is_trained_on_is_neither_calibrated_nor_tested_on(plan, command):
     others = [job for job in plan.jobs["text"].values() if "--field" in job.options]
     texts = [line["text"] for job in others for line in lines(command("download", "text", *job.options))]
     assert len(texts) == 1500
+    texts = [text for text in texts if text.strip()]  # XSum has an article of no words
+    assert len(texts) == 1499
     assert not any(text in instruction for text in texts for instruction in taught)
 
 

@@ -68,6 +68,11 @@ def options(stage):
     return words
 
 
+def running(stage):
+    """How a job runs. Snakemake runs nothing again for a parameter that depends on the job's resources."""
+    return lambda wildcards, resources: plan.jobs[stage][wildcards.key].running
+
+
 def input_options(*names):
     """The command-line options for those of a rule's inputs that not every artifact of it has."""
 

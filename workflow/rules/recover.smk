@@ -15,10 +15,12 @@ rule recover:
     params:
         launch=launch,
         options=options("recover"),
+        running=running("recover"),
         inputs=input_options("teacher"),
         label=label("recover"),
     message:
         "recover {params.label}"
     shell:
         "{params.launch} -m hfprune recover --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q}"
+        " {params.running:q}"
         " 2>&1 | tee {log:q}"
