@@ -15,6 +15,7 @@ include: "workflow/rules/prune.smk"
 include: "workflow/rules/recover.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/paper.smk"
 
 
 localrules:
@@ -24,6 +25,7 @@ localrules:
     figures,
     agreement,
     losses,
+    widths,
     download,
 
 
@@ -34,4 +36,5 @@ rule all:
         rules.tables.output,
         rules.figures.output,
         rules.agreement.output,
+        rules.widths.output,
         rules.losses.output if plan.recoveries else [],

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hfprune import artifacts, stages
+from hfprune import artifacts, stages, targets
 from hfprune.artifacts import Artifact, Store
 from hfprune.config import (
     EvaluateParameters,
@@ -222,6 +222,29 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
     compare.add_argument("scores", nargs="+", type=Path, help="artifacts of score, of one model")
 
+    table = command(
+        "table",
+        _table,
+        "Make one of the paper's tables, the published rows below ours: csv, md and tex.",
+        "hfprune table table6 --output results/default/tables store/measure/*/ store/evaluate/*/\n"
+        "  hfprune table table3 --output tables results/default/metrics.csv results/qwen2.5-0.5b/metrics.csv",
+    )
+    table.add_argument("name", choices=sorted([*targets.TABLES, *targets.OF_FILES]), help="which")
+    table.add_argument("--output", type=Path, required=True, help="the folder to write into")
+    table.add_argument("--published", type=Path, default=Path("results/published"), help="default: %(default)s")
+    table.add_argument(
+        "sources", nargs="+", type=Path, help="artifacts of measure and evaluate; of tables 3, 4 and 5 their csv files"
+    )
+
+    widths = command(
+        "widths",
+        _widths,
+        "Draw what every layer of pruned models keeps.",
+        "hfprune widths --output results/default store/prune/*/manifest.json",
+    )
+    widths.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
+    widths.add_argument("manifests", nargs="+", type=Path, help="artifacts of prune")
+
     losses = command(
         "losses",
         _losses,
@@ -285,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
-    for each in (*makers, collect, losses, export, push):
+    for each in (*makers, collect, table, widths, losses, export, push):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
         each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
@@ -657,6 +680,35 @@ def _compare(args: argparse.Namespace) -> None:
     found = compare(scores)
     found.to_csv(args.output / "tables" / "agreement.csv", index=False)
     for path in (args.output / "tables" / "agreement.csv", *draw_scores(scores, found, args.output / "figures")):
+        print(path)
+
+
+def _table(args: argparse.Namespace) -> None:
+    from hfprune import paper
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    published = args.published / f"{args.name}.csv"
+    if args.name in targets.OF_FILES:
+        made = paper.OF_FILES[args.name](args.sources, published)
+    else:
+        from hfprune.documents import read_documents
+
+        results = [_open(path, "measure", "evaluate") for path in args.sources]
+        documents = read_documents(results, Store(args.store), _called(args))
+        made = paper.sheet(args.name, paper.estimates(documents), published)
+    for path in made.write(args.output, args.name):
+        print(path)
+
+
+def _widths(args: argparse.Namespace) -> None:
+    from hfprune.figures import draw_widths
+    from hfprune.tables import kept_widths
+
+    for name in ("tables", "figures"):
+        (args.output / name).mkdir(parents=True, exist_ok=True)
+    found = kept_widths([_open(path, "prune") for path in args.manifests], Store(args.store))
+    found.to_csv(args.output / "tables" / "widths.csv", index=False)
+    for path in (args.output / "tables" / "widths.csv", *draw_widths(found, args.output / "figures")):
         print(path)
 
 

@@ -348,6 +348,7 @@ class Experiment(Section):
     recovery: dict[Name, Recovery] = Field({}, description="ways to train after the cut, by a name of your own")
     evaluation: Evaluation = Evaluation()
     fidelity: Fidelity
+    further: list[Name] = Field([], description="experiments that have been run, whose models table 3 shows too")
 
     @property
     def grids(self) -> list[Pruning]:
@@ -448,6 +449,11 @@ class PruneParameters(Cut):
         _one_budget(self, "ratio", "target_parameters")
         _fits_structures(self, [self.structure], "structure")
         return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the paper's cut: of the MLPs, all to one width, and nothing done about it."""
+        return (self.structure, self.allocation, self.refit) == ("mlp", "uniform", "none")
 
     @property
     def label(self) -> str:

@@ -1,6 +1,7 @@
 """The figures: drawn from `metrics.csv` and from scores, one look throughout."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -10,10 +11,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.stats import rankdata, spearmanr
 
 from hfprune.agreement import KEPT, between_criteria, layers
 from hfprune.artifacts import Artifact
-from hfprune.statistics import MODEL, WAYS, mean_accuracy, over_seeds, varying
+from hfprune.statistics import MODEL, WAYS, WITHIN, mean_accuracy, over_seeds, varying
+from hfprune.structures import UNITS
 from hfprune.tables import TASK_TITLES, headline
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
@@ -34,6 +37,7 @@ STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=COLORS),
     "svg.hashsalt": "hfprune",  # else every drawing of the same figure differs
 }
+PAIR = ("entropy", "cross_entropy")  # the paper argues for the one over the other
 NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
@@ -48,9 +52,17 @@ def draw(metrics: pd.DataFrame, folder: Path) -> Iterator[Path]:
 def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> Iterator[Path]:
     """Draw the figures of the scores and, where there are several, of their agreement into `folder`; their paths."""
     figures = {"importance": lambda: importance(scores)}
+    first = _first_of_each(scores)
+    if set(PAIR) <= set(first):
+        figures["entropy_cross_entropy"] = lambda: against_each_other(*(layers(first[name]) for name in PAIR))
     if len(scores) > 1:
         figures["agreement"] = lambda: agreement(found)
     yield from _save(figures, folder)
+
+
+def draw_widths(widths: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw what every layer keeps into `folder`; their paths."""
+    yield from _save({"widths": lambda: kept_widths(widths)}, folder)
 
 
 def draw_losses(curves: pd.DataFrame, folder: Path) -> Iterator[Path]:
@@ -168,12 +180,14 @@ def _panels(found: pd.DataFrame) -> Figure:
 
 
 def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
-    """A row for each model, the lowest value first, with one standard error."""
+    """A row for each model, the lowest value first, with bars of 95 %."""
     criteria, ways = list(dict.fromkeys(models["criterion"])), varying(models)
     models = models.sort_values("value", ascending=False)
     for row, (_, model) in enumerate(models.iterrows()):
         color = COLORS[criteria.index(model["criterion"]) % len(COLORS)]
-        axis.errorbar(model["value"], row, xerr=model["stderr"], color=color, marker="o", markersize=4, capsize=2)
+        axis.errorbar(
+            model["value"], row, xerr=WITHIN * model["stderr"], color=color, marker="o", markersize=4, capsize=2
+        )
     labels = [", ".join([model["criterion"], *_said(ways, model[ways])]) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
@@ -209,9 +223,7 @@ def losses(curves: pd.DataFrame) -> Figure:
 
 def importance(scores: list[Artifact]) -> Figure:
     """The spread of the neurons' scores in each layer, by criterion: median, middle half and middle nine tenths."""
-    first = {}
-    for artifact in scores:  # one seed of each criterion
-        first.setdefault(artifact.parameters["criterion"], artifact)
+    first = _first_of_each(scores)
     columns = min(3, len(first))
     rows = -(-len(first) // columns)
     width = 5 if columns == 1 else 2.3 * columns
@@ -231,6 +243,70 @@ def importance(scores: list[Artifact]) -> Figure:
     figure.supxlabel("Layer", fontsize=9)
     figure.supylabel("Score of a neuron", fontsize=9)
     _legend(figure, axes[0, 0])
+    return figure
+
+
+def _first_of_each(scores: list[Artifact]) -> dict[str, Artifact]:
+    """By criterion, its scores of one seed."""
+    return {artifact.parameters["criterion"]: artifact for artifact in reversed(scores)}
+
+
+def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure:
+    """Where the neurons of the first, the middle and the last layer rank by one criterion and by another.
+
+    Args:
+        one, other: (neurons,) scores per layer, by the criteria of `PAIR`.
+    """
+    shown = dict.fromkeys([0, len(one) // 2, len(one) - 1])
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(2.3 * len(shown) + 0.6, 2.6), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, layer in zip(axes.flat, shown, strict=True):
+        ranks = [100 * rankdata(scores[layer]) / len(scores[layer]) for scores in (one, other)]
+        image = axis.hexbin(*ranks, gridsize=24, cmap="viridis", mincnt=1, extent=(0, 100, 0, 100), lw=0.1)
+        correlation = spearmanr(*ranks).statistic
+        axis.set_title(f"Layer {layer}: rank correlation {correlation:.2f}", fontsize=8)
+        axis.set_aspect("equal")
+        axis.grid(False)
+    figure.colorbar(image, ax=axes, label="Neurons", shrink=0.8)
+    figure.supxlabel("Rank by entropy (%)", fontsize=9)
+    axes[0, 0].set_ylabel("Rank by cross-entropy (%)")
+    return figure
+
+
+def kept_widths(widths: pd.DataFrame) -> Figure:
+    """The share of its neurons and key-value groups that every layer keeps: a row a part, a column a size.
+
+    Args:
+        widths: see `tables.kept_widths`.
+    """
+    parts = [part for part in UNITS if part in set(widths["part"])]
+    ratios = sorted(set(widths["ratio"]))
+    figure, axes = plt.subplots(
+        len(parts),
+        len(ratios),
+        figsize=(max(3.8, 2.2 * len(ratios)), 0.7 + 1.9 * len(parts)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    models = list(dict.fromkeys(widths["model"]))
+    for (row, part), (column, ratio) in product(enumerate(parts), enumerate(ratios)):
+        axis, found = axes[row, column], widths[(widths["part"] == part) & (widths["ratio"] == ratio)]
+        for model, line in found.groupby("model", sort=False):
+            number = models.index(model)
+            look = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
+            axis.plot(line["layer"], 100 * line["kept"] / line["dense"], lw=1.2, label=model, **look)
+        axis.set_ylim(0, 105)
+        if row == 0:
+            axis.set_title(f"{ratio:.0%} of parameters removed", fontsize=9)
+        if column == 0:
+            axis.set_ylabel(f"{UNITS[part].capitalize()} kept (%)")
+    figure.supxlabel("Layer", fontsize=9)
+    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    below = {"loc": "outside lower center", "ncols": min(2, len(handles))}
+    figure.legend(handles.values(), handles, frameon=False, fontsize=7, **below)
     return figure
 
 
@@ -262,7 +338,7 @@ def agreement(found: pd.DataFrame) -> Figure:
 
 
 def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
-    """One line per criterion and way of pruning, with error bars of one standard error.
+    """One line per criterion and way of pruning, in a band of 95 %.
 
     It starts at the dense model, trained in the same way: the control.
     """
@@ -282,20 +358,12 @@ def _said(ways: list[str], chosen: Iterable[str]) -> list[str]:
 def _line(
     axis: plt.Axes, models: pd.DataFrame, label: str, color: int, marker: int, line: int, scale: float = 1
 ) -> None:
-    """Values against the share of parameters removed, with error bars of one standard error."""
+    """Values against the share of parameters removed, in a band of 95 %."""
     models = models.sort_values("ratio_achieved")
-    axis.errorbar(
-        100 * models["ratio_achieved"],
-        scale * models["value"],
-        yerr=scale * models["stderr"],
-        label=label,
-        color=COLORS[color % len(COLORS)],
-        marker=MARKERS[marker % len(MARKERS)],
-        linestyle=LINES[line % len(LINES)],
-        markersize=4,
-        capsize=2,
-        lw=1.2,
-    )
+    removed, value, half = 100 * models["ratio_achieved"], models["value"], WITHIN * models["stderr"].fillna(0)
+    look = {"color": COLORS[color % len(COLORS)], "linestyle": LINES[line % len(LINES)], "lw": 1.2}
+    axis.plot(removed, scale * value, label=label, marker=MARKERS[marker % len(MARKERS)], markersize=4, **look)
+    axis.fill_between(removed, scale * (value - half), scale * (value + half), color=look["color"], alpha=0.15, lw=0)
 
 
 def _legend(figure: Figure, axis: plt.Axes) -> None:

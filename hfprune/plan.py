@@ -3,13 +3,21 @@
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hfprune.artifacts import Recipe, Store
 from hfprune.budget import check
-from hfprune.config import NOT_IN_RESULT, Experiment, RecoverParameters, ScoreParameters, ShardParameters, Source
+from hfprune.config import (
+    NOT_IN_RESULT,
+    Experiment,
+    PruneParameters,
+    RecoverParameters,
+    ScoreParameters,
+    ShardParameters,
+    Source,
+)
 from hfprune.criteria import passes
 from hfprune.layout import MANIFEST
 from hfprune.stages import recipe, source_parameters
@@ -39,13 +47,35 @@ class Job:
         return self.recipe.key
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model of the experiment: dense, pruned or recovered.
+
+    Attributes:
+        job: makes it.
+        label: how it is made, for people.
+        criterion, cut, seed: how it was cut, all None for the dense model.
+        recovery: the name of its training after the cut, or "none".
+        results: the jobs that measure and evaluate it.
+    """
+
+    job: Job
+    label: str
+    criterion: str | None = None
+    cut: PruneParameters | None = None
+    seed: int | None = None
+    recovery: str = "none"
+    results: list[Job] = field(default_factory=list)
+
+
 class Plan:
     """All jobs of an experiment, and the store that they fill.
 
     Attributes:
         store: the folder of all artifacts.
         jobs: stage -> key -> job.
-        scores, measures, evaluations: the jobs whose artifacts the results are collected from.
+        scores: the jobs that score.
+        models: what results are collected of.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -53,8 +83,7 @@ class Plan:
         self.store = Store(store_root(experiment.store))
         self.jobs: dict[str, dict[str, Job]] = defaultdict(dict)
         self.scores: list[Job] = []
-        self.measures: list[Job] = []
-        self.evaluations: list[Job] = []
+        self.models: list[Model] = []
         self._fill()
 
     @property
@@ -102,10 +131,10 @@ class Plan:
         reference = self._add(
             "reference", heldout, {"model": dense, "text": texts[config.fidelity.text]}, "dense predictions"
         )
-        models = [(dense, "dense")]
+        models = [whole := Model(dense, "dense")]
         for name in trained:
             if config.recovery[name].dense and config.recovery[name].loss != "distillation":
-                models.append(self._recover(name, dense, dense, texts, "dense"))
+                models.append(self._recover(name, whole, dense, texts))
         for seed in config.calibration.seeds:
             scores = self._score(dense, texts[config.calibration.text], seed)
             self.scores += scores.values()
@@ -114,37 +143,40 @@ class Plan:
                 if cut.refit != "none":
                     inputs["text"] = texts[config.calibration.text]
                 label = f"{cut.label} by {criterion}, seed {seed}"
-                pruned = self._add("prune", cut.read(), inputs, label)
+                pruned = Model(self._add("prune", cut.read(), inputs, label), label, criterion, cut, seed)
                 for name in recoveries:
-                    models.append(
-                        (pruned, label) if name == "none" else self._recover(name, pruned, dense, texts, label)
-                    )
+                    models.append(pruned if name == "none" else self._recover(name, pruned, dense, texts))
         # Two recoveries may differ only in how they run.
-        for model, label in {model.key: (model, label) for model, label in models}.values():
-            self.measures.append(self._add("measure", dtype, {"model": model, "reference": reference}, label))
+        self.models = list({model.job.key: model for model in models}.values())
+        for model in self.models:
+            inputs = {"model": model.job, "reference": reference}
+            model.results.append(self._add("measure", dtype, inputs, model.label))
             if tasks:
-                self.evaluations.append(self._evaluate(model, tasks, label))
+                model.results.append(self._evaluate(model, tasks))
 
-    def _recover(self, name: str, model: Job, dense: Job, texts: Mapping[str, Job], label: str) -> tuple[Job, str]:
-        """The job that trains a model in the way of that name, with its label."""
+    def _recover(self, name: str, model: Model, dense: Job, texts: Mapping[str, Job]) -> Model:
+        """The model trained in the way of that name."""
         way = self.experiment.recovery[name]
         asked = RecoverParameters(**way.model_dump(exclude={"text", "dense"}), dtype=self.experiment.model.dtype)
-        inputs = {"model": model, "text": texts[way.text]}
+        inputs = {"model": model.job, "text": texts[way.text]}
         if way.loss == "distillation":
             inputs["teacher"] = dense
-        label = f"{label}, recovery {name}"
+        label = f"{model.label}, recovery {name}"
         made = recipe("recover", asked.read(), **_keys(inputs))
         what, how = asked.model_dump(exclude=NOT_IN_RESULT), asked.model_dump(include=NOT_IN_RESULT)
-        return self._put(Job(made, inputs, options(what), label, options(how))), label
+        trained = self._put(Job(made, inputs, options(what), label, options(how)))
+        return replace(model, job=trained, label=label, recovery=name, results=[])
 
-    def _evaluate(self, model: Job, tasks: Mapping[str, Job], label: str) -> Job:
+    def _evaluate(self, model: Model, tasks: Mapping[str, Job]) -> Job:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
         sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
         parts = {
-            name: recipe("evaluate-task", sampling, model=model.key, task=task.key).key for name, task in tasks.items()
+            name: recipe("evaluate-task", sampling, model=model.job.key, task=task.key).key
+            for name, task in tasks.items()
         }
-        made = recipe("evaluate", {}, model=model.key, **parts)
-        return self._put(Job(made, {"model": model, "tasks": list(tasks.values())}, options(sampling), label))
+        made = recipe("evaluate", {}, model=model.job.key, **parts)
+        inputs = {"model": model.job, "tasks": list(tasks.values())}
+        return self._put(Job(made, inputs, options(sampling), model.label))
 
     def _score(self, model: Job, text: Job, seed: int) -> dict[str, Job]:
         """By criterion asked for, the job that makes its scores."""

@@ -5,6 +5,7 @@ import pandas as pd
 
 MODEL = ["model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "recovery"]
 
+WITHIN = 1.96  # standard errors to either side hold 95 % of a normal distribution
 WAYS = ["allocation", "refit", "structure", "recovery"]  # how a model was made, beside criterion and ratio
 
 

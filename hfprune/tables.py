@@ -10,7 +10,7 @@ import pandas as pd
 
 from hfprune.artifacts import Artifact, Store
 from hfprune.errors import UserError
-from hfprune.layout import LOSSES, RESULTS
+from hfprune.layout import LOSSES, PRUNING, RESULTS
 from hfprune.statistics import MODEL, mean_accuracy, over_seeds, varying
 
 # One value a row; other people's scripts read these.
@@ -96,19 +96,49 @@ def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
     made = {artifact.key: lineage(artifact.key, store) for artifact in artifacts}
     names = recovery_names({key: stages["recover"] for key, stages in made.items()}, store)
     models = pd.DataFrame([_model_columns(stages) | {"recovery": names[key]} for key, stages in made.items()])
-    cut = models[models["criterion"] != "none"]
-    shown = [name for name in varying(models) if name != "recovery"]
-    shown += [name for name in ("ratio", "seed") if cut[name].nunique() > 1]
     curves = []
-    for artifact, (_, model) in zip(artifacts, models.iterrows(), strict=True):
-        said = [str(model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
-        said = ["dense"] if model["criterion"] == "none" else said
-        label = ", ".join([*said, model["recovery"]])
+    for artifact, label in zip(artifacts, _labels(models, ("ratio", "seed")), strict=True):
+        label = f"{label}, {names[artifact.key]}"
         steps = pd.read_json(artifact.folder / LOSSES, lines=True)
         steps["tokens_per_second"] = steps["tokens"].diff().fillna(steps["tokens"]) / steps["seconds"]
         about = {"model": label, "loss_name": artifact.parameters["loss"], "key": artifact.key}
         curves.append(steps.assign(**about)[[*about, *steps.columns]])
     return pd.concat(curves, ignore_index=True)
+
+
+def kept_widths(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+    """How much every layer of every pruned model keeps.
+
+    Args:
+        artifacts: of the stage `prune`, in any order.
+        store: where what they were made from has its manifests.
+
+    Returns:
+        Columns `model` (how it was made, for people), `ratio`, `part`, `layer`, `kept` and `dense` (units; see
+        `structures.UNITS`), `key`.
+    """
+    models = pd.DataFrame([_model_columns(lineage(artifact.key, store)) for artifact in artifacts])
+    rows = []
+    for artifact, label, ratio in zip(artifacts, _labels(models, ("seed",)), models["ratio"], strict=True):
+        pruning = json.loads((artifact.folder / PRUNING).read_text(encoding="utf-8"))
+        for part, kept in pruning["kept"].items():
+            whole = pruning["units_dense"][part] // len(kept)
+            for layer, units in enumerate(kept):
+                about = {"model": label, "ratio": ratio, "part": part, "layer": layer}
+                rows.append(about | {"kept": len(units), "dense": whole, "key": artifact.key})
+    return pd.DataFrame(rows).sort_values("ratio", kind="stable", ignore_index=True)
+
+
+def _labels(models: pd.DataFrame, others: tuple[str, ...]) -> list[str]:
+    """How models were cut, in few words: the criterion, and what tells them apart of the ways and of `others`."""
+    cut = models[models["criterion"] != "none"]
+    shown = [name for name in varying(models) if name != "recovery"]
+    shown += [name for name in others if cut[name].nunique() > 1]
+    labels = []
+    for _, model in models.iterrows():
+        said = [str(model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
+        labels.append("dense" if model["criterion"] == "none" else ", ".join(said))
+    return labels
 
 
 def lineage(key: str, store: Store) -> dict[str, dict[str, Any]]:

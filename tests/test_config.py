@@ -202,7 +202,7 @@ def test_ways_to_train_that_differ_only_in_how_they_run_are_one_model(experiment
     plan = Plan(parse(Experiment, changed(changed(experiment, "pruning", grid), "recovery", ways), "test"))
     labels = sorted(job.label for job in plan.recoveries)
     assert labels == ["0.1 by entropy, seed 0, recovery a", "0.1 by entropy, seed 0, recovery c", "dense, recovery a"]
-    assert len(plan.measures) == len({job.key for job in plan.measures}) == 5
+    assert len(plan.models) == len({model.job.key for model in plan.models}) == 5
     unused = Plan(parse(Experiment, changed(experiment, "recovery", ways), "test"))
     assert not unused.recoveries
 
@@ -214,7 +214,7 @@ def test_several_grids_stand_in_one_experiment_and_share_what_they_share(experim
     )
     plan = Plan(parse(Experiment, changed(experiment, "pruning", [first, second]), "test"))
     assert len(plan.scores) == 2
-    assert len(plan.jobs["prune"]) == len(plan.measures) - 1 == 2 * 2 + 1
+    assert len(plan.jobs["prune"]) == len(plan.models) - 1 == 2 * 2 + 1
     labels = [job.label for job in plan.jobs["prune"].values()]
     assert sorted(labels) == sorted(
         [f"{ratio} by {name}, seed 0" for name in ("entropy", "wanda") for ratio in (0.1, 0.2)]
@@ -270,5 +270,5 @@ def test_a_local_model_counts_by_its_content_not_its_place(experiment, checkpoin
 
 def test_without_tasks_only_fidelity_is_measured(experiment):
     plan = Plan(parse(Experiment, changed(experiment, "evaluation", {"tasks": {}}), "test"))
-    assert not plan.evaluations and not plan.jobs["evaluate"] and not plan.jobs["task"]
-    assert len(plan.measures) == 3
+    assert not plan.jobs["evaluate"] and not plan.jobs["task"]
+    assert len(plan.models) == 3

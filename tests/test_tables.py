@@ -64,7 +64,7 @@ def test_figures_draw_a_line_for_each_way_of_pruning():
         figure = figures.kl(metrics(*settings))
         lines = figure.axes[0].get_legend_handles_labels()
         assert lines[1] == labels
-        assert [line.lines[0].get_xdata().tolist() for line in lines[0]] == [[0, 10, 20]] * len(labels)
+        assert [line.get_xdata().tolist() for line in lines[0]] == [[0, 10, 20]] * len(labels)
         plt.close(figure)
 
 
@@ -79,7 +79,7 @@ def test_many_ways_are_drawn_in_a_panel_for_each_allocation_with_one_look_throug
         assert sorted(labels) == [
             "entropy, no refit", "entropy, sequential", "wanda, no refit", "wanda, sequential"
         ]  # fmt: skip
-        lines = [handle.lines[0] for handle in handles]
+        lines = handles
         assert [line.get_xdata().tolist() for line in lines] == [[10, 20]] * 4, "the dense model's 0 has no logarithm"
         looks.append(
             {label: (line.get_color(), line.get_linestyle()) for label, line in zip(labels, lines, strict=True)}
@@ -128,8 +128,8 @@ def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control
     figure = figures.kl(found)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     assert labels == ["entropy, no recovery", "entropy, lora", "entropy, norms"]
-    assert [handle.lines[0].get_xdata().tolist() for handle in handles] == [[0, 10, 20], [0, 20], [20]]
-    assert handles[1].lines[0].get_ydata().tolist() == [0.3, 0.5]
+    assert [handle.get_xdata().tolist() for handle in handles] == [[0, 10, 20], [0, 20], [20]]
+    assert handles[1].get_ydata().tolist() == [0.3, 0.5]
     plt.close(figure)
 
 
@@ -201,7 +201,7 @@ def test_more_lines_than_colours_can_be_told_apart():
     found = metrics(*settings)
     found["task"] = found["task"].replace("text", "boolq")
     figure = figures.accuracy(found)
-    looks = [each.lines[0] for each in figure.axes[0].get_legend_handles_labels()[0]]
+    looks = figure.axes[0].get_legend_handles_labels()[0]
     assert len({(line.get_color(), line.get_linestyle()) for line in looks}) == 12
     plt.close(figure)
 

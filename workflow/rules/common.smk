@@ -100,6 +100,19 @@ def half_the_cores(wildcards):
     return max(1, workflow.cores // 2)
 
 
+def drawn_of_scores(experiment):
+    """Which figures there are of an experiment's scores."""
+    several = len(experiment.criteria) * len(experiment.calibration.seeds) > 1
+    pair = {"entropy", "cross_entropy"} <= set(experiment.criteria)
+    return ["importance", *(["agreement"] if several else []), *(["entropy_cross_entropy"] if pair else [])]
+
+
+def cut_only(plan):
+    """The pruned models of the first calibration seed, not trained."""
+    first = plan.experiment.calibration.seeds[0]
+    return [model for model in plan.models if model.seed == first and model.recovery == "none"]
+
+
 def drawn(*names):
     """The files of some figures."""
     return [RESULTS / "figures" / f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "svg")]

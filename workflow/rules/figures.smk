@@ -2,7 +2,7 @@
 rule collect:
     """Every value of the experiment, one a row."""
     input:
-        [plan.manifest(job) for job in [*plan.measures, *plan.evaluations]],
+        [plan.manifest(job) for model in plan.models for job in model.results],
     output:
         RESULTS / "metrics.csv",
     log:
@@ -38,7 +38,7 @@ rule figures:
     input:
         rules.collect.output,
     output:
-        drawn("kl", *(["accuracy"] if plan.evaluations else [])),
+        drawn("kl", *(["accuracy"] if plan.experiment.evaluation.tasks else [])),
     log:
         "logs/figures.log",
     conda:
@@ -56,7 +56,7 @@ rule agreement:
         [plan.manifest(job) for job in plan.scores],
     output:
         RESULTS / "tables" / "agreement.csv",
-        drawn("importance", *(["agreement"] if len(plan.scores) > 1 else [])),
+        drawn(*drawn_of_scores(plan.experiment)),
     log:
         "logs/agreement.log",
     conda:
@@ -66,6 +66,25 @@ rule agreement:
         code=code_digest("hfprune.figures"),
     shell:
         "python -m hfprune compare --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
+
+
+rule widths:
+    """What every layer keeps, at the first calibration seed."""
+    input:
+        [plan.manifest(model.job) for model in cut_only(plan)],
+    output:
+        RESULTS / "tables" / "widths.csv",
+        drawn("widths"),
+    log:
+        "logs/widths.log",
+    conda:
+        ENVIRONMENT
+    params:
+        folder=RESULTS,
+        store=STORE,
+        code=code_digest("hfprune.figures"),
+    shell:
+        "python -m hfprune widths --store {params.store:q} --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
 
 
 rule losses:
