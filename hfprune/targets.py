@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hfprune.errors import UserError
 from hfprune.plan import Model
 
-TRAINED = "models with and without recovery"
+METHODS = "methods and sizes"
 CRITERIA = "criteria, with nothing else done: structure mlp, allocation uniform, no refit, no recovery"
 STRUCTURES = "structures, the rest alike: `structures: [mlp, mlp+attention]` in a grid of `pruning`, without recovery"
 
@@ -46,10 +46,8 @@ def chosen(table: str, models: Sequence[Model], tasks: bool) -> list[Model]:
     return [model for model in models if model in found or (model.cut is None and model.recovery == "none")]
 
 
-def _trained(models: Sequence[Model]) -> list[Model]:
-    """Those that are trained, and what they are trained from; all where none is."""
-    cuts = [(model.criterion, model.cut, model.seed) for model in models if model.recovery != "none"]
-    return [model for model in models if not cuts or (model.criterion, model.cut, model.seed) in cuts]
+def _all(models: Sequence[Model]) -> list[Model]:
+    return list(models)
 
 
 def _criteria(models: Sequence[Model]) -> list[Model]:
@@ -74,8 +72,8 @@ def _but_structure(model: Model) -> tuple:
 OF_FILES = ("table3", "table4", "table5")
 
 TABLES = {
-    "table1": Target(TRAINED, True, _trained),
-    "table2": Target(TRAINED, True, _trained),
+    "table1": Target(METHODS, True, _all),
+    "table2": Target(METHODS, True, _all),
     "table6": Target(CRITERIA, True, _criteria),
     "table7": Target(CRITERIA, False, _criteria),
     "table8": Target(STRUCTURES, True, _structures),

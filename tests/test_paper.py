@@ -1,0 +1,195 @@
+"""The paper's tables: which models they compare, what is best, what is published and what is ours."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hfprune.config import Experiment, parse
+from hfprune.errors import UserError
+from hfprune.paper import estimates, further_sheet, read_published, sheet
+from hfprune.plan import Plan
+from hfprune.statistics import MODEL
+from hfprune.tables import COLUMNS
+from hfprune.targets import TABLES, chosen
+from hfprune.typeset import Cell, Row, Sheet
+from tests.test_config import changed
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+
+
+def models(experiment, pruning, **recovery):
+    asked = changed(changed(experiment, "pruning", pruning), "recovery", recovery)
+    return Plan(parse(Experiment, changed(asked, "calibration.seeds", [0, 1]), "test")).models
+
+
+def named(found):
+    return [(each.criterion, each.cut and (each.cut.structure, each.cut.refit), each.recovery) for each in found]
+
+
+def test_each_table_asks_only_for_the_models_that_it_compares(experiment):
+    grids = [
+        {"criteria": ["entropy", "cross_entropy"], "ratios": [0.1, 0.2]},
+        {"ratios": [0.2], "refits": ["bias"], "structures": ["mlp", "mlp+attention"]},
+        {"ratios": [0.2], "recoveries": ["lora"]},
+    ]
+    every = models(experiment, grids, lora={"text": "calibration"})
+    assert chosen("table1", every, True) == chosen("table2", every, True) == every
+    dense = (None, None, "none")
+    criteria = [(name, ("mlp", "none"), "none") for name in ("entropy", "cross_entropy")] * 2
+    for table in ("table6", "table7"):
+        found = named(chosen(table, every, True))
+        assert found[0] == dense
+        assert sorted(found[1:]) == sorted(criteria * 2), "both seeds, nothing refitted or trained"
+    structures = [("entropy", (name, "bias"), "none") for name in ("mlp", "mlp+attention")]
+    assert sorted(named(chosen("table8", every, True))[1:]) == sorted(structures * 2)
+
+
+@pytest.mark.parametrize("table", ["table6", "table7", "table8"])
+def test_a_table_that_the_experiment_cannot_fill_says_what_to_write(table, experiment):
+    every = models(experiment, {"ratios": [0.1, 0.2], "refits": ["none", "bias"]})
+    with pytest.raises(UserError, match=f"{table} compares .*(criteria|structures)") as refused:
+        chosen(table, every, True)
+    assert "pruning" in str(refused.value) or "criteria" in str(refused.value)
+
+
+def test_a_table_of_accuracy_needs_tasks(experiment):
+    every = models(experiment, {"criteria": ["entropy", "wanda"], "ratios": [0.1]})
+    assert chosen("table7", every, False)
+    for table in set(TABLES) - {"table7"}:
+        with pytest.raises(UserError, match=r"evaluation\.tasks"):
+            chosen(table, every, False)
+
+
+def documents(**accuracy):
+    """Of the dense model and of criteria at 20 %: right answers in 400 documents of two tasks, and KL of 40 texts."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for name, share in {"none": 0.8, **accuracy}.items():
+        dense = name == "none"
+        model = {"model": "m", "stage": "dense" if dense else "pruned", "criterion": name, "ratio": 0 if dense else 0.2}
+        model |= dict.fromkeys(("allocation", "refit", "structure", "recovery"), "none")
+        about = model | {"seed": np.nan if dense else 0}
+        for task in ("boolq", "crows_pairs_english"):
+            right = (rng.permutation(400) < 400 * share).astype(float)
+            rows += [
+                about | {"group": "task", "task": task, "metric": "acc", "document": i, "value": value}
+                for i, value in enumerate(right)
+            ]
+        for text in ("C4", "news"):
+            rows += [
+                about | {"group": "fidelity", "task": text, "metric": metric, "document": i, "value": value}
+                for metric in ("kl", "js")
+                for i, value in enumerate((1 - share) * (1 + 0.1 * rng.random(40)) * (not dense))
+            ]
+    return pd.DataFrame(rows)[[*MODEL, "seed", "group", "task", "metric", "document", "value"]]
+
+
+def test_the_best_is_marked_and_what_cannot_be_told_from_it():
+    found = estimates(documents(entropy=0.6, cross_entropy=0.59, random=0.3)).set_index(["criterion", "text", "metric"])
+    assert found.loc[("entropy", "", "mean"), "value"] == pytest.approx(0.6)
+    low, high = found.loc[("entropy", "", "mean"), ["low", "high"]]
+    half = 1.96 * np.sqrt(0.6 * 0.4 / 400 / 2)
+    assert (low, high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.006)
+    marks = {
+        name: tuple(found.loc[(name, "", "mean"), ["best", "tied"]]) for name in ("entropy", "cross_entropy", "random")
+    }
+    assert marks == {"entropy": (True, False), "cross_entropy": (False, True), "random": (False, False)}
+    assert found.loc[("entropy", "C4", "kl"), "best"], "less divergence is better"
+    assert not found.loc["none"][["best", "tied"]].any(axis=None), "the dense model does not compete"
+    assert ("entropy", "", "mean_without_crows") in found.index
+
+
+def cells(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_published_rows_stand_below_ours_and_are_marked(tmp_path):
+    found = estimates(documents(entropy=0.6, cross_entropy=0.59))
+    made = sheet("table6", found, PUBLISHED / "table6.csv")
+    for path in made.write(tmp_path, "table6"):
+        assert path.exists()
+    rows = cells(tmp_path / "table6.csv")
+    assert [(row["Removed (%)"], row["Method"], row["source"]) for row in rows] == [
+        ("0", "dense", "here"),
+        ("20", "entropy", "here"),
+        ("20", "cross_entropy", "here"),
+        ("20", "entropy, Llama-2-7B, published", "published"),
+        ("20", "cross_entropy, Llama-2-7B, published", "published"),
+        ("20", "self_distillation, Llama-2-7B, published", "published"),
+    ], "those at 30 % have no rows of ours to stand beside"
+    assert float(rows[1]["Mean (%)"]) == pytest.approx(60)
+    assert [row["Mean (%)"] for row in rows[3:]] == ["53.1", "52.6", "51.9"]
+    assert rows[3]["Mean (%) low"] == "", "nobody published an interval"
+    printed = (tmp_path / "table6.md").read_text()
+    assert "| 20 | entropy | **60.0** ±" in printed
+    assert "| *20* | *entropy, Llama-2-7B, published* | 53.1 |  |" in printed
+    assert "second-hand" in printed
+    tex = (tmp_path / "table6.tex").read_text()
+    assert r"20 & cross\_entropy & 59.0$^\approx$ $\pm$" in tex
+    assert tex.count(r"\midrule") == 2
+    assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == 1
+
+
+def test_fidelity_has_rows_for_each_text_and_the_published_one_its_own(tmp_path):
+    found = estimates(documents(entropy=0.6, cross_entropy=0.59))
+    list(sheet("table7", found, PUBLISHED / "table7.csv").write(tmp_path, "table7"))
+    rows = [
+        (row["Removed (%)"], row["Text"], row["Method"].split(",")[0], row["JS distance"])
+        for row in cells(tmp_path / "table7.csv")
+    ]
+    assert [row[:3] for row in rows] == [
+        ("0", "C4", "dense"), ("0", "news", "dense"),
+        ("20", "C4", "entropy"), ("20", "C4", "cross_entropy"), ("20", "C4", "entropy"), ("20", "C4", "cross_entropy"),
+        ("20", "news", "entropy"), ("20", "news", "cross_entropy"),
+    ]  # fmt: skip
+    assert [row[3] for row in rows[4:6]] == ["0.241", "0.243"]
+    summary = sheet("table8", found, tmp_path / "none.csv")
+    assert "KL (nats/token)" in summary.digits
+    assert len(summary.rows) == 3, "elsewhere only the first text counts"
+
+
+def test_every_published_value_is_a_number_with_a_source():
+    for path in PUBLISHED.glob("*.csv"):
+        found = read_published(path)
+        assert len(found) and found["value"].notna().all() and (found["source"] != "").all(), path
+        shown = TABLES.get(path.stem)
+        assert shown is None or found["ratio"].notna().all()
+    table = read_published(PUBLISHED / "table1.csv")
+    for (ratio, method), rows in table.groupby(["ratio", "method"]):
+        values = rows.set_index("metric")["value"]
+        if "mean" in values and (ratio, method) != (0.2, "LoRAPrune"):  # its erratum
+            assert values.drop("mean").mean() == pytest.approx(values["mean"], abs=0.06)
+
+
+def test_a_file_that_holds_no_published_values_is_refused(tmp_path):
+    (tmp_path / "table1.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="not published values"):
+        read_published(tmp_path / "table1.csv")
+
+
+def test_further_models_stand_in_one_table(tmp_path):
+    rows = []
+    for model in ("a", "b"):
+        for stage, criterion, ratio, value in (("dense", "none", 0.0, 0.5), ("pruned", "entropy", 0.2, 0.4)):
+            about = {"model": model, "stage": stage, "criterion": criterion, "ratio": ratio, "recovery": "none"}
+            for task in ("boolq", "piqa"):
+                rows.append(about | {"group": "task", "task": task, "metric": "acc", "value": value, "stderr": 0.01})
+    metrics = pd.DataFrame(rows, columns=COLUMNS).fillna({"allocation": "none", "refit": "none", "structure": "none"})
+    list(further_sheet(metrics).write(tmp_path, "table3"))
+    found = cells(tmp_path / "table3.csv")
+    assert [(row["Model"], row["Removed (%)"], float(row["Mean (%)"])) for row in found] == [
+        ("a", "0", 50), ("a", "20", 40), ("b", "0", 50), ("b", "20", 40),
+    ]  # fmt: skip
+    assert float(found[0]["Mean (%) high"]) == pytest.approx(50 + 1.96 / np.sqrt(2))
+
+
+def test_what_latex_would_take_for_a_command_is_escaped(tmp_path):
+    made = Sheet("50 % of_it", ["A_b"], {"V": 1}, [Row(["x_y"], {"V": Cell(1.25, 1.0, 1.5, best=True)})])
+    list(made.write(tmp_path, "t"))
+    tex = (tmp_path / "t.tex").read_text()
+    assert r"50 \% of\_it" in tex and r"x\_y & \textbf{1.2} $\pm$0.2" in tex
+    assert cells(tmp_path / "t.csv") == [{"A_b": "x_y", "source": "here", "V": "1.25", "V low": "1.0", "V high": "1.5"}]
