@@ -46,6 +46,7 @@ class Plan:
         store: the folder of all artifacts.
         jobs: stage -> key -> job.
         scores, measures, evaluations: the jobs whose artifacts the results are collected from.
+        heldout: the held-out texts by their names in the config, the first of the tables first.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -55,6 +56,7 @@ class Plan:
         self.scores: list[Job] = []
         self.measures: list[Job] = []
         self.evaluations: list[Job] = []
+        self.heldout: dict[str, Job] = {}
         self._fill()
 
     @property
@@ -88,7 +90,7 @@ class Plan:
         dtype = {"dtype": config.model.dtype}
         dense = self._download("model", config.model, {}, f"model {config.model.label}")
         trained = dict.fromkeys(name for ways in config.cuts().values() for name in ways if name != "none")
-        used = {config.calibration.text, config.fidelity.text, *(config.recovery[name].text for name in trained)}
+        used = {config.calibration.text, *config.fidelity.texts, *(config.recovery[name].text for name in trained)}
         texts = {
             name: self._download("text", text, text.form, f"text {name}")
             for name, text in config.texts.items()
@@ -98,10 +100,12 @@ class Plan:
             name: self._download("task", task, {"name": name, "convert": task.convert}, f"task {name}")
             for name, task in config.evaluation.tasks.items()
         }
-        heldout = config.fidelity.model_dump(exclude={"text"}) | dtype
-        reference = self._add(
-            "reference", heldout, {"model": dense, "text": texts[config.fidelity.text]}, "dense predictions"
-        )
+        self.heldout = {name: texts[name] for name in config.fidelity.texts}
+        sampling = config.fidelity.model_dump(exclude={"texts"}) | dtype
+        references = {
+            name: self._add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
+            for name, text in self.heldout.items()
+        }
         models = [(dense, "dense")]
         for name in trained:
             if config.recovery[name].dense and config.recovery[name].loss != "distillation":
@@ -121,7 +125,9 @@ class Plan:
                     )
         # Two recoveries may differ only in how they run.
         for model, label in {model.key: (model, label) for model, label in models}.values():
-            self.measures.append(self._add("measure", dtype, {"model": model, "reference": reference}, label))
+            for name, reference in references.items():
+                inputs = {"model": model, "reference": reference}
+                self.measures.append(self._add("measure", dtype, inputs, f"{label}, on {name}"))
             if tasks:
                 self.evaluations.append(self._evaluate(model, tasks, label))
 

@@ -23,6 +23,7 @@ except UserError as error:
 
 STORE = plan.store.root
 RESULTS = Path("results") / plan.experiment.experiment
+HELDOUT = [word for name, text in plan.heldout.items() for word in ("--text", f"{name}={text.key}")]
 ENVIRONMENT = Path(workflow.basedir) / "envs" / "hfprune.yaml"
 
 # Rules call `python -m hfprune`: the interpreter that runs this, the package beside this Snakefile.
