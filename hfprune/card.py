@@ -19,6 +19,8 @@ TITLES = {
     "kl": "KL divergence from the dense model, nats a token",
     "js": "Jensen-Shannon distance from the dense model",
     "top1_agreement": "Same likeliest token as the dense model",
+    "top15_jaccard": "Overlap of the 15 likeliest tokens with the dense model's",
+    "entropy_change": "Entropy of the predictions minus the dense model's, nats",
 }
 
 

@@ -195,8 +195,25 @@ def _parser() -> argparse.ArgumentParser:
         "hfprune collect --output metrics.csv store/measure/*/manifest.json store/evaluate/*/manifest.json",
     )
     collect.add_argument("--output", type=Path, required=True, help="the metrics.csv to write")
-    collect.add_argument("manifests", nargs="+", type=Path, help="artifacts of measure and evaluate")
 
+    differences = command(
+        "differences",
+        _differences,
+        "Compare models document by document: intervals of each, differences of each pair, and their tests.",
+        "hfprune differences --output results/default/tables store/measure/*/ store/evaluate/*/",
+    )
+    differences.add_argument("--output", type=Path, required=True, help="the folder to write into")
+    for each in (collect, differences):
+        each.add_argument("manifests", nargs="+", type=Path, help="artifacts of measure and evaluate")
+
+    profile = command(
+        "profile",
+        _profile,
+        "Where models fail: fidelity by position and by the dense model's entropy.",
+        "hfprune profile --output results/default store/measure/*/",
+    )
+    profile.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
+    profile.add_argument("manifests", nargs="+", type=Path, help="artifacts of measure")
     tables = command(
         "tables",
         _tables,
@@ -244,6 +261,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     widths.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
     widths.add_argument("manifests", nargs="+", type=Path, help="artifacts of prune")
+
+    for each in (collect, differences, profile, table):
+        each.add_argument(
+            "--text",
+            action="append",
+            default=[],
+            metavar="NAME=KEY",
+            help="what a held-out text is called, the first of the tables first; repeat it (default: its file's name)",
+        )
 
     losses = command(
         "losses",
@@ -308,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
-    for each in (*makers, collect, table, widths, losses, export, push):
+    for each in (*makers, collect, differences, profile, table, widths, losses, export, push):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
         each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
@@ -646,9 +672,45 @@ def _collect(args: argparse.Namespace) -> None:
     from hfprune.tables import collect
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    metrics = collect([_open(path, "measure", "evaluate") for path in args.manifests], Store(args.store))
+    found = [_open(path, "measure", "evaluate") for path in args.manifests]
+    metrics = collect(found, Store(args.store), _called(args))
     metrics.to_csv(args.output, index=False)
     print(f"{args.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
+
+
+def _called(args: argparse.Namespace) -> dict[str, str]:
+    """Names of held-out texts by their keys."""
+    called = {}
+    for word in args.text:
+        name, equals, key = word.rpartition("=")
+        if not (name and equals and key):
+            raise UserError(f"--text {word}: expected NAME=KEY, a name and the key of a text in the store.")
+        called[key] = name
+    return called
+
+
+def _differences(args: argparse.Namespace) -> None:
+    from hfprune.comparison import Comparison
+    from hfprune.documents import read_documents
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    found = [_open(path, "measure", "evaluate") for path in args.manifests]
+    compared = Comparison(read_documents(found, Store(args.store), _called(args)))
+    for name, table in (("intervals", compared.intervals()), ("differences", compared.differences())):
+        table.to_csv(args.output / f"{name}.csv", index=False)
+        print(args.output / f"{name}.csv")
+
+
+def _profile(args: argparse.Namespace) -> None:
+    from hfprune.documents import read_profiles
+    from hfprune.figures import draw_profile
+
+    for name in ("tables", "figures"):
+        (args.output / name).mkdir(parents=True, exist_ok=True)
+    bins = read_profiles([_open(path, "measure") for path in args.manifests], Store(args.store), _called(args))
+    bins.to_csv(args.output / "tables" / "profile.csv", index=False)
+    for path in (args.output / "tables" / "profile.csv", *draw_profile(bins, args.output / "figures")):
+        print(path)
 
 
 def _tables(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -330,9 +330,9 @@ class Evaluation(Section):
 
 
 class Fidelity(Sampling):
-    """The held-out text that models are compared with the dense one on."""
+    """The held-out texts that models are compared with the dense one on; `samples` of each."""
 
-    text: Name = Field(description="a name in `texts`")
+    texts: list[Name] = Field(min_length=1, description="names in `texts`; the first stands in tables and figures")
     seed: Seed = 0
 
 
@@ -370,20 +370,23 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _texts(self) -> Experiment:
-        named = {section: getattr(self, section).text for section in ("calibration", "fidelity")}
-        named |= {f"recovery.{name}": way.text for name, way in self.recovery.items()}
-        for section, name in named.items():
+        read = {"calibration.text": self.calibration.text}
+        read |= {f"recovery.{name}.text": way.text for name, way in self.recovery.items()}
+        heldout = {f"fidelity.texts.{i}": name for i, name in enumerate(self.fidelity.texts)}
+        for key, name in (read | heldout).items():
             if name not in self.texts:
-                raise ValueError(f"{section}.text = {name!r}: not one of `texts`: {', '.join(self.texts)}")
-            if section in ("calibration", "fidelity") and self.texts[name].instruction is not None:
-                raise ValueError(f"{section}.text = {name!r} holds instructions; plain text is needed here")
-        heldout = named.pop("fidelity")
-        for section, name in named.items():
-            if _share_documents(self.texts[name], self.texts[heldout]):
+                raise ValueError(f"{key} = {name!r}: not one of `texts`: {', '.join(self.texts)}")
+            if not key.startswith("recovery") and self.texts[name].instruction is not None:
+                raise ValueError(f"{key} = {name!r} holds instructions; plain text is needed here")
+        for (key, name), (other, used) in product(heldout.items(), read.items()):
+            if _share_documents(self.texts[name], self.texts[used]):
                 raise ValueError(
-                    f"fidelity.text = {heldout!r} shares documents with {section}.text = {name!r}: held-out text must "
-                    "be other text. Name another, or split the documents of one by `documents: [first, after last]`"
+                    f"{key} = {name!r} shares documents with {other} = {used!r}: held-out text must be other text. "
+                    "Name another, or split the documents of one by `documents: [first, after last]`"
                 )
+        for (key, name), (other, same) in combinations(heldout.items(), 2):
+            if _is_same(self.texts[name], self.texts[same]):
+                raise ValueError(f"{key} = {name!r} and {other} = {same!r} are the same text. Leave one out")
         return self
 
     @model_validator(mode="after")
@@ -404,6 +407,10 @@ def _share_documents(one: TextSource, other: TextSource) -> bool:
         return False
     (start, stop), (other_start, other_stop) = (each.documents or (0, float("inf")) for each in (one, other))
     return start < other_stop and other_start < stop
+
+
+def _is_same(one: TextSource, other: TextSource) -> bool:
+    return (one.origin(), one.form) == (other.origin(), other.form)
 
 
 class ScoreParameters(Sampling):

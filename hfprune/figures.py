@@ -17,7 +17,7 @@ from hfprune.agreement import KEPT, between_criteria, layers
 from hfprune.artifacts import Artifact
 from hfprune.statistics import MODEL, WAYS, WITHIN, mean_accuracy, over_seeds, varying
 from hfprune.structures import UNITS
-from hfprune.tables import TASK_TITLES, headline
+from hfprune.tables import TASK_TITLES, headline, on_headline_text
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 MARKERS = "osD^vP*"
@@ -70,6 +70,11 @@ def draw_losses(curves: pd.DataFrame, folder: Path) -> Iterator[Path]:
     yield from _save({"losses": lambda: losses(curves)}, folder)
 
 
+def draw_profile(bins: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw where models differ from the dense one into `folder`; their paths."""
+    yield from _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
+
+
 def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> Iterator[Path]:
     with plt.rc_context(STYLE):
         for name, make in figures.items():
@@ -114,7 +119,8 @@ def kl(metrics: pd.DataFrame) -> Figure:
     were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the dense
     one first. Where it still would be too many: in a panel for each structure and allocation.
     """
-    found = over_seeds(metrics[metrics["metric"] == "kl"])
+    heldout = on_headline_text(metrics)
+    found = over_seeds(heldout[heldout["metric"] == "kl"])
     title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
     pruned = found[found["criterion"] != "none"]
     ways = pruned.groupby(["criterion", *WAYS])["ratio"]
@@ -218,6 +224,53 @@ def losses(curves: pd.DataFrame) -> Figure:
         below[1].set_ylabel("Tokens/s")
         below[1].set_ylim(bottom=0)
         below[1].set_xlabel("Thousand tokens seen")
+    return figure
+
+
+def fidelity_profile(bins: pd.DataFrame) -> Figure:
+    """KL by position in the document, and by how unsure the dense model was; a row for each text, a line a model.
+
+    Means over calibration seeds. Where there are more models than `MOST_LINES`: those of the commonest size; where
+    those are still more: some of them, from the nearest to the dense one to the farthest.
+
+    Args:
+        bins: see `documents.read_profiles`.
+    """
+    kl = bins[(bins["metric"] == "kl") & (bins["stage"] != "dense")]
+    kl = kl.groupby([*MODEL, "text", "by", "bin"], dropna=False, sort=False)[["low", "high", "value"]].mean()
+    kl = kl.reset_index()
+    first = kl[(kl["text"] == kl["text"].iloc[0]) & (kl["by"] == "entropy")]  # its bins are about equally full
+    models = first.groupby(MODEL, sort=False)["value"].mean().reset_index()
+    if len(models) > MOST_LINES:
+        models = models[models["ratio"] == models.loc[models["criterion"] != "none", "ratio"].mode().iloc[0]]
+    models = models.sort_values("value")
+    if len(models) > MOST_LINES:
+        models = models.iloc[np.linspace(0, len(models) - 1, MOST_LINES).round().astype(int)]
+    texts = list(dict.fromkeys(kl["text"]))
+    figure, axes = plt.subplots(
+        len(texts), 2, figsize=(6.6, 0.8 + 2.1 * len(texts)), sharex="col", sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    ways = varying(models)
+    several = models["ratio"].nunique() > 1
+    for number, (_, model) in enumerate(models.iterrows()):
+        said = ["dense" if model["criterion"] == "none" else model["criterion"]]
+        said += [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
+        label = ", ".join([*said, *_said(ways, model[ways])])
+        lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
+        look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
+        for row, text in zip(axes, texts, strict=True):
+            for axis, by in zip(row, ("position", "entropy"), strict=True):
+                line = lines[(lines["text"] == text) & (lines["by"] == by)].sort_values("bin")
+                axis.plot((line["low"] + line["high"]) / 2, line["value"], lw=1.2, markersize=4, **look)
+    for row, text in zip(axes, texts, strict=True):
+        row[0].set_title(text, fontsize=9, loc="left")
+        row[0].set_ylim(bottom=0)
+    axes[-1, 0].set_xlabel("Position in the document, tokens")
+    axes[-1, 1].set_xlabel("Entropy of the dense model, nats")
+    figure.supylabel("KL(dense || model), nats per token", fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper left", ncols=2)
     return figure
 
 

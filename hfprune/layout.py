@@ -14,7 +14,8 @@ RECOVERY = "recovery.json"  # recover: how it was trained, and how it reloaded
 LOSSES = "losses.jsonl"  # recover: step, loss, learning_rate, grad_norm, seconds, tokens so far; one line a step
 ADAPTER = "adapter"  # recover: a folder, where it is asked for
 RESULTS = "results.json"  # evaluate, measure: name -> value, stderr, n
-SAMPLES = "samples.jsonl"  # evaluate: one line per document
+SAMPLES = "samples.jsonl"  # evaluate-task, measure: doc_id and the values of each metric, one line per document
+PROFILE = "profile.csv"  # measure: see `fidelity.Profile`
 
 # What a checkpoint's folder holds beside weights and config.json: downloaded with it, carried over as it is.
 COMPANIONS = (

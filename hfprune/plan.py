@@ -76,6 +76,7 @@ class Plan:
         jobs: stage -> key -> job.
         scores: the jobs that score.
         models: what results are collected of.
+        heldout: the held-out texts by their names in the config, the first of the tables first.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -84,6 +85,7 @@ class Plan:
         self.jobs: dict[str, dict[str, Job]] = defaultdict(dict)
         self.scores: list[Job] = []
         self.models: list[Model] = []
+        self.heldout: dict[str, Job] = {}
         self._fill()
 
     @property
@@ -117,7 +119,7 @@ class Plan:
         dtype = {"dtype": config.model.dtype}
         dense = self._download("model", config.model, {}, f"model {config.model.label}")
         trained = dict.fromkeys(name for ways in config.cuts().values() for name in ways if name != "none")
-        used = {config.calibration.text, config.fidelity.text, *(config.recovery[name].text for name in trained)}
+        used = {config.calibration.text, *config.fidelity.texts, *(config.recovery[name].text for name in trained)}
         texts = {
             name: self._download("text", text, text.form, f"text {name}")
             for name, text in config.texts.items()
@@ -127,10 +129,12 @@ class Plan:
             name: self._download("task", task, {"name": name, "convert": task.convert}, f"task {name}")
             for name, task in config.evaluation.tasks.items()
         }
-        heldout = config.fidelity.model_dump(exclude={"text"}) | dtype
-        reference = self._add(
-            "reference", heldout, {"model": dense, "text": texts[config.fidelity.text]}, "dense predictions"
-        )
+        self.heldout = {name: texts[name] for name in config.fidelity.texts}
+        sampling = config.fidelity.model_dump(exclude={"texts"}) | dtype
+        references = {
+            name: self._add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
+            for name, text in self.heldout.items()
+        }
         models = [whole := Model(dense, "dense")]
         for name in trained:
             if config.recovery[name].dense and config.recovery[name].loss != "distillation":
@@ -149,8 +153,9 @@ class Plan:
         # Two recoveries may differ only in how they run.
         self.models = list({model.job.key: model for model in models}.values())
         for model in self.models:
-            inputs = {"model": model.job, "reference": reference}
-            model.results.append(self._add("measure", dtype, inputs, model.label))
+            for name, reference in references.items():
+                inputs = {"model": model.job, "reference": reference}
+                model.results.append(self._add("measure", dtype, inputs, f"{model.label}, on {name}"))
             if tasks:
                 model.results.append(self._evaluate(model, tasks))
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ COLUMNS = [
     "model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved", "parameters",
     "recovery", "seed", "group", "task", "metric", "value", "stderr", "n", "key",
 ]  # fmt: skip
+HELDOUT = ("perplexity", "fidelity")  # groups whose task is a held-out text
 PLAIN = ("uniform", "mlp", "none")  # ways of pruning that need no words
 # The metric that the paper reports for a task, the first that it has.
 HEADLINE = ("pct_stereotype", "acc_norm", "acc")
@@ -35,51 +37,96 @@ TASK_TITLES = {
 }
 
 
-def collect(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+def collect(artifacts: list[Artifact], store: Store, called: Mapping[str, str] | None = None) -> pd.DataFrame:
     """The rows of `metrics.csv`: what the artifacts say, and what they were made from according to their manifests.
 
     Args:
         artifacts: of the stages `measure` and `evaluate`, in any order.
+        store: where everything that they were made from has its manifests.
+        called: see `heldout_texts`. A model's rows have the texts in its order, so the first is the headline's.
+
+    Raises:
+        UserError: a model was evaluated but not measured (the measurement counts its parameters).
+    """
+    models = measured_models(artifacts, store)
+    texts = heldout_texts(artifacts, store, called or {})
+    rows: list[dict[str, Any]] = []
+    counted: set[str] = set()  # models whose efficiency has its rows
+    for artifact in artifacts:
+        model = artifact.manifest["inputs"]["model"]
+        results = json.loads((artifact.folder / RESULTS).read_text(encoding="utf-8"))
+        if artifact.key in texts:
+            text, details = texts[artifact.key], artifact.manifest["details"]
+            found = [
+                ("perplexity" if name == "perplexity" else "fidelity", text, name, results[name]) for name in results
+            ]
+            if model not in counted:
+                counted.add(model)
+                found += [
+                    ("efficiency", "inference", name, {"value": details[name], "stderr": None, "n": 1})
+                    for name in ("flops_per_token", "bytes")
+                ]
+        else:
+            found = [("task", task, name, each[name]) for task, each in results.items() for name in each]
+        for group, task, metric, estimate in found:
+            value = {"group": group, "task": task, "metric": metric, **estimate, "key": artifact.key}
+            rows.append(models[model] | value)
+    for key, columns in models.items():
+        rows += [columns | cost for cost in _costs(lineage(key, store))]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
+    names = list(texts.values())
+    table["text"] = [names.index(task) if group in HELDOUT else 0 for group, task in table[["group", "task"]].values]
+    by = ["order", "criterion", "allocation", "refit", "ratio", "recovery", "seed", "group", "text", "task", "metric"]
+    return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
+
+
+def measured_models(artifacts: list[Artifact], store: Store) -> dict[str, dict[str, Any]]:
+    """By key, the columns that say which model it is: those of `MODEL`, seed, ratio_achieved, parameters.
+
+    Args:
+        artifacts: of the stages `measure` and `evaluate`.
         store: where everything that they were made from has its manifests.
 
     Raises:
         UserError: a model was evaluated but not measured (the measurement counts its parameters).
     """
     measured = {each.manifest["inputs"]["model"]: each for each in artifacts if each.manifest["stage"] == "measure"}
+    for artifact in artifacts:
+        if (model := artifact.manifest["inputs"]["model"]) not in measured:
+            raise UserError(f"{artifact.folder}: model {model} has no measure among the artifacts given.")
     made = {key: lineage(key, store) for key in measured}
     trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
-    models = {
+    return {
         key: _model_columns(made[key])
         | {"recovery": trained.get(key, "none"), "parameters": measure.manifest["details"]["parameters"]}
         for key, measure in measured.items()
     }
-    rows: list[dict[str, Any]] = []
-    for artifact in artifacts:
-        inputs = artifact.manifest["inputs"]
-        if inputs["model"] not in models:
-            raise UserError(f"{artifact.folder}: model {inputs['model']} has no measure among the artifacts given.")
-        results = json.loads((artifact.folder / RESULTS).read_text(encoding="utf-8"))
-        if artifact.manifest["stage"] == "measure":
-            reference = store.manifest("reference", inputs["reference"])
-            text = store.manifest("text", reference["inputs"]["text"])["details"]["name"]
-            found = [
-                ("perplexity" if name == "perplexity" else "fidelity", text, name, results[name]) for name in results
-            ]
-            found += [
-                ("efficiency", "inference", name, {"value": artifact.manifest["details"][name], "stderr": None, "n": 1})
-                for name in ("flops_per_token", "bytes")
-            ]
-        else:
-            found = [("task", task, name, each[name]) for task, each in results.items() for name in each]
-        for group, task, metric, estimate in found:
-            value = {"group": group, "task": task, "metric": metric, **estimate, "key": artifact.key}
-            rows.append(models[inputs["model"]] | value)
-    for key, columns in models.items():
-        rows += [columns | cost for cost in _costs(made[key])]
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
-    by = ["order", "criterion", "allocation", "refit", "ratio", "recovery", "seed", "group", "task", "metric"]
-    return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
+
+
+def heldout_texts(artifacts: list[Artifact], store: Store, called: Mapping[str, str]) -> dict[str, str]:
+    """By the key of each artifact of `measure`, what its text is called; in the order of `called`, then as given.
+
+    Args:
+        artifacts: others than those of `measure` are passed over.
+        store: where their references and texts have their manifests.
+        called: names of texts by their keys, the headline's first; a text that has none is called after its file.
+    """
+    keys = {
+        each.key: store.manifest("reference", each.manifest["inputs"]["reference"])["inputs"]["text"]
+        for each in artifacts
+        if each.manifest["stage"] == "measure"
+    }
+    order = list(dict.fromkeys([*called, *keys.values()]))
+    names = text_names(keys.values(), store) | called
+    return {key: names[text] for key, text in sorted(keys.items(), key=lambda item: order.index(item[1]))}
+
+
+def text_names(texts: Iterable[str], store: Store) -> dict[str, str]:
+    """By key, the file that each text was taken from; the key's beginning too where that is not enough to tell."""
+    files = {text: store.manifest("text", text)["details"]["name"] for text in texts}
+    alike = [name for name, count in Counter(files.values()).items() if count > 1]  # parts of one file, say
+    return {text: f"{name} {text[:6]}" if name in alike else name for text, name in files.items()}
 
 
 def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
@@ -172,9 +219,8 @@ def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str
         str
     )
     texts = {key: manifest["inputs"]["text"] for key, manifest in trained.items()}
-    called = {text: store.manifest("text", text)["details"]["name"] for text in texts.values()}
-    alike = [name for name, count in Counter(called.values()).items() if count > 1]  # parts of one file, say
-    table["text"] = [f"{called[text]} {text[:6]}" if called[text] in alike else called[text] for text in texts.values()]
+    called = text_names(texts.values(), store)
+    table["text"] = [called[text] for text in texts.values()]
     table["name"] = table["method"] + table["loss"].map(lambda loss: "+distillation" if loss == "distillation" else "")
     names: dict[str, str] = {}
     for name, group in table.groupby("name"):
@@ -231,19 +277,29 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
 
 def headline(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each task's headline metric, see `HEADLINE`."""
+    """The rows of each task's headline metric, see `HEADLINE`; none of a task that has no such metric."""
     tasks = metrics[metrics["group"] == "task"]
-    chosen = tasks.groupby("task")["metric"].agg(lambda found: next(name for name in HEADLINE if name in set(found)))
+    chosen = {
+        task: next((name for name in HEADLINE if name in set(found)), None)
+        for task, found in tasks.groupby("task")["metric"]
+    }
     return tasks[tasks["metric"] == tasks["task"].map(chosen)]
+
+
+def on_headline_text(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The rows of perplexity and fidelity on one text, the first: the first that the config names."""
+    found = metrics[metrics["group"].isin(HELDOUT)]
+    return found[found["task"] == found["task"].iloc[0]]
 
 
 def summary(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row per model: size, accuracy of each task and their mean in per cent, perplexity, KL, top-1 agreement.
 
-    Each value stands beside its standard error, `value` and `value ±`.
+    The last three are of the headline text. Each value stands beside its standard error, `value` and `value ±`.
     """
     others = {"perplexity": "Perplexity", "kl": "KL (nats/token)", "top1_agreement": "Top-1 agreement"}
-    measures = over_seeds(metrics[metrics["metric"].isin(others)])
+    heldout = on_headline_text(metrics)
+    measures = over_seeds(heldout[heldout["metric"].isin(others)])
     measures["task"] = measures["metric"].map(others)
     accuracy = _accuracy(metrics)
     both = pd.concat([accuracy, measures])

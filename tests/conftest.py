@@ -136,7 +136,7 @@ def experiment(checkpoint, data) -> dict:
         "calibration": {"text": "calibration", "samples": 6, "length": 32},
         "pruning": {"ratios": [0.1, 0.2]},
         "evaluation": {"tasks": {"boolq": {"path": str(data / "boolq.jsonl")}}, "limit": 6},
-        "fidelity": {"text": "heldout", "samples": 4, "length": 32},
+        "fidelity": {"texts": ["heldout"], "samples": 4, "length": 32},
     }
 
 

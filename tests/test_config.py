@@ -99,7 +99,7 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
         ("calibration.shards", 100, r"calibration: shards = 100: there are only 6 samples"),
         ("calibration.samples", "many", r"calibration\.samples = 'many': .*valid integer"),
         ("calibration.text", "calibrations", r"calibration\.text = 'calibrations': not one of `texts`: calibration,"),
-        ("fidelity.text", "calibration", r"shares documents with calibration\.text"),
+        ("fidelity.texts", ["calibration"], r"shares documents with calibration\.text"),
         ("model.path", "/no/such/folder", r"model: path '/no/such/folder' does not exist"),
         ("model.hub", "owner/name", r"model: give exactly one of hub, wheel and path, not hub and path"),
         ("model", {"dtype": "float32"}, r"model: give exactly one of hub, wheel and path, not none"),

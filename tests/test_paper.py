@@ -178,7 +178,9 @@ def test_further_models_stand_in_one_table(tmp_path):
             about = {"model": model, "stage": stage, "criterion": criterion, "ratio": ratio, "recovery": "none"}
             for task in ("boolq", "piqa"):
                 rows.append(about | {"group": "task", "task": task, "metric": "acc", "value": value, "stderr": 0.01})
-    metrics = pd.DataFrame(rows, columns=COLUMNS).fillna({"allocation": "none", "refit": "none", "structure": "none"})
+    metrics = pd.DataFrame(rows, columns=COLUMNS).assign(
+        allocation="none", refit="none", structure="none", parameters=1, ratio_achieved=0
+    )
     list(further_sheet(metrics).write(tmp_path, "table3"))
     found = cells(tmp_path / "table3.csv")
     assert [(row["Model"], row["Removed (%)"], float(row["Mean (%)"])) for row in found] == [

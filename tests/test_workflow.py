@@ -23,6 +23,7 @@ from hfprune.tables import COLUMNS
 from tests.conftest import REPOSITORY, sentences, write_lines
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune")
+DRAWN = ("accuracy", "kl", "fidelity_profile", "importance")
 MODEL_STAGES = ("download", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
 
 
@@ -102,14 +103,14 @@ def checkout(tmp_path_factory, experiment) -> Checkout:
 def test_it_runs_end_to_end(checkout):
     assert checkout.first == {
         "download": 4, "score": 1, "prune": 2, "reference": 1, "measure": 3, "evaluate": 3,
-        "collect": 1, "tables": 1, "figures": 1, "agreement": 1, "all": 1,
+        "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "agreement": 1, "all": 1,
     }  # fmt: skip
     results = checkout.folder / "results" / "tiny"
     assert {file.name for file in (results / "tables").iterdir()} == {
-        "agreement.csv",
+        *(f"{name}.csv" for name in ("agreement", "differences", "intervals", "profile")),
         *(f"{name}.{suffix}" for name in ("summary", "cost") for suffix in ("csv", "md", "tex")),
     }
-    drawn = {f"{name}.{suffix}" for name in ("accuracy", "kl", "importance") for suffix in ("png", "pdf", "svg")}
+    drawn = {f"{name}.{suffix}" for name in DRAWN for suffix in ("png", "pdf", "svg")}
     assert {file.name for file in (results / "figures").iterdir()} == drawn
     metrics = pd.read_csv(results / "metrics.csv")
     assert list(metrics.columns) == COLUMNS
@@ -142,7 +143,7 @@ def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(chec
     criteria = checkout.folder / "hfprune" / "criteria.py"
     criteria.write_text(criteria.read_text().replace('"""Gradient of', '"""The gradient of') + "\n# A comment.\n")
     (checkout.folder / "README.md").write_text("New.\n")
-    assert ran(checkout.snakemake(experiment)) == {"figures": 1, "agreement": 1, "all": 1}
+    assert ran(checkout.snakemake(experiment)) == {"figures": 1, "profile": 1, "agreement": 1, "all": 1}
     assert "Nothing to be done" in checkout.snakemake(experiment)
 
 

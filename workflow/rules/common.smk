@@ -23,6 +23,7 @@ except UserError as error:
 
 STORE = plan.store.root
 RESULTS = Path("results") / plan.experiment.experiment
+HELDOUT = [word for name, text in plan.heldout.items() for word in ("--text", f"{name}={text.key}")]
 ENVIRONMENT = Path(workflow.basedir) / "envs" / "hfprune.yaml"
 
 # Rules call `python -m hfprune`: the interpreter that runs this, the package beside this Snakefile.
@@ -98,6 +99,11 @@ def label(stage):
 def half_the_cores(wildcards):
     """Two jobs at once: the one computes while the other starts up, which takes one core."""
     return max(1, workflow.cores // 2)
+
+
+def results_of(models, *stages):
+    """What those stages found of the models."""
+    return [plan.manifest(job) for model in models for job in model.results if job.recipe.stage in stages]
 
 
 def drawn_of_scores(experiment):

@@ -2,7 +2,7 @@
 rule collect:
     """Every value of the experiment, one a row."""
     input:
-        [plan.manifest(job) for model in plan.models for job in model.results],
+        results_of(plan.models, "measure", "evaluate"),
     output:
         RESULTS / "metrics.csv",
     log:
@@ -11,9 +11,11 @@ rule collect:
         ENVIRONMENT
     params:
         store=STORE,
+        texts=HELDOUT,
         code=code_digest("hfprune.tables"),
     shell:
-        "python -m hfprune collect --store {params.store:q} --output {output:q} {input:q} 2>&1 | tee {log:q}"
+        "python -m hfprune collect --store {params.store:q} {params.texts:q} --output {output:q} {input:q} 2>&1"
+        " | tee {log:q}"
 
 
 rule tables:
@@ -48,6 +50,47 @@ rule figures:
         code=code_digest("hfprune.figures"),
     shell:
         "python -m hfprune figures --metrics {input:q} --output {params.folder:q} 2>&1 | tee {log:q}"
+
+
+rule differences:
+    """Intervals of every estimate; every pair of models on the same documents, with tests."""
+    input:
+        rules.collect.input,
+    output:
+        [RESULTS / "tables" / f"{name}.csv" for name in ("intervals", "differences")],
+    log:
+        "logs/differences.log",
+    conda:
+        ENVIRONMENT
+    params:
+        folder=RESULTS / "tables",
+        store=STORE,
+        texts=HELDOUT,
+        code=[code_digest(f"hfprune.{module}") for module in ("documents", "comparison")],
+    shell:
+        "python -m hfprune differences --store {params.store:q} {params.texts:q} --output {params.folder:q} {input:q} 2>&1"
+        " | tee {log:q}"
+
+
+rule profile:
+    """Fidelity by position and by the dense model's entropy."""
+    input:
+        results_of(plan.models, "measure"),
+    output:
+        RESULTS / "tables" / "profile.csv",
+        drawn("fidelity_profile"),
+    log:
+        "logs/profile.log",
+    conda:
+        ENVIRONMENT
+    params:
+        folder=RESULTS,
+        store=STORE,
+        texts=HELDOUT,
+        code=[code_digest(f"hfprune.{module}") for module in ("documents", "figures")],
+    shell:
+        "python -m hfprune profile --store {params.store:q} {params.texts:q} --output {params.folder:q} {input:q} 2>&1"
+        " | tee {log:q}"
 
 
 rule agreement:

@@ -10,8 +10,7 @@ def compared(table):
             models = targets.chosen(table, plan.models, bool(plan.experiment.evaluation.tasks))
         except UserError as error:
             raise WorkflowError(str(error))
-        stages = ("measure", "evaluate") if targets.TABLES[table].tasks else ("measure",)
-        return [plan.manifest(job) for model in models for job in model.results if job.recipe.stage in stages]
+        return results_of(models, "measure", *(["evaluate"] if targets.TABLES[table].tasks else []))
 
     return manifests
 
