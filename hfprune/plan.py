@@ -95,7 +95,7 @@ class Plan:
             if name in used
         }
         tasks = {
-            name: self._download("task", task, {"name": name, "convert": task.convert}, f"task {name}")
+            name: self._download("task", task, {"name": name} | task.form, f"task {name}")
             for name, task in config.evaluation.tasks.items()
         }
         heldout = config.fidelity.model_dump(exclude={"text"}) | dtype
