@@ -41,7 +41,7 @@ class Stock(HFLM):
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
         compute = super()._loglikelihood_tokens
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=1)
-        return self._halving(min(longest, self.max_length), lambda: compute(requests, disable_tqdm))
+        return self._halving(len(requests), min(longest, self.max_length), lambda: compute(requests, disable_tqdm))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval's own.
@@ -54,17 +54,17 @@ class Stock(HFLM):
             (len(self.tok_encode(text)) + how.get("max_gen_toks", self.max_gen_toks))
             for text, how in (request.args for request in requests)
         )
-        return self._halving(min(longest, self.max_length), lambda: compute(requests, disable_tqdm))
+        return self._halving(len(requests), min(longest, self.max_length), lambda: compute(requests, disable_tqdm))
 
-    def _halving(self, length: int, compute: Callable[[], Result]) -> Result:
-        """`compute` with as many rows of `length` tokens as fit; once more with half as many where memory runs out.
+    def _halving(self, count: int, length: int, compute: Callable[[], Result]) -> Result:
+        """`compute` with as many of `count` rows of `length` tokens as fit; again with half as many if memory runs out.
 
         lm-eval takes the longest first, so that it runs out, if at all, before much is done.
         """
         fitting = free_bytes(self.model.device) // 2 // forward_bytes(self.model, length, whole=True)
         try:
             while True:
-                self.batch_size_per_gpu = max(1, min(self.rows, fitting))
+                self.batch_size_per_gpu = max(1, min(self.rows, fitting, count))
                 try:
                     return compute()
                 except (RuntimeError, MemoryError) as error:
