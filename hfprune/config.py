@@ -42,6 +42,7 @@ CriterionName = Literal[tuple(CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
 RefitName = Literal["none", "bias", "least_squares", "sequential"]
+Batching = Literal["shared", "stock"]
 # A command line's numbers are words, which a Literal does not take.
 RoundTo = Annotated[
     Literal[1, 8, 64, 128],
@@ -89,8 +90,9 @@ class Source(Section):
         given = [name for name in ("hub", "wheel", "path") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of hub, wheel and path, not {' and '.join(given) or 'none'}")
-        allowed = {"hub": {"revision", "file", "subset", "split"}, "wheel": {"file", "sha256"}, "path": set()}[given[0]]
-        belonging = {"revision", "file", "sha256", "subset", "split"} & self.model_fields_set
+        of_hub = {"revision", "file", "subset", "split", "fewshot_split"}
+        allowed = {"hub": of_hub, "wheel": {"file", "sha256"}, "path": set()}[given[0]]
+        belonging = {*of_hub, "sha256"} & self.model_fields_set
         if extra := sorted(belonging - allowed):
             raise ValueError(f"{extra[0]!r} does not go with {given[0]!r}")
         if self.wheel and not (self.file and self.sha256):
@@ -172,6 +174,21 @@ class TaskSource(DataSource):
     convert: Literal[tuple(CONVERSIONS)] | None = Field(
         None, description="turns the source's form into the task's fields"
     )
+    fewshot_split: str | None = Field(None, description="split of the hub's dataset that examples are taken of")
+    num_fewshot: int | None = Field(None, ge=1, description="examples before each question; none unless given")
+
+    @model_validator(mode="after")
+    def _examples(self) -> TaskSource:
+        if (self.fewshot_split is None) != (self.num_fewshot is None):
+            given = "fewshot_split" if self.num_fewshot is None else "num_fewshot"
+            raise ValueError(f"{given!r} alone: 'fewshot_split' and 'num_fewshot' go together")
+        return self
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What is made of the source's records, and which examples are asked with."""
+        names = ("convert", "fewshot_split", "num_fewshot")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class TaskParameters(TaskSource):
@@ -319,6 +336,11 @@ Prunings = Annotated[
 ]
 
 
+BATCHING: Any = Field(
+    "shared", description="compute once what a question's choices have in common; stock: lm-eval's own way"
+)
+
+
 class Evaluation(Section):
     """Zero-shot tasks of lm-eval."""
 
@@ -327,6 +349,7 @@ class Evaluation(Section):
     )
     limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; null: all")
     seed: Seed = 0
+    batching: Batching = BATCHING
 
 
 class Fidelity(Sampling):
@@ -493,6 +516,7 @@ class EvaluateParameters(Section):
 
     limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; all unless given")
     seed: Seed = 0
+    batching: Batching = BATCHING
     dtype: DType = "auto"
 
 

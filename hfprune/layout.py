@@ -5,6 +5,7 @@ REFUSED = "manifest.refused.json"  # the manifest of an artifact that was found 
 RESUME = ".resume"  # a folder: what a killed attempt leaves here, the next attempt finds
 
 DOCUMENTS = "documents.jsonl"  # download: a text's or a task's, one JSON object per line
+FEWSHOT = "fewshot.jsonl"  # download: a task's examples, where it is asked with some
 SCORES = "scores.safetensors"  # score: see `structures.save_scores`
 SUMS = "sums.safetensors"  # shard: float64 per layer and part, what one criterion reads
 PRUNING = "pruning.json"  # prune: what was cut, from what, and how it reloaded

@@ -1,4 +1,8 @@
-"""Fit scoring into the memory there is: keep a layer's activations for the backward pass, or compute them anew."""
+"""Fit work into the memory there is.
+
+Scoring and training keep a layer's activations for the backward pass, or compute them anew; evaluation takes as many
+rows at a time as fit.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +23,41 @@ def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
     config = model.config
     per_layer = (12 * config.hidden_size + 5 * config.intermediate_size) * model.dtype.itemsize + 8 * config.hidden_size
     return per_layer * config.num_hidden_layers * tokens
+
+
+def forward_bytes(model: PreTrainedModel, length: int, whole: bool = False) -> int:
+    """An upper bound on what a forward pass without gradients takes for each row of `length` tokens.
+
+    At one time a layer holds up to 8 tensors of the hidden size and 3 of the MLP's width, and 2 of the hidden size in
+    float32; attention by its formula ("eager") holds scores and their softmax for all heads, any other the mask twice.
+
+    Args:
+        model: a loaded model.
+        length: tokens of a row.
+        whole: the pass gives logits at every position, their softmax is taken, and keys and values are kept.
+    """
+    config, layers = model.config, model.model.layers
+    width = max(layer.mlp.down_proj.in_features for layer in layers)
+    size = model.dtype.itemsize
+    per_token = (8 * config.hidden_size + 3 * width) * size + 8 * config.hidden_size
+    if whole:
+        per_token += 3 * config.vocab_size * size
+        per_token += sum(2 * layer.self_attn.k_proj.out_features for layer in layers) * size
+    heads = max(layer.self_attn.q_proj.out_features // layer.self_attn.head_dim for layer in layers)
+    per_pair = heads * (2 * size + 4) if config._attn_implementation == "eager" else 2 * size
+    return per_token * length + per_pair * length**2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what PyTorch raises where a GPU's memory or, as a RuntimeError, the CPU's is not enough."""
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return full or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what PyTorch holds of a GPU's memory and does not use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:

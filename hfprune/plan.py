@@ -126,7 +126,7 @@ class Plan:
             if name in used
         }
         tasks = {
-            name: self._download("task", task, {"name": name, "convert": task.convert}, f"task {name}")
+            name: self._download("task", task, {"name": name} | task.form, f"task {name}")
             for name, task in config.evaluation.tasks.items()
         }
         self.heldout = {name: texts[name] for name in config.fidelity.texts}

@@ -1,0 +1,108 @@
+"""Log-likelihoods for lm-eval: choices that share their context against lm-eval's own class.
+
+    python benchmarks/evaluation.py --arc-easy FILE       the embedded model and tasks, on this machine's CPU or GPU
+
+Both answer the same requests of the same documents, in turn in every round. lm-eval's class runs as its users have it,
+in batches of 16 rows; ours as stage `evaluate` runs it. `product_ratio` is against lm-eval's class with the matrix
+products that our stages use (`hfprune/products.py`), which a CPU gains from: what sharing and few logits alone give.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import alternate, record
+from lm_eval.models.huggingface import HFLM
+
+from hfprune.config import load
+from hfprune.layout import DOCUMENTS
+from hfprune.loglikelihoods import Shared
+from hfprune.models import load_model, load_tokenizer
+from hfprune.plan import Plan, store_root
+from hfprune.products import fast_products
+from hfprune.tasks import stock_task
+
+REPOSITORY = Path(__file__).parent.parent
+TASKS = ("openbookqa", "social_iqa", "piqa")  # of config.yaml
+
+
+def download(kind: str, *options: str) -> Path:
+    """The folder of a downloaded artifact."""
+    store = store_root(REPOSITORY / "store")
+    command = [sys.executable, "-m", "hfprune", "download", kind, *options, "--store", str(store)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    return Path(done.stdout.splitlines()[-1])
+
+
+def requests(name: str, folder: Path, documents: int) -> list[Any]:
+    """The requests of so many documents of a task, drawn as stage `evaluate` draws them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        task = stock_task(name, folder / DOCUMENTS, Path(scratch) / "cache")
+        chosen = sorted(random.Random(0).sample(range(len(task.eval_docs)), documents))
+        task.build_all_requests(samples=chosen, rank=0, world_size=1)
+        return task.instances
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arc-easy", type=Path, help="its documents, JSON lines in the fields of lm-eval's definition")
+    parser.add_argument("--documents", type=int, default=32, help="of each task")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    plan = Plan(load(REPOSITORY / "config.yaml"))
+    labels = {job.label: job for kind in ("model", "task") for job in plan.jobs[kind].values()}
+    (model_job,) = plan.jobs["model"].values()
+    checkpoint = download("model", *model_job.options)
+    folders = {name: download("task", *labels[f"task {name}"].options) for name in TASKS}
+    if args.arc_easy:
+        folders["arc_easy"] = download("task", "--name", "arc_easy", "--path", str(args.arc_easy.absolute()))
+
+    model, tokenizer = load_model(checkpoint, "float32"), load_tokenizer(checkpoint)
+    stock, shared = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16), Shared(model, tokenizer)
+    figures: dict[str, Any] = {"model": checkpoint.name, "documents": args.documents, "rounds": args.rounds}
+    figures |= {"threads": torch.get_num_threads(), "dtype": str(model.dtype)}
+    ratios, differences = [], []
+    for name, folder in folders.items():
+        asked = requests(name, folder, args.documents)
+        answers: dict[str, list[tuple[float, bool]]] = {}
+
+        def run(what: str, lm: HFLM, asked: list[Any] = asked, answers: dict = answers) -> None:
+            answers[what] = lm.loglikelihood(asked, disable_tqdm=True)
+
+        def run_fast(what: str, lm: HFLM, run: Any = run) -> None:
+            with fast_products(model.device):
+                run(what, lm)
+
+        seconds = alternate(
+            {
+                "stock": lambda run=run: run("stock", stock),
+                "stock, our products": lambda run=run_fast: run("stock, our products", stock),
+                "shared": lambda run=run_fast: run("shared", shared),
+            },
+            args.rounds,
+        )
+        print(name, {what: round(each, 2) for what, each in seconds.items()}, flush=True)
+        pairs = list(zip(answers["stock"], answers["shared"], strict=True))
+        differences.append(max(abs(one - other) for (one, _), (other, _) in pairs))
+        ratios.append(seconds["stock"] / seconds["shared"])
+        figures |= {f"{name}, seconds, {what}": each for what, each in seconds.items()}
+        figures |= {
+            f"{name}, speed_ratio": ratios[-1],
+            f"{name}, product_ratio": seconds["stock, our products"] / seconds["shared"],
+            f"{name}, max_difference": differences[-1],
+            f"{name}, greedy answers differ": sum(one != other for (_, one), (_, other) in pairs),
+        }
+    record("evaluation", figures | {"speed_ratio": min(ratios), "max_difference": max(differences)})
+
+
+if __name__ == "__main__":
+    main()
