@@ -38,6 +38,7 @@ from hfprune.layout import SCORES, SUMS
 from hfprune.plan import store_root
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
+ONLINE = ("download", "push", "plan")
 
 WELCOME = """\
 hfprune prunes LLaMA-like language models and measures what is left of them.
@@ -59,11 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.run is None:
         print(WELCOME, end="")
         return 0
-    if args.command not in (
-        "download",
-        "push",
-        "plan",
-    ):  # what is not downloaded by then is missing: say so, do not fetch it
+    if args.command not in ONLINE:  # what is not downloaded by then is missing: say so, do not fetch it
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     try:
         args.run(args)

@@ -1,8 +1,8 @@
 """What an experiment will cost, before anything is downloaded: operations, memory and disk of every job.
 
-The models of an experiment are built on the meta device, which has shapes but no weights, from a config.json alone. What the
-stages themselves count by is asked of them, so that an estimate and a record are one formula. What nobody can know before
-a download (how long documents are) is assumed, and said.
+The models of an experiment are built on the meta device, which has shapes but no weights, from a config.json alone.
+What the stages themselves count by is asked of them, so that an estimate and a record are one formula. What nobody can
+know before a download (how long documents are) is assumed, and said.
 """
 
 import copy
@@ -10,10 +10,10 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hfprune import evaluation, fidelity, losses, packing, refit, scoring
 from hfprune.allocation import allocate
-from hfprune.artifacts import Store
+from hfprune.artifacts import Store, canonical
 from hfprune.budget import shape_of, units_to_keep
 from hfprune.config import DType, Experiment, Source
 from hfprune.criteria import CRITERIA, GradientCriterion
 from hfprune.errors import UserError
 from hfprune.layout import DOCUMENTS
 from hfprune.memory import graph_bytes
-from hfprune.models import check_family, count_parameters, flops_per_token
+from hfprune.models import check_family, count_parameters, flops_per_token, load_tokenizer
 from hfprune.plan import Job, Plan
 from hfprune.recovery import BYTES_PER_TRAINED, METHODS, training_flops
 from hfprune.sources import _hub_errors, describe
@@ -77,8 +77,8 @@ GPUS = {
 CPU_PEAK = 100e9  # of a core: oneDNN's float32 products on the AMD EPYC with AVX-512 of docs/scoring.md
 PROCESS_BYTES = int(0.6 * GIB)  # torch, transformers and what they load
 
-# Of lm-eval's definitions: documents, requests a document, tokens a request (context and continuation). Counted with the
-# embedded model's tokenizer; arc_challenge and race, which were not at hand, are put by arc_easy and by their own sizes.
+# Of lm-eval's definitions: documents, requests a document, tokens a request (context and continuation). Counted with
+# the embedded model's tokenizer; the tokens of arc_challenge and race, which were not at hand, are put.
 TASKS = {
     "arc_challenge": (1172, 4, 38),
     "arc_easy": (2376, 4, 32),
@@ -96,6 +96,7 @@ LONGEST_REQUEST = 3  # times the mean: of a task's requests, the longest come fi
 BYTES_PER_SAMPLE = 130  # of evaluate's samples.jsonl, a document
 
 BYTES_PER_TOKEN = 4.3  # of English text
+SOME = 100  # documents, which say how many bytes a token has
 # Documents, bytes a document: of what the hub's sets hold (C4: a sample's mean; LaMini-instruction: its card's count).
 TEXTS = {"allenai/c4": (350_000, 2200), "MBZUAI/LaMini-instruction": (2_585_615, 450)}
 OTHER_TEXT = (10_000, 2000)
@@ -112,16 +113,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Text:
-    """A text as far as it is known: documents, and bytes of each; whether that is assumed."""
+    """A text as far as it is known.
+
+    Attributes:
+        documents: how many.
+        size: bytes of one, the mean.
+        sizes: bytes of each, where the text is at hand.
+        per_token: bytes of a token.
+        template: tokens of the template of an instruction.
+    """
 
     documents: int
     size: float
-    lengths: list[int] | None = None  # in bytes, of each document, where the text is at hand
-
-    @property
-    def bytes(self) -> int:
-        """Of all documents."""
-        return round(self.documents * self.size)
+    sizes: list[int] | None = None
+    per_token: float = BYTES_PER_TOKEN
+    template: float = len(packing.PROMPT) / BYTES_PER_TOKEN
 
 
 def device_of(name: str) -> Device:
@@ -168,18 +174,18 @@ def config_of(model: Source, job: Job, store: Store, shape: Path | None) -> tupl
             f"{model.label}: its shape is inside a GGUF file that is not downloaded. Run `{command}` first, or give a "
             "config.json of a model of this shape by --shape."
         )
-    from huggingface_hub import HfApi, errors, hf_hub_download
+    from huggingface_hub import HfApi, errors
 
-    origin = model.origin()
+    origin, hub = model.origin(), HfApi()
     try:
         with _hub_errors(origin), tempfile.TemporaryDirectory() as folder:
-            commit = HfApi().model_info(model.hub, revision=model.revision).sha
-            file = hf_hub_download(model.hub, "config.json", revision=commit, local_dir=folder)
+            commit = hub.model_info(model.hub, revision=model.revision).sha
+            file = hub.hf_hub_download(model.hub, "config.json", revision=commit, local_dir=folder)
             return _read_config(Path(file)), f"the hub, {model.hub} at {commit[:12]}"
     except UserError as error:
         raise UserError(f"{error} Or give the model's config.json by --shape.") from None
     except errors.EntryNotFoundError:
-        raise UserError(f"{describe(origin)}: it has no config.json: not a checkpoint of transformers.") from None
+        raise UserError(f"{describe(origin)}: its config.json could not be had. Give one by --shape.") from None
 
 
 def _read_config(file: Path) -> PreTrainedConfig:
@@ -204,7 +210,9 @@ def _read_config(file: Path) -> PreTrainedConfig:
             return check_family(Path(folder))
         except UserError as error:
             said = " ".join(str(error).split())
-            raise UserError(said.replace(str(Path(folder) / "config.json"), str(file)).replace(folder, str(file)))
+            raise UserError(
+                said.replace(str(Path(folder) / "config.json"), str(file)).replace(folder, str(file))
+            ) from None
 
 
 class Models:
@@ -229,10 +237,11 @@ class Models:
             return self.dense
         if job.recipe.stage == "recover":
             return self.of(job.inputs["model"])
-        if job.key not in self._made:
-            self._made[job.key] = copy.deepcopy(self.dense)
-            cut(self._made[job.key], self.kept(job))
-        return self._made[job.key]
+        asked = canonical(job.recipe.parameters)  # whatever scores it goes by
+        if asked not in self._made:
+            self._made[asked] = copy.deepcopy(self.dense)
+            cut(self._made[asked], self.kept(job))
+        return self._made[asked]
 
     def kept(self, job: Job) -> dict[str, list[torch.Tensor]]:
         """What a job of `prune` leaves: as many units as it will, though not the same ones.
@@ -326,11 +335,12 @@ class Estimate:
     def _pass(self, job: Job, tokens: int, disk: int) -> Cost:
         """Of criteria that are scored together; `disk` is one criterion's."""
         asked, dense = job.recipe.parameters, self.models.dense
-        criteria = [asked["criterion"], *_options(job).get("together", [])]
-        draws = int(_options(job)["draws"][0])
+        given = _options(job)
+        criteria, draws = [asked["criterion"], *given.get("together", [])], int(given["draws"][0])
         flops = scoring.cost(dense, tokens, criteria, draws, "light_cut" in job.inputs)["flops"]
         batch = max(scoring.TOKENS_PER_BATCH, asked["length"])
-        memory = _weights(dense) + 3 * 4 * scoring.LOGITS_PER_CHUNK[self.kind]
+        logits = min(batch * dense.config.vocab_size, scoring.LOGITS_PER_CHUNK[self.kind])
+        memory = _weights(dense) + 3 * 4 * logits
         if any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria):
             memory += self._graph(dense, batch, reserved=memory)
         else:
@@ -364,15 +374,16 @@ class Estimate:
         network = copy.deepcopy(self.models.of(job.inputs["model"]))
         disk, forward = _weights(network), flops_per_token(network)
         adapters = {name: asked[name] for name in ("rank", "alpha", "dropout", "targets") if name in asked}
-        trained, _ = METHODS[asked["method"]](network, **adapters)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers' own, of adapters
+            trained, _ = METHODS[asked["method"]](network, **adapters)
         learned = sum(each.numel() for each in trained.parameters() if each.requires_grad)
         memory = sum(each.nbytes for each in trained.parameters()) + BYTES_PER_TRAINED * learned
-        memory += 4 * 4 * losses.LOGITS_PER_CHUNK[self.kind]
+        batch = int(given["micro_batch"][0]) * asked["length"]
+        memory += 4 * 4 * min(batch * network.config.vocab_size, losses.LOGITS_PER_CHUNK[self.kind])
         teacher = 0
         if "teacher" in job.inputs:
             teacher = flops_per_token(self.models.dense)
             memory += _weights(self.models.dense)
-        batch = int(given["micro_batch"][0]) * asked["length"]
         if asked["method"] == "lora":  # of what enters an adapter, the part that dropout leaves
             memory += 8 * batch * sum(each.in_features for each in network.modules() if _adapted(each))
         graph, short = graph_bytes(network, batch), self._is_short(network, batch, memory)
@@ -432,17 +443,17 @@ class Estimate:
         """Sequences of `length` tokens that a text fills in all epochs."""
         text = self._text(job)
         instructions = "instruction" in job.recipe.parameters
-        template = len(packing.PROMPT) / BYTES_PER_TOKEN if instructions else 0
-        sizes = text.lengths or [text.size] * text.documents
-        tokens = [size / BYTES_PER_TOKEN + template for size in sizes]
+        sizes = text.sizes or [text.size] * text.documents
+        tokens = [size / text.per_token + text.template * instructions for size in sizes]
         return int(sum(each for each in tokens if each <= length or not instructions) * epochs / length)
 
     def _text(self, job: Job) -> Text:
         """What is known of a text: all of it, once it is in the store."""
         if self.plan.store.has("text", job.key):
             with (self.plan.store.folder(job.recipe) / DOCUMENTS).open(encoding="utf-8") as file:
-                lengths = [sum(len(value.encode()) for value in json.loads(line).values()) for line in file]
-            return Text(len(lengths), sum(lengths) / len(lengths), lengths)
+                documents = ["".join(json.loads(line).values()) for line in file]
+            sizes = [len(document.encode()) for document in documents]
+            return Text(len(sizes), sum(sizes) / len(sizes), sizes, *self._tokens(documents[:SOME]))
         given = _options(job)
         if "path" in given:
             size = Path(given["path"][0]).stat().st_size
@@ -453,6 +464,15 @@ class Estimate:
             documents = last - first
         self.assumed[f"{job.label}: {documents:,} documents of {size:,} bytes, {BYTES_PER_TOKEN} bytes a token"] = None
         return Text(documents, size)
+
+    def _tokens(self, documents: list[str]) -> tuple[float, ...]:
+        """Bytes of a token, and tokens of the template, by the model's tokenizer where the store has it."""
+        (model,) = self.plan.jobs["model"].values()
+        if not self.plan.store.has("model", model.key):
+            return ()
+        tokenizer = load_tokenizer(self.plan.store.folder(model.recipe))
+        *found, template = tokenizer([*documents, packing.PROMPT], add_special_tokens=False)["input_ids"]
+        return sum(len(each.encode()) for each in documents) / max(1, sum(map(len, found))), len(template)
 
     def _task(self, job: Job) -> tuple[float, float, float]:
         """Documents of a task, requests a document, tokens a request."""
@@ -466,7 +486,8 @@ class Estimate:
     def _data_bytes(self, job: Job) -> int:
         """Of a text's or a task's documents."""
         if job.recipe.stage == "text":
-            return self._text(job).bytes
+            text = self._text(job)
+            return round(text.documents * text.size)
         documents, _, length = self._task(job)
         return round(documents * length * BYTES_PER_TOKEN)
 
