@@ -38,6 +38,7 @@ from hfprune.layout import SCORES, SUMS
 from hfprune.plan import store_root
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
+ONLINE = ("download", "push", "plan")
 
 WELCOME = """\
 hfprune prunes LLaMA-like language models and measures what is left of them.
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.run is None:
         print(WELCOME, end="")
         return 0
-    if args.command not in ("download", "push"):  # what is not downloaded by then is missing: say so, do not fetch it
+    if args.command not in ONLINE:  # what is not downloaded by then is missing: say so, do not fetch it
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     try:
         args.run(args)
@@ -332,6 +333,17 @@ def _parser() -> argparse.ArgumentParser:
         const=Path("workflow/schemas/config.schema.json"),
         help="write the JSON schema",
     )
+
+    plan = command(
+        "plan",
+        _plan,
+        "Print what an experiment will take, before anything is downloaded: jobs, operations, hours, memory, disk.",
+        "hfprune plan --config configs/llama-2-7b.yaml --gpu h100",
+    )
+    plan.add_argument("--config", type=Path, default=Path("config.yaml"), help="default: %(default)s")
+    plan.add_argument("--gpu", default="h100", help="to count hours on, or cpu: this machine (default: %(default)s)")
+    plan.add_argument("--utilisation", type=float, default=0.4, help="share of its peak in use (default: %(default)s)")
+    plan.add_argument("--shape", type=Path, help="a config.json that stands for the model's, where the hub is far")
 
     makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
     for each in (*makers, collect, differences, profile, table, widths, losses, export, push):
@@ -831,3 +843,12 @@ def _config(args: argparse.Namespace) -> None:
     import yaml
 
     print(yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False), end="")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    if not 0 < args.utilisation <= 1:
+        raise UserError(f"--utilisation {args.utilisation}: expected a share of the peak, above 0 and at most 1.")
+    experiment: Experiment = load(args.config)
+    from hfprune.estimate import report
+
+    print(report(experiment, args.gpu, args.utilisation, args.shape))

