@@ -25,11 +25,13 @@ localrules:
     agreement,
     losses,
     download,
+    overlap,
 
 
 rule all:
     default_target: True
     input:
+        rules.overlap.output,
         rules.collect.output,
         rules.tables.output,
         rules.figures.output,

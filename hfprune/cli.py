@@ -38,6 +38,7 @@ from hfprune.layout import SCORES, SUMS
 from hfprune.plan import store_root
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
+USES = ("calibration", "recovery", "fidelity", "task")  # of documents
 
 WELCOME = """\
 hfprune prunes LLaMA-like language models and measures what is left of them.
@@ -230,6 +231,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     losses.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
     losses.add_argument("manifests", nargs="+", type=Path, help="artifacts of recover")
+
+    overlap = command(
+        "overlap",
+        _overlap,
+        "Compare what is calibrated or trained on with what is tested on: documents that share 13 words in a row.",
+        "hfprune overlap --calibration xsum=store/text/KEY --fidelity quac=store/text/KEY --task boolq=store/task/KEY \\\n"
+        "    --output overlap.csv",
+    )
+    for use in USES:
+        overlap.add_argument(
+            f"--{use}",
+            nargs="+",
+            type=_named,
+            default=[],
+            metavar="NAME=PATH",
+            help="an artifact's folder or manifest, and what the table calls it",
+        )
+    overlap.add_argument("--strict", action="store_true", help="fail where any document overlaps")
+    overlap.add_argument("--output", type=Path, required=True, help="the csv to write")
 
     efficiency = command(
         "efficiency",
@@ -670,6 +690,32 @@ def _losses(args: argparse.Namespace) -> None:
     curves.to_csv(args.output / "tables" / "losses.csv", index=False)
     for path in (args.output / "tables" / "losses.csv", *draw_losses(curves, args.output / "figures")):
         print(path)
+
+
+def _named(word: str) -> tuple[str, Path]:
+    """NAME=PATH."""
+    name, _, path = word.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected NAME=PATH")
+    return name, Path(path)
+
+
+def _overlap(args: argparse.Namespace) -> None:
+    from hfprune.overlap import Documents, compare, refusal, write
+
+    found = {
+        use: [
+            Documents(use, name, _open(path, "task" if use == "task" else "text").folder)
+            for name, path in getattr(args, use)
+        ]
+        for use in USES
+    }
+    pairs = compare(found["calibration"] + found["recovery"], found["fidelity"] + found["task"])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write(pairs, args.output)
+    print(args.output)
+    if args.strict and (message := refusal(pairs)):
+        raise UserError(message)
 
 
 def _efficiency(args: argparse.Namespace) -> None:

@@ -46,6 +46,8 @@ class Plan:
         store: the folder of all artifacts.
         jobs: stage -> key -> job.
         scores, measures, evaluations: the jobs whose artifacts the results are collected from.
+        documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
+            `overlap.Documents`.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -55,6 +57,7 @@ class Plan:
         self.scores: list[Job] = []
         self.measures: list[Job] = []
         self.evaluations: list[Job] = []
+        self.documents: dict[str, dict[str, Job]] = {}
         self._fill()
 
     @property
@@ -88,16 +91,21 @@ class Plan:
         dtype = {"dtype": config.model.dtype}
         dense = self._download("model", config.model, {}, f"model {config.model.label}")
         trained = dict.fromkeys(name for ways in config.cuts().values() for name in ways if name != "none")
-        used = {config.calibration.text, config.fidelity.text, *(config.recovery[name].text for name in trained)}
+        used = {
+            "calibration": [config.calibration.text],
+            "recovery": [config.recovery[name].text for name in trained],
+            "fidelity": [config.fidelity.text],
+        }
         texts = {
             name: self._download("text", text, text.form, f"text {name}")
             for name, text in config.texts.items()
-            if name in used
+            if any(name in names for names in used.values())
         }
         tasks = {
             name: self._download("task", task, {"name": name, "convert": task.convert}, f"task {name}")
             for name, task in config.evaluation.tasks.items()
         }
+        self.documents = {use: {name: texts[name] for name in names} for use, names in used.items()} | {"task": tasks}
         heldout = config.fidelity.model_dump(exclude={"text"}) | dtype
         reference = self._add(
             "reference", heldout, {"model": dense, "text": texts[config.fidelity.text]}, "dense predictions"

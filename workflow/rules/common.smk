@@ -52,6 +52,8 @@ def made_from(stage):
 
     def inputs(wildcards):
         inputs = plan.jobs[stage][wildcards.key].inputs
+        if plan.experiment.strict:
+            checkpoints.overlap.get()  # waits for the verdict; no input, which would be made again where it is another's
         jobs = {name: made if isinstance(made, list) else [made] for name, made in inputs.items()}
         return {name: [ancient(plan.manifest(job)) for job in made] for name, made in jobs.items()}
 
