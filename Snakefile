@@ -8,6 +8,9 @@ if not workflow.overwrite_configfiles:  # else the experiment is the file given 
     configfile: "config.yaml"
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/download.smk"
 include: "workflow/rules/score.smk"
@@ -26,6 +29,10 @@ localrules:
     losses,
     download,
     overlap,
+    page,
+    provenance,
+    config,
+    report,
 
 
 rule all:
@@ -37,3 +44,6 @@ rule all:
         rules.figures.output,
         rules.agreement.output,
         rules.losses.output if plan.recoveries else [],
+
+
+include: "workflow/rules/report.smk"  # of what `all` names

@@ -251,6 +251,26 @@ def _parser() -> argparse.ArgumentParser:
     overlap.add_argument("--strict", action="store_true", help="fail where any document overlaps")
     overlap.add_argument("--output", type=Path, required=True, help="the csv to write")
 
+    page = command(
+        "page",
+        _page,
+        "Make a page of the report: a table or a figure with its title and caption.",
+        "hfprune page --title 'Every model' --caption 'Accuracy in per cent.' --output summary.html summary.csv summary.md",
+    )
+    page.add_argument("--title", required=True, help="what it is")
+    page.add_argument("--caption", required=True, help="what a reader must know to read it")
+    page.add_argument("--output", type=Path, required=True, help="the html to write")
+    page.add_argument("files", nargs="+", type=Path, help="a figure's svg; a table's csv, and its md; or a yaml")
+
+    provenance = command(
+        "provenance",
+        _provenance_tables,
+        "Say what artifacts were made from, by which code and versions: artifacts.csv and versions.csv.",
+        "hfprune provenance --output results/default/provenance store/*/*/manifest.json",
+    )
+    provenance.add_argument("--output", type=Path, required=True, help="the folder to write into")
+    provenance.add_argument("manifests", nargs="+", type=Path, help="artifacts of any stage")
+
     efficiency = command(
         "efficiency",
         _efficiency,
@@ -716,6 +736,25 @@ def _overlap(args: argparse.Namespace) -> None:
     print(args.output)
     if args.strict and (message := refusal(pairs)):
         raise UserError(message)
+
+
+def _page(args: argparse.Namespace) -> None:
+    from hfprune.report import page
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(page(args.title, args.caption, args.files), encoding="utf-8")
+
+
+def _provenance_tables(args: argparse.Namespace) -> None:
+    import json
+
+    from hfprune.report import provenance
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    # The manifests alone: whoever used the artifacts has verified their files.
+    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in args.manifests]
+    for path in provenance(manifests, args.output):
+        print(path)
 
 
 def _efficiency(args: argparse.Namespace) -> None:

@@ -66,6 +66,23 @@ class Plan:
         return list(self.jobs["recover"].values())
 
     @property
+    def needed(self) -> list[Job]:
+        """Every job that the results rest on, each after those that it is made from."""
+        found: dict[tuple[str, str], Job] = {}
+
+        def add(job: Job) -> None:
+            if (job.recipe.stage, job.key) in found:
+                return
+            for inputs in job.inputs.values():
+                for each in inputs if isinstance(inputs, list) else [inputs]:
+                    add(each)
+            found[job.recipe.stage, job.key] = job
+
+        for job in [*self.scores, *self.measures, *self.evaluations]:
+            add(job)
+        return list(found.values())
+
+    @property
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")

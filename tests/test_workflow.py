@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from hfprune.artifacts import read
 from hfprune.layout import SCORES
 from hfprune.tables import COLUMNS
-from tests.conftest import REPOSITORY, boolq_records, sentences, write_lines
+from tests.conftest import REPOSITORY, sentences, write_lines
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune")
 MODEL_STAGES = ("download", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
@@ -61,9 +61,9 @@ class Checkout:
         assert process.returncode == status, output
         return output
 
-    def planned(self, experiment: dict) -> Counter:
+    def planned(self, experiment: dict, *targets: str) -> Counter:
         """How many jobs of each rule a run would run."""
-        output = self.snakemake(experiment, "--dry-run")
+        output = self.snakemake(experiment, *targets, "--dry-run")
         stats = output.partition("Job stats:")[2].partition("total")[0]
         return Counter({rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", stats, re.MULTILINE)})
 
@@ -253,31 +253,34 @@ def test_a_fault_in_one_download_stops_the_run_before_any_model_computes(checkou
     assert not set(ran(output)) - {"download"}
 
 
-def test_a_strict_experiment_scores_nothing_where_a_test_was_seen(checkout, experiment, data, tmp_path):
+def with_task(experiment: dict, file: Path, *passages: str) -> dict:
+    """The experiment, strict, with a task of those passages."""
+    records = [{"passage": passage, "question": "is it so", "label": 0} for passage in passages]
+    return changed(experiment, evaluation={"tasks": {"boolq": {"path": str(write_lines(file, records))}}}, strict=True)
+
+
+def test_a_strict_experiment_scores_nothing_where_a_test_was_seen(experiment, data, tmp_path):
     seen = json.loads((data / "calibration.jsonl").read_text().splitlines()[3])["text"]
-    task = [*boolq_records(9), {"passage": seen, "question": "is it so", "label": 0}]
-    boolq = {"path": str(write_lines(tmp_path / "boolq.jsonl", task))}
-    planted = changed(experiment, evaluation={"tasks": {"boolq": boolq}})
+    strict = with_task(experiment, tmp_path / "boolq.jsonl", *(sentences(500 + i, 20) for i in range(6)), seen)
     elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
-    output = elsewhere.snakemake(planted | {"strict": True}, status=1)
-    assert "task boolq: 1 of 10 documents overlap with calibration text calibration, such as '" in output
+    output = elsewhere.snakemake(strict, status=1)
+    assert "task boolq: 1 of 7 documents overlap with calibration text calibration, such as '" in output
     assert "Traceback" not in output
     assert not set(ran(output)) - {"download"}
-    assert ran(elsewhere.snakemake(planted, "overlap")) == {"overlap": 1}
+    assert ran(elsewhere.snakemake(changed(strict, strict=False), "overlap")) == {"overlap": 1}
     table = pd.read_csv(elsewhere.folder / "results" / "tiny" / "tables" / "overlap.csv").set_index("tested")
     assert table["overlapping"].to_dict() == {"heldout": 0, "boolq": 1}
     assert table["example"]["boolq"] in seen
 
 
 def test_a_strict_experiment_without_overlap_runs_and_scores_nothing_again(checkout, experiment, tmp_path):
-    strict = experiment | {"strict": True}
+    strict = with_task(experiment, tmp_path / "boolq.jsonl", *(sentences(500 + i, 20) for i in range(6)))
     elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
     output = elsewhere.snakemake(strict, "agreement")
     assert ran(output) == {"download": 4, "overlap": 1, "score": 1, "agreement": 1}
-    assert output.index("(Rule: overlap)") < output.index("rule score:")
+    assert output.index("(Rule: overlap)") < output.index("(Rule: score)")
     assert "Nothing to be done" in elsewhere.snakemake(strict, "agreement")
-    assert not elsewhere.planned(experiment)["score"]
-    assert not model_stages(checkout.planned(strict)), "what is in the store needs no verdict to stay there"
+    assert not elsewhere.planned(changed(strict, strict=False), "agreement")["score"], "it was no input"
 
 
 def test_criteria_of_one_seed_are_scored_in_one_pass_and_each_is_an_artifact(checkout, experiment, tmp_path):
