@@ -29,6 +29,8 @@ class Browser:
     def __init__(self, program: str, profile: Path) -> None:
         self.faults: list[str] = []
         self.asked: list[str] = []
+        self._session: str | None = None
+        self._contexts: dict[str, int] = {}  # by frame
         self._number = 0
         self._buffer = b""
         read_end, self._to = os.pipe()
@@ -53,7 +55,6 @@ class Browser:
         os.close(read_end)
         os.close(write_end)
         target = self.command("Target.createTarget", url="about:blank")["targetId"]
-        self._session = None
         self._session = self.command("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.command(f"{domain}.enable")
@@ -64,8 +65,6 @@ class Browser:
     def __exit__(self, *_: Any) -> None:
         self._process.kill()
         self._process.wait()
-
-    _session: str | None = None
 
     def command(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command of the DevTools protocol; its result."""
@@ -101,6 +100,8 @@ class Browser:
             self.faults.append(f"{event['entry']['text']} {event['entry'].get('url', '')}")
         elif method == "Network.loadingFailed" and not event.get("canceled"):
             self.faults.append(event["errorText"])
+        elif method == "Runtime.executionContextCreated":
+            self._contexts[event["context"]["auxData"]["frameId"]] = event["context"]["id"]
         elif method == "Network.requestWillBeSent" and not event["request"]["url"].startswith(("data:", "blob:")):
             self.asked.append(event["request"]["url"])
 
@@ -109,9 +110,9 @@ class Browser:
         self.command("Page.navigate", url=page.as_uri())
         self.wait("document.readyState === 'complete'")
 
-    def run(self, script: str) -> Any:
+    def run(self, script: str, **where: Any) -> Any:
         """The value of an expression of JavaScript in the page."""
-        done = self.command("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        done = self.command("Runtime.evaluate", expression=script, returnByValue=True, **where)
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
@@ -121,6 +122,17 @@ class Browser:
         while not self.run(script):
             assert time.monotonic() < deadline, f"never true: {script}"
             time.sleep(0.05)
+
+    def run_inside(self, script: str) -> Any:
+        """The value of an expression in the page's one inner frame, once that is loaded."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            frames = self.command("Page.getFrameTree")["frameTree"].get("childFrames", [])
+            context = self._contexts.get(frames[0]["frame"]["id"]) if frames else None
+            if context and self.run("document.readyState", contextId=context) == "complete":
+                return self.run(script, contextId=context)
+            time.sleep(0.05)
+        raise AssertionError("no inner frame was loaded")
 
     def screenshot(self, path: Path) -> None:
         """What the page looks like, as png."""

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from hfprune.artifacts import read
 from hfprune.layout import SCORES
 from hfprune.tables import COLUMNS
+from tests import browser
 from tests.conftest import REPOSITORY, sentences, write_lines
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune")
@@ -130,6 +131,51 @@ def test_a_an_unchanged_second_run_does_nothing_and_says_so(checkout, experiment
     output = checkout.snakemake(experiment)
     assert "Nothing to be done" in output
     assert not ran(output)
+
+
+@pytest.fixture(scope="module")
+def report(checkout, experiment) -> Path:
+    """The report of the tiny experiment."""
+    assert ran(checkout.snakemake(experiment, "report")) == {"page": 10, "provenance": 1, "config": 1, "report": 1}
+    return checkout.folder / "results" / "tiny" / "report.html"
+
+
+def test_a_report_of_an_unchanged_experiment_is_not_made_again(checkout, experiment, report):
+    assert "Nothing to be done" in checkout.snakemake(experiment, "report")
+    assert not checkout.planned(experiment)
+
+
+def test_a_report_stands_in_a_browser_without_a_network(report, tmp_path):
+    if (program := browser.find()) is None:
+        pytest.skip(f"no browser here (looked for {', '.join(browser.NAMES)})")
+    alone = Path(shutil.copy(report, tmp_path / "alone.html"))
+    results = report.parent
+    tables = {file.stem for file in (results / "tables").glob("*.csv")}
+    figures = {file.stem for file in (results / "figures").glob("*.svg")}
+    captions = yaml.safe_load((REPOSITORY / "workflow" / "report" / "captions.yaml").read_text())
+    with browser.Browser(program, tmp_path / "profile") as page:
+        page.open(alone)
+        page.wait("document.querySelector('#rulegraph svg, #rulegraph canvas') !== null")
+        assert "tiny" in page.run("document.body.innerText")
+        page.screenshot(tmp_path / "landing.png")
+        for category, names in (
+            ("Figures", figures), ("Tables", tables), ("Provenance", {"config", "artifacts", "versions"})
+        ):  # fmt: skip
+            titles = {captions[category.lower()][name].partition(". ")[0] for name in names}
+            page.click("a, li", category)
+            rows = "[...document.querySelectorAll('nav tbody tr')]"
+            page.wait(f"{rows}.length == {len(titles)}")
+            assert set(page.run(f"{rows}.map(row => row.innerText.trim())")) == titles
+            for number, title in enumerate(page.run(f"{rows}.map(row => row.innerText.trim())")):
+                page.run(f"{rows}[{number}].querySelector('a').click()")
+                page.wait("document.querySelector('iframe') !== null")
+                inside = page.frame()
+                assert inside["title"] == title
+                assert inside["height"] > 100
+                page.screenshot(tmp_path / f"{category}-{number}.png")
+        assert page.asked == [alone.as_uri()]
+        assert page.faults == []
+    assert (tmp_path / "Figures-0.png").stat().st_size > 20_000
 
 
 def edit(file: Path, old: str, new: str) -> None:
