@@ -8,6 +8,9 @@ if not workflow.overwrite_configfiles:  # else the experiment is the file given 
     configfile: "config.yaml"
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/download.smk"
 include: "workflow/rules/score.smk"
@@ -29,11 +32,17 @@ localrules:
     losses,
     widths,
     download,
+    overlap,
+    page,
+    provenance,
+    config,
+    report,
 
 
 rule all:
     default_target: True
     input:
+        rules.overlap.output,
         rules.collect.output,
         rules.tables.output,
         rules.figures.output,
@@ -42,3 +51,6 @@ rule all:
         rules.agreement.output,
         rules.widths.output,
         rules.losses.output if plan.recoveries else [],
+
+
+include: "workflow/rules/report.smk"  # of what `all` names

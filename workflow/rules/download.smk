@@ -16,3 +16,28 @@ rule download:
         "download {params.label}"
     shell:
         "python -m hfprune download {wildcards.kind} {params.options:q} 2>&1 | tee {log:q}"
+
+
+checkpoint overlap:
+    """What is calibrated or trained on beside what is tested on. Where the experiment is strict, all else waits for it."""
+    input:
+        [ancient(plan.manifest(job)) for jobs in plan.documents.values() for job in jobs.values()],
+    output:
+        RESULTS / "tables" / "overlap.csv",
+    log:
+        "logs/overlap.log",
+    priority: 75
+    conda:
+        ENVIRONMENT
+    params:
+        documents=[
+            word
+            for use, jobs in plan.documents.items()
+            for word in ([f"--{use}", *(f"{name}={plan.manifest(job)}" for name, job in jobs.items())] if jobs else [])
+        ],
+        strict="--strict" if plan.experiment.strict else "",
+        code=code_digest("hfprune.overlap"),
+    message:
+        "look for documents of the tests in what is calibrated or trained on"
+    shell:
+        "python -m hfprune overlap {params.documents:q} {params.strict} --output {output:q} 2>&1 | tee {log:q}"

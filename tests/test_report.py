@@ -1,0 +1,123 @@
+"""Pages of the report, by themselves; test_workflow.py looks at the whole in a browser."""
+
+import csv
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from hfprune.errors import UserError
+from hfprune.plan import Plan
+from hfprune.report import page, provenance
+from tests.conftest import REPOSITORY
+
+
+class Cells(HTMLParser):
+    """The cells of a page's table, row by row."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows, self._open = [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._open = True
+
+    def handle_endtag(self, tag):
+        self._open = self._open and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self._open:
+            self.rows[-1][-1] += data
+
+
+def test_a_table_has_few_digits_and_its_data_in_full(tmp_path):
+    table = tmp_path / "agreement.csv"
+    table.write_text('name,value,count\n"a, <b>",0.123456789,1234\nkey 12e4,-0.00000123456,2\n,123456.789,3\n')
+    made = page("Title & all", "What <it> means.", [table])
+    assert Cells(made).rows == [
+        ["name", "value", "count"],
+        ["a, <b>", "0.1235", "1234"],
+        ["key 12e4", "-1.235e-06", "2"],
+        ["", "123,457", "3"],
+    ]
+    assert "Title &amp; all" in made
+    assert "What &lt;it&gt; means." in made
+    assert 'download="agreement.csv"' in made
+
+
+def test_a_table_that_has_markdown_is_shown_as_people_read_it(tmp_path):
+    (tmp_path / "summary.csv").write_text("Model,KL\ndense,0.12345678\n")
+    (tmp_path / "summary.md").write_text("| Model | KL |\n|:------|---:|\n| dense | **0.123** ± 0.01 |\n")
+    made = page("Every model", "", [tmp_path / "summary.csv", tmp_path / "summary.md"])
+    assert Cells(made).rows == [["Model", "KL"], ["dense", "0.123 ± 0.01"]]
+    assert "<b>0.123</b>" in made
+    assert 'download="summary.csv"' in made
+
+
+def test_an_empty_table_is_its_head(tmp_path):
+    (tmp_path / "agreement.csv").write_text("criterion,seed\n")
+    assert Cells(page("Agreement", "", [tmp_path / "agreement.csv"])).rows == [["criterion", "seed"]]
+
+
+def test_a_figure_stands_in_its_page(tmp_path):
+    drawn = tmp_path / "kl.svg"
+    drawn.write_text(
+        "<?xml version='1.0'?>\n<!DOCTYPE svg>\n<svg xmlns='http://www.w3.org/2000/svg'><path d='M0 0'/></svg>"
+    )
+    made = page("KL", "Less is better.", [drawn])
+    svg = made[made.index("<svg") : made.index("</svg>") + 6]
+    assert ElementTree.fromstring(svg)[0].get("d") == "M0 0"
+    assert "<?xml" not in made
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"notes\.pdf: a page shows svg, csv, md or yaml"):
+        page("Notes", "", [tmp_path / "notes.pdf"])
+
+
+def test_provenance_says_what_made_each_artifact(tmp_path):
+    common = {"device": "cpu", "host": "here", "time": "2026-01-01", "git_commit": None, "peak_memory_bytes": 3 << 20}
+    model = common | {
+        "stage": "model", "key": "a" * 16, "parameters": {"hub": "me/it"}, "inputs": {}, "code": "c" * 64,
+        "files": {"x": {"bytes": 5}, "y": {"bytes": 7}}, "seconds": 2.5, "versions": {"torch": "1", "gguf": "2"},
+    }  # fmt: skip
+    scores = model | {"stage": "score", "inputs": {"model": "a" * 16}, "versions": {"torch": "3", "gguf": "2"}}
+    provenance([model, scores], tmp_path)
+    first, second = csv.DictReader((tmp_path / "artifacts.csv").open())
+    assert (first["stage"], first["parameters"], first["made from"]) == ("model", "hub: me/it", "")
+    assert (first["bytes"], first["seconds"], first["peak memory (MiB)"]) == ("12", "2.5", "3")
+    assert second["made from"] == f"model: {'a' * 16}"
+    versions = [tuple(row.values()) for row in csv.DictReader((tmp_path / "versions.csv").open())]
+    assert versions == [("gguf", "2", "2"), ("torch", "1", "1"), ("torch", "3", "1")]
+
+
+def test_needed_jobs_come_after_what_they_are_made_from(experiment):
+    from hfprune.config import Experiment, parse
+
+    needed = Plan(parse(Experiment, experiment, "")).needed
+    keys = [job.key for job in needed]
+    assert len(keys) == len(set(keys))
+    stages = [job.recipe.stage for job in needed]
+    assert sorted(stages) == sorted(
+        ["model", "text", "text", "task", "score", "prune", "prune", "reference", *["measure", "evaluate"] * 3]
+    )
+    for number, job in enumerate(needed):
+        for inputs in job.inputs.values():
+            for each in inputs if isinstance(inputs, list) else [inputs]:
+                assert each.key in keys[:number]
+
+
+def test_every_caption_is_one_line_that_begins_with_a_title():
+    captions = yaml.safe_load((REPOSITORY / "workflow" / "report" / "captions.yaml").read_text())
+    for kind, named in captions.items():
+        for name, line in named.items():
+            title, _, caption = line.partition(". ")
+            assert caption, (kind, name)
+            assert "\n" not in line
+            assert len(title) < 80
