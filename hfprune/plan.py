@@ -107,7 +107,7 @@ class Plan:
                     add(each)
             found[job.recipe.stage, job.key] = job
 
-        for job in [*self.scores, *self.measures, *self.evaluations]:
+        for job in [*self.scores, *(job for model in self.models for job in model.results)]:
             add(job)
         return list(found.values())
 

@@ -47,7 +47,7 @@ class Browser:
                 "--disable-background-networking", "--proxy-server=127.0.0.1:9", "--remote-debugging-pipe",
                 "--window-size=1400,1000", "--hide-scrollbars", f"--user-data-dir={profile}",
             ],
-            preexec_fn=pipes,  # noqa: PLW1509
+            preexec_fn=pipes,
             close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

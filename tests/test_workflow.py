@@ -104,8 +104,8 @@ def checkout(tmp_path_factory, experiment) -> Checkout:
 def test_it_runs_end_to_end(checkout):
     assert checkout.first == {
         "download": 4, "score": 1, "prune": 2, "reference": 1, "measure": 3, "evaluate": 3,
-        "overlap": 1, "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "agreement": 1, "widths": 1,
-        "all": 1,
+        "overlap": 1, "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "agreement": 1,
+        "widths": 1, "all": 1,
     }  # fmt: skip
     results = checkout.folder / "results" / "tiny"
     assert {file.name for file in (results / "tables").iterdir()} == {
