@@ -63,6 +63,33 @@ class Plan:
         return list(self.jobs["recover"].values())
 
     @property
+    def timed(self) -> list[Job]:
+        """The dense model, and as the first criterion's scores cut it in the first way: one for each budget."""
+        cuts = list(self.jobs["prune"].values())
+
+        def way(job: Job) -> list[str]:
+            names = ("structure", "allocation", "refit")
+            return [job.inputs["scores"].key, *(job.recipe.parameters[name] for name in names)]
+
+        return [*self.jobs["model"].values(), *(job for job in cuts if way(job) == way(cuts[0]))]
+
+    @property
+    def light_cuts(self) -> list[Job]:
+        """The scores that some criteria silence neurons by first, of the first calibration seed."""
+        found: dict[str, Job] = {}
+        for job in self.scores:
+            if "light_cut" in job.inputs:
+                found.setdefault(job.inputs["light_cut"].recipe.parameters["criterion"], job.inputs["light_cut"])
+        return list(found.values())
+
+    @property
+    def sampling(self) -> tuple[str, ...]:
+        """The options by which the first calibration seed's sequences are drawn and scored."""
+        calibration = self.experiment.calibration
+        drawn = calibration.model_dump(include={"samples", "length", "draws"})
+        return options(drawn | {"seed": calibration.seeds[0], "dtype": self.experiment.model.dtype})
+
+    @property
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")

@@ -100,6 +100,11 @@ def half_the_cores(wildcards):
     return max(1, workflow.cores // 2)
 
 
+def every_core(wildcards):
+    """Nothing runs beside what is timed."""
+    return workflow.cores
+
+
 def drawn(*names):
     """The files of some figures."""
     return [RESULTS / "figures" / f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "svg")]
