@@ -18,6 +18,7 @@ include: "workflow/rules/prune.smk"
 include: "workflow/rules/recover.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/timing.smk"
 include: "workflow/rules/paper.smk"
 
 

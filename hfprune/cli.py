@@ -329,9 +329,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     efficiency.add_argument("--models", nargs="+", type=Path, required=True, help="checkpoints, dense and pruned")
     efficiency.add_argument("--output", type=Path, required=True, help="the csv to write")
-    efficiency.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    efficiency.add_argument("--tokens", type=int, default=64, help="new tokens to decode (default: %(default)s)")
+    efficiency.add_argument("--rounds", type=_positive, default=5, help="default: %(default)s")
+    efficiency.add_argument("--tokens", type=_positive, default=64, help="new tokens to decode (default: %(default)s)")
     _add_options(efficiency, MeasureParameters)
+
+    scoring_cost = command(
+        "scoring-cost",
+        _scoring_cost,
+        "Time the scoring of each criterion alone: seconds, peak memory, operations.",
+        "hfprune scoring-cost --model store/model/KEY --text store/text/KEY --criteria entropy cross_entropy \\\n"
+        "    --output scoring_cost.csv",
+    )
+    _add_inputs(scoring_cost, model="dense checkpoint", text="calibration text")
+    scoring_cost.add_argument("--criteria", nargs="+", required=True, help="how neurons are ranked")
+    scoring_cost.add_argument(
+        "--light-cut",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="scores to silence neurons by first, for criteria that need it",
+    )
+    scoring_cost.add_argument("--output", type=Path, required=True, help="the csv to write")
+    scoring_cost.add_argument("--rounds", type=_positive, default=3, help="default: %(default)s")
+    _add_options(scoring_cost, ScoreParameters, exclude={"criterion"})
 
     measured = "--results store/measure/*/ store/evaluate/*/"
     export = command(
@@ -386,11 +406,18 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--shape", type=Path, help="a config.json that stands for the model's, where the hub is far")
 
     makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
-    for each in (*makers, collect, differences, profile, table, widths, losses, export, push):
+    for each in (*makers, collect, differences, profile, table, widths, losses, efficiency, export, push):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
         each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
     return parser
+
+
+def _positive(word: str) -> int:
+    """A command line's number of times."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r}: expected a whole number from 1")
+    return int(word)
 
 
 def _add_options(parser: argparse.ArgumentParser, section: type[Section], exclude: frozenset | set = frozenset()):
@@ -887,15 +914,44 @@ def _provenance_tables(args: argparse.Namespace) -> None:
 def _efficiency(args: argparse.Namespace) -> None:
     import pandas as pd
 
-    from hfprune.efficiency import time_models
+    from hfprune.efficiency import surroundings, time_models
+    from hfprune.tables import described
 
     dtype = _parameters(args, MeasureParameters).dtype
     models = [_open(path, *CHECKPOINTS) for path in args.models]
-    folders = {f"{each.manifest['stage']} {each.key}": each.folder for each in models}
-    rows = pd.DataFrame(time_models(folders, dtype, args.rounds, args.tokens))
+    known = described([each.key for each in models], Store(args.store))
+    timed = pd.DataFrame(time_models({each.key: each.folder for each in models}, dtype, args.rounds, args.tokens))
+    rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(dtype=dtype, **surroundings())
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(args.output, index=False)
-    print(rows.to_string(index=False))
+    print(rows[["stage", "criterion", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
+
+
+def _scoring_cost(args: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from hfprune.efficiency import surroundings, time_scoring
+
+    asked = _parameters(args, ScoreParameters)
+    for name in args.criteria:
+        parse(ScoreParameters, asked.model_dump() | {"criterion": name}, f"hfprune {args.command}")
+    model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
+    scores = [_open(path, "score") for path in args.light_cut]
+    cuts = {
+        each.parameters["criterion"]: each.folder for each in scores if each.manifest["inputs"]["model"] == model.key
+    }
+    criteria: dict[str, Path | None] = {}
+    for name in args.criteria:
+        needed = CRITERIA[name].light_cut
+        if needed not in (None, *cuts):
+            raise UserError(f"criterion {name} takes --light-cut with scores of this model by {needed}.")
+        criteria[name] = needed and cuts[needed]
+    sampling = asked.model_dump(exclude={"criterion"})
+    rows = pd.DataFrame(time_scoring(model.folder, text.folder, criteria, **sampling, rounds=args.rounds))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    rows = rows.assign(key=model.key, dtype=asked.dtype, **surroundings())
+    rows.to_csv(args.output, index=False)
+    print(rows[["criterion", "light_cut", "seconds", "peak_bytes", "tokens", "flops", "n"]].to_string(index=False))
 
 
 def _export(args: argparse.Namespace) -> None:

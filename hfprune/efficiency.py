@@ -1,11 +1,13 @@
-"""How fast models run and how much memory they take: timed side by side, in turn, in one run.
+"""How fast models run, and how fast they are scored, and in how much memory: timed side by side, in turn, in one run.
 
 What can be counted rather than timed (parameters, bytes, operations) is in `models`, and part of every measurement.
 """
 
 import multiprocessing
+import platform
 import statistics
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -13,8 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfprune.artifacts import peak_memory
-from hfprune.models import PREFILL, load_model
+from hfprune.artifacts import device_name, peak_memory, versions
+from hfprune.criteria import CRITERIA
+from hfprune.layout import SCORES
+from hfprune.models import PREFILL, load_model, load_tokenizer
+from hfprune.scoring import TOKENS_PER_BATCH, cost, unit_scores
+from hfprune.structures import read_scores
+from hfprune.texts import sample_sequences
 
 BATCHES = (1, 8)
 PROMPT = 32  # tokens before the first that is decoded
@@ -43,18 +50,76 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
                     found.setdefault((name, task, metric), []).append(value)
     del models, model
     rows = [(*what, statistics.median(values), rounds) for what, values in found.items()]
-    # A process of its own for each, not spawned from this one: Linux counts the spawning process's peak as the child's.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), max_tasks_per_child=1) as pool:
+    with _process_of_its_own() as pool:
         for name, folder in folders.items():
             peak = pool.submit(peak_of, folder, dtype, new_tokens).result()
             rows.append((name, "inference", "peak_bytes", peak, 1))
     return [dict(zip(("model", "task", "metric", "value", "n"), row, strict=True)) for row in rows]
 
 
+def _process_of_its_own() -> ProcessPoolExecutor:
+    """For each call; not spawned from this one: Linux counts the spawning process's peak as the child's."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), max_tasks_per_child=1)
+
+
 def peak_of(folder: Path, dtype: str, new_tokens: int) -> int:
     """Peak bytes of this process after `run_once` of a checkpoint."""
     run_once(load_model(folder, dtype), new_tokens)
     return peak_memory()
+
+
+def time_scoring(
+    model: Path, text: Path, criteria: Mapping[str, Path | None], samples: int, length: int, seed: int, draws: int,
+    dtype: str, rounds: int,
+) -> list[dict[str, object]]:  # fmt: skip
+    """Time the scoring of each criterion alone, one after the other in every round.
+
+    Args:
+        model, text: folders of a checkpoint and of the calibration text.
+        criteria: by name the folder of the scores of its light cut, or None.
+        samples, length, seed, draws, dtype: see `scoring.score`.
+        rounds: measured, after each criterion has scored one sequence unmeasured.
+
+    Returns:
+        Rows `criterion`, `light_cut` (the criterion that has to be scored before, "none"); `seconds`, the median over
+        `n` rounds of a pass over all sequences, without loading; `peak_bytes` of a process that loads the model and
+        scores one batch, of GPU memory, or else resident; `tokens` and `flops` of the pass; `n`.
+    """
+    network = load_model(model, dtype)
+    tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
+    cuts = {name: None if cut is None else read_scores(cut / SCORES)["mlp"] for name, cut in criteria.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in criteria}
+    for number in range(rounds + 1):
+        for name, cut in cuts.items():
+            started = _now()
+            unit_scores(network, tokens if number else tokens[:1], [name], seed, draws, cut)
+            if number:
+                seconds[name].append(_now() - started)
+    counted = {name: cost(network, tokens.numel(), [name], draws, cut is not None) for name, cut in cuts.items()}
+    del network
+    batch = tokens[: max(1, TOKENS_PER_BATCH // length)]
+    rows = []
+    with _process_of_its_own() as pool:
+        for name, cut in cuts.items():
+            peak = pool.submit(peak_of_scoring, model, dtype, batch, name, seed, draws, cut).result()
+            spent = {"seconds": statistics.median(seconds[name]), "peak_bytes": peak, **counted[name], "n": rounds}
+            rows.append({"criterion": name, "light_cut": CRITERIA[name].light_cut or "none", **spent})
+    return rows
+
+
+def peak_of_scoring(
+    model: Path, dtype: str, tokens: Tensor, criterion: str, seed: int, draws: int, light_cut: list[Tensor] | None
+) -> int:
+    """Peak bytes of this process after scoring `tokens` (sequences, length) by one criterion."""
+    unit_scores(load_model(model, dtype), tokens, [criterion], seed, draws, light_cut)
+    return peak_memory()
+
+
+def surroundings() -> dict[str, object]:
+    """What a timing depends on beside the model: `device`, `threads`, `versions` of what computes."""
+    found = versions(("torch", "transformers")) | {"python": platform.python_version()}
+    named = ", ".join(f"{name} {version}" for name, version in found.items())
+    return {"device": device_name(), "threads": torch.get_num_threads(), "versions": named}
 
 
 @torch.no_grad()

@@ -112,6 +112,36 @@ class Plan:
         return list(found.values())
 
     @property
+    def cuts(self) -> list[Model]:
+        """The pruned models of the first calibration seed, not trained."""
+        first = self.experiment.calibration.seeds[0]
+        return [model for model in self.models if model.seed == first and model.recovery == "none"]
+
+    @property
+    def timed(self) -> list[Job]:
+        """The dense model, and one for each cut, by the first criterion that makes it, of the first seed."""
+        found: dict[PruneParameters, Job] = {}
+        for model in self.cuts:
+            found.setdefault(model.cut, model.job)
+        return [*self.jobs["model"].values(), *found.values()]
+
+    @property
+    def light_cuts(self) -> list[Job]:
+        """The scores that some criteria silence neurons by first, of the first calibration seed."""
+        found: dict[str, Job] = {}
+        for job in self.scores:
+            if "light_cut" in job.inputs:
+                found.setdefault(job.inputs["light_cut"].recipe.parameters["criterion"], job.inputs["light_cut"])
+        return list(found.values())
+
+    @property
+    def sampling(self) -> tuple[str, ...]:
+        """The options by which the first calibration seed's sequences are drawn and scored."""
+        calibration = self.experiment.calibration
+        drawn = calibration.model_dump(include={"samples", "length", "draws"})
+        return options(drawn | {"seed": calibration.seeds[0], "dtype": self.experiment.model.dtype})
+
+    @property
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")

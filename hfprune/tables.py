@@ -230,6 +230,14 @@ def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str
     return names
 
 
+def described(keys: list[str], store: Store) -> pd.DataFrame:
+    """Which models some checkpoints are: columns of `MODEL`, seed, ratio_achieved and the checkpoint's key."""
+    made = {key: lineage(key, store) for key in keys}
+    trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
+    rows = [_model_columns(stages) | {"recovery": trained.get(key, "none"), "key": key} for key, stages in made.items()]
+    return pd.DataFrame(rows, columns=[*MODEL, "seed", "ratio_achieved", "key"])
+
+
 def _model_columns(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The columns that say which model it is, of its `lineage`, without `recovery` and `parameters`."""
     columns = {"model": made["model"]["details"]["name"], "stage": "recovered" if "recover" in made else "pruned"}

@@ -11,7 +11,7 @@ from hfprune.cli import main
 STAGES = (
     "score", "shard", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config",
 )  # fmt: skip
-OTHERS = ("efficiency", "export", "push")
+OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")
 COMMANDS = [*((stage,) for stage in (*STAGES, *OTHERS)), *(("download", kind) for kind in ("model", "text", "task"))]
 
 

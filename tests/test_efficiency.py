@@ -6,9 +6,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune.artifacts import Recipe, Store, peak_memory
+from hfprune.cli import main
+from hfprune.config import Experiment, parse
 from hfprune.efficiency import decode, time_models
 from hfprune.fidelity import measure, reference
 from hfprune.models import PREFILL, flops_per_token, load_model, weight_bytes
+from hfprune.plan import Plan
+from hfprune.statistics import MODEL
 from hfprune.surgery import cut
 from tests.conftest import FAMILIES, make_model, run_hfprune
 
@@ -66,15 +70,55 @@ def test_the_command_times_models_side_by_side(checkpoint, tmp_path):
     def produce(folder):
         for file in checkpoint.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
+        return {"name": "tiny"}
 
     store = tmp_path / "store"
     models = [Store(store).make(Recipe("model", {"number": i}), produce) for i in range(2)]
     out = tmp_path / "efficiency.csv"
     options = ("--rounds", 2, "--tokens", 3, "--output", out)
-    run_hfprune(None, "efficiency", "--models", *(each.folder for each in models), *options)
-    rows = pd.read_csv(out)
+    run_hfprune(store, "efficiency", "--models", *(each.folder for each in models), *options)
+    rows = pd.read_csv(out, keep_default_na=False)
     assert len(rows) == 2 * 4
-    assert set(rows["model"]) == {f"model {each.key}" for each in models}
+    assert list(rows.columns[: len(MODEL)]) == MODEL, "what joins them with metrics.csv"
+    assert set(rows["key"]) == {each.key for each in models}
+    assert set(rows["model"]) == {"tiny"} and set(rows["stage"]) == {"dense"} and set(rows["ratio"]) == {0}
     assert set(rows["metric"]) == {"prefill_seconds", "decode_tokens_per_second", "peak_bytes"}
     assert set(rows["task"]) == {"prefill 256", "decode batch 1", "decode batch 8", "inference"}
-    assert (rows["value"] > 0).all()
+    assert (rows["value"] > 0).all() and (rows["threads"] > 0).all()
+    assert rows["device"].str.len().min() > 0 and rows["versions"].str.contains("torch ").all()
+
+
+def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, command, tmp_path, capsys):
+    model = command("download", "model", "--path", checkpoint)
+    text = command("download", "text", "--path", data / "calibration.jsonl")
+    sampling = ("--samples", 4, "--length", 32)
+    cut = command("score", "--model", model, "--text", text, "--criterion", "cross_entropy", *sampling)
+    out = tmp_path / "scoring_cost.csv"
+    asked = ["scoring-cost", "--model", model, "--text", text, *sampling, "--rounds", 1, "--output", out, "--criteria"]
+    asked = list(map(str, asked))
+    assert main([*asked, "entropy", "self_distillation"]) == 2
+    needed = "criterion self_distillation takes --light-cut with scores of this model by cross_entropy"
+    assert needed in capsys.readouterr().err
+    assert main([*asked, "fisherman"]) == 2
+    assert "criterion = 'fisherman'" in capsys.readouterr().err
+    assert main([*asked, "wanda", "entropy", "self_distillation", "--light-cut", str(cut)]) == 0
+    rows = pd.read_csv(out, keep_default_na=False).set_index("criterion")
+    forward = 4 * 32 * flops_per_token(load_model(checkpoint, "float32"))
+    assert rows["flops"].to_dict() == {"wanda": forward, "entropy": 2 * forward, "self_distillation": 3 * forward}
+    assert rows["light_cut"].to_dict() == {"wanda": "none", "entropy": "none", "self_distillation": "cross_entropy"}
+    assert (rows["tokens"] == 4 * 32).all() and (rows["seconds"] > 0).all() and (rows["n"] == 1).all()
+    assert (rows["peak_bytes"] > 1e8).all() and set(rows["key"]) == {model.name}
+
+
+def test_what_is_timed_of_an_experiment(experiment):
+    grids = [
+        {"criteria": ["entropy", "self_distillation"], "ratios": [0.1, 0.2]},
+        {"criteria": ["entropy"], "ratios": [0.3], "refits": ["none", "bias"]},
+    ]
+    asked = experiment | {"pruning": grids, "calibration": experiment["calibration"] | {"seeds": [3, 4]}}
+    plan = Plan(parse(Experiment, asked, "test"))
+    assert [job.label for job in plan.timed[1:]] == [f"{ratio} by entropy, seed 3" for ratio in (0.1, 0.2, 0.3)]
+    assert plan.timed[0].recipe.stage == "model"
+    (cut,) = plan.light_cuts
+    assert cut.label == "cross_entropy, seed 3"
+    assert plan.sampling == ("--samples", "6", "--length", "32", "--draws", "1", "--seed", "3", "--dtype", "float32")

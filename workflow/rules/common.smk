@@ -103,6 +103,11 @@ def half_the_cores(wildcards):
     return max(1, workflow.cores // 2)
 
 
+def every_core(wildcards):
+    """Nothing runs beside what is timed."""
+    return workflow.cores
+
+
 def results_of(models, *stages):
     """What those stages found of the models."""
     return [plan.manifest(job) for model in models for job in model.results if job.recipe.stage in stages]
@@ -113,12 +118,6 @@ def drawn_of_scores(experiment):
     several = len(experiment.criteria) * len(experiment.calibration.seeds) > 1
     pair = {"entropy", "cross_entropy"} <= set(experiment.criteria)
     return ["importance", *(["agreement"] if several else []), *(["entropy_cross_entropy"] if pair else [])]
-
-
-def cut_only(plan):
-    """The pruned models of the first calibration seed, not trained."""
-    first = plan.experiment.calibration.seeds[0]
-    return [model for model in plan.models if model.seed == first and model.recovery == "none"]
 
 
 def drawn(*names):

@@ -114,7 +114,7 @@ rule agreement:
 rule widths:
     """What every layer keeps, at the first calibration seed."""
     input:
-        [plan.manifest(model.job) for model in cut_only(plan)],
+        [plan.manifest(model.job) for model in plan.cuts],
     output:
         RESULTS / "tables" / "widths.csv",
         drawn("widths"),
