@@ -19,7 +19,6 @@ include: "workflow/rules/recover.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/timing.smk"
-include: "workflow/rules/paper.smk"
 
 
 localrules:
@@ -54,4 +53,5 @@ rule all:
         rules.losses.output if plan.recoveries else [],
 
 
-include: "workflow/rules/report.smk"  # of what `all` names
+include: "workflow/rules/paper.smk"
+include: "workflow/rules/report.smk"

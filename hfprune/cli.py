@@ -228,7 +228,15 @@ def _parser() -> argparse.ArgumentParser:
         "Draw the figures: png, pdf and svg.",
         "hfprune figures --metrics results/default/metrics.csv --output results/default/figures",
     )
-    for each in (tables, figures):
+    pareto = command(
+        "pareto",
+        _pareto,
+        "Draw what models are worth against their speed, and against what it took to make them.",
+        "hfprune pareto --metrics results/default/metrics.csv --timings results/default/efficiency.csv \\\n"
+        "    --output results/default/figures",
+    )
+    pareto.add_argument("--timings", type=Path, required=True, help="the csv of `hfprune efficiency`")
+    for each in (tables, figures, pareto):
         each.add_argument("--metrics", type=Path, required=True, help="a metrics.csv made by collect")
         each.add_argument("--output", type=Path, required=True, help="the folder to write into")
 
@@ -851,6 +859,16 @@ def _widths(args: argparse.Namespace) -> None:
     found = kept_widths([_open(path, "prune") for path in args.manifests], Store(args.store))
     found.to_csv(args.output / "tables" / "widths.csv", index=False)
     for path in (args.output / "tables" / "widths.csv", *draw_widths(found, args.output / "figures")):
+        print(path)
+
+
+def _pareto(args: argparse.Namespace) -> None:
+    from hfprune.figures import draw_pareto
+    from hfprune.paper import read_timings
+    from hfprune.tables import read_metrics
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    for path in draw_pareto(read_metrics(args.metrics), read_timings([args.timings]), args.output):
         print(path)
 
 

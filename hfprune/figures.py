@@ -60,6 +60,11 @@ def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> It
     yield from _save(figures, folder)
 
 
+def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw what models are worth against their speed and their cost into `folder`; their paths."""
+    yield from _save({"pareto": lambda: pareto(metrics, timings)}, folder)
+
+
 def draw_widths(widths: pd.DataFrame, folder: Path) -> Iterator[Path]:
     """Draw what every layer keeps into `folder`; their paths."""
     yield from _save({"widths": lambda: kept_widths(widths)}, folder)
@@ -360,6 +365,56 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
     handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     below = {"loc": "outside lower center", "ncols": min(2, len(handles))}
     figure.legend(handles.values(), handles, frameon=False, fontsize=7, **below)
+    return figure
+
+
+def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
+    """What a model is worth against what it saves and what it took to make: fidelity or, of tasks, accuracy.
+
+    Args:
+        metrics: rows of metrics.csv.
+        timings: see `paper.read_timings`.
+    """
+    evaluated = (metrics["group"] == "task").any()
+    if evaluated:
+        worth, title, scale = mean_accuracy(over_seeds(headline(metrics))), "Mean accuracy (%)", 100
+    else:
+        heldout = on_headline_text(metrics)
+        worth, title, scale = over_seeds(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+    prefill = timings[timings["metric"] == "prefill_seconds"]
+    flops = metrics[(metrics["group"] == "cost") & (metrics["metric"] == "flops")]
+    made = flops.groupby([*MODEL, "seed"], dropna=False)["value"].sum().groupby(MODEL).mean() / 1e12
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
+    ways = varying(worth)
+    labels = [
+        ", ".join([*([] if row["criterion"] == "none" else [row["criterion"]]), *_said(ways, row[ways])])
+        if row["stage"] != "dense"
+        else "dense"
+        for _, row in worth.iterrows()
+    ]
+    looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    tokens = prefill["task"].iloc[0].split()[-1]
+    panels = {
+        f"Prefill of {tokens} tokens (ms)": prefill.set_index(MODEL)["value"] * 1000,
+        "Scoring, cutting and training (TFLOP)": made,
+    }
+    for axis, (name, cost) in zip(axes, panels.items(), strict=True):
+        for (_, row), label in zip(worth.iterrows(), labels, strict=True):
+            setting, look = tuple(row[MODEL]), looks[label]
+            x = cost.get(setting, np.nan)
+            color, marker = COLORS[look % len(COLORS)], MARKERS[look % len(MARKERS)]
+            half = scale * WITHIN * row["stderr"]
+            axis.errorbar(x, scale * row["value"], yerr=half, color=color, marker=marker, markersize=5, lw=0.8)
+            if row["ratio"] and np.isfinite(x):
+                said = (x, scale * row["value"])
+                axis.annotate(f"{row['ratio']:.0%}", said, (4, 4), textcoords="offset points", fontsize=6)
+        axis.set_xlabel(name)
+    axes[0].set_ylabel(title)
+    handles = [
+        plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=MARKERS[n % len(MARKERS)], ls="", label=label)
+        for label, n in looks.items()
+    ]
+    figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center", ncols=2)
     return figure
 
 

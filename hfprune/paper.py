@@ -1,6 +1,6 @@
 """The paper's tables for whatever model an experiment names, the published rows below its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pandas as pd
 from hfprune.comparison import LOWER_IS_BETTER, MEASURE, Comparison, indistinguishable_from_best
 from hfprune.errors import UserError
 from hfprune.statistics import MODEL, WITHIN, mean_accuracy, over_seeds, varying
-from hfprune.tables import TASK_TITLES, headline
+from hfprune.tables import TASK_TITLES, headline, read_metrics
 from hfprune.typeset import NOT_WORSE, Cell, Row, Sheet
 
 INTERVAL = (
@@ -121,8 +121,7 @@ def sheet(name: str, estimates: pd.DataFrame, published: Path) -> Sheet:
         here = ours[(ours["ratio"] == ratio) & (ours["text"] == text)]
         for setting, found in here.groupby(MODEL, sort=False):
             model = dict(zip(MODEL, setting, strict=True))
-            method = "dense" if model["criterion"] == "none" else model["criterion"]
-            rows.append(Row([*where, method, *(model[way] for way in ways)], _cells(found, columns)))
+            rows.append(Row([*where, _method(model), *(model[way] for way in ways)], _cells(found, columns)))
         there = theirs[(theirs["ratio"] == ratio) & (theirs["text"] == text)]
         for (model, method), found in there.groupby(["model", "method"], sort=False):
             known = [*where, f"{method}, {model}, published"]
@@ -167,45 +166,127 @@ def _published_cells(found: pd.DataFrame, columns: Sequence[Column]) -> dict[str
 
 
 def _notes(estimates: pd.DataFrame, theirs: pd.DataFrame) -> list[str]:
-    notes = [INTERVAL, f"Calibration seeds: {estimates['seeds'].max()}."]
-    if len(theirs):
-        said = theirs[theirs["note"] != ""].drop_duplicates("note")
-        errata = [f"{each.method}, {each.metric}: {each.note}." for each in said.itertuples()]
-        notes.append(" ".join([f"Published: {'; '.join(dict.fromkeys(theirs['source']))}.", *errata]))
-    return notes
+    return [INTERVAL, f"Calibration seeds: {estimates['seeds'].max()}.", *_published_notes(theirs)]
 
 
-def further_sheet(metrics: pd.DataFrame) -> Sheet:
+def _published_notes(theirs: pd.DataFrame) -> list[str]:
+    """Where published values are from, and what is wrong with them."""
+    said = theirs[theirs["note"] != ""].drop_duplicates("note")
+    errata = [f"{each.method}, {each.metric}: {each.note}." for each in said.itertuples()]
+    return [" ".join([f"Published: {'; '.join(dict.fromkeys(theirs['source']))}.", *errata])] if len(theirs) else []
+
+
+def _method(model: Mapping[str, str]) -> str:
+    return "dense" if model["criterion"] == "none" else model["criterion"]
+
+
+def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
     """Table 3: the tasks' accuracy of several dense models and of what was made of them.
 
     Args:
-        metrics: rows of the metrics.csv of several experiments. The published table is not shown, see
-            results/published/README.md.
+        sources: the metrics.csv of several experiments.
+        published: not read: the published table contradicts itself, see results/published/README.md.
     """
-    tasks = over_seeds(headline(metrics))
+    tasks = over_seeds(headline(pd.concat([read_metrics(path) for path in sources], ignore_index=True)))
     both = pd.concat([tasks, mean_accuracy(tasks).assign(task="mean")])
-    ways = varying(both)
     names = list(dict.fromkeys(tasks["task"]))
     columns = [*(Column(TASK_TITLES.get(name, name), name, scale=100) for name in names), MEANS[0]]
-    both = both.assign(
-        metric=both["task"], low=both["value"] - WITHIN * both["stderr"], high=both["value"] + WITHIN * both["stderr"]
-    ).assign(best=False, tied=False)
+    half = WITHIN * both["stderr"]
+    both = both.assign(metric=both["task"], low=both["value"] - half, high=both["value"] + half)
+    ways = varying(both)
     rows = []
     for setting, found in both.groupby(MODEL, sort=False):
         model = dict(zip(MODEL, setting, strict=True))
-        method = "dense" if model["criterion"] == "none" else model["criterion"]
-        heads = [model["model"], f"{100 * model['ratio']:.4g}", method, *(model[way] for way in ways)]
-        rows.append(Row(heads, _cells(found, columns)))
+        heads = [model["model"], f"{100 * model['ratio']:.4g}", _method(model), *(model[way] for way in ways)]
+        rows.append(Row(heads, _cells(found.assign(best=False, tied=False), columns)))
     heads = ["Model", "Removed (%)", "Method", *map(str.capitalize, ways)]
     note = f"± is {WITHIN} standard errors, over documents and calibration seeds."
     return Sheet("Zero-shot accuracy (%) of further models.", heads, {each.title: 1 for each in columns}, rows, [note])
 
 
-def timing_sheet(timings: pd.DataFrame, published: Path) -> Sheet:
-    """Table 4: prefill and decoding of the dense model and of pruned ones, on the machine that they were timed on."""
-    raise NotImplementedError
+TIMINGS = {  # title: task and metric of efficiency.csv, metric of the published table, factor, digits
+    "Prefill (ms)": ("prefill 256", "prefill_seconds", "prefill_ms", 1e3, 1),
+    "Decoding, batch 1 (tokens/s)": ("decode batch 1", "decode_tokens_per_second", None, 1, 1),
+    "Decoding, batch 8 (tokens/s)": ("decode batch 8", "decode_tokens_per_second", "decode_tokens_per_second", 1, 1),
+    "Peak memory (GiB)": ("inference", "peak_bytes", None, 2**-30, 2),
+}
 
 
-def scoring_sheet(costs: pd.DataFrame, published: Path) -> Sheet:
-    """Table 5: seconds and memory of scoring, a criterion alone."""
-    raise NotImplementedError
+def timing_sheet(sources: Sequence[Path], published: Path) -> Sheet:
+    """Table 4: prefill and decoding of the dense model and of pruned ones, on the machine that they were timed on.
+
+    Args:
+        sources: the csv of `hfprune efficiency`.
+        published: the csv of published values, which may be missing.
+    """
+    timings = read_timings(sources)
+    ways, rows = varying(timings), []
+    theirs = read_published(published)
+    theirs = theirs[theirs["ratio"].isin(timings["ratio"])]
+    for ratio in dict.fromkeys(timings["ratio"]):
+        removed = f"{100 * ratio:.4g}"
+        for _, found in timings[timings["ratio"] == ratio].groupby("key", sort=False):
+            model, values = found.iloc[0], found.set_index(["task", "metric"])["value"]
+            cells = {name: Cell(scale * values[task, metric]) for name, (task, metric, _, scale, _) in TIMINGS.items()}
+            rows.append(Row([removed, *("" if model["criterion"] == "none" else model[way] for way in ways)], cells))
+        for name, found in theirs[theirs["ratio"] == ratio].groupby("model", sort=False):
+            values = found.set_index("metric")["value"]
+            cells = {title: Cell(values[each]) for title, (_, _, each, _, _) in TIMINGS.items() if each in values}
+            rows.append(Row([f"{removed}, {name}, published", *[""] * len(ways)], cells, published=True))
+    heads = ["Removed (%)", *map(str.capitalize, ways)]
+    caption = "Prefill of 256 tokens, and decoding."
+    digits = {title: digits for title, (*_, digits) in TIMINGS.items()}
+    return Sheet(caption, heads, digits, rows, [_machine(timings), *_published_notes(theirs)])
+
+
+def read_timings(sources: Sequence[Path]) -> pd.DataFrame:
+    """The csv of `hfprune efficiency`.
+
+    Raises:
+        UserError: it is not one.
+    """
+    return _read(sources, ["key", *MODEL, "task", "metric", "value", "n", "device", "threads", "versions", "dtype"])
+
+
+def scoring_sheet(sources: Sequence[Path], published: Path) -> Sheet:
+    """Table 5: seconds and memory of scoring, each criterion alone.
+
+    Args:
+        sources: the csv of `hfprune scoring-cost`.
+        published: the csv of published values, which may be missing.
+    """
+    names = ["criterion", "light_cut", "seconds", "peak_bytes", "tokens", "flops", "n", "device", "threads", "versions"]
+    costs, theirs = _read(sources, [*names, "dtype"]), read_published(published)
+    first = costs["seconds"].iloc[0]
+    relative = f"Time / {costs['criterion'].iloc[0]}"
+    rows = []
+    for each in costs.itertuples():
+        named = each.criterion if each.light_cut == "none" else f"{each.criterion}, after scoring by {each.light_cut}"
+        values = {"Seconds": each.seconds, relative: each.seconds / first, "Tokens/s": each.tokens / each.seconds}
+        values |= {"TFLOP": each.flops / 1e12, "Peak memory (GB)": each.peak_bytes / 1e9}
+        rows.append(Row([named], {title: Cell(value) for title, value in values.items()}))
+    for (model, method), found in theirs.groupby(["model", "method"], sort=False):
+        values = found.set_index("metric")["value"]
+        cells = {"Seconds": Cell(values["seconds"]), "Peak memory (GB)": Cell(values["peak_gigabytes"])}
+        rows.append(Row([f"{method}, {model}, published"], cells, published=True))
+    digits = {"Seconds": 1, relative: 2, "Tokens/s": 0, "TFLOP": 1, "Peak memory (GB)": 2}
+    caption = f"Scoring {costs['tokens'].iloc[0]:,} tokens by each criterion alone."
+    return Sheet(caption, ["Criterion"], digits, rows, [_machine(costs), *_published_notes(theirs)])
+
+
+OF_FILES = {"table3": further_sheet, "table4": timing_sheet, "table5": scoring_sheet}
+
+
+def _read(sources: Sequence[Path], columns: Sequence[str]) -> pd.DataFrame:
+    if len(sources) != 1:
+        raise UserError(f"one csv file is expected, not {len(sources)}: {', '.join(map(str, sources))}.")
+    try:
+        return pd.read_csv(sources[0])[list(columns)].fillna({way: "none" for way in MODEL if way in columns})
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{sources[0]}: not a csv with the columns {', '.join(columns)}: {error}") from None
+
+
+def _machine(timings: pd.DataFrame) -> str:
+    one = timings.iloc[0]
+    rounds = f"Medians over {one['n']} rounds, taken in turn."
+    return f"{rounds} {one['device']}, {one['threads']} threads, {one['dtype']}, {one['versions']}."
