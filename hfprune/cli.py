@@ -727,7 +727,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     }
     whole = stages.recipe("evaluate", {}, model=model.key, **{name: each.key for name, each in recipes.items()})
 
-    def produce(folder: Path) -> None:
+    def produce(folder: Path) -> dict:
         from hfprune.evaluation import evaluate, evaluate_task, language_model
 
         loaded: list[Any] = []  # the model, once a task needs it
@@ -742,8 +742,9 @@ def _evaluate(args: argparse.Namespace) -> None:
             return produce_one
 
         store = Store(args.store)
-        done = {name: store.make(recipe, produce_task(name)).folder for name, recipe in recipes.items()}
-        evaluate(folder, done)
+        done = {name: store.make(recipe, produce_task(name)) for name, recipe in recipes.items()}
+        evaluate(folder, {name: each.folder for name, each in done.items()})
+        return {"tasks": {name: each.manifest["details"] for name, each in done.items()}}
 
     _make(args, whole, produce)
 

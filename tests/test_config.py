@@ -35,6 +35,18 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
         ("pruning.ratio", [0.2], r"pruning\.ratio: unknown key\. Did you mean 'ratios'\?"),
         ("calibraton", {}, r"calibraton: unknown key\. Did you mean 'calibration'\?"),
         ("evaluation.tasks.boolq.fle", "x", r"evaluation\.tasks\.boolq\.fle: unknown key\. Did you mean 'file'\?"),
+        ("evaluation.batching", "share", r"evaluation\.batching = 'share': .*Did you mean 'shared'\?"),
+        (
+            "evaluation.tasks.boolq.num_fewshot",
+            5,
+            r"boolq: 'num_fewshot' alone: 'fewshot_split' and 'num_fewshot' go to",
+        ),
+        ("evaluation.tasks.boolq.fewshot_split", "train", r"boolq: 'fewshot_split' does not go with 'path'"),
+        (
+            "evaluation.tasks.boolq",
+            {"hub": "a/b", "split": "test", "fewshot_split": "train", "num_fewshot": 0},
+            r"boolq\.num_fewshot = 0: .*greater than or equal to 1",
+        ),
         ("pruning.ratios", [0.2, 1.5], r"pruning\.ratios\.1 = 1\.5: .*less than 1"),
         ("pruning.ratios", [0], r"pruning\.ratios\.0 = 0: .*greater than 0"),
         ("pruning.ratios", [], r"pruning\.ratios = \[\]: .*at least 1 item"),
@@ -163,8 +175,18 @@ def test_only_what_depends_on_a_changed_parameter_gets_another_key(experiment):
     assert different("pruning.ratio_of", "mlp") == {"prune", "measure", "evaluate"}
     assert different("pruning.ridge", 0.2) == set(), "no refit reads it"
     assert different("evaluation.limit", 5) == {"evaluate"}
+    assert different("evaluation.batching", "stock") == {"evaluate"}
     assert different("fidelity.samples", 3) == {"reference", "measure"}
     assert different("texts.heldout.documents", [0, 7]) == {"text", "reference", "measure"}
+
+
+def test_batching_and_examples_reach_the_stages_that_read_them(experiment):
+    gsm8k = {"hub": "openai/gsm8k", "split": "test", "fewshot_split": "train", "num_fewshot": 5}
+    changes = {"tasks": {"gsm8k": gsm8k}, "batching": "stock"}
+    plan = Plan(parse(Experiment, changed(experiment, "evaluation", changes), "test"))
+    (task,) = plan.jobs["task"].values()
+    assert " ".join(task.options).endswith("--split test --name gsm8k --fewshot-split train --num-fewshot 5")
+    assert all("--batching stock" in " ".join(job.options) for job in plan.jobs["evaluate"].values())
 
 
 def test_a_grid_of_cuts_and_what_each_reads(experiment):

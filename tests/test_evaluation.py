@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from hfprune import loglikelihoods
+from hfprune.cli import main
 from hfprune.errors import UserError
 from hfprune.evaluation import evaluate_task, language_model
 from hfprune.loglikelihoods import Shared, Stock
@@ -265,6 +266,29 @@ def test_a_result_says_how_it_came_to_be(checkpoint, tmp_path):
     assert details["bos"] is False  # this tokenizer adds none
 
 
+def test_batching_is_what_the_command_says(checkpoint, tmp_path, capsys, monkeypatch):
+    def run(*words):
+        assert main([*map(str, words), "--store", str(tmp_path / "store")]) == 0
+        return Path(capsys.readouterr().out.splitlines()[-1])
+
+    used = []
+    for kind in (Shared, Stock):
+        compute = kind._loglikelihood_tokens
+        monkeypatch.setattr(
+            kind, "_loglikelihood_tokens", lambda self, *a, c=compute, k=kind, **b: used.append(k) or c(self, *a, **b)
+        )
+    model = run("download", "model", "--path", checkpoint)
+    file = write_lines(tmp_path / "data.jsonl", boolq_records(4))
+    asked = ("evaluate", "--model", model, "--tasks", run("download", "task", "--name", "boolq", "--path", file))
+    shared, stock = run(*asked), run(*asked, "--batching", "stock")
+    assert shared != stock and used == [Shared, Stock]
+    said = [json.loads(file.read_text()) for file in (tmp_path / "store" / "evaluate-task").glob("*/manifest.json")]
+    assert {each["parameters"]["batching"] for each in said} == {"shared", "stock"}
+    about = json.loads((shared / "manifest.json").read_text())["details"]["tasks"]["boolq"]
+    assert about.keys() == {"lm_eval", "task_version", "num_fewshot", "bos", "documents", "of"}
+    assert json.loads((shared / "results.json").read_text()) == json.loads((stock / "results.json").read_text())
+
+
 def mmlu_records():
     subjects = ["anatomy", "astronomy", "anatomy", "anatomy", "virology"]
     return [
@@ -314,6 +338,14 @@ FURTHER = {
             "article": "It rained.",
             "problems": "[{'question': 'Why _ ?', 'answer': 'B', 'options': ['a', 'b', 'c', 'd']}]",
         },
+        {"acc"},
+    ),
+    "openbookqa": (
+        {"question_stem": "A stone is", "choices": {"text": ["a", "b c"], "label": ["A", "B"]}, "answerKey": "B"},
+        {"acc", "acc_norm"},
+    ),
+    "social_iqa": (
+        {"context": "Jo ran.", "question": "Why?", "answerA": "a", "answerB": "b c", "answerC": "d", "label": "3"},
         {"acc"},
     ),
     "arc_challenge": (
