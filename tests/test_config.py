@@ -111,7 +111,15 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
         ("calibration.shards", 100, r"calibration: shards = 100: there are only 6 samples"),
         ("calibration.samples", "many", r"calibration\.samples = 'many': .*valid integer"),
         ("calibration.text", "calibrations", r"calibration\.text = 'calibrations': not one of `texts`: calibration,"),
-        ("fidelity.texts", ["calibration"], r"shares documents with calibration\.text"),
+        (
+            "fidelity.texts",
+            ["heldout", "calibration"],
+            r"fidelity\.texts\.1 = 'calibration' shares documents with calibration\.text = 'calibration'",
+        ),
+        ("fidelity.texts", ["helout"], r"fidelity\.texts\.0 = 'helout': not one of `texts`: calibration, heldout"),
+        ("fidelity.texts", ["heldout"] * 2, r"fidelity\.texts\.0 = 'heldout' and fidelity\.texts\.1 .* the same text"),
+        ("fidelity.texts", [], r"fidelity\.texts = \[\]: List should have at least 1 item"),
+        ("fidelity.text", "heldout", r"fidelity\.text: unknown key\. Did you mean 'texts'\?"),
         ("model.path", "/no/such/folder", r"model: path '/no/such/folder' does not exist"),
         ("model.hub", "owner/name", r"model: give exactly one of hub, wheel and path, not hub and path"),
         ("model", {"dtype": "float32"}, r"model: give exactly one of hub, wheel and path, not none"),
@@ -177,6 +185,9 @@ def test_only_what_depends_on_a_changed_parameter_gets_another_key(experiment):
     assert different("evaluation.limit", 5) == {"evaluate"}
     assert different("evaluation.batching", "stock") == {"evaluate"}
     assert different("fidelity.samples", 3) == {"reference", "measure"}
+    renamed = {"calibration": experiment["texts"]["calibration"], "other-name": experiment["texts"]["heldout"]}
+    other = changed(changed(experiment, "texts", renamed), "fidelity.texts", ["other-name"])
+    assert keys(other, "measure") == keys(experiment, "measure")
     assert different("texts.heldout.documents", [0, 7]) == {"text", "reference", "measure"}
 
 
@@ -187,6 +198,20 @@ def test_batching_and_examples_reach_the_stages_that_read_them(experiment):
     (task,) = plan.jobs["task"].values()
     assert " ".join(task.options).endswith("--split test --name gsm8k --fewshot-split train --num-fewshot 5")
     assert all("--batching stock" in " ".join(job.options) for job in plan.jobs["evaluate"].values())
+
+
+def test_every_held_out_text_has_its_own_predictions_and_measures_and_keeps_its_name(experiment):
+    path = experiment["texts"]["heldout"]["path"]
+    parts = {name: {"path": path, "documents": part} for name, part in (("first", [0, 4]), ("second", [4, 8]))}
+    two = changed(experiment, "texts", experiment["texts"] | parts)
+    plan = Plan(parse(Experiment, changed(two, "fidelity.texts", ["second", "first"]), "test"))
+    assert list(plan.documents["fidelity"]) == ["second", "first"]
+    references = {job.key: job.inputs["text"].key for job in plan.jobs["reference"].values()}
+    assert list(references.values()) == [text.key for text in plan.documents["fidelity"].values()]
+    measured = [
+        (job.inputs["model"].key, references[job.inputs["reference"].key]) for job in plan.jobs["measure"].values()
+    ]
+    assert len(set(measured)) == len(measured) == 2 * 3
 
 
 def test_a_grid_of_cuts_and_what_each_reads(experiment):
