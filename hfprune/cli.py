@@ -236,8 +236,8 @@ def _parser() -> argparse.ArgumentParser:
         "overlap",
         _overlap,
         "Compare what is calibrated or trained on with what is tested on: documents that share 13 words in a row.",
-        "hfprune overlap --calibration xsum=store/text/KEY --fidelity quac=store/text/KEY --task boolq=store/task/KEY \\\n"
-        "    --output overlap.csv",
+        "hfprune overlap --calibration xsum=store/text/KEY --fidelity quac=store/text/KEY \\\n"
+        "    --task boolq=store/task/KEY --output overlap.csv",
     )
     for use in USES:
         overlap.add_argument(
@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         "page",
         _page,
         "Make a page of the report: a table or a figure with its title and caption.",
-        "hfprune page --title 'Every model' --caption 'Accuracy in per cent.' --output summary.html summary.csv summary.md",
+        "hfprune page --title 'Every model' --caption 'In per cent.' --output summary.html summary.csv summary.md",
     )
     page.add_argument("--title", required=True, help="what it is")
     page.add_argument("--caption", required=True, help="what a reader must know to read it")

@@ -132,8 +132,8 @@ def _strings(value: Any) -> Iterator[str]:
 def refusal(found: Sequence[Overlap]) -> str:
     """What to say of the pairs that overlap where an experiment is strict; empty where none does."""
     lines = [
-        f"{each.tested_for} {each.tested}: {each.overlapping} of {each.documents} documents overlap with {each.seen_for} "
-        f"text {each.seen}, such as {each.example!r}."
+        f"{each.tested_for} {each.tested}: {each.overlapping} of {each.documents} documents overlap with "
+        f"{each.seen_for} text {each.seen}, such as {each.example!r}."
         for each in found
         if each.overlapping
     ]

@@ -16,15 +16,15 @@ from typing import Any
 from hfprune.errors import UserError
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1e293b; margin: 2rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1e293b; margin: 1.5rem; }
 h1 { font-size: 1.25rem; margin: 0 0 1rem; }
 p { max-width: 50rem; }
 a { color: #0072B2; }
 svg { max-width: 100%; height: auto; }
 pre { background: #f8fafc; padding: 1rem; font-size: 13px; }
-table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; font-size: 13px; }
+table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; font-size: 12.5px; }
 th { position: sticky; top: 0; background: white; border-bottom: 1px solid; text-align: left; vertical-align: bottom; }
-th, td { padding: .25rem .75rem .25rem 0; max-width: 24rem; overflow-wrap: break-word; }
+th, td { padding: .25rem .6rem .25rem 0; max-width: 24rem; overflow-wrap: break-word; }
 td { vertical-align: top; font-variant-numeric: tabular-nums; }
 .number { text-align: right; white-space: nowrap; }
 tbody tr:hover { background: #f1f5f9; }
@@ -84,7 +84,8 @@ def _short(cell: str) -> str:
 
 def _printed(file: Path) -> list[list[str]]:
     """The rows of a table of Markdown, without the line under its head."""
-    lines = [line.strip().strip("|").split("|") for line in file.read_text(encoding="utf-8").splitlines() if "|" in line]
+    text = file.read_text(encoding="utf-8")
+    lines = [line.strip().strip("|").split("|") for line in text.splitlines() if "|" in line]
     del lines[1]
     return [[re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(cell.strip())) for cell in line] for line in lines]
 

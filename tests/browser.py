@@ -47,7 +47,7 @@ class Browser:
                 "--disable-background-networking", "--proxy-server=127.0.0.1:9", "--remote-debugging-pipe",
                 "--window-size=1400,1000", "--hide-scrollbars", f"--user-data-dir={profile}",
             ],
-            preexec_fn=pipes,  # noqa: PLW1509
+            preexec_fn=pipes,
             close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -125,7 +125,8 @@ class Browser:
 
     def click(self, text: str) -> None:
         """Click on the link of that text."""
-        self.run(f"[...document.querySelectorAll('a')].find(link => link.innerText.trim() === {json.dumps(text)}).click()")
+        links = "[...document.querySelectorAll('a')]"
+        self.run(f"{links}.find(link => link.innerText.trim() === {json.dumps(text)}).click()")
 
     def run_inside(self, script: str) -> Any:
         """The value of an expression in the page's one inner frame; None where that is not loaded."""

@@ -178,7 +178,7 @@ def test_a_report_stands_in_a_browser_without_a_network(report, tmp_path):
             page.click("Results")
         assert page.asked == [alone.as_uri()]
         assert page.faults == []
-    assert len(set(file.read_bytes() for file in tmp_path.glob("*.png"))) == 1 + sum(map(len, shown.values()))
+    assert len({file.read_bytes() for file in tmp_path.glob("*.png")}) == 1 + sum(map(len, shown.values()))
 
 
 def edit(file: Path, old: str, new: str) -> None:
