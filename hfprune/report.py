@@ -26,7 +26,8 @@ table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px sol
 th { position: sticky; top: 0; background: white; border-bottom: 1px solid; text-align: left; vertical-align: bottom; }
 th, td { padding: .25rem .6rem .25rem 0; max-width: 24rem; overflow-wrap: break-word; }
 td { vertical-align: top; font-variant-numeric: tabular-nums; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
 tbody tr:hover { background: #f1f5f9; }
 """
 DIGEST = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{24,48}\b")  # of which 16 digits are enough, as in keys
