@@ -16,19 +16,21 @@ from typing import Any
 from hfprune.errors import UserError
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1e293b; margin: 2rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1e293b; margin: 1.5rem; }
 h1 { font-size: 1.25rem; margin: 0 0 1rem; }
 p { max-width: 50rem; }
 a { color: #0072B2; }
 svg { max-width: 100%; height: auto; }
 pre { background: #f8fafc; padding: 1rem; font-size: 13px; }
-table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; font-size: 13px; }
+table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; font-size: 12.5px; }
 th { position: sticky; top: 0; background: white; border-bottom: 1px solid; text-align: left; vertical-align: bottom; }
-th, td { padding: .25rem .75rem .25rem 0; max-width: 26rem; overflow-wrap: anywhere; }
+th, td { padding: .25rem .6rem .25rem 0; max-width: 24rem; overflow-wrap: break-word; }
 td { vertical-align: top; font-variant-numeric: tabular-nums; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
 tbody tr:hover { background: #f1f5f9; }
 """
+DIGEST = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{24,48}\b")  # of which 16 digits are enough, as in keys
 FRACTION = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?%?( ?±.*|\s*\[.*\])?")
 
@@ -65,7 +67,7 @@ def page(title: str, caption: str, files: Sequence[Path]) -> str:
 
 def _download(file: Path) -> str:
     data = base64.b64encode(file.read_bytes()).decode()
-    return f'<p><a download="{file.name}" href="data:text/plain;base64,{data}">{file.name}</a>, in full precision</p>'
+    return f'<p>Download: <a download="{file.name}" href="data:text/plain;base64,{data}">{file.name}</a></p>'
 
 
 def _rows(file: Path) -> list[list[str]]:
@@ -83,9 +85,8 @@ def _short(cell: str) -> str:
 
 def _printed(file: Path) -> list[list[str]]:
     """The rows of a table of Markdown, without the line under its head."""
-    lines = [
-        line.strip().strip("|").split("|") for line in file.read_text(encoding="utf-8").splitlines() if "|" in line
-    ]
+    text = file.read_text(encoding="utf-8")
+    lines = [line.strip().strip("|").split("|") for line in text.splitlines() if "|" in line]
     del lines[1]
     return [[re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(cell.strip())) for cell in line] for line in lines]
 
@@ -126,7 +127,7 @@ def provenance(manifests: Sequence[Mapping[str, Any]], folder: Path) -> list[Pat
             "device": each["device"],
             "host": each["host"],
             "time": each["time"],
-            "git commit": each["git_commit"],
+            "git commit": DIGEST.sub(r"\1", each["git_commit"] or ""),
         }
         for each in manifests
     ]
@@ -139,9 +140,8 @@ def provenance(manifests: Sequence[Mapping[str, Any]], folder: Path) -> list[Pat
 
 
 def _words(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
-    )
+    said = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return DIGEST.sub(r"\1", ", ".join(f"{name}: {value}" for name, value in said.items()))
 
 
 def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:

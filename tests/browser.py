@@ -94,7 +94,7 @@ class Browser:
     def _note(self, method: str | None, event: dict[str, Any]) -> None:
         if method == "Runtime.exceptionThrown":
             self.faults.append(str(event["exceptionDetails"].get("exception", {}).get("description", event)))
-        elif method == "Runtime.consoleAPICalled" and event["type"] in ("error", "warning", "assert"):
+        elif method == "Runtime.consoleAPICalled" and event["type"] in ("error", "assert"):
             self.faults.append(f"{event['type']}: {[each.get('value') for each in event['args']]}")
         elif method == "Log.entryAdded" and event["entry"]["level"] == "error":
             self.faults.append(f"{event['entry']['text']} {event['entry'].get('url', '')}")
@@ -123,16 +123,25 @@ class Browser:
             assert time.monotonic() < deadline, f"never true: {script}"
             time.sleep(0.05)
 
+    def click(self, text: str) -> None:
+        """Click on the link of that text."""
+        links = "[...document.querySelectorAll('a')]"
+        self.run(f"{links}.find(link => link.innerText.trim() === {json.dumps(text)}).click()")
+
     def run_inside(self, script: str) -> Any:
-        """The value of an expression in the page's one inner frame, once that is loaded."""
+        """The value of an expression in the page's one inner frame; None where that is not loaded."""
+        frames = self.command("Page.getFrameTree")["frameTree"].get("childFrames", [])
+        context = self._contexts.get(frames[0]["frame"]["id"]) if frames else None
+        if context is None or self.run("document.readyState", contextId=context) != "complete":
+            return None
+        return self.run(script, contextId=context)
+
+    def wait_inside(self, script: str) -> None:
+        """Wait until an expression is true in the inner frame."""
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            frames = self.command("Page.getFrameTree")["frameTree"].get("childFrames", [])
-            context = self._contexts.get(frames[0]["frame"]["id"]) if frames else None
-            if context and self.run("document.readyState", contextId=context) == "complete":
-                return self.run(script, contextId=context)
+        while not self.run_inside(script):
+            assert time.monotonic() < deadline, f"never true in the frame: {script}"
             time.sleep(0.05)
-        raise AssertionError("no inner frame was loaded")
 
     def screenshot(self, path: Path) -> None:
         """What the page looks like, as png."""

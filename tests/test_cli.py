@@ -10,6 +10,7 @@ from hfprune.cli import main
 
 STAGES = (
     "score", "shard", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config",
+    "overlap", "page", "provenance",
 )  # fmt: skip
 OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")
 COMMANDS = [*((stage,) for stage in (*STAGES, *OTHERS)), *(("download", kind) for kind in ("model", "text", "task"))]

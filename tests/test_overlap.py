@@ -86,10 +86,8 @@ def test_all_strings_of_a_task_count_and_those_of_instructions_too(documents):
 
 def test_no_run_crosses_from_one_document_into_the_next(documents):
     words = sentences(1, 26).split()
-    halves = [plain(*words[:20]), plain(*words[20:])]
-    assert (
-        only(documents("calibration", "a", halves), documents("fidelity", "b", [plain(*words[12:])])).overlapping == 0
-    )
+    seen = documents("calibration", "a", [plain(*words[:20]), plain(*words[20:])])
+    assert only(seen, documents("fidelity", "b", [plain(*words[12:])])).overlapping == 0
 
 
 def test_short_documents_overlap_where_they_are_the_same_and_empty_ones_never(documents):

@@ -67,9 +67,8 @@ def test_an_empty_table_is_its_head(tmp_path):
 
 def test_a_figure_stands_in_its_page(tmp_path):
     drawn = tmp_path / "kl.svg"
-    drawn.write_text(
-        "<?xml version='1.0'?>\n<!DOCTYPE svg>\n<svg xmlns='http://www.w3.org/2000/svg'><path d='M0 0'/></svg>"
-    )
+    svg = "<svg xmlns='http://www.w3.org/2000/svg'><path d='M0 0'/></svg>"
+    drawn.write_text(f"<?xml version='1.0'?>\n<!DOCTYPE svg>\n{svg}")
     made = page("KL", "Less is better.", [drawn])
     svg = made[made.index("<svg") : made.index("</svg>") + 6]
     assert ElementTree.fromstring(svg)[0].get("d") == "M0 0"
@@ -82,16 +81,18 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_provenance_says_what_made_each_artifact(tmp_path):
-    common = {"device": "cpu", "host": "here", "time": "2026-01-01", "git_commit": None, "peak_memory_bytes": 3 << 20}
+    common = {"device": "cpu", "host": "here", "time": "2026-01-01", "peak_memory_bytes": 3 << 20}
     model = common | {
-        "stage": "model", "key": "a" * 16, "parameters": {"hub": "me/it"}, "inputs": {}, "code": "c" * 64,
+        "stage": "model", "key": "a" * 16, "parameters": {"hub": "me/it", "sha256": "ab" * 32}, "inputs": {},
+        "code": "c" * 64, "git_commit": f"{'d' * 40}-dirty",
         "files": {"x": {"bytes": 5}, "y": {"bytes": 7}}, "seconds": 2.5, "versions": {"torch": "1", "gguf": "2"},
     }  # fmt: skip
     scores = model | {"stage": "score", "inputs": {"model": "a" * 16}, "versions": {"torch": "3", "gguf": "2"}}
     provenance([model, scores], tmp_path)
     first, second = csv.DictReader((tmp_path / "artifacts.csv").open())
-    assert (first["stage"], first["parameters"], first["made from"]) == ("model", "hub: me/it", "")
+    assert (first["stage"], first["parameters"], first["made from"]) == ("model", f"hub: me/it, sha256: {'ab' * 8}", "")
     assert (first["bytes"], first["seconds"], first["peak memory (MiB)"]) == ("12", "2.5", "3")
+    assert first["git commit"] == f"{'d' * 16}-dirty"
     assert second["made from"] == f"model: {'a' * 16}"
     versions = [tuple(row.values()) for row in csv.DictReader((tmp_path / "versions.csv").open())]
     assert versions == [("gguf", "2", "2"), ("torch", "1", "1"), ("torch", "3", "1")]

@@ -151,32 +151,35 @@ def test_a_report_stands_in_a_browser_without_a_network(report, tmp_path):
         pytest.skip(f"no browser here (looked for {', '.join(browser.NAMES)})")
     alone = Path(shutil.copy(report, tmp_path / "alone.html"))
     results = report.parent
-    tables = {file.stem for file in (results / "tables").glob("*.csv")}
-    figures = {file.stem for file in (results / "figures").glob("*.svg")}
+    shown = {
+        "figures": {file.stem for file in (results / "figures").glob("*.svg")},
+        "tables": {file.stem for file in (results / "tables").glob("*.csv")},
+        "provenance": {"config", "artifacts", "versions"},
+    }
     captions = yaml.safe_load((REPOSITORY / "workflow" / "report" / "captions.yaml").read_text())
     with browser.Browser(program, tmp_path / "profile") as page:
         page.open(alone)
         page.wait("document.querySelector('#rulegraph svg, #rulegraph canvas') !== null")
-        assert "tiny" in page.run("document.body.innerText")
+        landing = page.run("document.body.innerText")
+        assert "High-fidelity pruning: tiny" in landing
+        assert "ratios: [0.1, 0.2]" in landing
         page.screenshot(tmp_path / "landing.png")
-        for category, names in (
-            ("Figures", figures), ("Tables", tables), ("Provenance", {"config", "artifacts", "versions"})
-        ):  # fmt: skip
-            titles = {captions[category.lower()][name].partition(". ")[0] for name in names}
-            page.click("a, li", category)
-            rows = "[...document.querySelectorAll('nav tbody tr')]"
-            page.wait(f"{rows}.length == {len(titles)}")
-            assert set(page.run(f"{rows}.map(row => row.innerText.trim())")) == titles
-            for number, title in enumerate(page.run(f"{rows}.map(row => row.innerText.trim())")):
-                page.run(f"{rows}[{number}].querySelector('a').click()")
-                page.wait("document.querySelector('iframe') !== null")
-                inside = page.frame()
-                assert inside["title"] == title
-                assert inside["height"] > 100
-                page.screenshot(tmp_path / f"{category}-{number}.png")
+        for kind, names in shown.items():
+            page.click(kind.capitalize())
+            listed = "[...document.querySelectorAll('nav tbody tr')]"
+            titles = {captions[kind][name].partition(". ")[0] for name in names}
+            page.wait(f"{listed}.length === {len(titles)}")
+            found = page.run(f"{listed}.map(row => row.innerText.trim())")
+            assert set(found) == titles
+            for number, title in enumerate(found):
+                page.run(f"{listed}[{number}].querySelector('a').click()")
+                page.wait_inside(f"document.title === {json.dumps(title)}")
+                assert page.run_inside("document.querySelector('svg, table, pre').getBoundingClientRect().height") > 30
+                page.screenshot(tmp_path / f"{kind}-{number}.png")
+            page.click("Results")
         assert page.asked == [alone.as_uri()]
         assert page.faults == []
-    assert (tmp_path / "Figures-0.png").stat().st_size > 20_000
+    assert len({file.read_bytes() for file in tmp_path.glob("*.png")}) == 1 + sum(map(len, shown.values()))
 
 
 def edit(file: Path, old: str, new: str) -> None:

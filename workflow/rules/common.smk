@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import yaml
 from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, workflow.basedir)
@@ -34,6 +35,9 @@ os.environ.update(
     # whenever a ratio changes.
     HFPRUNE_BUDGETS=json.dumps(plan.budgets),
 )
+
+# Of every table and figure, for the report.
+CAPTIONS = yaml.safe_load(Path(workflow.source_path("../report/captions.yaml")).read_text(encoding="utf-8"))
 
 # What a job that computes on a model takes of the GPU that the default profile hands out, where there is one.
 GPU = int(shutil.which("nvidia-smi") is not None)
@@ -123,3 +127,25 @@ def drawn_of_scores(experiment):
 def drawn(*names):
     """The files of some figures."""
     return [RESULTS / "figures" / f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "svg")]
+
+
+def shown(results):
+    """By kind and name, the files of each result to show: a figure's svg; a table's csv, and its md if there is one."""
+    found = {}
+    for file in map(Path, results):
+        if (file.parent.name, file.suffix) in {("figures", ".svg"), ("tables", ".csv"), ("tables", ".md")}:
+            found.setdefault((file.parent.name, file.stem), []).append(file)
+    for kind, name in found:
+        if name not in CAPTIONS[kind]:
+            raise WorkflowError(f"workflow/report/captions.yaml: no caption for {name!r} in {kind!r}: add a line.")
+    return found
+
+
+def title(wildcards):
+    """The first sentence of a result's caption."""
+    return CAPTIONS[wildcards.kind][wildcards.name].partition(". ")[0]
+
+
+def caption(wildcards):
+    """The others."""
+    return CAPTIONS[wildcards.kind][wildcards.name].partition(". ")[2]

@@ -1,36 +1,10 @@
 # The report shows every table and figure that `rule all` and the paper have, each under the title and caption that
 # workflow/report/captions.yaml has for it: the first sentence is the title.
-import yaml
-
-CATEGORIES = {"figures": "Figures", "tables": "Tables", "provenance": "Provenance"}
-CAPTIONS = yaml.safe_load(Path(workflow.source_path("../report/captions.yaml")).read_text(encoding="utf-8"))
-
-
-def shown(results):
-    """The files of each result to show: a figure's svg; a table's csv, and its md where there is one."""
-    found = {}
-    for file in map(Path, results):
-        if (file.parent.name, file.suffix) in {("figures", ".svg"), ("tables", ".csv"), ("tables", ".md")}:
-            found.setdefault((file.parent.name, file.stem), []).append(file)
-    for kind, name in found:
-        if name not in CAPTIONS[kind]:
-            raise WorkflowError(f"workflow/report/captions.yaml: no caption for {name!r} in {kind!r}: add a line.")
-    return found
-
-
 SHOWN = shown([*rules.all.input, *SHOWN_TOO]) | {
     ("provenance", "config"): [RESULTS / "provenance" / "config.yaml"],
     ("provenance", "artifacts"): [RESULTS / "provenance" / "artifacts.csv"],
     ("provenance", "versions"): [RESULTS / "provenance" / "versions.csv"],
 }
-
-
-def title(wildcards):
-    return CAPTIONS[wildcards.kind][wildcards.name].partition(". ")[0]
-
-
-def caption(wildcards):
-    return CAPTIONS[wildcards.kind][wildcards.name].partition(". ")[2]
 
 
 rule page:
@@ -41,7 +15,7 @@ rule page:
         report(
             RESULTS / "report" / "{kind}" / "{name}.html",
             caption="../report/caption.rst",
-            category=lambda wildcards: CATEGORIES[wildcards.kind],
+            category=lambda wildcards: wildcards.kind.capitalize(),
             labels=lambda wildcards: {"Title": title(wildcards)},
         ),
     log:
