@@ -57,6 +57,7 @@ def page(title: str, caption: str, files: Sequence[Path]) -> str:
         shown = f"<pre>{html.escape(by_suffix['.yaml'].read_text(encoding='utf-8'))}</pre>"
     else:
         shown = _table(_printed(by_suffix[".md"]) if ".md" in by_suffix else _rows(by_suffix[".csv"]))
+        shown += _notes(by_suffix[".md"]) if ".md" in by_suffix else ""
     links = "".join(_download(file) for suffix, file in by_suffix.items() if suffix in (".csv", ".yaml"))
     return (
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
@@ -88,13 +89,23 @@ def _printed(file: Path) -> list[list[str]]:
     text = file.read_text(encoding="utf-8")
     lines = [line.strip().strip("|").split("|") for line in text.splitlines() if "|" in line]
     del lines[1]
-    return [[re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(cell.strip())) for cell in line] for line in lines]
+    return [[_emphasised(html.escape(cell.strip())) for cell in line] for line in lines]
+
+
+def _emphasised(cell: str) -> str:
+    return re.sub(r"\*(.+?)\*", r"<i>\1</i>", re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", cell))
+
+
+def _notes(file: Path) -> str:
+    """What is said below a table of Markdown."""
+    below = file.read_text(encoding="utf-8").rpartition("|\n")[2]
+    return "".join(f"<p>{html.escape(line)}</p>" for line in below.splitlines() if line)
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
     head, *body = rows
     numeric = [
-        all(NUMBER.fullmatch(re.sub("</?b>", "", cell)) for cell in column if cell)
+        all(NUMBER.fullmatch(re.sub("</?[bi]>", "", cell)) for cell in column if cell)
         for column in zip(*body, strict=True)
     ] or [False] * len(head)
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import subprocess
 
 import pytest
 import yaml
@@ -319,3 +321,40 @@ def test_without_tasks_only_fidelity_is_measured(experiment):
     plan = Plan(parse(Experiment, changed(experiment, "evaluation", {"tasks": {}}), "test"))
     assert not plan.jobs["evaluate"] and not plan.jobs["task"]
     assert len(plan.models) == 3
+
+
+PAPERS = ("llama-2-7b", "llama-3.2-1b", "llama-3.2-3b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-1.7b")
+TASKS = {
+    "arc_challenge", "arc_easy", "boolq", "crows_pairs_english", "openbookqa", "piqa", "race", "social_iqa",
+    "truthfulqa_mc2", "winogrande",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_model_of_the_paper_has_what_its_tables_need(name):
+    experiment = load(REPOSITORY / "configs" / f"{name}.yaml")
+    assert set(experiment.evaluation.tasks) == TASKS and experiment.evaluation.limit is None
+    assert len(experiment.calibration.seeds) == 3
+    made = {(criterion, cut.structure, cut.ratio): ways for (criterion, cut), ways in experiment.cuts().items()}
+    for ratio in (0.2, 0.3):
+        assert {"none", "lora"} <= set(made["entropy", "mlp", ratio]), "table 1"
+        for criterion in ("entropy", "cross_entropy", "self_distillation"):
+            assert "none" in made[criterion, "mlp", ratio], "tables 6 and 7"
+    assert {"none", "lora"} <= set(made["entropy", "mlp+attention", 0.2]), "table 8"
+    plan = Plan(experiment)
+    assert any(job.label == "dense, recovery lora" for job in plan.recoveries), "the control"
+    assert [job.label for job in plan.timed[1:3]] == ["0.2 by entropy, seed 0", "0.3 by entropy, seed 0"], "table 4"
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_target_of_a_config_of_the_paper_is_planned_without_a_network(name, tmp_path):
+    done = subprocess.run(
+        ["snakemake", "paper", "report", "--dry-run", "--configfile", f"configs/{name}.yaml"],
+        cwd=REPOSITORY,
+        env=os.environ | {"HFPRUNE_STORE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    planned = re.findall(r"^(table\d) +1$", done.stdout + done.stderr, re.MULTILINE)
+    assert sorted(planned) == ["table1", "table2", "table4", "table5", "table6", "table7", "table8"]

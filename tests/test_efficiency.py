@@ -1,5 +1,7 @@
 """What a checkpoint costs to run: counted exactly; timed without a test looking at the clock."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -88,11 +90,15 @@ def test_the_command_times_models_side_by_side(checkpoint, tmp_path):
     assert rows["device"].str.len().min() > 0 and rows["versions"].str.contains("torch ").all()
 
 
-def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, command, tmp_path, capsys):
-    model = command("download", "model", "--path", checkpoint)
-    text = command("download", "text", "--path", data / "calibration.jsonl")
+def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, tmp_path, capsys):
+    def stage(*words):
+        assert main([*map(str, words), "--store", str(tmp_path / "store")]) == 0
+        return Path(capsys.readouterr().out.splitlines()[-1])
+
+    model = stage("download", "model", "--path", checkpoint)
+    text = stage("download", "text", "--path", data / "calibration.jsonl")
     sampling = ("--samples", 4, "--length", 32)
-    cut = command("score", "--model", model, "--text", text, "--criterion", "cross_entropy", *sampling)
+    cut = stage("score", "--model", model, "--text", text, "--criterion", "cross_entropy", *sampling)
     out = tmp_path / "scoring_cost.csv"
     asked = ["scoring-cost", "--model", model, "--text", text, *sampling, "--rounds", 1, "--output", out, "--criteria"]
     asked = list(map(str, asked))
@@ -101,11 +107,11 @@ def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, comm
     assert needed in capsys.readouterr().err
     assert main([*asked, "fisherman"]) == 2
     assert "criterion = 'fisherman'" in capsys.readouterr().err
-    assert main([*asked, "wanda", "entropy", "self_distillation", "--light-cut", str(cut)]) == 0
+    assert main([*asked, "wanda", "self_distillation", "--light-cut", str(cut)]) == 0
     rows = pd.read_csv(out, keep_default_na=False).set_index("criterion")
     forward = 4 * 32 * flops_per_token(load_model(checkpoint, "float32"))
-    assert rows["flops"].to_dict() == {"wanda": forward, "entropy": 2 * forward, "self_distillation": 3 * forward}
-    assert rows["light_cut"].to_dict() == {"wanda": "none", "entropy": "none", "self_distillation": "cross_entropy"}
+    assert rows["flops"].to_dict() == {"wanda": forward, "self_distillation": 3 * forward}
+    assert rows["light_cut"].to_dict() == {"wanda": "none", "self_distillation": "cross_entropy"}
     assert (rows["tokens"] == 4 * 32).all() and (rows["seconds"] > 0).all() and (rows["n"] == 1).all()
     assert (rows["peak_bytes"] > 1e8).all() and set(rows["key"]) == {model.name}
 
