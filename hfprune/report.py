@@ -32,7 +32,7 @@ tbody tr:hover { background: #f1f5f9; }
 """
 DIGEST = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{24,48}\b")  # of which 16 digits are enough, as in keys
 FRACTION = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
-NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?%?( ?±.*|\s*\[.*\])?")
+NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?%?≈?( ?±.*|\s*\[.*\])?")
 
 
 def page(title: str, caption: str, files: Sequence[Path]) -> str:

@@ -3,13 +3,23 @@
 import csv
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from hfprune.config import Experiment, parse
 from hfprune.errors import UserError
-from hfprune.paper import estimates, further_sheet, read_published, sheet
+from hfprune.figures import against_each_other, kept_widths, pareto
+from hfprune.paper import (
+    estimates,
+    further_sheet,
+    read_published,
+    read_timings,
+    scoring_sheet,
+    sheet,
+    timing_sheet,
+)
 from hfprune.plan import Plan
 from hfprune.statistics import MODEL
 from hfprune.tables import COLUMNS
@@ -181,12 +191,118 @@ def test_further_models_stand_in_one_table(tmp_path):
     metrics = pd.DataFrame(rows, columns=COLUMNS).assign(
         allocation="none", refit="none", structure="none", parameters=1, ratio_achieved=0
     )
-    list(further_sheet(metrics).write(tmp_path, "table3"))
+    sources = [tmp_path / f"{model}.csv" for model in ("a", "b")]
+    for path in sources:
+        metrics[metrics["model"] == path.stem].to_csv(path, index=False)
+    list(further_sheet(sources, PUBLISHED / "table3.csv").write(tmp_path, "table3"))
     found = cells(tmp_path / "table3.csv")
     assert [(row["Model"], row["Removed (%)"], float(row["Mean (%)"])) for row in found] == [
         ("a", "0", 50), ("a", "20", 40), ("b", "0", 50), ("b", "20", 40),
     ]  # fmt: skip
     assert float(found[0]["Mean (%) high"]) == pytest.approx(50 + 1.96 / np.sqrt(2))
+
+
+MACHINE = {"device": "a CPU", "threads": 2, "versions": "torch 2", "dtype": "float32", "n": 5}
+
+
+def timings(path):
+    """The csv of `hfprune efficiency` for a dense model and one cut by 20 %."""
+    rows = []
+    for key, ratio, seconds in (("a", 0.0, 0.1), ("b", 0.2, 0.08)):
+        model = dict(
+            zip(MODEL, ["m", *["dense" if not ratio else "pruned"], "none" if not ratio else "entropy"], strict=False)
+        )
+        about = MACHINE | model | {"key": key, "ratio": ratio, "allocation": "none", "refit": "none"}
+        about |= {"structure": "none", "recovery": "none"}
+        measured = [("prefill 256", "prefill_seconds", seconds), ("inference", "peak_bytes", 2**30)]
+        measured += [(f"decode batch {batch}", "decode_tokens_per_second", batch / seconds) for batch in (1, 8)]
+        rows += [about | {"task": task, "metric": metric, "value": value} for task, metric, value in measured]
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def test_timings_stand_beside_the_published_ones_with_their_machine(tmp_path):
+    made = timing_sheet([timings(tmp_path / "efficiency.csv")], PUBLISHED / "table4.csv")
+    list(made.write(tmp_path, "table4"))
+    found = cells(tmp_path / "table4.csv")
+    assert [(row["Removed (%)"], row["Prefill (ms)"], row["source"]) for row in found] == [
+        ("0", "100.0", "here"),
+        ("0, Llama-2-7B, published", "57.5", "published"),
+        ("20", "80.0", "here"),
+        ("20, Llama-2-7B, published", "46.3", "published"),
+    ]
+    assert [row["Decoding, batch 8 (tokens/s)"] for row in found] == ["80.0", "473.9", "100.0", "553.9"]
+    assert found[0]["Peak memory (GiB)"] == "1.0"
+    assert "a CPU, 2 threads, float32, torch 2" in (tmp_path / "table4.md").read_text()
+
+
+def test_the_cost_of_scoring_is_that_of_each_criterion_alone(tmp_path):
+    rows = [
+        MACHINE
+        | {"criterion": name, "light_cut": cut, "seconds": seconds, "peak_bytes": 3e9, "tokens": 1000, "flops": 5e12}
+        for name, cut, seconds in (("entropy", "none", 10.0), ("self_distillation", "cross_entropy", 15.0))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "costs.csv", index=False)
+    list(scoring_sheet([tmp_path / "costs.csv"], PUBLISHED / "table5.csv").write(tmp_path, "table5"))
+    found = cells(tmp_path / "table5.csv")
+    assert [(row["Criterion"], row["Seconds"], row["Peak memory (GB)"]) for row in found] == [
+        ("entropy", "10.0", "3.0"),
+        ("self_distillation, after scoring by cross_entropy", "15.0", "3.0"),
+        ("entropy, Llama-2-7B, published", "508.9", "35.3"),
+        ("self_distillation, Llama-2-7B, published", "1539.8", "51.2"),
+    ]
+    assert found[1]["Time / entropy"] == "1.5" and found[1]["Tokens/s"] == str(1000 / 15)
+
+
+def test_a_csv_of_something_else_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="not a csv with the columns key, model"):
+        timing_sheet([tmp_path / "x.csv"], PUBLISHED / "table4.csv")
+    with pytest.raises(UserError, match="one csv file is expected, not 2"):
+        scoring_sheet([tmp_path / "x.csv"] * 2, PUBLISHED / "table5.csv")
+
+
+def test_what_a_model_is_worth_stands_against_its_time_and_its_cost(tmp_path):
+    about = {"model": "m", "allocation": "none", "refit": "none", "structure": "none", "recovery": "none", "n": 1}
+    about |= {"ratio_achieved": 0, "parameters": 1}
+    rows = []
+    for stage, criterion, ratio, value in (("dense", "none", 0.0, 0.5), ("pruned", "entropy", 0.2, 0.4)):
+        model = about | {"stage": stage, "criterion": criterion, "ratio": ratio}
+        rows.append(model | {"group": "task", "task": "boolq", "metric": "acc", "value": value, "stderr": 0.01})
+        if ratio:
+            for task, flops in (("score", 1e12), ("prune", 2e12)):
+                rows.append(model | {"group": "cost", "task": task, "metric": "flops", "value": flops, "seed": 0})
+    figure = pareto(pd.DataFrame(rows, columns=COLUMNS), read_timings([timings(tmp_path / "efficiency.csv")]))
+    left, right = figure.axes
+    drawn = [
+        [tuple(line.get_xydata()[0]) for line in axis.lines if len(line.get_xydata()) == 1] for axis in (left, right)
+    ]
+    assert drawn[0] == [(100.0, 50.0), (80.0, 40.0)]
+    assert drawn[1][1] == (3.0, 40.0), "scoring and cutting together"
+    plt.close(figure)
+
+
+def test_kept_widths_have_a_panel_for_each_part_and_size():
+    rows = [
+        {"model": model, "ratio": ratio, "part": part, "layer": layer, "kept": kept, "dense": 10, "key": model}
+        for model, kept in (("entropy", 8), ("entropy, global", 6))
+        for ratio in (0.1, 0.2)
+        for part in ("mlp", "attention")
+        for layer in (0, 1)
+    ]
+    figure = kept_widths(pd.DataFrame(rows))
+    assert len(figure.axes) == 4
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[80, 80], [60, 60]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["entropy", "entropy, global"]
+    plt.close(figure)
+
+
+def test_ranks_by_two_criteria_agree_on_the_diagonal():
+    scores = [np.arange(50.0), np.arange(50.0), np.arange(50.0)]
+    figure = against_each_other(scores, [scores[0] * 3, -scores[1], scores[2] ** 2])
+    titles = [axis.get_title() for axis in figure.axes[:3]]
+    assert titles == [f"Layer {i}: rank correlation {value}" for i, value in enumerate(("1.00", "-1.00", "1.00"))]
+    plt.close(figure)
 
 
 def test_what_latex_would_take_for_a_command_is_escaped(tmp_path):
