@@ -188,6 +188,14 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
+def test_a_result_without_a_caption_is_named_before_anything_runs(experiment, tmp_path):
+    fresh = Checkout(tmp_path / "fresh", tmp_path / "store")
+    edit(fresh.folder / "workflow" / "report" / "captions.yaml", "  kl: ", "  lk: ")
+    output = fresh.snakemake(experiment, status=1)
+    assert "workflow/report/captions.yaml: no caption for 'kl' in 'figures': add a line." in output
+    assert not ran(output)
+
+
 def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(checkout, experiment):
     edit(checkout.folder / "hfprune" / "figures.py", '"#0072B2"', '"#0072B3"')
     criteria = checkout.folder / "hfprune" / "criteria.py"
@@ -289,7 +297,7 @@ def test_a_budget_that_the_model_cannot_meet_is_refused_before_anything_is_score
         assert "ratio 0.2 of all parameters: takes" in output
         assert "largest ratio that allows is 0.1" in output
         assert "Traceback" not in output
-        assert not set(ran(output)) - {"download"}
+        assert not set(ran(output)) - {"download", "overlap"}
     assert fresh.manifests("model")
     assert ran(fresh.snakemake(experiment, "--until", "download"))["download"] <= 4
 
