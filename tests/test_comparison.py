@@ -1,6 +1,7 @@
 """Intervals, paired differences and tests against independent computations."""
 
 import json
+import shutil
 from itertools import product
 from math import comb
 
@@ -10,7 +11,7 @@ import pytest
 from scipy import stats
 
 from hfprune import comparison
-from hfprune.artifacts import Artifact, Store
+from hfprune.artifacts import Artifact, Recipe, Store
 from hfprune.comparison import MEASURE, Comparison, holm, indistinguishable_from_best
 from hfprune.documents import VALUES, read_documents
 from hfprune.errors import UserError
@@ -164,7 +165,8 @@ def test_a_mean_is_over_tasks_with_and_without_crows_pairs():
     assert set(without["task"]) == {"boolq", "piqa", "mean"}
 
 
-def test_models_of_one_ratio_are_compared_and_each_with_the_dense_one_and_its_control():
+@pytest.mark.parametrize("control_first", [False, True])
+def test_models_of_one_ratio_are_compared_and_each_with_the_dense_one_and_its_control(control_first):
     settings = {
         "dense": model("none", **UNCUT, stage="dense"),
         "a 10": model("a", ratio=0.1),
@@ -173,7 +175,10 @@ def test_models_of_one_ratio_are_compared_and_each_with_the_dense_one_and_its_co
         "a 20 lora": model("a", stage="recovered", recovery="lora"),
         "dense lora": model("none", **UNCUT, stage="recovered", recovery="lora"),
     }
-    table = Comparison(pd.concat([rows(each, answers(i)) for i, each in enumerate(settings.values())])).differences()
+    parts = [rows(each, answers(i)) for i, each in enumerate(settings.values())]
+    if control_first:
+        parts.insert(0, parts.pop())
+    table = Comparison(pd.concat(parts)).differences()
     table = table[table["task"] == "boolq"]
     names = {tuple(each[name] for name in MODEL): title for title, each in settings.items()}
     others = ["model", *(f"other_{name}" for name in MODEL[1:])]
@@ -275,15 +280,47 @@ class Fabricated:
 
 def test_texts_have_the_names_and_the_order_of_the_config_and_efficiency_stands_once(tmp_path):
     made = Fabricated(tmp_path)
-    named = collect(made.artifacts, made.store, {"text2": "other", "text1": "same"})
+    named = collect(made.artifacts, made.store, {"text2": "wiki", "text1": "news"})
     kl = named[named["metric"] == "kl"]
     assert kl[["stage", "task", "value"]].values.tolist() == [
-        ["dense", "other", 0], ["dense", "same", 0], ["pruned", "other", 2], ["pruned", "same", 1]
+        ["dense", "wiki", 0], ["dense", "news", 0], ["pruned", "wiki", 2], ["pruned", "news", 1]
     ]  # fmt: skip
     assert (named["group"] == "efficiency").sum() == 2 * 2
     plain = collect(made.artifacts, made.store)
     assert plain[plain["metric"] == "kl"]["task"].tolist() == ["one file text1", "one file text2"] * 2
-    documents = read_documents(made.artifacts, made.store, {"text2": "other", "text1": "same"})
+    documents = read_documents(made.artifacts, made.store, {"text2": "wiki", "text1": "news"})
     assert list(documents) == VALUES
-    assert list(documents["task"].unique()) == ["other", "same"]
+    assert list(documents["task"].unique()) == ["wiki", "news"]
     assert set(map(tuple, documents[["group", "metric"]].values)) == {("fidelity", "kl"), ("perplexity", "loss")}
+
+
+def test_documents_of_tasks_come_from_their_artifacts_and_what_is_no_number_is_left_out(tmp_path):
+    made = Fabricated(tmp_path)
+    samples = {
+        "boolq": [
+            {"doc_id": 3, "acc": True, "acc_norm": 1.0, "responses": []},
+            {"doc_id": 5, "acc": 0, "acc_norm": 0.0},
+        ],
+        "wikitext": [{"doc_id": 0, "word_perplexity": [-3.5, 7]}],
+        "gsm8k": [{"doc_id": 0, "exact_match": 1.0}],
+    }
+
+    def write(folder, lines):
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    done = {
+        task: made.store.make(Recipe("evaluate-task", {"task": task}), lambda folder, lines=lines: write(folder, lines))
+        for task, lines in samples.items()
+    }
+    keys = {task: each.key for task, each in done.items()}
+    evaluated = made.put("evaluate", "evaluated", inputs={"model": "cut", **keys})
+    found = read_documents([*made.artifacts, evaluated], made.store, {})
+    found = found[found["group"] == "task"]
+    assert found[["criterion", "seed", "task", "metric", "document", "value"]].values.tolist() == [
+        ["a", 0, "boolq", "acc_norm", 3, 1], ["a", 0, "boolq", "acc_norm", 5, 0]
+    ]  # fmt: skip
+    shutil.rmtree(done["boolq"].folder)
+    with pytest.raises(
+        UserError, match=r"documents of task boolq are no longer in the store\. Remove .*evaluated and run"
+    ):
+        read_documents([*made.artifacts, evaluated], made.store, {})
