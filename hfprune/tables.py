@@ -95,12 +95,10 @@ def measured_models(artifacts: list[Artifact], store: Store) -> dict[str, dict[s
     for artifact in artifacts:
         if (model := artifact.manifest["inputs"]["model"]) not in measured:
             raise UserError(f"{artifact.folder}: model {model} has no measure among the artifacts given.")
-    made = {key: lineage(key, store) for key in measured}
-    trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
+    models = described(list(measured), store).astype(object).where(lambda each: each.notna(), None)
     return {
-        key: _model_columns(made[key])
-        | {"recovery": trained.get(key, "none"), "parameters": measure.manifest["details"]["parameters"]}
-        for key, measure in measured.items()
+        model.pop("key"): model | {"parameters": measure.manifest["details"]["parameters"]}
+        for model, measure in zip(models.to_dict("records"), measured.values(), strict=True)
     }
 
 
@@ -140,12 +138,10 @@ def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
         Columns `model` (how it was made, for people), `loss_name`, `key`, those of `losses.jsonl`, and
         `tokens_per_second`.
     """
-    made = {artifact.key: lineage(artifact.key, store) for artifact in artifacts}
-    names = recovery_names({key: stages["recover"] for key, stages in made.items()}, store)
-    models = pd.DataFrame([_model_columns(stages) | {"recovery": names[key]} for key, stages in made.items()])
+    models = described([artifact.key for artifact in artifacts], store)
     curves = []
-    for artifact, label in zip(artifacts, _labels(models, ("ratio", "seed")), strict=True):
-        label = f"{label}, {names[artifact.key]}"
+    for artifact, label, way in zip(artifacts, _labels(models, ("ratio", "seed")), models["recovery"], strict=True):
+        label = f"{label}, {way}"
         steps = pd.read_json(artifact.folder / LOSSES, lines=True)
         steps["tokens_per_second"] = steps["tokens"].diff().fillna(steps["tokens"]) / steps["seconds"]
         about = {"model": label, "loss_name": artifact.parameters["loss"], "key": artifact.key}
@@ -164,7 +160,7 @@ def kept_widths(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
         Columns `model` (how it was made, for people), `ratio`, `part`, `layer`, `kept` and `dense` (units; see
         `structures.UNITS`), `key`.
     """
-    models = pd.DataFrame([_model_columns(lineage(artifact.key, store)) for artifact in artifacts])
+    models = described([artifact.key for artifact in artifacts], store)
     rows = []
     for artifact, label, ratio in zip(artifacts, _labels(models, ("seed",)), models["ratio"], strict=True):
         pruning = json.loads((artifact.folder / PRUNING).read_text(encoding="utf-8"))
@@ -231,7 +227,12 @@ def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str
 
 
 def described(keys: list[str], store: Store) -> pd.DataFrame:
-    """Which models some checkpoints are: columns of `MODEL`, seed, ratio_achieved and the checkpoint's key."""
+    """Which models some checkpoints are, a row each: columns of `MODEL`, seed, ratio_achieved and the checkpoint's key.
+
+    Args:
+        keys: of artifacts of `model`, `prune` and `recover`.
+        store: where everything that they were made from has its manifests.
+    """
     made = {key: lineage(key, store) for key in keys}
     trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
     rows = [_model_columns(stages) | {"recovery": trained.get(key, "none"), "key": key} for key, stages in made.items()]

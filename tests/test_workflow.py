@@ -23,8 +23,8 @@ from hfprune.tables import COLUMNS
 from tests import browser
 from tests.conftest import REPOSITORY, sentences, write_lines
 
-PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune")
-DRAWN = ("accuracy", "kl", "fidelity_profile", "importance")
+PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune", "results/published")
+DRAWN = ("accuracy", "kl", "fidelity_profile", "importance", "widths")
 MODEL_STAGES = ("download", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
 
 
@@ -445,6 +445,33 @@ def test_recovery_stands_beside_its_controls(checkout, experiment, data, tmp_pat
     assert not model_stages(elsewhere.planned(oftener)), "how it runs is no part of what it is"
     oftener["recovery"]["lora"]["learning_rate"] = 0.01
     assert model_stages(elsewhere.planned(oftener)) == {"recover": 2, "measure": 2, "evaluate": 2}
+
+
+def test_one_target_makes_every_table_and_figure_of_the_paper(checkout, experiment, tmp_path):
+    grids = [
+        {"criteria": ["entropy", "cross_entropy"], "ratios": [0.2]},
+        {"ratios": [0.2], "structures": ["mlp", "mlp+attention"]},
+    ]
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
+    output = elsewhere.snakemake(changed(experiment, pruning=grids), "paper")
+    assert model_stages(ran(output)) == {"score": 1, "prune": 2, "measure": 2, "evaluate": 2}
+    results = elsewhere.folder / "results" / "tiny"
+    for number in (1, 2, 4, 5, 6, 7, 8):
+        found = pd.read_csv(results / "tables" / f"table{number}.csv", dtype=str, keep_default_na=False)
+        ours, theirs = (found[found["source"] == source] for source in ("here", "published"))
+        rows = {1: 4, 2: 4, 4: 3, 5: 2, 6: 3, 7: 3, 8: 3}
+        assert len(ours) == rows[number], number
+        assert len(theirs)
+        assert (results / "tables" / f"table{number}.tex").exists()
+    assert {"entropy_cross_entropy.png", "pareto.svg"} <= {file.name for file in (results / "figures").iterdir()}
+    assert "Nothing to be done" in elsewhere.snakemake(changed(experiment, pruning=grids), "paper")
+
+
+def test_a_table_that_the_experiment_cannot_fill_is_refused_before_anything_runs(checkout, experiment):
+    output = checkout.snakemake(experiment, "table8", status=1)
+    assert "table8 compares structures" in output
+    assert "Traceback" not in output
+    assert not ran(output)
 
 
 def test_a_grid_of_refits_stands_side_by_side_in_the_results(checkout, experiment, tmp_path):
