@@ -273,7 +273,7 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
         row[0].set_ylim(bottom=0)
     axes[-1, 0].set_xlabel("Position in the document, tokens")
     axes[-1, 1].set_xlabel("Entropy of the dense model, nats")
-    figure.supylabel("KL(dense || model), nats per token", fontsize=9)
+    figure.supylabel("KL(dense || model), nats", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper left", ncols=2)
     return figure

@@ -206,6 +206,45 @@ def test_more_lines_than_colours_can_be_told_apart():
     plt.close(figure)
 
 
+def test_the_first_text_is_the_headline_of_summary_and_figure():
+    other = metrics(WAYS[0])
+    other = other[other["group"].isin(["perplexity", "fidelity"])].assign(task="another", value=99.0)
+    both = pd.concat([metrics(WAYS[0]), other])
+    pd.testing.assert_frame_equal(summary(both), summary(metrics(WAYS[0])))
+    figure = figures.kl(both)
+    assert figure.get_suptitle() == "Held-out text: text"
+    plt.close(figure)
+
+
+def profiles(count):
+    """What `read_profiles` gives for the dense model and so many others, two seeds each; KL is the model's number."""
+    rows = []
+    for number, seed, text, by in product(range(count + 1), (0, 1), ("one", "two"), ("position", "entropy")):
+        about = (
+            {"criterion": f"c{number}", "ratio": 0.2, "seed": seed} if number else {"criterion": "none", "ratio": 0.0}
+        )
+        about |= {"stage": "pruned" if number else "dense", "text": text, "by": by, "metric": "kl"}
+        same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery"], "none")
+        if number or not seed:
+            for place in range(3):
+                bounds = {"bin": place, "low": place, "high": place + 2, "n": 9}
+                rows.append(same | about | bounds | {"value": number + 0.5 * seed})
+    return pd.DataFrame(rows)
+
+
+def test_profiles_are_a_line_a_model_over_both_kinds_of_bins_for_each_text():
+    figure = figures.fidelity_profile(profiles(3))
+    assert len(figure.axes) == 2 * 2
+    for axis in figure.axes:
+        assert [line.get_label() for line in axis.lines] == ["c1", "c2", "c3"], "the nearest first, none for the dense"
+        assert axis.lines[0].get_xdata().tolist() == [1, 2, 3]
+        assert axis.lines[1].get_ydata().tolist() == [2.25] * 3, "the mean over seeds"
+    plt.close(figure)
+    figure = figures.fidelity_profile(profiles(20))
+    assert [line.get_label() for line in figure.axes[0].lines] == ["c1", "c5", "c9", "c12", "c16", "c20"]
+    plt.close(figure)
+
+
 def test_without_tasks_there_is_no_accuracy(tmp_path):
     found = metrics(*WAYS)
     found = found[found["group"] != "task"]
