@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hfprune import evaluation, fidelity, losses, packing, refit, scoring
+from hfprune import fidelity, losses, packing, refit, scoring
 from hfprune.allocation import allocate
 from hfprune.artifacts import Store, canonical
 from hfprune.budget import shape_of, units_to_keep
@@ -30,7 +30,7 @@ from hfprune.config import DType, Experiment, Source
 from hfprune.criteria import CRITERIA, GradientCriterion
 from hfprune.errors import UserError
 from hfprune.layout import DOCUMENTS
-from hfprune.memory import graph_bytes
+from hfprune.memory import forward_bytes, graph_bytes
 from hfprune.models import check_family, count_parameters, flops_per_token, load_tokenizer
 from hfprune.plan import Job, Plan
 from hfprune.recovery import BYTES_PER_TRAINED, METHODS, training_flops
@@ -420,8 +420,10 @@ class Estimate:
             documents += min(count, limit)
             tokens += min(count, limit) * requests * length
             longest = max(longest, LONGEST_REQUEST * length)
-        logits = 2 * 4 * evaluation.BATCH * longest * model.config.vocab_size
-        memory = _weights(model) + logits + graph_bytes(model, evaluation.BATCH * longest) // len(model.model.layers)
+        from hfprune.loglikelihoods import LOGITS, TOKENS  # lm-eval with it, which takes seconds
+
+        rows = max(1, TOKENS["cpu" if self.device.process else "cuda"] // longest)
+        memory = _weights(model) + rows * forward_bytes(model, longest) + 2 * 4 * LOGITS
         flops = round(tokens * flops_per_token(model))
         return Cost(flops, self.device.process + memory, BYTES_PER_SAMPLE * documents)
 

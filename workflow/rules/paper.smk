@@ -2,55 +2,41 @@
 from hfprune import targets
 
 
-def compared(table):
-    """The results of the models that a table compares; where the experiment lacks them, a message instead."""
-
-    def manifests(wildcards):
-        try:
-            models = targets.chosen(table, plan.models, bool(plan.experiment.evaluation.tasks))
-        except UserError as error:
-            raise WorkflowError(str(error))
-        return results_of(models, "measure", *(["evaluate"] if targets.TABLES[table].tasks else []))
-
-    return manifests
-
-
-def can_fill(table):
-    """Whether the experiment has the models that a table compares."""
-    try:
-        return bool(targets.chosen(table, plan.models, bool(plan.experiment.evaluation.tasks)))
-    except UserError:
-        return False
-
-
 def written(table):
     """The files of a table."""
     return [RESULTS / "tables" / f"{table}.{suffix}" for suffix in ("csv", "md", "tex")]
 
 
-def further(wildcards):
-    """The metrics of this experiment and of those that `further` names."""
-    found = [RESULTS.parent / name / "metrics.csv" for name in plan.experiment.further]
-    if missing := [path for path in found if not path.exists()]:
-        raise WorkflowError(f"further: no {missing[0]}. Run that experiment first, with its own config file.")
-    if not found:
-        raise WorkflowError("table3 compares models: name experiments that have been run in `further`.")
-    return [rules.collect.output[0], *found]
+def sources():
+    """By table, what it is made from; and why the experiment cannot fill the others."""
+    found, refused = {"table4": rules.efficiency.output, "table5": rules.scoring_cost.output}, {}
+    for table, target in targets.TABLES.items():
+        try:
+            models = targets.chosen(table, plan.models, bool(plan.experiment.evaluation.tasks))
+            found[table] = results_of(models, "measure", *(["evaluate"] if target.tasks else []))
+        except UserError as error:
+            refused[table] = str(error)
+    others = [RESULTS.parent / name / "metrics.csv" for name in plan.experiment.further]
+    missing = [path for path in others if not path.exists()]
+    if missing:
+        refused["table3"] = f"further: there is no {missing[0]}. Run that experiment first, with its own config file."
+    elif others:
+        found["table3"] = [rules.collect.output[0], *others]
+    else:
+        refused["table3"] = "table3 compares models: name experiments that have been run in `further`."
+    return found, refused
 
 
-def sources(table):
-    """What a table is made from."""
-    files = {"table3": further, "table4": rules.efficiency.output, "table5": rules.scoring_cost.output}
-    return files.get(table) or compared(table)
+SOURCES, REFUSED = sources()
 
 
-for table in (*targets.TABLES, *targets.OF_FILES):
+for table, files in SOURCES.items():
 
     rule:
         name:
             table
         input:
-            sources(table),
+            files,
         output:
             written(table),
         log:
@@ -68,6 +54,22 @@ for table in (*targets.TABLES, *targets.OF_FILES):
         shell:
             "python -m hfprune table {params.table} --store {params.store:q} {params.texts:q} --output {params.folder:q}"
             " --published {params.published:q} {input:q} 2>&1 | tee {log:q}"
+
+
+for table, reason in REFUSED.items():
+
+    rule:
+        name:
+            table
+        log:
+            f"logs/{table}.log",
+        localrule: True
+        conda:
+            ENVIRONMENT
+        params:
+            reason=reason,
+        shell:
+            "echo {params.reason:q} | tee {log:q} >&2; exit 2"
 
 
 rule pareto:
@@ -91,16 +93,16 @@ rule pareto:
 
 
 # What the report shows beside `all`: the tables that the experiment can fill, and timings that have been taken.
-PAPER = [file for table in targets.TABLES if can_fill(table) for file in written(table)]
+PAPER = [file for table in targets.TABLES if table in SOURCES for file in written(table)]
 TIMED = [*written("table4"), *written("table5"), *drawn("pareto")]
 SHOWN_TOO = [*PAPER, *(file for file in TIMED if file.exists())]
 
 
 rule paper:
+    """Every table and figure that the experiment has the models for, timings among them."""
     input:
         rules.all.input,
         PAPER,
         TIMED,
         written("table3") if plan.experiment.further else [],
-    """Every table and figure that the experiment has the models for, timings among them."""
     localrule: True
