@@ -10,7 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, workflow.basedir)
 
-from hfprune import config as experiments
+from hfprune import config as experiments, targets
 from hfprune.artifacts import code_digest
 from hfprune.errors import UserError
 from hfprune.plan import Plan
@@ -122,6 +122,31 @@ def drawn_of_scores(experiment):
     several = len(experiment.criteria) * len(experiment.calibration.seeds) > 1
     pair = {"entropy", "cross_entropy"} <= set(experiment.criteria)
     return ["importance", *(["agreement"] if several else []), *(["entropy_cross_entropy"] if pair else [])]
+
+
+def written(table):
+    """The files of a table."""
+    return [RESULTS / "tables" / f"{table}.{suffix}" for suffix in ("csv", "md", "tex")]
+
+
+def table_sources():
+    """By table, the results that it is made from; and why the experiment cannot fill the others."""
+    found, refused = {}, {}
+    for table, target in targets.TABLES.items():
+        try:
+            models = targets.chosen(table, plan.models, bool(plan.experiment.evaluation.tasks))
+            found[table] = results_of(models, "measure", *(["evaluate"] if target.tasks else []))
+        except UserError as error:
+            refused[table] = str(error)
+    others = [RESULTS.parent / name / "metrics.csv" for name in plan.experiment.further]
+    missing = [path for path in others if not path.exists()]
+    if missing:
+        refused["table3"] = f"further: there is no {missing[0]}. Run that experiment first, with its own config file."
+    elif others:
+        found["table3"] = [RESULTS / "metrics.csv", *others]
+    else:
+        refused["table3"] = "table3 compares models: name experiments that have been run in `further`."
+    return found, refused
 
 
 def drawn(*names):

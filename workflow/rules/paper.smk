@@ -1,33 +1,6 @@
 # The paper's tables. None is part of `all`: each asks only for the models that it compares.
-from hfprune import targets
-
-
-def written(table):
-    """The files of a table."""
-    return [RESULTS / "tables" / f"{table}.{suffix}" for suffix in ("csv", "md", "tex")]
-
-
-def sources():
-    """By table, what it is made from; and why the experiment cannot fill the others."""
-    found, refused = {"table4": rules.efficiency.output, "table5": rules.scoring_cost.output}, {}
-    for table, target in targets.TABLES.items():
-        try:
-            models = targets.chosen(table, plan.models, bool(plan.experiment.evaluation.tasks))
-            found[table] = results_of(models, "measure", *(["evaluate"] if target.tasks else []))
-        except UserError as error:
-            refused[table] = str(error)
-    others = [RESULTS.parent / name / "metrics.csv" for name in plan.experiment.further]
-    missing = [path for path in others if not path.exists()]
-    if missing:
-        refused["table3"] = f"further: there is no {missing[0]}. Run that experiment first, with its own config file."
-    elif others:
-        found["table3"] = [rules.collect.output[0], *others]
-    else:
-        refused["table3"] = "table3 compares models: name experiments that have been run in `further`."
-    return found, refused
-
-
-SOURCES, REFUSED = sources()
+SOURCES, REFUSED = table_sources()
+SOURCES |= {"table4": rules.efficiency.output, "table5": rules.scoring_cost.output}
 
 
 for table, files in SOURCES.items():
