@@ -34,7 +34,7 @@ from hfprune.config import (
 )
 from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
-from hfprune.layout import SCORES, SUMS
+from hfprune.layout import MANIFEST, SCORES, SUMS
 from hfprune.plan import store_root
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
@@ -915,7 +915,11 @@ def _page(args: argparse.Namespace) -> None:
     from hfprune.report import page
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(page(args.title, args.caption, args.files), encoding="utf-8")
+    try:
+        made = page(args.title, args.caption, args.files)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}.") from None
+    args.output.write_text(made, encoding="utf-8")
 
 
 def _provenance_tables(args: argparse.Namespace) -> None:
@@ -925,7 +929,11 @@ def _provenance_tables(args: argparse.Namespace) -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     # The manifests alone: whoever used the artifacts has verified their files.
-    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in args.manifests]
+    try:
+        files = [path / MANIFEST if path.is_dir() else path for path in args.manifests]
+        manifests = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{error}: expected the manifests, or the folders, of artifacts.") from None
     for path in provenance(manifests, args.output):
         print(path)
 

@@ -11,7 +11,7 @@ whose variance is that over documents (of a mean over tasks: each task's share o
 and Satterthwaite's degrees of freedom.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -256,6 +256,14 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
+def best_of(rows: pd.DataFrame) -> Hashable:
+    """The index of the best of some rows of `Comparison.intervals`, of one metric."""
+    metric = rows["metric"].iloc[0]
+    # How far entropy moved is the worse the farther, whichever way.
+    cost = rows["value"].abs() if metric == "entropy_change" else rows["value"]
+    return (cost if metric in (*LOWER_IS_BETTER, "entropy_change") else -cost).idxmin()
+
+
 def indistinguishable_from_best(rows: pd.DataFrame, differences: pd.DataFrame) -> pd.Series:
     """Which of some models cannot be told from the best of them, and the best itself.
 
@@ -276,11 +284,8 @@ def indistinguishable_from_best(rows: pd.DataFrame, differences: pd.DataFrame) -
     found = differences[(differences[MEASURE] == list(measure)).all(axis=1)]
     others = ["model", *(f"other_{name}" for name in MODEL[1:])]
     p = dict(zip(_settings(found, MODEL, others), found["p"], strict=True))
-    # How far entropy moved is the worse the farther, whichever way.
-    cost = rows["value"].abs() if measure[2] == "entropy_change" else rows["value"]
-    lower = measure[2] in (*LOWER_IS_BETTER, "entropy_change")
     settings = list(rows[MODEL].itertuples(index=False, name=None))
-    best = settings[int((cost if lower else -cost).to_numpy().argmin())]
+    best = settings[rows.index.get_loc(best_of(rows))]
     rest = [setting for setting in settings if setting != best]
     known = [p.get((best, setting), p.get((setting, best))) for setting in rest]
     if None in known:

@@ -416,6 +416,28 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _named_apart(self) -> Experiment:
+        """Refuse cuts that results would call by one name."""
+        seen: dict[tuple, PruneParameters] = {}
+        for criterion, cut in self.cuts():
+            budget = (cut.ratio, cut.ratio_of, cut.target_parameters)
+            other = seen.setdefault((criterion, *budget, cut.structure, cut.allocation, cut.refit), cut)
+            if differing := [name for name in Cut.model_fields if getattr(cut, name) != getattr(other, name)]:
+                raise ValueError(
+                    f"pruning: two cuts by {criterion} ({cut.label}) differ only in {differing[0]}, which results do not "
+                    "tell apart: put them into two experiments"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _further(self) -> Experiment:
+        if self.experiment in self.further or len(set(self.further)) < len(self.further):
+            raise ValueError(
+                f"further = {self.further}: expected other experiments than {self.experiment!r}, each once"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _recoveries(self) -> Experiment:
         if "none" in self.recovery:
             raise ValueError("recovery.none: 'none' stands for no training after the cut; choose another name")

@@ -457,10 +457,13 @@ class Estimate:
             sizes = [len(document.encode()) for document in documents]
             return Text(len(sizes), sum(sizes) / len(sizes), sizes, *self._tokens(documents[:SOME]))
         given = _options(job)
-        if "path" in given:
-            size = Path(given["path"][0]).stat().st_size
-            return Text(max(1, size // OTHER_TEXT[1]), min(size, OTHER_TEXT[1]))
         documents, size = TEXTS.get(given.get("hub", [""])[0], OTHER_TEXT)
+        if "path" in given:
+            path = Path(given["path"][0])
+            whole = sum(
+                file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()
+            )
+            documents, size = max(1, whole // OTHER_TEXT[1]), min(whole, OTHER_TEXT[1])
         if "documents" in given:
             first, last = map(int, given["documents"])
             documents = last - first

@@ -14,7 +14,7 @@ from hfprune.errors import UserError
 from hfprune.layout import RESULTS, RESUME, SAMPLES
 from hfprune.models import load_model, load_tokenizer
 from hfprune.products import fast_products
-from hfprune.tasks import stock_tasks
+from hfprune.tasks import GROUPS, stock_tasks
 
 BOOTSTRAP = 1000  # draws for the standard error of what is no mean, such as a perplexity
 FEWSHOT_SEED = 1234  # lm-eval's own
@@ -86,13 +86,13 @@ def evaluate_task(
         for sample in found["samples"][each]:
             number = parts[each].documents[sample["doc_id"]]
             line = lines[number]
-            line |= {"doc_id": number} | ({"task": each} if len(parts) > 1 else {})
+            line |= {"doc_id": number} | ({"task": each} if name in GROUPS else {})
             line |= {_named(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]}
             line["responses"] = [responses[0] for responses in sample["resps"]]
     samples = [lines[number] for number in sorted(lines)]
     with (folder / SAMPLES).open("w", encoding="utf-8") as out:
         out.writelines(json.dumps(line) + "\n" for line in samples)
-    results = _of_group(samples) if len(parts) > 1 else _of_task(found["results"][name], len(samples))
+    results = _of_group(samples) if name in GROUPS else _of_task(found["results"][name], len(samples))
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     first = next(iter(asked))
     return {

@@ -76,6 +76,7 @@ class Plan:
         jobs: stage -> key -> job.
         scores: the jobs that score.
         models: what results are collected of.
+        cuts: the pruned models of the first calibration seed, before any training.
         documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
             `overlap.Documents`. Of the held-out texts the first is the tables'.
     """
@@ -86,6 +87,7 @@ class Plan:
         self.jobs: dict[str, dict[str, Job]] = defaultdict(dict)
         self.scores: list[Job] = []
         self.models: list[Model] = []
+        self.cuts: list[Model] = []
         self.documents: dict[str, dict[str, Job]] = {}
         self._fill()
 
@@ -110,12 +112,6 @@ class Plan:
         for job in [*self.scores, *(job for model in self.models for job in model.results)]:
             add(job)
         return list(found.values())
-
-    @property
-    def cuts(self) -> list[Model]:
-        """The pruned models of the first calibration seed, not trained."""
-        first = self.experiment.calibration.seeds[0]
-        return [model for model in self.models if model.seed == first and model.recovery == "none"]
 
     @property
     def timed(self) -> list[Job]:
@@ -200,6 +196,8 @@ class Plan:
                     inputs["text"] = texts[config.calibration.text]
                 label = f"{cut.label} by {criterion}, seed {seed}"
                 pruned = Model(self._add("prune", cut.read(), inputs, label), label, criterion, cut, seed)
+                if seed == config.calibration.seeds[0]:
+                    self.cuts.append(pruned)
                 for name in recoveries:
                     models.append(pruned if name == "none" else self._recover(name, pruned, dense, texts))
         # Two recoveries may differ only in how they run.

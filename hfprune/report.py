@@ -88,6 +88,8 @@ def _printed(file: Path) -> list[list[str]]:
     """The rows of a table of Markdown, without the line under its head."""
     text = file.read_text(encoding="utf-8")
     lines = [line.strip().strip("|").split("|") for line in text.splitlines() if "|" in line]
+    if len(lines) < 2:
+        raise UserError(f"{file}: no table of Markdown.")
     del lines[1]
     return [[_emphasised(html.escape(cell.strip())) for cell in line] for line in lines]
 

@@ -43,7 +43,8 @@ def over_seeds(metrics: pd.DataFrame) -> pd.DataFrame:
             "parameters": round(found["parameters"].mean()),
         }
         rows.append(dict(zip([*MODEL, "group", "task", "metric"], setting, strict=True)) | estimate)
-    return pd.DataFrame(rows)
+    columns = [*MODEL, "group", "task", "metric", "value", "stderr", "seeds", "ratio_achieved", "parameters"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def mean_accuracy(estimates: pd.DataFrame) -> pd.DataFrame:
@@ -59,4 +60,4 @@ def mean_accuracy(estimates: pd.DataFrame) -> pd.DataFrame:
     for setting, found in estimates.groupby(MODEL, dropna=False, sort=False):
         stderr = np.sqrt((found["stderr"] ** 2).sum()) / len(found)
         rows.append(dict(zip(MODEL, setting, strict=True)) | {"value": found["value"].mean(), "stderr": stderr})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*MODEL, "value", "stderr"])
