@@ -845,7 +845,7 @@ def _table(args: argparse.Namespace) -> None:
         from hfprune.documents import read_documents
 
         results = [_open(path, "measure", "evaluate") for path in args.sources]
-        documents = read_documents(results, Store(args.store), _called(args))
+        documents = paper.shown(args.name, read_documents(results, Store(args.store), _called(args)))
         made = paper.sheet(args.name, paper.estimates(documents), published)
     for path in made.write(args.output, args.name):
         print(path)

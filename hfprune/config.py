@@ -424,8 +424,8 @@ class Experiment(Section):
             other = seen.setdefault((criterion, *budget, cut.structure, cut.allocation, cut.refit), cut)
             if differing := [name for name in Cut.model_fields if getattr(cut, name) != getattr(other, name)]:
                 raise ValueError(
-                    f"pruning: two cuts by {criterion} ({cut.label}) differ only in {differing[0]}, which results do not "
-                    "tell apart: put them into two experiments"
+                    f"pruning: two cuts by {criterion} ({cut.label}) differ only in {differing[0]}, which results do "
+                    "not tell apart: put them into two experiments"
                 )
         return self
 
@@ -504,11 +504,6 @@ class PruneParameters(Cut):
         _one_budget(self, "ratio", "target_parameters")
         _fits_structures(self, [self.structure], "structure")
         return self
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is the paper's cut: of the MLPs, all to one width, and nothing done about it."""
-        return (self.structure, self.allocation, self.refit) == ("mlp", "uniform", "none")
 
     @property
     def label(self) -> str:

@@ -98,6 +98,11 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
     panels = {"Mean of tasks": mean_accuracy(tasks)} | {
         TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
     }
+    if not names:
+        figure, axis = plt.subplots(figsize=(3.8, 1), layout="constrained")
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "No task has an accuracy.", ha="center")
+        return figure
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
@@ -375,8 +380,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
         metrics: rows of metrics.csv.
         timings: see `paper.read_timings`.
     """
-    evaluated = (metrics["group"] == "task").any()
-    if evaluated:
+    if len(headline(metrics)):
         worth, title, scale = mean_accuracy(over_seeds(headline(metrics))), "Mean accuracy (%)", 100
     else:
         heldout = on_headline_text(metrics)

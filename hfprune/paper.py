@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from hfprune.comparison import LOWER_IS_BETTER, MEASURE, Comparison, indistinguishable_from_best
+from hfprune.comparison import MEASURE, Comparison, best_of, indistinguishable_from_best
 from hfprune.errors import UserError
 from hfprune.statistics import MODEL, WITHIN, mean_accuracy, over_seeds, varying
 from hfprune.tables import TASK_TITLES, headline, read_metrics
+from hfprune.targets import Setting, compared
 from hfprune.typeset import NOT_WORSE, Cell, Row, Sheet
 
 INTERVAL = (
@@ -72,6 +73,27 @@ TABLES = {
 }
 
 
+def shown(name: str, documents: pd.DataFrame) -> pd.DataFrame:
+    """Of what every document says, that of the models which one of `TABLES` shows.
+
+    Args:
+        name: the table's.
+        documents: see `documents.read_documents`.
+
+    Raises:
+        UserError: there is nothing to compare, or there are several dense models.
+    """
+    if len(names := documents["model"].unique()) > 1:
+        raise UserError(f"{name} compares what was made of one dense model, not of {len(names)}: {', '.join(names)}.")
+    models = documents[MODEL].drop_duplicates()
+    settings = [
+        Setting(each.criterion, each.structure, each.allocation, each.refit, each.recovery, each.ratio)
+        for each in models.itertuples()
+    ]
+    models = models[compared(name, settings, tasks=(documents["group"] == "task").any())]
+    return documents.merge(models, on=MODEL)
+
+
 def estimates(documents: pd.DataFrame) -> pd.DataFrame:
     """What every model reaches, with its interval, and which models of one size are the best.
 
@@ -85,11 +107,10 @@ def estimates(documents: pd.DataFrame) -> pd.DataFrame:
     comparison = Comparison(documents)
     found, differences = comparison.intervals(), comparison.differences()
     found["best"] = found["tied"] = False
-    for (_, _, metric, ratio), rows in found.groupby([*MEASURE, "ratio"]):
+    for (*_, ratio), rows in found.groupby([*MEASURE, "ratio"]):
         if ratio and len(rows) > 1:
-            best = rows["value"].idxmin() if metric in LOWER_IS_BETTER else rows["value"].idxmax()
             found.loc[rows.index, "tied"] = indistinguishable_from_best(rows, differences)
-            found.loc[best, ["best", "tied"]] = True, False
+            found.loc[best_of(rows), ["best", "tied"]] = True, False
     task = found["group"] == "task"
     return found.assign(text=found["task"].mask(task, ""), metric=found["metric"].mask(task, found["task"]))
 
@@ -187,7 +208,16 @@ def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
         sources: the metrics.csv of several experiments.
         published: not read: the published table contradicts itself, see results/published/README.md.
     """
-    tasks = over_seeds(headline(pd.concat([read_metrics(path) for path in sources], ignore_index=True)))
+    found = [headline(read_metrics(path)) for path in sources]
+    if len(asked := {tuple(sorted(each["task"].unique())) for each in found}) > 1 or not any(asked):
+        raise UserError(f"{', '.join(map(str, sources))}: expected accuracy of the same tasks in each.")
+    # Experiments on one dense model share artifacts: each counts once.
+    metrics = pd.concat(found, ignore_index=True).drop_duplicates(["key", "task"])
+    if metrics.duplicated([*MODEL, "seed", "task"]).any():
+        raise UserError(
+            f"{', '.join(map(str, sources))}: one model was evaluated in two ways, such as other documents."
+        )
+    tasks = over_seeds(metrics)
     both = pd.concat([tasks, mean_accuracy(tasks).assign(task="mean")])
     names = list(dict.fromkeys(tasks["task"]))
     columns = [*(Column(TASK_TITLES.get(name, name), name, scale=100) for name in names), MEANS[0]]

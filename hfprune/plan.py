@@ -21,6 +21,7 @@ from hfprune.config import (
 from hfprune.criteria import passes
 from hfprune.layout import MANIFEST
 from hfprune.stages import recipe, source_parameters
+from hfprune.targets import Setting
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ class Model:
     seed: int | None = None
     recovery: str = "none"
     results: list[Job] = field(default_factory=list)
+
+    @property
+    def setting(self) -> Setting:
+        """How results will name it."""
+        if not self.cut:
+            return Setting("none", "none", "none", "none", self.recovery, None)
+        budget = (self.cut.ratio, self.cut.ratio_of, self.cut.target_parameters)
+        return Setting(self.criterion, self.cut.structure, self.cut.allocation, self.cut.refit, self.recovery, budget)
 
 
 class Plan:

@@ -12,7 +12,8 @@ import pandas as pd
 from hfprune.artifacts import Artifact, Store
 from hfprune.errors import UserError
 from hfprune.layout import LOSSES, PRUNING, RESULTS
-from hfprune.statistics import MODEL, mean_accuracy, over_seeds, varying
+from hfprune.statistics import MODEL, WITHIN, mean_accuracy, over_seeds, varying
+from hfprune.typeset import Cell, Row, Sheet
 
 # One value a row; other people's scripts read these.
 COLUMNS = [
@@ -20,6 +21,9 @@ COLUMNS = [
     "recovery", "seed", "group", "task", "metric", "value", "stderr", "n", "key",
 ]  # fmt: skip
 HELDOUT = ("perplexity", "fidelity")  # groups whose task is a held-out text
+REMOVED, PARAMETERS = "Removed (%)", "Parameters (M)"
+SCALES = {REMOVED: 100, PARAMETERS: 1e-6}
+DIGITS = {"KL (nats/token)": 3, "Top-1 agreement": 3}
 PLAIN = ("uniform", "mlp", "none")  # ways of pruning that need no words
 # The metric that the paper reports for a task, the first that it has.
 HEADLINE = ("pct_stereotype", "acc_norm", "acc", "exact_match,strict-match")
@@ -315,8 +319,8 @@ def summary(metrics: pd.DataFrame) -> pd.DataFrame:
     columns = [*dict.fromkeys(accuracy["task"]), *others.values()]
     size = measures.drop_duplicates(MODEL).set_index(MODEL)[["ratio_achieved", "parameters"]]
     table = pd.DataFrame(index=size.index)
-    table["Removed"] = size["ratio_achieved"]
-    table["Parameters"] = size["parameters"]
+    table[REMOVED] = size["ratio_achieved"]
+    table[PARAMETERS] = size["parameters"]
     for column in columns:
         found = both[both["task"] == column].set_index(MODEL)
         table[column] = found["value"]
@@ -326,7 +330,7 @@ def summary(metrics: pd.DataFrame) -> pd.DataFrame:
 
 def _accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
     """The accuracy of each task and their mean, in per cent; nothing where no task was evaluated."""
-    if not (metrics["group"] == "task").any():
+    if not len(headline(metrics)):
         return pd.DataFrame(columns=[*MODEL, "task", "value", "stderr"])
     accuracy = over_seeds(headline(metrics))
     mean = mean_accuracy(accuracy).assign(task="Mean")
@@ -343,7 +347,7 @@ def cost(metrics: pd.DataFrame) -> pd.DataFrame:
     """
     rows = metrics[metrics["group"] == "cost"]
     by = [*MODEL, "seed"]
-    table = summary(metrics).set_index(MODEL)[["Removed", "Parameters", "KL (nats/token)", "KL (nats/token) ±"]]
+    table = summary(metrics).set_index(MODEL)[[REMOVED, PARAMETERS, "KL (nats/token)", "KL (nats/token) ±"]]
     found = {
         f"{title} (s)": rows[(rows["task"] == stage) & (rows["metric"] == "seconds")]
         .groupby(by, dropna=False)["value"]
@@ -359,43 +363,24 @@ def cost(metrics: pd.DataFrame) -> pd.DataFrame:
 
 def write_tables(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     """Write `summary` and `cost`, each as csv (full precision), md and tex, into `folder`; their paths."""
-    paths = []
-    for name, table in (("summary", summary(metrics)), ("cost", cost(metrics))):
-        printed = _printed(table, "±").to_markdown(index=False, disable_numparse=True)
-        tex = _printed(table, r"$\pm$").map(_escaped).rename(columns=_escaped)
-        words = 2 + len(varying(table))
-        columns = "l" * words + "r" * (tex.shape[1] - words)
-        written = {
-            "csv": table.to_csv(index=False),
-            "md": printed + "\n",
-            "tex": tex.to_latex(index=False, column_format=columns),
-        }
-        for suffix, text in written.items():
-            paths.append(folder / f"{name}.{suffix}")
-            paths[-1].write_text(text, encoding="utf-8")
+    captions = {"summary": "Every model.", "cost": "What each model took to make."}
+    paths: list[Path] = []
+    for (name, caption), table in zip(captions.items(), (summary(metrics), cost(metrics)), strict=True):
+        paths += _sheet(caption, table).write(folder, name)
     return paths
 
 
-def _escaped(text: str) -> str:
-    """Text as LaTeX needs it."""
-    return text.replace("%", r"\%").replace("_", r"\_")
-
-
-def _printed(table: pd.DataFrame, plus_minus: str) -> pd.DataFrame:
-    """The table as people read it: few digits, value and error in one cell."""
-    digits = {"KL (nats/token)": 3, "Top-1 agreement": 3}
-    shown = pd.DataFrame({"Model": table["stage"], "Criterion": table["criterion"]})
-    for way in varying(table):
-        shown[way.capitalize()] = table[way]
-    shown["Removed (%)"] = [f"{100 * share:.1f}" for share in table["Removed"]]
-    shown["Parameters (M)"] = [f"{count / 1e6:.1f}" for count in table["Parameters"]]
-    for column in (name for name in table if name not in (*MODEL, "Removed", "Parameters") and "±" not in name):
-        places = digits.get(column, 1)
-        errors = table[f"{column} ±"] if f"{column} ±" in table else [math.nan] * len(table)
-        shown[column] = [
-            ""
-            if value != value
-            else f"{value:.{places}f}" + (f" {plus_minus} {error:.{places}f}" if error == error else "")
-            for value, error in zip(table[column], errors, strict=True)
-        ]
-    return shown
+def _sheet(caption: str, table: pd.DataFrame) -> Sheet:
+    ways = varying(table)
+    columns = [name for name in table if name not in MODEL and "±" not in name]
+    rows = []
+    for _, model in table.iterrows():
+        cells = {}
+        for name in columns:
+            half = WITHIN * model.get(f"{name} ±", math.nan)
+            scale = SCALES.get(name, 1)
+            cells[name] = Cell(*(scale * (model[name] + end) for end in (0, -half, half)))
+        rows.append(Row([model["stage"], model["criterion"], *(model[way] for way in ways)], cells))
+    digits = {name: DIGITS.get(name, 1) for name in columns}
+    note = f"± is {WITHIN} standard errors, over documents and calibration seeds."
+    return Sheet(caption, ["Model", "Criterion", *map(str.capitalize, ways)], digits, rows, [note])

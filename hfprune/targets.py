@@ -1,14 +1,26 @@
 """Which models of an experiment each of the paper's tables compares."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 
 from hfprune.errors import UserError
-from hfprune.plan import Model
 
-METHODS = "methods and sizes"
-CRITERIA = "criteria, with nothing else done: structure mlp, allocation uniform, no refit, no recovery"
-STRUCTURES = "structures, the rest alike: `structures: [mlp, mlp+attention]` in a grid of `pruning`, without recovery"
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model was made, as results name it; all "none" for the dense model."""
+
+    criterion: str
+    structure: str
+    allocation: str
+    refit: str
+    recovery: str
+    budget: Hashable
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model, not trained either."""
+        return self.criterion == self.recovery == "none"
 
 
 @dataclass(frozen=True)
@@ -18,62 +30,56 @@ class Target:
     Attributes:
         compares: in words.
         tasks: whether it shows accuracy.
-        choose: of all models, those that it compares, beside the dense one; none where there is nothing to compare.
+        choose: of the cut models, those that it compares; none where there is nothing to compare.
     """
 
     compares: str
     tasks: bool
-    choose: Callable[[Sequence[Model]], list[Model]]
+    choose: Callable[[Sequence[Setting]], list[Setting]]
 
 
-def chosen(table: str, models: Sequence[Model], tasks: bool) -> list[Model]:
-    """The models that a table of the paper needs, the dense one among them.
+def compared(table: str, settings: Sequence[Setting], tasks: bool) -> list[bool]:
+    """Which of an experiment's models a table of the paper shows: those that it compares, and the dense one.
 
     Args:
         table: a name in `TABLES`.
-        models: all of the experiment.
+        settings: of the models.
         tasks: whether they are evaluated on tasks.
 
     Raises:
-        UserError: the experiment does not have them; it says what to write into the config.
+        UserError: there is nothing to compare; it says what to write into the config.
     """
     target = TABLES[table]
     if target.tasks and not tasks:
         raise UserError(f"{table} shows accuracy: name tasks in `evaluation.tasks`.")
-    found = target.choose(models)
-    if not found:
+    chosen = set(target.choose([setting for setting in settings if not setting.is_dense]))
+    if not chosen:
         raise UserError(f"{table} compares {target.compares}. The experiment has fewer than two to compare.")
-    return [model for model in models if model in found or (model.cut is None and model.recovery == "none")]
+    return [setting in chosen or setting.is_dense for setting in settings]
 
 
-def _all(models: Sequence[Model]) -> list[Model]:
-    return list(models)
+def _criteria(settings: Sequence[Setting]) -> list[Setting]:
+    usual = ("mlp", "uniform", "none", "none")
+    found = [each for each in settings if (each.structure, each.allocation, each.refit, each.recovery) == usual]
+    return found if len({each.criterion for each in found}) > 1 else []
 
 
-def _criteria(models: Sequence[Model]) -> list[Model]:
-    found = [model for model in models if model.cut and model.recovery == "none" and model.cut.plain]
-    return found if len({model.criterion for model in found}) > 1 else []
-
-
-def _structures(models: Sequence[Model]) -> list[Model]:
-    structures: dict[tuple, set[str]] = {}
-    untrained = [model for model in models if model.cut and model.recovery == "none"]
-    for model in untrained:
-        structures.setdefault(_but_structure(model), set()).add(model.cut.structure)
-    return [model for model in untrained if len(structures[_but_structure(model)]) > 1]
-
-
-def _but_structure(model: Model) -> tuple:
-    way = model.cut.model_dump(exclude={"structure", "attention_share"})
-    return model.criterion, *way.values()
+def _structures(settings: Sequence[Setting]) -> list[Setting]:
+    untrained = [each for each in settings if each.recovery == "none"]
+    structures: dict[Setting, set[str]] = {}
+    for each in untrained:
+        structures.setdefault(replace(each, structure=""), set()).add(each.structure)
+    return [each for each in untrained if len(structures[replace(each, structure="")]) > 1]
 
 
 # Tables of what stands in files: of several experiments' metrics, of timings, of the cost of scoring.
 OF_FILES = ("table3", "table4", "table5")
 
+CRITERIA = "criteria, with nothing else done: structure mlp, allocation uniform, no refit, no recovery"
+STRUCTURES = "structures, the rest alike: `structures: [mlp, mlp+attention]` in a grid of `pruning`, without recovery"
 TABLES = {
-    "table1": Target(METHODS, True, _all),
-    "table2": Target(METHODS, True, _all),
+    "table1": Target("methods and sizes", True, list),
+    "table2": Target("methods and sizes", True, list),
     "table6": Target(CRITERIA, True, _criteria),
     "table7": Target(CRITERIA, False, _criteria),
     "table8": Target(STRUCTURES, True, _structures),

@@ -18,12 +18,13 @@ from hfprune.paper import (
     read_timings,
     scoring_sheet,
     sheet,
+    shown,
     timing_sheet,
 )
 from hfprune.plan import Plan
 from hfprune.statistics import MODEL
 from hfprune.tables import COLUMNS
-from hfprune.targets import TABLES, chosen
+from hfprune.targets import TABLES, compared
 from hfprune.typeset import Cell, Row, Sheet
 from tests.test_config import changed
 
@@ -33,6 +34,11 @@ PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 def models(experiment, pruning, **recovery):
     asked = changed(changed(experiment, "pruning", pruning), "recovery", recovery)
     return Plan(parse(Experiment, changed(asked, "calibration.seeds", [0, 1]), "test")).models
+
+
+def chosen(table, every, tasks):
+    shown = compared(table, [model.setting for model in every], tasks)
+    return [model for model, is_shown in zip(every, shown, strict=True) if is_shown]
 
 
 def named(found):
@@ -186,20 +192,36 @@ def test_further_models_stand_in_one_table(tmp_path):
     for model in ("a", "b"):
         for stage, criterion, ratio, value in (("dense", "none", 0.0, 0.5), ("pruned", "entropy", 0.2, 0.4)):
             about = {"model": model, "stage": stage, "criterion": criterion, "ratio": ratio, "recovery": "none"}
+            about["key"] = f"{model}{ratio}"
             for task in ("boolq", "piqa"):
                 rows.append(about | {"group": "task", "task": task, "metric": "acc", "value": value, "stderr": 0.01})
     metrics = pd.DataFrame(rows, columns=COLUMNS).assign(
         allocation="none", refit="none", structure="none", parameters=1, ratio_achieved=0
     )
-    sources = [tmp_path / f"{model}.csv" for model in ("a", "b")]
-    for path in sources:
-        metrics[metrics["model"] == path.stem].to_csv(path, index=False)
+    sources = [tmp_path / f"{model}.csv" for model in ("a", "b", "again")]
+    for path in sources:  # the last has the first one's models too
+        metrics[metrics["model"] == path.stem.replace("again", "a")].to_csv(path, index=False)
     list(further_sheet(sources, PUBLISHED / "table3.csv").write(tmp_path, "table3"))
     found = cells(tmp_path / "table3.csv")
     assert [(row["Model"], row["Removed (%)"], float(row["Mean (%)"])) for row in found] == [
         ("a", "0", 50), ("a", "20", 40), ("b", "0", 50), ("b", "20", 40),
     ]  # fmt: skip
     assert float(found[0]["Mean (%) high"]) == pytest.approx(50 + 1.96 / np.sqrt(2))
+    metrics[metrics["task"] == "boolq"].to_csv(sources[2], index=False)
+    with pytest.raises(UserError, match="the same tasks in each"):
+        further_sheet(sources, PUBLISHED / "table3.csv")
+
+
+def test_a_table_by_hand_shows_only_what_it_compares_and_one_dense_model():
+    found = documents(entropy=0.6, cross_entropy=0.59, wanda=0.4)
+    found.loc[found["criterion"] == "wanda", "refit"] = "bias"
+    found.loc[found["criterion"] != "none", ["structure", "allocation"]] = ["mlp", "uniform"]
+    assert set(shown("table6", found)["criterion"]) == {"none", "entropy", "cross_entropy"}
+    assert set(shown("table1", found)["criterion"]) == {"none", "entropy", "cross_entropy", "wanda"}
+    with pytest.raises(UserError, match="table8 compares structures"):
+        shown("table8", found)
+    with pytest.raises(UserError, match="not of 2: m, other"):
+        shown("table6", pd.concat([found, found.assign(model="other")]))
 
 
 MACHINE = {"device": "a CPU", "threads": 2, "versions": "torch 2", "dtype": "float32", "n": 5}

@@ -41,7 +41,7 @@ def test_a_summary_has_one_row_for_each_way_of_pruning(tmp_path):
     assert table["KL (nats/token)"].tolist() == list(range(7))
     write_tables(metrics(*WAYS), tmp_path)
     printed = (tmp_path / "summary.md").read_text()
-    titles = [title.strip() for title in printed.splitlines()[0].split("|")]
+    titles = [title.strip() for title in printed.splitlines()[2].split("|")]
     assert titles[1:6] == ["Model", "Criterion", "Allocation", "Refit", "Removed (%)"]
     tex = (tmp_path / "summary.tex").read_text()
     assert r"least\_squares" in tex
@@ -248,7 +248,7 @@ def test_profiles_are_a_line_a_model_over_both_kinds_of_bins_for_each_text():
 def test_without_tasks_there_is_no_accuracy(tmp_path):
     found = metrics(*WAYS)
     found = found[found["group"] != "task"]
-    assert list(summary(found))[len(MODEL) :: 2] == ["Removed", "Perplexity", "KL (nats/token)", "Top-1 agreement"]
+    assert list(summary(found))[len(MODEL) :: 2] == ["Removed (%)", "Perplexity", "KL (nats/token)", "Top-1 agreement"]
     write_tables(found, tmp_path)
     assert "Perplexity" in (tmp_path / "summary.md").read_text()
     assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}

@@ -129,12 +129,22 @@ def written(table):
     return [RESULTS / "tables" / f"{table}.{suffix}" for suffix in ("csv", "md", "tex")]
 
 
+PUBLISHED = Path(workflow.basedir) / "results" / "published"
+
+
+def published(table):
+    """The published values of a table, where there are any."""
+    return [file for file in [PUBLISHED / f"{table}.csv"] if file.exists()]
+
+
 def table_sources():
     """By table, the results that it is made from; and why the experiment cannot fill the others."""
     found, refused = {}, {}
     for table, target in targets.TABLES.items():
         try:
-            models = targets.chosen(table, plan.models, bool(plan.experiment.evaluation.tasks))
+            tasks = bool(plan.experiment.evaluation.tasks)
+            shown = targets.compared(table, [model.setting for model in plan.models], tasks)
+            models = [model for model, is_shown in zip(plan.models, shown) if is_shown]
             found[table] = results_of(models, "measure", *(["evaluate"] if target.tasks else []))
         except UserError as error:
             refused[table] = str(error)

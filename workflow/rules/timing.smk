@@ -14,12 +14,12 @@ rule efficiency:
         gpu=GPU,
     params:
         dtype=plan.experiment.model.dtype,
-        tokens=256 if GPU else 64,  # the paper decodes 256
-        store=STORE,
+        # Of where it runs, for which nothing is timed again. The paper decodes 256 tokens.
+        place=lambda wildcards, resources: ["--tokens", 256 if GPU else 64, "--store", STORE],
     message:
         "time models"
     shell:
-        "python -m hfprune efficiency --models {input:q} --dtype {params.dtype:q} --tokens {params.tokens} --store {params.store:q}"
+        "python -m hfprune efficiency --models {input:q} --dtype {params.dtype:q} {params.place:q}"
         " --output {output:q} 2>&1 | tee {log:q}"
 
 
