@@ -420,10 +420,11 @@ class Estimate:
             documents += min(count, limit)
             tokens += min(count, limit) * requests * length
             longest = max(longest, LONGEST_REQUEST * length)
-        from hfprune.loglikelihoods import LOGITS, TOKENS  # lm-eval with it, which takes seconds
+        from hfprune.loglikelihoods import LOGITS, ROWS, TOKENS  # lm-eval with it, which takes seconds
 
-        rows = max(1, TOKENS["cpu" if self.device.process else "cuda"] // longest)
-        memory = _weights(model) + rows * forward_bytes(model, longest) + 2 * 4 * LOGITS
+        stock = given["batching"] == ["stock"]
+        rows = ROWS if stock else max(1, TOKENS["cpu" if self.device.process else "cuda"] // longest)
+        memory = _weights(model) + rows * forward_bytes(model, longest, whole=stock) + 2 * 4 * LOGITS
         flops = round(tokens * flops_per_token(model))
         return Cost(flops, self.device.process + memory, BYTES_PER_SAMPLE * documents)
 

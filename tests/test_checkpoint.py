@@ -165,7 +165,7 @@ def test_a_checkpoint_with_widths_per_layer_is_measured_and_evaluated(made, text
     details = measure(tmp_path, own, tmp_path / "reference", "float32")
     assert details["parameters"] == count_parameters(load_model(own, "float32"))
     assert json.loads((tmp_path / RESULTS).read_text())["kl"]["value"] > 0
-    lm = language_model(own, "float32")
+    lm = language_model(own, "float32", "shared")
     assert type(lm.model).__name__ == "PerLayerLlamaForCausalLM"
     with torch.no_grad():
         assert torch.equal(lm.model(TOKENS).logits, load_model(own, "float32")(TOKENS).logits)

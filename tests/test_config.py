@@ -361,4 +361,4 @@ def test_every_target_of_a_config_of_the_paper_is_planned_without_a_network(name
     )
     assert done.returncode == 0, done.stderr + done.stdout
     planned = re.findall(r"^(table\d) +1$", done.stdout + done.stderr, re.MULTILINE)
-    assert sorted(planned) == ["table1", "table2", "table4", "table5", "table6", "table7", "table8"]
+    assert sorted(set(planned)) == ["table1", "table2", "table4", "table5", "table6", "table7", "table8"]

@@ -123,7 +123,8 @@ def test_what_is_timed_of_an_experiment(experiment):
     ]
     asked = experiment | {"pruning": grids, "calibration": experiment["calibration"] | {"seeds": [3, 4]}}
     plan = Plan(parse(Experiment, asked, "test"))
-    assert [job.label for job in plan.timed[1:]] == [f"{ratio} by entropy, seed 3" for ratio in (0.1, 0.2, 0.3)]
+    cuts = ("0.1", "0.2", "0.3", "0.3, refit bias")
+    assert [job.label for job in plan.timed[1:]] == [f"{cut} by entropy, seed 3" for cut in cuts]
     assert plan.timed[0].recipe.stage == "model"
     (cut,) = plan.light_cuts
     assert cut.label == "cross_entropy, seed 3"

@@ -1,6 +1,8 @@
 """What an experiment is said to take, against what the manifests of a real run record."""
 
 import json
+import os
+from unittest import mock
 
 import pytest
 
@@ -62,10 +64,9 @@ def tried(tmp_path_factory, experiment, data):
         make(plan, download)
     said = estimate(plan, experiment)
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "hfprune.checkpoint.prove", lambda *_: {"trust_remote_code": False}
-        )  # takes a process each time, and is no part of this
+    # The proof takes a process each time, and is no part of this. Stages switch the hub off for their process.
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
+        patch.setattr("hfprune.checkpoint.prove", lambda *_: {"trust_remote_code": False})
         patch.setattr("hfprune.card.write_card", lambda _: None)
         for stage in ("reference", "score", "prune", "recover", "measure"):
             jobs = plan.jobs[stage].values()

@@ -137,7 +137,9 @@ def test_a_an_unchanged_second_run_does_nothing_and_says_so(checkout, experiment
 @pytest.fixture(scope="module")
 def report(checkout, experiment) -> Path:
     """The report of the tiny experiment."""
-    assert ran(checkout.snakemake(experiment, "report")) == {"page": 10, "provenance": 1, "config": 1, "report": 1}
+    assert ran(checkout.snakemake(experiment, "report")) == {
+        "table1": 1, "table2": 1, "page": 18, "provenance": 1, "config": 1, "report": 1,
+    }  # fmt: skip
     return checkout.folder / "results" / "tiny" / "report.html"
 
 
@@ -201,7 +203,7 @@ def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(chec
     criteria = checkout.folder / "hfprune" / "criteria.py"
     criteria.write_text(criteria.read_text().replace('"""Gradient of', '"""The gradient of') + "\n# A comment.\n")
     (checkout.folder / "README.md").write_text("New.\n")
-    assert ran(checkout.snakemake(experiment)) == {"figures": 1, "profile": 1, "agreement": 1, "all": 1}
+    assert ran(checkout.snakemake(experiment)) == {"figures": 1, "profile": 1, "agreement": 1, "widths": 1, "all": 1}
     assert "Nothing to be done" in checkout.snakemake(experiment)
 
 
@@ -442,7 +444,10 @@ def test_one_target_makes_every_table_and_figure_of_the_paper(checkout, experime
     ]
     elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
     output = elsewhere.snakemake(changed(experiment, pruning=grids), "paper")
-    assert model_stages(ran(output)) == {"score": 1, "prune": 2, "measure": 2, "evaluate": 2}
+    made = model_stages(ran(output))
+    assert {stage: made[stage] for stage in ("prune", "measure", "evaluate")} == dict.fromkeys(
+        ("prune", "measure", "evaluate"), 2
+    )
     results = elsewhere.folder / "results" / "tiny"
     for number in (1, 2, 4, 5, 6, 7, 8):
         found = pd.read_csv(results / "tables" / f"table{number}.csv", dtype=str, keep_default_na=False)
