@@ -138,7 +138,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
     if ways.ngroups <= MOST_LINES:
         figure, axis = plt.subplots(figsize=(3.8, 3.1), layout="constrained")
         _against_ratio(axis, found)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     elif several.groupby(["criterion", *WAYS]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
         rows = pruned[pruned["ratio"] == ratio]
@@ -366,7 +366,8 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
             axis.set_title(f"{ratio:.0%} of parameters removed", fontsize=9)
         if column == 0:
             axis.set_ylabel(f"{UNITS[part].capitalize()} kept (%)")
-    figure.supxlabel("Layer", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("Layer")
     handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     below = {"loc": "outside lower center", "ncols": min(2, len(handles))}
     figure.legend(handles.values(), handles, frameon=False, fontsize=7, **below)

@@ -183,8 +183,12 @@ def _labels(models: pd.DataFrame, others: tuple[str, ...]) -> list[str]:
     shown += [name for name in others if cut[name].nunique() > 1]
     labels = []
     for _, model in models.iterrows():
-        said = [str(model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
-        labels.append("dense" if model["criterion"] == "none" else ", ".join(said))
+        if model["criterion"] == "none":
+            labels.append("dense")
+            continue
+        words = {"ratio": f"{model['ratio']:.0%}", "seed": f"seed {model['seed']:.0f}"}
+        said = [words.get(name, model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
+        labels.append(", ".join(said))
     return labels
 
 
