@@ -391,12 +391,12 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     made = flops.groupby([*MODEL, "seed"], dropna=False)["value"].sum().groupby(MODEL).mean() / 1e12
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
     ways = varying(worth)
-    labels = [
-        ", ".join([*([] if row["criterion"] == "none" else [row["criterion"]]), *_said(ways, row[ways])])
-        if row["stage"] != "dense"
-        else "dense"
-        for _, row in worth.iterrows()
-    ]
+    labels = []
+    for _, row in worth.iterrows():
+        trained = [] if row["recovery"] == "none" else [row["recovery"]]
+        dense = row["criterion"] == "none"
+        labels.append(", ".join(["dense", *trained] if dense else [row["criterion"], *_said(ways, row[ways])]))
+    markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     tokens = prefill["task"].iloc[0].split()[-1]
     panels = {
@@ -407,7 +407,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
         for (_, row), label in zip(worth.iterrows(), labels, strict=True):
             setting, look = tuple(row[MODEL]), looks[label]
             x = cost.get(setting, np.nan)
-            color, marker = COLORS[look % len(COLORS)], MARKERS[look % len(MARKERS)]
+            color, marker = COLORS[look % len(COLORS)], markers[look % len(markers)]
             half = scale * WITHIN * row["stderr"]
             axis.errorbar(x, scale * row["value"], yerr=half, color=color, marker=marker, markersize=5, lw=0.8)
             if row["ratio"] and np.isfinite(x):
@@ -416,7 +416,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
         axis.set_xlabel(name)
     axes[0].set_ylabel(title)
     handles = [
-        plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=MARKERS[n % len(MARKERS)], ls="", label=label)
+        plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=markers[n % len(markers)], ls="", label=label)
         for label, n in looks.items()
     ]
     figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center", ncols=2)
