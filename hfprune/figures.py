@@ -136,7 +136,8 @@ def kl(metrics: pd.DataFrame) -> Figure:
     ways = pruned.groupby(["criterion", *WAYS])["ratio"]
     several = pruned[ways.transform("nunique") > 1]
     if ways.ngroups <= MOST_LINES:
-        figure, axis = plt.subplots(figsize=(3.8, 3.1), layout="constrained")
+        height = 3.1 + 0.2 * ways.ngroups  # the legend stands above
+        figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
         _against_ratio(axis, found)
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     elif several.groupby(["criterion", *WAYS]).ngroups <= MOST_LINES:
