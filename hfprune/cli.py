@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -216,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     profile.add_argument("--output", type=Path, required=True, help="the folder to write tables/ and figures/ into")
     profile.add_argument("manifests", nargs="+", type=Path, help="artifacts of measure")
+
     tables = command(
         "tables",
         _tables,
@@ -794,12 +795,8 @@ def _profile(args: argparse.Namespace) -> None:
     from hfprune.documents import read_profiles
     from hfprune.figures import draw_profile
 
-    for name in ("tables", "figures"):
-        (args.output / name).mkdir(parents=True, exist_ok=True)
     bins = read_profiles([_open(path, "measure") for path in args.manifests], Store(args.store), _called(args))
-    bins.to_csv(args.output / "tables" / "profile.csv", index=False)
-    for path in (args.output / "tables" / "profile.csv", *draw_profile(bins, args.output / "figures")):
-        print(path)
+    _write_and_draw(args.output, "profile", bins, draw_profile)
 
 
 def _tables(args: argparse.Namespace) -> None:
@@ -826,11 +823,16 @@ def _compare(args: argparse.Namespace) -> None:
     scores = [_open(path, "score") for path in args.scores]
     if len(models := {each.manifest["inputs"]["model"] for each in scores}) > 1:
         raise UserError(f"scores of {len(models)} models ({', '.join(sorted(models))}); compare those of one.")
-    for name in ("tables", "figures"):
-        (args.output / name).mkdir(parents=True, exist_ok=True)
-    found = compare(scores)
-    found.to_csv(args.output / "tables" / "agreement.csv", index=False)
-    for path in (args.output / "tables" / "agreement.csv", *draw_scores(scores, found, args.output / "figures")):
+    _write_and_draw(args.output, "agreement", compare(scores), partial(draw_scores, scores))
+
+
+def _write_and_draw(output: Path, name: str, table: Any, draw: Callable[[Any, Path], Iterable[Path]]) -> None:
+    """Write a table (a DataFrame) as tables/`name`.csv, draw its figures into figures/, and print their paths."""
+    for folder in ("tables", "figures"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    file = output / "tables" / f"{name}.csv"
+    table.to_csv(file, index=False)
+    for path in (file, *draw(table, output / "figures")):
         print(path)
 
 
@@ -855,12 +857,8 @@ def _widths(args: argparse.Namespace) -> None:
     from hfprune.figures import draw_widths
     from hfprune.tables import kept_widths
 
-    for name in ("tables", "figures"):
-        (args.output / name).mkdir(parents=True, exist_ok=True)
     found = kept_widths([_open(path, "prune") for path in args.manifests], Store(args.store))
-    found.to_csv(args.output / "tables" / "widths.csv", index=False)
-    for path in (args.output / "tables" / "widths.csv", *draw_widths(found, args.output / "figures")):
-        print(path)
+    _write_and_draw(args.output, "widths", found, draw_widths)
 
 
 def _pareto(args: argparse.Namespace) -> None:
@@ -877,12 +875,8 @@ def _losses(args: argparse.Namespace) -> None:
     from hfprune.figures import draw_losses
     from hfprune.tables import training_curves
 
-    for name in ("tables", "figures"):
-        (args.output / name).mkdir(parents=True, exist_ok=True)
     curves = training_curves([_open(path, "recover") for path in args.manifests], Store(args.store))
-    curves.to_csv(args.output / "tables" / "losses.csv", index=False)
-    for path in (args.output / "tables" / "losses.csv", *draw_losses(curves, args.output / "figures")):
-        print(path)
+    _write_and_draw(args.output, "losses", curves, draw_losses)
 
 
 def _named(word: str) -> tuple[str, Path]:

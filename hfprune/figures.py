@@ -205,7 +205,7 @@ def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
         axis.errorbar(
             model["value"], row, xerr=WITHIN * model["stderr"], color=color, marker="o", markersize=4, capsize=2
         )
-    labels = [", ".join([model["criterion"], *_said(ways, model[ways])]) for _, model in models.iterrows()]
+    labels = [", ".join(_words(model, ways)) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
     axis.set_xlim(left=0)
@@ -265,9 +265,9 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
     ways = varying(models)
     several = models["ratio"].nunique() > 1
     for number, (_, model) in enumerate(models.iterrows()):
-        said = ["dense" if model["criterion"] == "none" else model["criterion"]]
-        said += [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
-        label = ", ".join([*said, *_said(ways, model[ways])])
+        method, *others = _words(model, ways)
+        size = [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
+        label = ", ".join([method, *size, *others])
         lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
         for row, text in zip(axes, texts, strict=True):
@@ -392,11 +392,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     made = flops.groupby([*MODEL, "seed"], dropna=False)["value"].sum().groupby(MODEL).mean() / 1e12
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
     ways = varying(worth)
-    labels = []
-    for _, row in worth.iterrows():
-        trained = [] if row["recovery"] == "none" else [row["recovery"]]
-        dense = row["criterion"] == "none"
-        labels.append(", ".join(["dense", *trained] if dense else [row["criterion"], *_said(ways, row[ways])]))
+    labels = [", ".join(_words(row, ways)) for _, row in worth.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     tokens = prefill["task"].iloc[0].split()[-1]
@@ -462,6 +458,13 @@ def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
         label = ", ".join([criterion, *_said(ways, chosen)])
         control = dense[dense["recovery"] == line["recovery"].iloc[0]]
         _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
+
+
+def _words(model: pd.Series, ways: list[str]) -> list[str]:
+    """A model in words: its criterion and how it was made; of the dense one, which has no ways, how it was trained."""
+    if model["criterion"] == "none":
+        return ["dense", *([] if model["recovery"] == "none" else [model["recovery"]])]
+    return [model["criterion"], *_said(ways, model[ways])]
 
 
 def _said(ways: list[str], chosen: Iterable[str]) -> list[str]:

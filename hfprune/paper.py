@@ -9,7 +9,7 @@ import pandas as pd
 from hfprune.comparison import MEASURE, Comparison, best_of, indistinguishable_from_best
 from hfprune.errors import UserError
 from hfprune.statistics import MODEL, WITHIN, mean_accuracy, over_seeds, varying
-from hfprune.tables import TASK_TITLES, headline, read_metrics
+from hfprune.tables import STANDARD_ERRORS, TASK_TITLES, headline, read_metrics
 from hfprune.targets import Setting, compared
 from hfprune.typeset import NOT_WORSE, Cell, Row, Sheet
 
@@ -146,7 +146,8 @@ def sheet(name: str, estimates: pd.DataFrame, published: Path) -> Sheet:
         there = theirs[(theirs["ratio"] == ratio) & (theirs["text"] == text)]
         for (model, method), found in there.groupby(["model", "method"], sort=False):
             known = [*where, f"{method}, {model}, published"]
-            rows.append(Row([*known, *[""] * len(ways)], _published_cells(found, columns), published=True))
+            cells = _published_cells(found, {column.title: column.metric for column in columns})
+            rows.append(Row([*known, *[""] * len(ways)], cells, published=True))
     digits = {column.title: column.digits for column in columns}
     return Sheet(table.caption, heads, digits, rows, _notes(estimates, theirs))
 
@@ -181,9 +182,10 @@ def read_published(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: not published values with the columns {', '.join(columns)}: {error}") from None
 
 
-def _published_cells(found: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Cell]:
+def _published_cells(found: pd.DataFrame, metrics: Mapping[str, str | None]) -> dict[str, Cell]:
+    """By column's title, the published value of its metric, where there is one."""
     values = found.set_index("metric")["value"]
-    return {column.title: Cell(values[column.metric]) for column in columns if column.metric in values}
+    return {title: Cell(values[metric]) for title, metric in metrics.items() if metric in values}
 
 
 def _notes(estimates: pd.DataFrame, theirs: pd.DataFrame) -> list[str]:
@@ -230,8 +232,8 @@ def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
         heads = [model["model"], f"{100 * model['ratio']:.4g}", _method(model), *(model[way] for way in ways)]
         rows.append(Row(heads, _cells(found.assign(best=False, tied=False), columns)))
     heads = ["Model", "Removed (%)", "Method", *map(str.capitalize, ways)]
-    note = f"± is {WITHIN} standard errors, over documents and calibration seeds."
-    return Sheet("Zero-shot accuracy (%) of further models.", heads, {each.title: 1 for each in columns}, rows, [note])
+    digits = {each.title: 1 for each in columns}
+    return Sheet("Zero-shot accuracy (%) of further models.", heads, digits, rows, [STANDARD_ERRORS])
 
 
 TIMINGS = {  # title: task and metric of efficiency.csv, metric of the published table, factor, digits
@@ -260,8 +262,7 @@ def timing_sheet(sources: Sequence[Path], published: Path) -> Sheet:
             cells = {name: Cell(scale * values[task, metric]) for name, (task, metric, _, scale, _) in TIMINGS.items()}
             rows.append(Row([removed, *("" if model["criterion"] == "none" else model[way] for way in ways)], cells))
         for name, found in theirs[theirs["ratio"] == ratio].groupby("model", sort=False):
-            values = found.set_index("metric")["value"]
-            cells = {title: Cell(values[each]) for title, (_, _, each, _, _) in TIMINGS.items() if each in values}
+            cells = _published_cells(found, {title: metric for title, (_, _, metric, _, _) in TIMINGS.items()})
             rows.append(Row([f"{removed}, {name}, published", *[""] * len(ways)], cells, published=True))
     heads = ["Removed (%)", *map(str.capitalize, ways)]
     caption = "Prefill of 256 tokens, and decoding."
@@ -296,8 +297,7 @@ def scoring_sheet(sources: Sequence[Path], published: Path) -> Sheet:
         values |= {"TFLOP": each.flops / 1e12, "Peak memory (GB)": each.peak_bytes / 1e9}
         rows.append(Row([named], {title: Cell(value) for title, value in values.items()}))
     for (model, method), found in theirs.groupby(["model", "method"], sort=False):
-        values = found.set_index("metric")["value"]
-        cells = {"Seconds": Cell(values["seconds"]), "Peak memory (GB)": Cell(values["peak_gigabytes"])}
+        cells = _published_cells(found, {"Seconds": "seconds", "Peak memory (GB)": "peak_gigabytes"})
         rows.append(Row([f"{method}, {model}, published"], cells, published=True))
     digits = {"Seconds": 1, relative: 2, "Tokens/s": 0, "TFLOP": 1, "Peak memory (GB)": 2}
     caption = f"Scoring {costs['tokens'].iloc[0]:,} tokens by each criterion alone."

@@ -24,6 +24,7 @@ HELDOUT = ("perplexity", "fidelity")  # groups whose task is a held-out text
 REMOVED, PARAMETERS = "Removed (%)", "Parameters (M)"
 SCALES = {REMOVED: 100, PARAMETERS: 1e-6}
 DIGITS = {"KL (nats/token)": 3, "Top-1 agreement": 3}
+STANDARD_ERRORS = f"± is {WITHIN} standard errors, over documents and calibration seeds."
 PLAIN = ("uniform", "mlp", "none")  # ways of pruning that need no words
 # The metric that the paper reports for a task, the first that it has.
 HEADLINE = ("pct_stereotype", "acc_norm", "acc", "exact_match,strict-match")
@@ -386,5 +387,4 @@ def _sheet(caption: str, table: pd.DataFrame) -> Sheet:
             cells[name] = Cell(*(scale * (model[name] + end) for end in (0, -half, half)))
         rows.append(Row([model["stage"], model["criterion"], *(model[way] for way in ways)], cells))
     digits = {name: DIGITS.get(name, 1) for name in columns}
-    note = f"± is {WITHIN} standard errors, over documents and calibration seeds."
-    return Sheet(caption, ["Model", "Criterion", *map(str.capitalize, ways)], digits, rows, [note])
+    return Sheet(caption, ["Model", "Criterion", *map(str.capitalize, ways)], digits, rows, [STANDARD_ERRORS])
