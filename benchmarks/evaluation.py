@@ -5,6 +5,8 @@
 Both answer the same requests of the same documents, in turn in every round. lm-eval's class runs as its users have it,
 in batches of 16 rows; ours as stage `evaluate` runs it. `product_ratio` is against lm-eval's class with the matrix
 products that our stages use (`hfprune/products.py`), which a CPU gains from: what sharing and few logits alone give.
+`max_difference`, of log-likelihoods, is against the same; `product_difference` is what the other products alone make of
+lm-eval's class, by rounding.
 """
 
 import argparse
@@ -46,6 +48,11 @@ def requests(name: str, folder: Path, documents: int) -> list[Any]:
         chosen = sorted(random.Random(0).sample(range(len(task.eval_docs)), documents))
         task.build_all_requests(samples=chosen, rank=0, world_size=1)
         return task.instances
+
+
+def difference(one: list[tuple[float, bool]], other: list[tuple[float, bool]]) -> float:
+    """The largest difference of two lists of log-likelihoods, nats."""
+    return max(abs(mine - theirs) for (mine, _), (theirs, _) in zip(one, other, strict=True))
 
 
 def main() -> None:
@@ -91,15 +98,17 @@ def main() -> None:
             args.rounds,
         )
         print(name, {what: round(each, 2) for what, each in seconds.items()}, flush=True)
-        pairs = list(zip(answers["stock"], answers["shared"], strict=True))
-        differences.append(max(abs(one - other) for (one, _), (other, _) in pairs))
+        differences.append(difference(answers["stock, our products"], answers["shared"]))
         ratios.append(seconds["stock"] / seconds["shared"])
         figures |= {f"{name}, seconds, {what}": each for what, each in seconds.items()}
         figures |= {
             f"{name}, speed_ratio": ratios[-1],
             f"{name}, product_ratio": seconds["stock, our products"] / seconds["shared"],
             f"{name}, max_difference": differences[-1],
-            f"{name}, greedy answers differ": sum(one != other for (_, one), (_, other) in pairs),
+            f"{name}, product_difference": difference(answers["stock"], answers["stock, our products"]),
+            f"{name}, greedy answers differ": sum(
+                one != other for (_, one), (_, other) in zip(answers["stock"], answers["shared"], strict=True)
+            ),
         }
     record("evaluation", figures | {"speed_ratio": min(ratios), "max_difference": max(differences)})
 

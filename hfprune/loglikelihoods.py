@@ -24,6 +24,7 @@ from hfprune.models import at_hand, logits_of
 # What a batch holds at most, however much memory is free: more is no faster.
 TOKENS = {"cpu": 2**11, "cuda": 2**15}
 ROWS = 64  # of lm-eval's own batches
+FILLED = 0.75  # of the longest row of a batch is in every other one, at least: what pads it is computed too
 LOGITS = 2**24  # computed at once
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # context and continuation, and the tokens of each
@@ -91,11 +92,12 @@ class Shared(Stock):
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
         answers: list[Answer] = [(0.0, True)] * len(requests)
-        # The largest first: batches with little padding; memory runs out, if at all, before much is done.
+        # The largest first: neighbours are alike; memory runs out, if at all, before much is done.
         waiting = sorted(trees(self._lines(requests), self.model), key=lambda tree: -tree.size)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             while waiting:
-                batch = waiting[: self._fitting(waiting[0].size)]
+                longest = waiting[0].size
+                batch = [tree for tree in waiting[: self._fitting(longest)] if tree.size >= FILLED * longest]
                 found = self._try(batch)
                 if found is None:
                     waiting[: len(batch)] = self._halved(batch)
