@@ -211,10 +211,10 @@ def test_little_free_memory_makes_small_batches(monkeypatch):
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[:2]))
 
     def fit(whole):
-        return all(rows == 1 or rows * forward_bytes(model, length, whole) <= 2**19 for rows, length in shapes)
+        return all(rows == 1 or rows * forward_bytes(model, length, whole) <= 2**17 for rows, length in shapes)
 
     for kind in (Shared, Stock):
-        for free, small in ((2**33, False), (2**20, True)):
+        for free, small in ((2**33, False), (2**18, True)):
             shapes.clear()
             monkeypatch.setattr(loglikelihoods, "free_bytes", lambda _, free=free: free)
             kind(model, tokenizer).loglikelihood(asked, disable_tqdm=True)
