@@ -36,6 +36,7 @@ from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
 from hfprune.layout import MANIFEST, SCORES, SUMS
 from hfprune.plan import store_root
+from hfprune.stopping import STATUS, Stopped
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
 ONLINE = ("download", "push", "plan")
@@ -66,12 +67,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:  # of several processes one speaks
+        if _is_first():
             print(f"hfprune {args.command}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if _is_first():
+            print(f"hfprune {args.command}: stopped by SIGTERM: {stopped}; run again to go on.", file=sys.stderr)
+        return STATUS
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the one, of several processes, that speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _parser() -> argparse.ArgumentParser:
