@@ -39,7 +39,7 @@ from hfprune.plan import store_root
 from hfprune.stopping import STATUS, Stopped
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
-ONLINE = ("download", "push", "plan")
+ONLINE = ("download", "push", "plan", "on-gpus")
 USES = ("calibration", "recovery", "fidelity", "task")  # of documents
 
 WELCOME = """\
@@ -425,6 +425,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--shape", type=Path, help="a config.json that stands for the model's, where the hub is far")
 
     makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
+    on_gpus = command(
+        "on-gpus",
+        _on_gpus,
+        "Run a command on GPUs that no other such command holds, for as long as it runs; wait until there are some.",
+        "hfprune on-gpus 2 hfprune score --model store/model/KEY --text store/text/KEY",
+    )
+    on_gpus.add_argument("count", type=_positive, help="of those that CUDA_VISIBLE_DEVICES lists, or else of all")
+    on_gpus.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="what to run")
+
     for each in (*makers, collect, differences, profile, table, widths, losses, efficiency, export, push):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
@@ -1024,3 +1033,11 @@ def _plan(args: argparse.Namespace) -> None:
     from hfprune.estimate import report
 
     print(report(experiment, args.gpu, args.utilisation, args.shape))
+
+
+def _on_gpus(args: argparse.Namespace) -> None:
+    from hfprune.devices import run_on
+
+    if not args.words:
+        raise UserError("no command to run.")
+    run_on(args.count, args.words)
