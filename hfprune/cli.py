@@ -74,9 +74,27 @@ def main(argv: list[str] | None = None) -> int:
         if _is_first():
             print(f"hfprune {args.command}: stopped by SIGTERM: {stopped}; run again to go on.", file=sys.stderr)
         return STATUS
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"hfprune {args.command}: out of memory: {str(error).partition('.')[0] or 'the system gave none'}. What is "
+            "finished is kept. Free some, or take a device with more memory, several "
+            f"(`snakemake --resources gpu=2 --set-resources {args.command}:gpu=2`), or `dtype: bfloat16`.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from hfprune.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _is_first() -> bool:

@@ -1,44 +1,52 @@
-"""SIGTERM, as a batch system sends it when time is up."""
+"""Stages that are stopped from outside: by SIGTERM, as batch systems send it when time is up, and by a full memory."""
 
 import signal
 import subprocess
 import sys
 import threading
 
+import pytest
+
 from hfprune.stopping import noting
 from tests.conftest import run_hfprune
 
-# The console command, in which SIGTERM comes with the second batch of the pass.
+# The console command, in which something happens with the second batch of the pass.
 WRAPPER = """
-import signal, sys
+import signal, sys, torch
 from hfprune import cli, scoring
 scoring.TOKENS_PER_BATCH = 64
 calls, final_hidden = [], scoring.final_hidden
-def terminated(*given):
+def disturbed(*given):
     calls.append(1)
     if len(calls) == 2:
-        signal.raise_signal(signal.SIGTERM)
+        {}
     return final_hidden(*given)
-scoring.final_hidden = terminated
+scoring.final_hidden = disturbed
 sys.exit(cli.main(sys.argv[1:]))
 """
+SIGTERM = "signal.raise_signal(signal.SIGTERM)"
+FULL = "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')"
 
 
-def test_a_stage_out_of_time_fails_says_what_is_kept_and_goes_on_from_there(checkpoint, data, tmp_path):
+@pytest.mark.parametrize(
+    ("what", "status", "message"),
+    [
+        (SIGTERM, 143, "stopped by SIGTERM: the sums over 4 of 6 sequences are kept; run again to go on.\n"),
+        (FULL, 2, "out of memory: CUDA out of memory. What is finished is kept. Free some, or take a device"),
+    ],
+)
+def test_a_stage_that_is_stopped_says_so_and_the_next_run_makes_it(what, status, message, checkpoint, data, tmp_path):
     store = tmp_path / "store"
     model = run_hfprune(store, "download", "model", "--path", checkpoint)
     text = run_hfprune(store, "download", "text", "--path", data / "calibration.jsonl")
     words = ["score", "--model", model, "--text", text, "--samples", "6", "--length", "32"]
-    done = subprocess.run(
-        [sys.executable, "-c", WRAPPER, *words, "--store", store], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 143
-    assert done.stderr.endswith(
-        "hfprune score: stopped by SIGTERM: the sums over 4 of 6 sequences are kept; run again to go on.\n"
-    )
+    disturbed = [sys.executable, "-c", WRAPPER.replace("{}", what), *words, "--store", store]
+    done = subprocess.run(disturbed, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status
+    assert f"hfprune score: {message}" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(store.glob("score/*"))
-    assert list(store.glob(".work/score-*/.resume/sums*"))
+    assert len(list(store.glob(".work/score-*/.resume/sums*"))) == (what is SIGTERM)
     run_hfprune(store, *words)
     assert len(list(store.glob("score/*/manifest.json"))) == 1
 

@@ -483,7 +483,9 @@ def test_a_table_that_the_experiment_cannot_fill_is_refused_before_anything_runs
     assert not ran(output)
 
 
-def test_a_grid_of_refits_stands_side_by_side_in_the_results(checkout, experiment, tmp_path):
+def test_a_grid_of_refits_stands_side_by_side_in_the_results(checkout, experiment, tmp_path, monkeypatch):
+    for name in ("HF_ENDPOINT", "http_proxy", "https_proxy", "all_proxy"):  # all is downloaded: nobody is asked
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     grid = changed(experiment, pruning={"ratios": [0.2], "refits": ["none", "least_squares", "sequential"]})
     elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
     output = elsewhere.snakemake(grid, "tables", "figures")
