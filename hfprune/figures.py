@@ -315,7 +315,10 @@ def importance(scores: list[Artifact]) -> Figure:
 
 def _first_of_each(scores: list[Artifact]) -> dict[str, Artifact]:
     """By criterion, its scores of one seed."""
-    return {artifact.parameters["criterion"]: artifact for artifact in reversed(scores)}
+    found: dict[str, Artifact] = {}
+    for artifact in scores:
+        found.setdefault(artifact.parameters["criterion"], artifact)
+    return found
 
 
 def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure:
