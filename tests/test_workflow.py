@@ -138,7 +138,7 @@ def test_a_an_unchanged_second_run_does_nothing_and_says_so(checkout, experiment
 def report(checkout, experiment) -> Path:
     """The report of the tiny experiment."""
     assert ran(checkout.snakemake(experiment, "report")) == {
-        "table1": 1, "table2": 1, "page": 18, "provenance": 1, "config": 1, "report": 1,
+        "table1": 1, "table2": 1, "page": 18, "artifacts": 1, "config": 1, "report": 1,
     }  # fmt: skip
     return checkout.folder / "results" / "tiny" / "report.html"
 
