@@ -44,7 +44,7 @@ def _environment(comment: str, packages: str, pins: list[str]) -> str:
 
 
 def freeze() -> str:
-    """What is installed as a requirements.txt; a pin must not name the CPU or CUDA build that happens to be installed."""
+    """What is installed, as a requirements.txt; no pin names the CPU or CUDA build that happens to be."""
     command = [sys.executable, "-m", "pip", "freeze", "--exclude-editable", "--exclude", "hfprune"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return HEADER + re.sub(r"\+(cpu|cu\d+)$", "", found, flags=re.MULTILINE)
