@@ -13,6 +13,7 @@ from hfprune.artifacts import file_sha256
 from hfprune.provenance import Node, command
 
 PROFILE = "https://w3id.org/ro/wfrun/process/0.5"
+LICENCE = "None of its own; those of the models and texts that it was made from apply."
 
 
 def write(root: Node, folder: Path) -> Path:
@@ -24,6 +25,7 @@ def write(root: Node, folder: Path) -> Path:
     crate = ROCrate(version="1.1")  # that of the profile
     crate.name = root.name
     crate.description = f"{root.name}, and how it came to be."
+    crate.root_dataset["license"] = LICENCE
     crate.root_dataset["conformsTo"] = _add(crate, PROFILE, "CreativeWork", name="Process Run Crate", version="0.5")
     entities: dict[Path, ContextEntity] = {}
     actions = []

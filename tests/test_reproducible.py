@@ -12,7 +12,9 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import REPOSITORY, sentences, write_lines
+from hfprune.fidelity import measure
+from hfprune.scoring import unit_scores
+from tests.conftest import REPOSITORY, make_model, sentences, write_lines
 from tests.test_workflow import Checkout
 
 # Every stage in one process, its random state and its working folder others than in the workflow.
@@ -114,3 +116,39 @@ def test_results_differ_in_nothing_but_timings(runs):
     pd.testing.assert_frame_equal(metrics, theirs)
     for suffix in ("csv", "md", "tex"):
         assert (workflow / f"tables/summary.{suffix}").read_bytes() == (hand / f"tables/summary.{suffix}").read_bytes()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(1, 1), (1, 3), (2, 1), (2, 3), (2, 8)])
+def test_scores_with_other_batches_and_threads_agree_to_rounding_and_keep_the_same_units(count, batch, threads):
+    tokens = torch.randint(2, 320, (8, 48), generator=torch.Generator().manual_seed(3))
+    shape = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32}
+    criteria = ["entropy", "cross_entropy", "fisher_token", "wanda"]
+    threads(1)
+    right = unit_scores(make_model(**shape), tokens, criteria, batch=8)
+    threads(count)
+    found = unit_scores(make_model(**shape), tokens, criteria, batch=batch)
+    for name in criteria:
+        for ours, theirs in zip(found[name]["mlp"], right[name]["mlp"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+            kept, rightly = (set(layer.argsort()[102:].tolist()) for layer in (ours, theirs))
+            assert kept == rightly, name
+
+
+def test_fidelity_with_other_threads_agrees_to_rounding(runs, tmp_path, threads):
+    store = runs[1] / "store"
+    (reference,) = (store / "reference").iterdir()
+    for manifest in store.glob("measure/*/manifest.json"):
+        if not (model := store / "prune" / json.loads(manifest.read_text())["inputs"]["model"]).is_dir():
+            continue
+        threads(2)
+        measure(tmp_path, model, reference, "float32")
+        once, again = (json.loads((folder / "results.json").read_text()) for folder in (manifest.parent, tmp_path))
+        for name, estimate in once.items():
+            assert again[name]["value"] == pytest.approx(estimate["value"], rel=1e-5), name
