@@ -125,11 +125,11 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("count", "batch"), [(1, 1), (1, 3), (2, 1), (2, 3), (2, 8)])
+@pytest.mark.parametrize(("count", "batch"), [(1, 1), (1, 3), (2, 8)])
 def test_scores_with_other_batches_and_threads_agree_to_rounding_and_keep_the_same_units(count, batch, threads):
-    tokens = torch.randint(2, 320, (8, 48), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(2, 320, (8, 32), generator=torch.Generator().manual_seed(3))
     shape = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32}
-    criteria = ["entropy", "cross_entropy", "fisher_token", "wanda"]
+    criteria = ["entropy", "fisher_token", "wanda"]
     threads(1)
     right = unit_scores(make_model(**shape), tokens, criteria, batch=8)
     threads(count)
