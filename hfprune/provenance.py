@@ -19,6 +19,7 @@ from hfprune.errors import UserError
 from hfprune.layout import MANIFEST
 
 RECORDS = ".provenance"
+SAID = {"sha256", "made_from", "code", "versions", "git_commit", "command", "host", "device", "time"}  # in a record
 KEY = re.compile("[0-9a-f]{4,16}")
 SHOWN = 8  # values of a column that an error names
 
@@ -45,6 +46,20 @@ def _reference(source: Artifact | Path, folder: Path) -> dict[str, str]:
         return {"stage": source.manifest["stage"], "key": source.key}
     way = os.path.relpath(source.resolve(), folder.resolve())
     return {"file": Path(way).as_posix(), "sha256": file_sha256(source)}
+
+
+def _said_of(path: Path) -> dict[str, Any]:
+    """A file's record; empty where there is none."""
+    file = _record_file(path)
+    if not file.is_file():
+        return {}
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if missing := SAID - set(said):
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: not a record of how {path.name} was made ({error}): make {path.name} anew.") from None
+    return said
 
 
 @dataclass(frozen=True)
@@ -141,11 +156,9 @@ class Trail:
         """A file of results or of published values; `used` is its sha256 when something was made from it."""
         if not path.is_file():
             return Node(str(path), path, notes=("not there",))
-        found, notes, said = file_sha256(path), [], {}
-        if _record_file(path).is_file():
-            said = json.loads(_record_file(path).read_text(encoding="utf-8"))
-            if said["sha256"] != found:
-                notes.append(f"edited since: it was made with sha256 {said['sha256']}")
+        found, said, notes = file_sha256(path), _said_of(path), []
+        if said and said["sha256"] != found:
+            notes.append(f"edited since: it was made with sha256 {said['sha256']}")
         if used not in (None, found):
             notes.append(f"changed since it was read here: then it had sha256 {used}")
         sources = {}

@@ -41,7 +41,8 @@ def test_help_and_planning_import_nothing_heavy():
 def test_the_engine_imports_without_the_pipelines_libraries():
     code = (
         "import sys\n"
-        "for name in ('snakemake', 'datasets', 'lm_eval', 'pandas', 'matplotlib', 'gguf', 'rocrate'): sys.modules[name] = None\n"
+        "for name in ('snakemake', 'datasets', 'lm_eval', 'pandas', 'matplotlib', 'gguf', 'rocrate'):\n"
+        "    sys.modules[name] = None\n"
         "import hfprune.scoring, hfprune.surgery, hfprune.fidelity, hfprune.config, hfprune.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

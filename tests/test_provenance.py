@@ -141,6 +141,8 @@ def test_what_leads_nowhere_is_refused_with_the_remedy(folder, capsys):
     assert "no row; there stage is dense, pruned." in refused(capsys, folder, metrics, "--where", "stage=cut")
     summary = folder / "results" / "tables" / "summary.csv"
     assert "column `key`, as metrics.csv does" in refused(capsys, folder, summary, "--where", "stage=cut")
+    (metrics.parent / ".provenance" / "metrics.csv.json").write_text("{}")
+    assert "metrics.csv.json: not a record of how metrics.csv was made" in refused(capsys, folder, metrics)
     shutil.rmtree(metrics.parent / ".provenance")
     assert "no record of how it was made" in refused(capsys, folder, metrics)
     assert "metrics.csv\n" in said(capsys, folder, summary), "it is followed as far as it goes"
