@@ -37,9 +37,10 @@ from hfprune.errors import UserError
 from hfprune.layout import MANIFEST, SCORES, SUMS
 from hfprune.plan import store_root
 from hfprune.provenance import record
+from hfprune.stopping import STATUS, Stopped
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
-ONLINE = ("download", "push", "plan")
+ONLINE = ("download", "push", "plan", "on-gpus")
 USES = ("calibration", "recovery", "fidelity", "task")  # of documents
 
 WELCOME = """\
@@ -67,12 +68,39 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:  # of several processes one speaks
+        if _is_first():
             print(f"hfprune {args.command}: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        if _is_first():
+            print(f"hfprune {args.command}: stopped by SIGTERM: {stopped}; run again to go on.", file=sys.stderr)
+        return STATUS
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"hfprune {args.command}: out of memory: {str(error).partition('.')[0] or 'the system gave none'}. What is "
+            "finished is kept. Free some, or take a device with more memory, several "
+            f"(`snakemake --resources gpu=2 --set-resources {args.command}:gpu=2`), or `dtype: bfloat16`.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from hfprune.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _is_first() -> bool:
+    """Whether this is the one, of several processes, that speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -430,6 +458,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--shape", type=Path, help="a config.json that stands for the model's, where the hub is far")
 
     makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
+    on_gpus = command(
+        "on-gpus",
+        _on_gpus,
+        "Run a command on GPUs that no other such command holds, for as long as it runs; wait until there are some.",
+        "hfprune on-gpus 2 hfprune score --model store/model/KEY --text store/text/KEY",
+    )
+    on_gpus.add_argument("count", type=_positive, help="of those that CUDA_VISIBLE_DEVICES lists, or else of all")
+    on_gpus.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="what to run")
+
     for each in (*makers, collect, differences, profile, table, widths, losses, efficiency, export, push, provenance):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
@@ -1049,3 +1086,11 @@ def _plan(args: argparse.Namespace) -> None:
     from hfprune.estimate import report
 
     print(report(experiment, args.gpu, args.utilisation, args.shape))
+
+
+def _on_gpus(args: argparse.Namespace) -> None:
+    from hfprune.devices import run_on
+
+    if not args.words:
+        raise UserError("no command to run.")
+    run_on(args.count, args.words)

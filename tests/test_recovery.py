@@ -21,6 +21,7 @@ from hfprune.errors import UserError
 from hfprune.models import FAMILIES, load_model, load_tokenizer
 from hfprune.packing import Packed, read_examples
 from hfprune.recovery import METHODS, recover
+from hfprune.stopping import Stopped
 from hfprune.surgery import cut
 from tests.conftest import make_model, run_hfprune, save_checkpoint, save_dense, sentences, write_lines
 
@@ -210,6 +211,26 @@ def test_a_killed_training_goes_on_and_ends_alike(tmp_path, checkpoint, instruct
     a, b = (load_file(made[name] / "model.safetensors") for name in ("whole", "killed"))
     assert all(a[name].equal(b[name]) for name in a)
     assert not (made["killed"] / ".resume").exists()
+
+
+def test_sigterm_ends_the_step_and_keeps_the_training(tmp_path, pruned, instructions, monkeypatch):
+    train(tmp_path / "whole", pruned, instructions, epochs=4)
+    step = recovery.RecoveryTrainer.training_step
+
+    def terminate_in_the_third(self, *given):
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery.RecoveryTrainer, "training_step", terminate_in_the_third)
+        with pytest.raises(Stopped, match="up to step 3 of"):
+            train(tmp_path / "stopped", pruned, instructions, epochs=4)
+    assert not (tmp_path / "stopped" / "model.safetensors").exists()
+    assert len(steps(tmp_path / "stopped" / ".resume")) == 3
+    train(tmp_path / "stopped", pruned, instructions, epochs=4)
+    whole, stopped = (steps(tmp_path / name) for name in ("whole", "stopped"))
+    assert [each["loss"] for each in stopped] == [each["loss"] for each in whole]
 
 
 def test_two_processes_make_what_one_makes(tmp_path, checkpoint, instructions):

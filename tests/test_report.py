@@ -65,6 +65,19 @@ def test_an_empty_table_is_its_head(tmp_path):
     assert Cells(page("Agreement", "", [tmp_path / "agreement.csv"])).rows == [["criterion", "seed"]]
 
 
+def test_a_page_never_grows_too_large_for_a_browser(tmp_path):
+    table = tmp_path / "tables" / "profile.csv"
+    table.parent.mkdir()
+    for rows, whole in ((20_000, True), (60_000, False)):
+        table.write_text("layer,value\n" + "".join(f"{i},0.12345678\n" for i in range(rows)))
+        made = page("Profile", "", [table])
+        assert len(made) * 4 / 3 < 2**21
+        assert len(Cells(made).rows) == 201
+        assert f"The first 200 of {rows:,} rows." in made
+        assert ('download="profile.csv"' in made) == whole
+        assert ("All of it is in tables/profile.csv" in made) != whole
+
+
 def test_a_figure_stands_in_its_page(tmp_path):
     drawn = tmp_path / "kl.svg"
     svg = "<svg xmlns='http://www.w3.org/2000/svg'><path d='M0 0'/></svg>"

@@ -1,5 +1,6 @@
 """Scores against an independent float64 computation, and what must not change them."""
 
+import signal
 from functools import partial
 
 import pytest
@@ -21,6 +22,7 @@ from hfprune.scoring import (
     shard_range,
     unit_scores,
 )
+from hfprune.stopping import Stopped
 from hfprune.structures import PARTS
 from hfprune.texts import sample_sequences
 from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines
@@ -289,6 +291,25 @@ def test_a_pass_that_was_cut_short_goes_on_where_it_was(tmp_path, monkeypatch):
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     resumed = unit_scores(model, tokens(), INTACT, batch=2, resume=tmp_path / "resume")
     assert len(calls) == 1
+    for name in INTACT:
+        assert all(a.equal(b) for a, b in zip(flat(resumed[name]), flat(whole[name]), strict=True)), name
+
+
+def test_sigterm_ends_the_batch_and_keeps_what_is_summed(tmp_path):
+    whole = unit_scores(make_model(), tokens(), INTACT, batch=2)
+    model, calls = make_model(), []
+
+    def terminate_in_the_second_batch(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    model.model.register_forward_pre_hook(terminate_in_the_second_batch)
+    with pytest.raises(Stopped, match="the sums over 4 of 6 sequences are kept"):
+        unit_scores(model, tokens(), INTACT, batch=2, resume=tmp_path / "resume")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    resumed = unit_scores(model, tokens(), INTACT, batch=2, resume=tmp_path / "resume")
+    assert len(calls) == 3
     for name in INTACT:
         assert all(a.equal(b) for a, b in zip(flat(resumed[name]), flat(whole[name]), strict=True)), name
 

@@ -122,6 +122,31 @@ def test_hub_text_by_file_and_by_split(hub, tmp_path):
         assert manifest(folder)["details"] == {"commit": commit, "name": "corpus", "documents": 5}
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_file_that_is_not_the_commits_is_refused_and_got_anew(file, hub, checkpoint, tmp_path):
+    content = (checkpoint / file).read_bytes()
+    hub.tampered[file] = (
+        content.replace(b"0", b"1") if file.endswith("json") else content[:-1] + bytes([content[-1] ^ 1])
+    )
+    said = download(tmp_path, "model", "--hub", "someone/tiny", status=2, **hub.environment)
+    assert f"hub someone/tiny@main: {file}: {'sha256' if 'tensors' in file else 'git-sha1'} is " in said
+    assert said.endswith("It is deleted; run again.")
+    hub.tampered.clear()
+    folder = download(tmp_path, "model", "--hub", "someone/tiny", **hub.environment)
+    assert (folder / file).read_bytes() == content
+
+
+def test_a_text_that_is_not_the_commits_is_refused_and_got_anew(hub, tmp_path):
+    records = write_lines(tmp_path / "train.jsonl", [{"text": sentences(i, 9)} for i in range(5)]).read_bytes()
+    hub.repository("datasets", "someone/corpus").commit({"data/train.jsonl": records})
+    hub.tampered["data/train.jsonl"] = records.replace(b"o", b"a")
+    options = ("text", "--hub", "someone/corpus", "--file", "data/train.jsonl")
+    assert "data/train.jsonl: git-sha1 is " in download(tmp_path, *options, status=2, **hub.environment)
+    hub.tampered.clear()
+    folder = download(tmp_path, *options, **hub.environment)
+    assert json.loads((folder / "documents.jsonl").read_text().splitlines()[0]) == {"text": sentences(0, 9)}
+
+
 def test_local_model_is_linked_and_refused_once_it_changes(checkpoint, tmp_path):
     original = tmp_path / "model"
     original.mkdir()

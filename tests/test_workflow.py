@@ -271,6 +271,19 @@ def test_h_after_kill_9_in_the_middle_of_scoring_the_next_run_finishes(checkout,
     read(made)
 
 
+def test_jobs_that_run_at_once_are_on_devices_of_their_own(checkout, experiment, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf '0, GPU-aaaa, Pretended\\n1, GPU-bbbb, Pretended\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    seeds = changed(experiment, calibration={"seeds": [21, 22]})
+    output = checkout.snakemake(seeds, "--until", "score", "--resources", "gpu=2")
+    assert model_stages(ran(output)) == {"score": 2}
+    taken = re.findall(r"^on (GPU-\w+) \(Pretended\)$", output, re.MULTILINE)
+    assert sorted(taken) == ["GPU-aaaa", "GPU-bbbb"]
+
+
 def test_i_two_runs_at_once_on_one_store_do_not_harm_each_other(checkout, experiment, tmp_path):
     seed = changed(experiment, calibration={"seeds": [9]})
     elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
@@ -474,7 +487,9 @@ def test_a_table_that_the_experiment_cannot_fill_is_refused_before_anything_runs
     assert not ran(output)
 
 
-def test_a_grid_of_refits_stands_side_by_side_in_the_results(checkout, experiment, tmp_path):
+def test_a_grid_of_refits_stands_side_by_side_in_the_results(checkout, experiment, tmp_path, monkeypatch):
+    for name in ("HF_ENDPOINT", "http_proxy", "https_proxy", "all_proxy"):  # all is downloaded: nobody is asked
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     grid = changed(experiment, pruning={"ratios": [0.2], "refits": ["none", "least_squares", "sequential"]})
     elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
     output = elsewhere.snakemake(grid, "tables", "figures")

@@ -1,7 +1,6 @@
 # The experiment, its plan of artifacts, and how a rule asks the plan.
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, workflow.basedir)
 
-from hfprune import config as experiments, targets
+from hfprune import config as experiments, devices, targets
 from hfprune.artifacts import code_digest
 from hfprune.errors import UserError
 from hfprune.plan import Plan
@@ -39,7 +38,7 @@ os.environ.update(
 CAPTIONS = yaml.safe_load(Path(workflow.source_path("../report/captions.yaml")).read_text(encoding="utf-8"))
 
 # What a job that computes on a model takes of the GPU that the default profile hands out, where there is one.
-GPU = int(shutil.which("nvidia-smi") is not None)
+GPU = int(bool(devices.visible()))
 ENVIRONMENT = Path(workflow.basedir) / "envs" / ("cuda.yaml" if GPU else "cpu.yaml")
 
 
@@ -91,10 +90,20 @@ def input_options(*names):
     return words
 
 
-def launch(wildcards, resources):
-    """Python; as many processes as the job has GPUs."""
-    several = f"accelerate launch --multi_gpu --num_processes {resources.gpu} --main_process_port 0"
-    return several if resources.gpu > 1 else "python"
+def on_gpus(resources):
+    """What goes before a command that is granted GPUs: it takes free ones of those that are here."""
+    return ["python", "-m", "hfprune", "on-gpus", resources.gpu] if resources.gpu else []
+
+
+def python(wildcards, resources):
+    """Python, which sees the GPUs that the job is granted."""
+    return [*on_gpus(resources), "python"]
+
+
+def processes(wildcards, resources):
+    """The same; as many processes as GPUs."""
+    several = ["accelerate", "launch", "--multi_gpu", "--num_processes", resources.gpu, "--main_process_port", 0]
+    return [*on_gpus(resources), *several] if resources.gpu > 1 else python(wildcards, resources)
 
 
 def label(stage):

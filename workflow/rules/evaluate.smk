@@ -13,12 +13,13 @@ rule reference:
     resources:
         gpu=GPU,
     params:
+        python=python,
         options=options("reference"),
         label=label("reference"),
     message:
         "record {params.label}"
     shell:
-        "python -m hfprune reference --model {input.model:q} --text {input.text:q} {params.options:q} 2>&1"
+        "{params.python:q} -m hfprune reference --model {input.model:q} --text {input.text:q} {params.options:q} 2>&1"
         " | tee {log:q}"
 
 
@@ -36,12 +37,13 @@ rule measure:
     resources:
         gpu=GPU,
     params:
+        python=python,
         options=options("measure"),
         label=label("measure"),
     message:
         "measure fidelity and perplexity: {params.label}"
     shell:
-        "python -m hfprune measure --model {input.model:q} --reference {input.reference:q} {params.options:q} 2>&1"
+        "{params.python:q} -m hfprune measure --model {input.model:q} --reference {input.reference:q} {params.options:q} 2>&1"
         " | tee {log:q}"
 
 
@@ -59,10 +61,11 @@ rule evaluate:
     resources:
         gpu=GPU,
     params:
+        python=python,
         options=options("evaluate"),
         label=label("evaluate"),
     message:
         "evaluate tasks: {params.label}"
     shell:
-        "python -m hfprune evaluate --model {input.model:q} --tasks {input.tasks:q} {params.options:q} 2>&1"
+        "{params.python:q} -m hfprune evaluate --model {input.model:q} --tasks {input.tasks:q} {params.options:q} 2>&1"
         " | tee {log:q}"

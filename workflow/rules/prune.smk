@@ -13,11 +13,12 @@ rule prune:
     resources:
         gpu=GPU,
     params:
+        python=python,
         options=options("prune"),
         inputs=input_options("text"),
         label=label("prune"),
     message:
         "prune {params.label}"
     shell:
-        "python -m hfprune prune --model {input.model:q} --scores {input.scores:q} {params.inputs:q} {params.options:q} 2>&1"
+        "{params.python:q} -m hfprune prune --model {input.model:q} --scores {input.scores:q} {params.inputs:q} {params.options:q} 2>&1"
         " | tee {log:q}"

@@ -13,7 +13,7 @@ rule recover:
     resources:
         gpu=GPU,
     params:
-        launch=launch,
+        python=processes,
         options=options("recover"),
         running=running("recover"),
         inputs=input_options("teacher"),
@@ -21,6 +21,6 @@ rule recover:
     message:
         "recover {params.label}"
     shell:
-        "{params.launch} -m hfprune recover --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q}"
+        "{params.python:q} -m hfprune recover --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q}"
         " {params.running:q}"
         " 2>&1 | tee {log:q}"

@@ -13,13 +13,14 @@ rule score:
     resources:
         gpu=GPU,
     params:
+        python=python,
         options=options("score"),
         inputs=input_options("light_cut", "shards"),
         label=label("score"),
     message:
         "score: {params.label}"
     shell:
-        "python -m hfprune score --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q} 2>&1"
+        "{params.python:q} -m hfprune score --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q} 2>&1"
         " | tee {log:q}"
 
 
@@ -38,11 +39,12 @@ rule shard:
     resources:
         gpu=GPU,
     params:
+        python=python,
         options=options("shard"),
         inputs=input_options("light_cut"),
         label=label("shard"),
     message:
         "add up for scores: {params.label}"
     shell:
-        "python -m hfprune shard --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q} 2>&1"
+        "{params.python:q} -m hfprune shard --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q} 2>&1"
         " | tee {log:q}"

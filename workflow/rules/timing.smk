@@ -13,13 +13,14 @@ rule efficiency:
     resources:
         gpu=GPU,
     params:
+        python=python,
         dtype=plan.experiment.model.dtype,
         # Of where it runs, for which nothing is timed again. The paper decodes 256 tokens.
         place=lambda wildcards, resources: ["--tokens", 256 if GPU else 64, "--store", STORE],
     message:
         "time models"
     shell:
-        "python -m hfprune efficiency --models {input:q} --dtype {params.dtype:q} {params.place:q}"
+        "{params.python:q} -m hfprune efficiency --models {input:q} --dtype {params.dtype:q} {params.place:q}"
         " --output {output:q} 2>&1 | tee {log:q}"
 
 
@@ -39,11 +40,12 @@ rule scoring_cost:
     resources:
         gpu=GPU,
     params:
+        python=python,
         criteria=plan.experiment.criteria,
         sampling=plan.sampling,
         inputs=lambda wildcards, input: ["--light-cut", *input.light_cut] if input.light_cut else [],
     message:
         "time the scoring of each criterion"
     shell:
-        "python -m hfprune scoring-cost --model {input.model:q} --text {input.text:q} --criteria {params.criteria:q}"
+        "{params.python:q} -m hfprune scoring-cost --model {input.model:q} --text {input.text:q} --criteria {params.criteria:q}"
         " {params.inputs:q} {params.sampling:q} --output {output:q} 2>&1 | tee {log:q}"
