@@ -34,7 +34,7 @@ localrules:
     download,
     overlap,
     page,
-    provenance,
+    artifacts,
     config,
     report,
 

@@ -1,4 +1,7 @@
-"""Write the installed versions as requirements.txt (for pip) and hfprune.yaml (for conda); `make lock` runs it."""
+"""Write the installed versions as requirements.txt (for pip), and as cpu.yaml and cuda.yaml (for conda).
+
+`make lock` runs it; `python envs/lock.py conda` writes the conda environments alone, from the requirements.txt.
+"""
 
 import re
 import subprocess
@@ -10,29 +13,50 @@ HEADER = "# The environment, exactly, on Python 3.11 and newer. Made by `make lo
 CONDA = (
     HEADER
     + """\
+# {comment}
 channels:
   - conda-forge
   - nodefaults
 dependencies:
   - python=3.12
   - pip
-  - pip:
+{packages}  - pip:
 """
 )
 
 
-def conda(requirements: str) -> str:
-    """The conda environment with the pins of a requirements.txt."""
-    return CONDA + "".join(f"      - {line}\n" for line in requirements.splitlines() if not line.startswith("#"))
+def conda(requirements: str) -> dict[str, str]:
+    """The conda environments with the pins of a requirements.txt, by their files' names."""
+    pins = [line for line in requirements.splitlines() if not line.startswith("#")]
+    (torch,) = (pin for pin in pins if pin.startswith("torch=="))
+    others = [pin for pin in pins if pin != torch]
+    build = f"  - pytorch-cpu={torch.removeprefix('torch==')}\n"
+    return {
+        "cpu.yaml": _environment("Without CUDA: torch is conda-forge's, all else PyPI's.", build, others),
+        "cuda.yaml": _environment(
+            "On Linux PyPI's torch is the build for CUDA, and brings CUDA's libraries.", "", pins
+        ),
+    }
+
+
+def _environment(comment: str, packages: str, pins: list[str]) -> str:
+    return CONDA.format(comment=comment, packages=packages) + "".join(f"      - {pin}\n" for pin in pins)
+
+
+def freeze() -> str:
+    """What is installed, as a requirements.txt; no pin names the CPU or CUDA build that happens to be."""
+    command = [sys.executable, "-m", "pip", "freeze", "--exclude-editable", "--exclude", "hfprune"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return HEADER + re.sub(r"\+(cpu|cu\d+)$", "", found, flags=re.MULTILINE)
 
 
 def main() -> None:
-    """Freeze this environment; a pin must not name the CPU or CUDA build that happens to be installed."""
-    freeze = [sys.executable, "-m", "pip", "freeze", "--exclude-editable", "--exclude", "hfprune"]
-    found = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout
-    requirements = HEADER + re.sub(r"\+(cpu|cu\d+)$", "", found, flags=re.MULTILINE)
-    (HERE / "requirements.txt").write_text(requirements, encoding="utf-8")
-    (HERE / "hfprune.yaml").write_text(conda(requirements), encoding="utf-8")
+    """Write requirements.txt, and the conda environments that follow from it."""
+    lock = HERE / "requirements.txt"
+    if sys.argv[1:] != ["conda"]:
+        lock.write_text(freeze(), encoding="utf-8")
+    for name, text in conda(lock.read_text(encoding="utf-8")).items():
+        (HERE / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

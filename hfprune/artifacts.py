@@ -283,14 +283,9 @@ class Store:
                 for file in files
             },
             "details": details,
-            "versions": versions() | {"python": platform.python_version()},
-            "git_commit": _git_commit(),
-            "command": sys.argv,
-            "host": platform.node(),
-            "device": device_name(),
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **circumstances(),
         }
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         folder = self.folder(recipe)
@@ -327,6 +322,18 @@ def _git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def circumstances() -> dict[str, Any]:
+    """By what, where and when this process makes what it makes: what a record says beside what determined it."""
+    return {
+        "versions": versions() | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+        "host": platform.node(),
+        "device": device_name(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def device_name() -> str:

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
 from hfprune.layout import MANIFEST, SCORES, SUMS
 from hfprune.plan import store_root
+from hfprune.provenance import record
 from hfprune.stopping import STATUS, Stopped
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
@@ -349,14 +350,28 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--output", type=Path, required=True, help="the html to write")
     page.add_argument("files", nargs="+", type=Path, help="a figure's svg; a table's csv, and its md; or a yaml")
 
+    listed = command(
+        "artifacts",
+        _list_artifacts,
+        "List artifacts, what each was made from, by which code and versions: artifacts.csv and versions.csv.",
+        "hfprune artifacts --output results/default/provenance store/*/*/manifest.json",
+    )
+    listed.add_argument("--output", type=Path, required=True, help="the folder to write into")
+    listed.add_argument("manifests", nargs="+", type=Path, help="artifacts of any stage")
+
     provenance = command(
         "provenance",
-        _provenance_tables,
-        "Say what artifacts were made from, by which code and versions: artifacts.csv and versions.csv.",
-        "hfprune provenance --output results/default/provenance store/*/*/manifest.json",
+        _provenance,
+        "Print how a figure, a table or a number came to be, back to the sources.",
+        "hfprune provenance results/default/figures/kl.svg\n"
+        "  hfprune provenance results/default/metrics.csv --where ratio=0.2 metric=kl\n"
+        "  hfprune provenance KEY --crate crate",
     )
-    provenance.add_argument("--output", type=Path, required=True, help="the folder to write into")
-    provenance.add_argument("manifests", nargs="+", type=Path, help="artifacts of any stage")
+    provenance.add_argument("result", help="a file of results; an artifact's folder, or how its key begins")
+    provenance.add_argument(
+        "--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="which rows of a csv that has a column `key`"
+    )
+    provenance.add_argument("--crate", type=Path, metavar="FOLDER", help="write it as an RO-Crate too")
 
     efficiency = command(
         "efficiency",
@@ -452,7 +467,7 @@ def _parser() -> argparse.ArgumentParser:
     on_gpus.add_argument("count", type=_positive, help="of those that CUDA_VISIBLE_DEVICES lists, or else of all")
     on_gpus.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="what to run")
 
-    for each in (*makers, collect, differences, profile, table, widths, losses, efficiency, export, push):
+    for each in (*makers, collect, differences, profile, table, widths, losses, efficiency, export, push, provenance):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:
         each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
@@ -678,7 +693,7 @@ def _prune(args: argparse.Namespace) -> None:
 
         words = text and text.folder
         calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
-        source = _provenance(model)
+        source = _origin(model)
         done = prune(folder, model.folder, scores.folder, words, source, calibration, **asked.model_dump())
         write_card(folder)
         return done
@@ -687,7 +702,7 @@ def _prune(args: argparse.Namespace) -> None:
     _make(args, stages.recipe("prune", asked.read(), **inputs), produce)
 
 
-def _provenance(model: Artifact) -> dict[str, Any]:
+def _origin(model: Artifact) -> dict[str, Any]:
     """Where a model came from and its licence: what was asked for, and what its download found. No local path."""
     if model.manifest["stage"] == "prune":
         from hfprune.card import read_made
@@ -710,7 +725,7 @@ def _recover(args: argparse.Namespace) -> None:
         found["teacher"] = _open(args.teacher, "model")
         if found["teacher"].key != found["model"].manifest["inputs"].get("model"):
             raise UserError(f"--teacher {args.teacher}: not the dense model that {args.model} was cut from.")
-    about = {"text": found["text"].manifest["details"]["name"], "source": _provenance(found["model"])}
+    about = {"text": found["text"].manifest["details"]["name"], "source": _origin(found["model"])}
     folders = {name: found[name].folder if name in found else None for name in ("model", "text", "teacher")}
 
     def train(folder: Path) -> dict:
@@ -802,6 +817,7 @@ def _collect(args: argparse.Namespace) -> None:
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
     metrics = collect(found, Store(args.store), _called(args))
     metrics.to_csv(args.output, index=False)
+    record([args.output], found)
     print(f"{args.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
 
 
@@ -823,25 +839,27 @@ def _differences(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
     compared = Comparison(read_documents(found, Store(args.store), _called(args)))
-    for name, table in (("intervals", compared.intervals()), ("differences", compared.differences())):
-        table.to_csv(args.output / f"{name}.csv", index=False)
-        print(args.output / f"{name}.csv")
+    tables = {"intervals": compared.intervals(), "differences": compared.differences()}
+    files = {args.output / f"{name}.csv": table for name, table in tables.items()}
+    for file, table in files.items():
+        table.to_csv(file, index=False)
+    _written(files, found)
 
 
 def _profile(args: argparse.Namespace) -> None:
     from hfprune.documents import read_profiles
     from hfprune.figures import draw_profile
 
-    bins = read_profiles([_open(path, "measure") for path in args.manifests], Store(args.store), _called(args))
-    _write_and_draw(args.output, "profile", bins, draw_profile)
+    found = [_open(path, "measure") for path in args.manifests]
+    bins = read_profiles(found, Store(args.store), _called(args))
+    _write_and_draw(args.output, "profile", bins, draw_profile, found)
 
 
 def _tables(args: argparse.Namespace) -> None:
     from hfprune.tables import read_metrics, write_tables
 
     args.output.mkdir(parents=True, exist_ok=True)
-    for path in write_tables(read_metrics(args.metrics), args.output):
-        print(path)
+    _written(write_tables(read_metrics(args.metrics), args.output), [args.metrics])
 
 
 def _figures(args: argparse.Namespace) -> None:
@@ -849,8 +867,7 @@ def _figures(args: argparse.Namespace) -> None:
     from hfprune.tables import read_metrics
 
     args.output.mkdir(parents=True, exist_ok=True)
-    for path in draw(read_metrics(args.metrics), args.output):
-        print(path)
+    _written(draw(read_metrics(args.metrics), args.output), [args.metrics])
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -860,16 +877,23 @@ def _compare(args: argparse.Namespace) -> None:
     scores = [_open(path, "score") for path in args.scores]
     if len(models := {each.manifest["inputs"]["model"] for each in scores}) > 1:
         raise UserError(f"scores of {len(models)} models ({', '.join(sorted(models))}); compare those of one.")
-    _write_and_draw(args.output, "agreement", compare(scores), partial(draw_scores, scores))
+    _write_and_draw(args.output, "agreement", compare(scores), partial(draw_scores, scores), scores)
 
 
-def _write_and_draw(output: Path, name: str, table: Any, draw: Callable[[Any, Path], Iterable[Path]]) -> None:
-    """Write a table (a DataFrame) as tables/`name`.csv, draw its figures into figures/, and print their paths."""
+def _write_and_draw(
+    output: Path, name: str, table: Any, draw: Callable[[Any, Path], Iterable[Path]], sources: list[Artifact]
+) -> None:
+    """Write a table (a DataFrame) made from `sources` as tables/`name`.csv, and draw its figures into figures/."""
     for folder in ("tables", "figures"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     file = output / "tables" / f"{name}.csv"
     table.to_csv(file, index=False)
-    for path in (file, *draw(table, output / "figures")):
+    _written([file, *draw(table, output / "figures")], sources)
+
+
+def _written(paths: Iterable[Path], sources: Sequence[Artifact | Path]) -> None:
+    """Print the paths of results, and leave with each a record of what it was made from."""
+    for path in record(paths, sources):
         print(path)
 
 
@@ -879,23 +903,23 @@ def _table(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     published = args.published / f"{args.name}.csv"
     if args.name in targets.OF_FILES:
-        made = paper.OF_FILES[args.name](args.sources, published)
+        sources = args.sources
+        made = paper.OF_FILES[args.name](sources, published)
     else:
         from hfprune.documents import read_documents
 
-        results = [_open(path, "measure", "evaluate") for path in args.sources]
-        documents = paper.shown(args.name, read_documents(results, Store(args.store), _called(args)))
+        sources = [_open(path, "measure", "evaluate") for path in args.sources]
+        documents = paper.shown(args.name, read_documents(sources, Store(args.store), _called(args)))
         made = paper.sheet(args.name, paper.estimates(documents), published)
-    for path in made.write(args.output, args.name):
-        print(path)
+    _written(made.write(args.output, args.name), [*sources, *([published] if published.exists() else [])])
 
 
 def _widths(args: argparse.Namespace) -> None:
     from hfprune.figures import draw_widths
     from hfprune.tables import kept_widths
 
-    found = kept_widths([_open(path, "prune") for path in args.manifests], Store(args.store))
-    _write_and_draw(args.output, "widths", found, draw_widths)
+    models = [_open(path, "prune") for path in args.manifests]
+    _write_and_draw(args.output, "widths", kept_widths(models, Store(args.store)), draw_widths, models)
 
 
 def _pareto(args: argparse.Namespace) -> None:
@@ -904,16 +928,16 @@ def _pareto(args: argparse.Namespace) -> None:
     from hfprune.tables import read_metrics
 
     args.output.mkdir(parents=True, exist_ok=True)
-    for path in draw_pareto(read_metrics(args.metrics), read_timings([args.timings]), args.output):
-        print(path)
+    drawn = draw_pareto(read_metrics(args.metrics), read_timings([args.timings]), args.output)
+    _written(drawn, [args.metrics, args.timings])
 
 
 def _losses(args: argparse.Namespace) -> None:
     from hfprune.figures import draw_losses
     from hfprune.tables import training_curves
 
-    curves = training_curves([_open(path, "recover") for path in args.manifests], Store(args.store))
-    _write_and_draw(args.output, "losses", curves, draw_losses)
+    models = [_open(path, "recover") for path in args.manifests]
+    _write_and_draw(args.output, "losses", training_curves(models, Store(args.store)), draw_losses, models)
 
 
 def _named(word: str) -> tuple[str, Path]:
@@ -927,17 +951,15 @@ def _named(word: str) -> tuple[str, Path]:
 def _overlap(args: argparse.Namespace) -> None:
     from hfprune.overlap import Documents, compare, refusal, write
 
-    found = {
-        use: [
-            Documents(use, name, _open(path, "task" if use == "task" else "text").folder)
-            for name, path in getattr(args, use)
-        ]
+    opened = {
+        use: [(name, _open(path, "task" if use == "task" else "text")) for name, path in getattr(args, use)]
         for use in USES
     }
+    found = {use: [Documents(use, name, each.folder) for name, each in named] for use, named in opened.items()}
     pairs = compare(found["calibration"] + found["recovery"], found["fidelity"] + found["task"])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write(pairs, args.output)
-    print(args.output)
+    _written([args.output], [each for named in opened.values() for _, each in named])
     if args.strict and (message := refusal(pairs)):
         raise UserError(message)
 
@@ -953,10 +975,10 @@ def _page(args: argparse.Namespace) -> None:
     args.output.write_text(made, encoding="utf-8")
 
 
-def _provenance_tables(args: argparse.Namespace) -> None:
+def _list_artifacts(args: argparse.Namespace) -> None:
     import json
 
-    from hfprune.report import provenance
+    from hfprune.report import list_artifacts
 
     args.output.mkdir(parents=True, exist_ok=True)
     # The manifests alone: whoever used the artifacts has verified their files.
@@ -965,8 +987,19 @@ def _provenance_tables(args: argparse.Namespace) -> None:
         manifests = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     except (OSError, ValueError) as error:
         raise UserError(f"{error}: expected the manifests, or the folders, of artifacts.") from None
-    for path in provenance(manifests, args.output):
+    for path in list_artifacts(manifests, args.output):
         print(path)
+
+
+def _provenance(args: argparse.Namespace) -> None:
+    from hfprune.provenance import Trail, text
+
+    found = Trail(Store(args.store)).of(args.result, args.where)
+    print(text(found))
+    if args.crate:
+        from hfprune.crate import write
+
+        print(write(found, args.crate))
 
 
 def _efficiency(args: argparse.Namespace) -> None:
@@ -982,6 +1015,7 @@ def _efficiency(args: argparse.Namespace) -> None:
     rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(dtype=dtype, **surroundings())
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(args.output, index=False)
+    record([args.output], models)
     print(rows[["stage", "criterion", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
 
 
@@ -1009,6 +1043,7 @@ def _scoring_cost(args: argparse.Namespace) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = rows.assign(key=model.key, dtype=asked.dtype, **surroundings())
     rows.to_csv(args.output, index=False)
+    record([args.output], [model, text, *scores])
     print(rows[["criterion", "light_cut", "seconds", "peak_bytes", "tokens", "flops", "n"]].to_string(index=False))
 
 

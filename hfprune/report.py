@@ -128,7 +128,7 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{line(head, 'th')}</tr></thead><tbody>\n{lines}\n</tbody></table>"
 
 
-def provenance(manifests: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+def list_artifacts(manifests: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Write what every artifact was made from, and the versions that made them, into `folder`; the files' paths.
 
     `artifacts.csv` has one artifact a row, in the order given; `versions.csv` one version of a library, and how many

@@ -10,7 +10,7 @@ from hfprune.cli import main
 
 STAGES = (
     "score", "shard", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config",
-    "overlap", "page", "provenance",
+    "overlap", "page", "artifacts", "provenance",
 )  # fmt: skip
 OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")
 COMMANDS = [*((stage,) for stage in (*STAGES, *OTHERS)), *(("download", kind) for kind in ("model", "text", "task"))]
@@ -32,7 +32,7 @@ def test_without_arguments_it_tells_what_to_type_first(capsys):
 def test_help_and_planning_import_nothing_heavy():
     code = (
         "import sys, hfprune.cli, hfprune.plan;"
-        "print([name for name in ('torch', 'transformers', 'datasets', 'lm_eval', 'pandas', 'matplotlib')"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'lm_eval', 'pandas', 'matplotlib', 'rocrate')"
         " if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
@@ -41,7 +41,8 @@ def test_help_and_planning_import_nothing_heavy():
 def test_the_engine_imports_without_the_pipelines_libraries():
     code = (
         "import sys\n"
-        "for name in ('snakemake', 'datasets', 'lm_eval', 'pandas', 'matplotlib', 'gguf'): sys.modules[name] = None\n"
+        "for name in ('snakemake', 'datasets', 'lm_eval', 'pandas', 'matplotlib', 'gguf', 'rocrate'):\n"
+        "    sys.modules[name] = None\n"
         "import hfprune.scoring, hfprune.surgery, hfprune.fidelity, hfprune.config, hfprune.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

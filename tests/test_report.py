@@ -9,7 +9,7 @@ import yaml
 
 from hfprune.errors import UserError
 from hfprune.plan import Plan
-from hfprune.report import page, provenance
+from hfprune.report import list_artifacts, page
 from tests.conftest import REPOSITORY
 
 
@@ -93,7 +93,7 @@ def test_other_files_are_refused(tmp_path):
         page("Notes", "", [tmp_path / "notes.pdf"])
 
 
-def test_provenance_says_what_made_each_artifact(tmp_path):
+def test_a_list_of_artifacts_says_what_made_each(tmp_path):
     common = {"device": "cpu", "host": "here", "time": "2026-01-01", "peak_memory_bytes": 3 << 20}
     model = common | {
         "stage": "model", "key": "a" * 16, "parameters": {"hub": "me/it", "sha256": "ab" * 32}, "inputs": {},
@@ -101,7 +101,7 @@ def test_provenance_says_what_made_each_artifact(tmp_path):
         "files": {"x": {"bytes": 5}, "y": {"bytes": 7}}, "seconds": 2.5, "versions": {"torch": "1", "gguf": "2"},
     }  # fmt: skip
     scores = model | {"stage": "score", "inputs": {"model": "a" * 16}, "versions": {"torch": "3", "gguf": "2"}}
-    provenance([model, scores], tmp_path)
+    list_artifacts([model, scores], tmp_path)
     first, second = csv.DictReader((tmp_path / "artifacts.csv").open())
     assert (first["stage"], first["parameters"], first["made from"]) == ("model", f"hub: me/it, sha256: {'ab' * 8}", "")
     assert (first["bytes"], first["seconds"], first["peak memory (MiB)"]) == ("12", "2.5", "3")

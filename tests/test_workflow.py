@@ -108,12 +108,16 @@ def test_it_runs_end_to_end(checkout):
         "widths": 1, "all": 1,
     }  # fmt: skip
     results = checkout.folder / "results" / "tiny"
-    assert {file.name for file in (results / "tables").iterdir()} == {
+    made = {
+        kind: {file.name for file in (results / kind).iterdir() if file.is_file()} for kind in ("tables", "figures")
+    }
+    assert made["tables"] == {
         *(f"{name}.csv" for name in ("agreement", "differences", "intervals", "overlap", "profile", "widths")),
         *(f"{name}.{suffix}" for name in ("summary", "cost") for suffix in ("csv", "md", "tex")),
     }
-    drawn = {f"{name}.{suffix}" for name in DRAWN for suffix in ("png", "pdf", "svg")}
-    assert {file.name for file in (results / "figures").iterdir()} == drawn
+    assert made["figures"] == {f"{name}.{suffix}" for name in DRAWN for suffix in ("png", "pdf", "svg")}
+    for kind, files in made.items():
+        assert {file.stem for file in (results / kind / ".provenance").iterdir()} == files, "each has its record"
     metrics = pd.read_csv(results / "metrics.csv")
     assert list(metrics.columns) == COLUMNS
     dense, pruned = (metrics[metrics["stage"] == stage] for stage in ("dense", "pruned"))
@@ -138,7 +142,7 @@ def test_a_an_unchanged_second_run_does_nothing_and_says_so(checkout, experiment
 def report(checkout, experiment) -> Path:
     """The report of the tiny experiment."""
     assert ran(checkout.snakemake(experiment, "report")) == {
-        "table1": 1, "table2": 1, "page": 18, "provenance": 1, "config": 1, "report": 1,
+        "table1": 1, "table2": 1, "page": 18, "artifacts": 1, "config": 1, "report": 1,
     }  # fmt: skip
     return checkout.folder / "results" / "tiny" / "report.html"
 

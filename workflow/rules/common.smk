@@ -24,7 +24,6 @@ except UserError as error:
 STORE = plan.store.root
 RESULTS = Path("results") / plan.experiment.experiment
 HELDOUT = [word for name, text in plan.documents["fidelity"].items() for word in ("--text", f"{name}={text.key}")]
-ENVIRONMENT = Path(workflow.basedir) / "envs" / "hfprune.yaml"
 
 # Rules call `python -m hfprune`: the interpreter that runs this, the package beside this Snakefile.
 os.environ.update(
@@ -40,6 +39,7 @@ CAPTIONS = yaml.safe_load(Path(workflow.source_path("../report/captions.yaml")).
 
 # What a job that computes on a model takes of the GPU that the default profile hands out, where there is one.
 GPU = int(bool(devices.visible()))
+ENVIRONMENT = Path(workflow.basedir) / "envs" / ("cuda.yaml" if GPU else "cpu.yaml")
 
 
 wildcard_constraints:

@@ -31,21 +31,21 @@ rule page:
         " | tee {log:q}"
 
 
-rule provenance:
+rule artifacts:
     """What every artifact was made from, by which code and versions, where and when."""
     input:
         [plan.manifest(job) for job in plan.needed],
     output:
         [RESULTS / "provenance" / f"{name}.csv" for name in ("artifacts", "versions")],
     log:
-        "logs/provenance.log",
+        "logs/artifacts.log",
     conda:
         ENVIRONMENT
     params:
         folder=RESULTS / "provenance",
         code=code_digest("hfprune.report"),
     shell:
-        "python -m hfprune provenance --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
+        "python -m hfprune artifacts --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
 
 
 rule config:
