@@ -35,7 +35,7 @@ from hfprune.config import (
 from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
 from hfprune.layout import MANIFEST, SCORES, SUMS
-from hfprune.plan import store_root
+from hfprune.plan import Plan, store_root
 from hfprune.stopping import STATUS, Stopped
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
@@ -442,6 +442,38 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--utilisation", type=float, default=0.4, help="share of its peak in use (default: %(default)s)")
     plan.add_argument("--shape", type=Path, help="a config.json that stands for the model's, where the hub is far")
 
+    held = commands.add_parser("store", help="what the store holds: list it, verify it, remove what no experiment uses")
+    actions = held.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listed = command(
+        "list",
+        _store_list,
+        "Show every artifact: what it is, what it was made from, its size, and the experiments that use it.",
+        "hfprune store list --config config.yaml configs/llama-2-7b.yaml",
+        actions,
+    )
+    verified = command(
+        "verify",
+        _store_verify,
+        "Compare every file with the sha256 in its manifest, and set aside what is damaged.",
+        "hfprune store verify --store /group/store",
+        actions,
+    )
+    pruned = command(
+        "prune",
+        _store_prune,
+        "Show what none of these experiments uses, and remove it once you have said yes.",
+        "hfprune store prune --config config.yaml configs/llama-2-7b.yaml",
+        actions,
+    )
+    verified.add_argument("keys", nargs="*", metavar="KEY", help="only these artifacts")
+    pruned.add_argument("--yes", action="store_true", help="remove it without a question")
+    for each in (listed, pruned):
+        each.add_argument(
+            "--config", nargs="+", type=Path, default=[], required=each is pruned, help="the experiments' config files"
+        )
+    for each in (listed, verified, pruned):
+        each.add_argument("--store", type=Path, help="default: the configs', HFPRUNE_STORE, or else store")
+
     makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
     on_gpus = command(
         "on-gpus",
@@ -651,7 +683,7 @@ def _one_pass(
             return details
 
         for name, each in missing.items():
-            store.make(each, partial(save_one, name))
+            store.offer(each, partial(save_one, name))
         return save_one(asked.criterion, folder)
 
     _make(args, recipe(asked.criterion), produce)
@@ -1059,3 +1091,55 @@ def _on_gpus(args: argparse.Namespace) -> None:
     if not args.words:
         raise UserError("no command to run.")
     run_on(args.count, args.words)
+
+
+def _store_list(args: argparse.Namespace) -> None:
+    from hfprune import inventory
+
+    store, plans = _held(args, args.config)
+    print(inventory.listing(inventory.entries(store), inventory.users(plans, store)))
+
+
+def _store_verify(args: argparse.Namespace) -> None:
+    from hfprune import inventory
+
+    store, _ = _held(args, [])
+    found = inventory.entries(store)
+    if unknown := set(args.keys) - {each.key for each in found}:
+        raise UserError(f"{store.root}: no artifact {', '.join(sorted(unknown))}; `hfprune store list` shows all keys.")
+    asked = [each for each in found if not args.keys or each.key in args.keys]
+    wrong = inventory.verify(asked)
+    for message in wrong:
+        print(message)
+    if wrong:
+        raise UserError(f"{len(wrong)} artifacts are not whole. Run their experiments again: that makes them again.")
+    print(f"{sum(each.kind == 'artifact' for each in asked)} artifacts: every file is as its manifest says")
+
+
+def _store_prune(args: argparse.Namespace) -> None:
+    from hfprune import inventory
+
+    store, plans = _held(args, args.config)
+    used = inventory.users(plans, store)
+    found = inventory.unused(inventory.entries(store), used)
+    print(inventory.listing(found, used))
+    if not found:
+        return
+    if not args.yes and not sys.stdin.isatty():
+        print("Nothing is removed: no terminal to ask on. Give --yes to remove all this.")
+        return
+    if not args.yes and input("Remove all this for good? Only `yes` does: ").strip() != "yes":
+        print("Nothing is removed.")
+        return
+    for each in found:
+        if not store.remove(each.stage, each.key, each.folder):
+            print(f"{each.stage} {each.key}: stays, a process is making it")
+
+
+def _held(args: argparse.Namespace, configs: list[Path]) -> tuple[Store, list[Plan]]:
+    """The store that is asked about, and the plans of the experiments."""
+    plans = [Plan(load(file)) for file in configs]
+    roots = {args.store} if args.store else {plan.store.root for plan in plans} or {store_root(Path("store"))}
+    if len(roots) > 1:
+        raise UserError(f"--config: these experiments have {len(roots)} stores, {', '.join(sorted(map(str, roots)))}.")
+    return Store(roots.pop()), plans

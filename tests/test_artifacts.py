@@ -144,17 +144,21 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path):
         Store(tmp_path / "store").make(RECIPE, write)
 
 
-def test_files_are_readable_by_the_group_that_shares_the_store(tmp_path):
+@pytest.mark.parametrize(("store", "file"), [(0o2775, 0o664), (0o755, 0o644), (0o700, 0o600)])
+def test_what_is_made_gets_the_permissions_of_the_stores_folder_whatever_the_umask(store, file, tmp_path):
     def private(folder):
-        (folder / "data.bin").write_bytes(b"x")
+        write(folder)
         (folder / "data.bin").chmod(0o600)
 
-    before = os.umask(0o022)
+    tmp_path.chmod(store)
+    before = os.umask(0o077)
     try:
-        file = Store(tmp_path).make(RECIPE, private).folder / "data.bin"
+        made = Store(tmp_path).make(RECIPE, private).folder
     finally:
         os.umask(before)
-    assert file.stat().st_mode & 0o777 == 0o644
+    folders = [tmp_path / ".work", made.parent, made, made / "below"]
+    assert {folder.stat().st_mode & 0o7777 for folder in folders} == {store}
+    assert {path.stat().st_mode & 0o7777 for path in made.rglob("*") if path.is_file()} == {file}
 
 
 @pytest.fixture
