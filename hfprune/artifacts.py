@@ -415,7 +415,7 @@ class Store:
                 raise FullDiskError(
                     f"{self.root}: no room on the disk, {free:,} bytes are free "
                     f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}). What was finished is kept. "
-                    f"Free space (`hfprune store prune` shows what no experiment uses) and run again, {remedy}"
+                    f"Free space (`hfprune store prune` shows what no experiment uses), run again, {remedy}"
                 ) from None
             raise
 
