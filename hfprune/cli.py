@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command not in ONLINE:  # what is not downloaded by then is missing: say so, do not fetch it
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     try:
-        args.run(args)
+        _run(args)
     except UserError as error:
         if _is_first():
             print(f"hfprune {args.command}: {error}", file=sys.stderr)
@@ -95,6 +95,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
     from hfprune.memory import is_out_of_memory
 
     return is_out_of_memory(error)
+
+
+def _run(args: argparse.Namespace) -> None:
+    try:
+        args.run(args)
+    except OSError as error:  # of results: the store has words of its own
+        if error.errno not in artifacts.FULL:
+            raise
+        raise UserError(f"{error.filename or args.output}: {error.strerror}. Free space there and run again.") from None
 
 
 def _is_first() -> bool:

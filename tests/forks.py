@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 PRELOADED = (
     "hfprune.cli", "hfprune.sources", "hfprune.tasks", "hfprune.scoring", "hfprune.surgery", "hfprune.recovery",
@@ -52,33 +54,52 @@ def serve() -> None:
         __import__(name)
     for line in sys.stdin:
         killed, *words = json.loads(line)
-        with tempfile.TemporaryFile("w+") as output:
-            child = os.fork()
-            if child == 0:
-                for descriptor in (1, 2):
-                    os.dup2(output.fileno(), descriptor)
-                run(killed, words)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            output.seek(0)
-            print(json.dumps([status, output.read()]), file=answers, flush=True)
+        print(json.dumps(forked(run, killed, words)), file=answers, flush=True)
 
 
-def run(killed: str, words: list[str]) -> None:
-    """In the child: one command."""
+def forked(action: Callable[..., int], *args: object) -> tuple[int, str]:
+    """Call `action` in a process of its own; its exit status, and what it printed."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            for descriptor in (1, 2):
+                os.dup2(output.fileno(), descriptor)
+            status = 1
+            try:
+                status = action(*args)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return status, output.read()
+
+
+def run(killed: str, words: list[str]) -> int:
+    """One command."""
+    from hfprune import checkpoint
+    from hfprune.cli import main
+
     if killed:
         sys.addaudithook(lambda event, args: kill(event, *args) if event == killed else None)
-    status = 1
-    try:
-        from hfprune.cli import main
+    checkpoint.subprocess = SimpleNamespace(run=reload)
+    sys.argv = ["hfprune", *words]
+    return main(words)
 
-        sys.argv = ["hfprune", *words]
-        status = main(words)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+
+def reload(command: list, **options: object) -> SimpleNamespace:
+    """What stands for the fresh process in which a checkpoint is reloaded; test_checkpoint.py has the real one."""
+
+    def code() -> int:
+        sys.argv = list(map(str, command[2:]))
+        exec(sys.argv.pop(1), {})
+        return 0
+
+    status, output = forked(code)
+    return SimpleNamespace(returncode=status, stdout=output, stderr=output)
 
 
 def kill(event: str, path: object, *args: object) -> None:
