@@ -302,6 +302,14 @@ def test_a_reader_does_not_set_aside_what_was_made_again_while_it_read(tmp_path,
     read(folder)
 
 
+def test_a_manifest_of_the_future_is_read_and_dated_now(tmp_path):
+    """Snakemake refuses an output that is older than its input."""
+    folder = Store(tmp_path).make(RECIPE, write).folder
+    os.utime(folder / "manifest.json", (4e9, 4e9))
+    read(folder)
+    assert (folder / "manifest.json").stat().st_mtime < 3e9
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package of two modules, in which `first` imports `second`, and `third` stands apart."""
