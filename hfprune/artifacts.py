@@ -267,7 +267,9 @@ class Store:
         """
         if not self.has(stage, key):
             raise UserError(f"{self.root / stage / key}: not in the store; run the stage that makes it first.")
-        return json.loads((self.root / stage / key / MANIFEST).read_text(encoding="utf-8"))
+        file = self.root / stage / key / MANIFEST
+        with _reading(file):
+            return json.loads(file.read_text(encoding="utf-8"))
 
     def make(self, recipe: Recipe, produce: Callable[[Path], dict[str, Any] | None]) -> Artifact:
         """The artifact of `recipe`: the one in the store if it is there and whole, else made by `produce`.
