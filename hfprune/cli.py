@@ -103,7 +103,8 @@ def _run(args: argparse.Namespace) -> None:
     except OSError as error:  # of results: the store has words of its own
         if error.errno not in artifacts.FULL:
             raise
-        raise UserError(f"{error.filename or args.output}: {error.strerror}. Free space there and run again.") from None
+        file = error.filename or getattr(args, "output", "the disk")
+        raise UserError(f"{file}: {error.strerror}. Free space there and run again.") from None
 
 
 def _is_first() -> bool:
