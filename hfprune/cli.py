@@ -35,7 +35,7 @@ from hfprune.config import (
 from hfprune.criteria import CRITERIA
 from hfprune.errors import UserError
 from hfprune.layout import MANIFEST, SCORES, SUMS
-from hfprune.plan import store_root
+from hfprune.plan import Plan, store_root
 from hfprune.provenance import record
 from hfprune.stopping import STATUS, Stopped
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command not in ONLINE:  # what is not downloaded by then is missing: say so, do not fetch it
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     try:
-        args.run(args)
+        _run(args)
     except UserError as error:
         if _is_first():
             print(f"hfprune {args.command}: {error}", file=sys.stderr)
@@ -75,19 +75,28 @@ def main(argv: list[str] | None = None) -> int:
         if _is_first():
             print(f"hfprune {args.command}: stopped by SIGTERM: {stopped}; run again to go on.", file=sys.stderr)
         return STATUS
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        print(
-            f"hfprune {args.command}: out of memory: {str(error).partition('.')[0] or 'the system gave none'}. What is "
-            "finished is kept. Free some, or take a device with more memory, several "
-            f"(`snakemake --resources gpu=2 --set-resources {args.command}:gpu=2`), or `dtype: bfloat16`.",
-            file=sys.stderr,
-        )
-        return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Run a subcommand; that the disk or the memory is full is a user's to mend, whatever it was that met it."""
+    try:
+        args.run(args)
+    except OSError as error:  # of results: the store has words of its own
+        if error.errno not in artifacts.FULL:
+            raise
+        file = error.filename or getattr(args, "output", "the disk")
+        raise UserError(f"{file}: {error.strerror}. Free space there and run again.") from None
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory: {str(error).partition('.')[0] or 'the system gave none'}. What is finished is kept. Free "
+            "some, or take a device with more memory, several "
+            f"(`snakemake --resources gpu=2 --set-resources {args.command}:gpu=2`), or `dtype: bfloat16`."
+        ) from None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -457,6 +466,38 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--utilisation", type=float, default=0.4, help="share of its peak in use (default: %(default)s)")
     plan.add_argument("--shape", type=Path, help="a config.json that stands for the model's, where the hub is far")
 
+    held = commands.add_parser("store", help="what the store holds: list it, verify it, remove what no experiment uses")
+    actions = held.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listed = command(
+        "list",
+        _store_list,
+        "Show every artifact: what it is, what it was made from, its size, and the experiments that use it.",
+        "hfprune store list --config config.yaml configs/llama-2-7b.yaml",
+        actions,
+    )
+    verified = command(
+        "verify",
+        _store_verify,
+        "Compare every file with the sha256 in its manifest, and set aside what is damaged.",
+        "hfprune store verify --store /group/store",
+        actions,
+    )
+    pruned = command(
+        "prune",
+        _store_prune,
+        "Show what none of these experiments uses, and remove it once you have said yes.",
+        "hfprune store prune --config config.yaml configs/llama-2-7b.yaml",
+        actions,
+    )
+    verified.add_argument("keys", nargs="*", metavar="KEY", help="only these artifacts")
+    pruned.add_argument("--yes", action="store_true", help="remove it without a question")
+    for each in (listed, pruned):
+        each.add_argument(
+            "--config", nargs="+", type=Path, default=[], required=each is pruned, help="the experiments' config files"
+        )
+    for each in (listed, verified, pruned):
+        each.add_argument("--store", type=Path, help="default: the configs', HFPRUNE_STORE, or else store")
+
     makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
     on_gpus = command(
         "on-gpus",
@@ -666,7 +707,7 @@ def _one_pass(
             return details
 
         for name, each in missing.items():
-            store.make(each, partial(save_one, name))
+            store.offer(each, partial(save_one, name))
         return save_one(asked.criterion, folder)
 
     _make(args, recipe(asked.criterion), produce)
@@ -1094,3 +1135,55 @@ def _on_gpus(args: argparse.Namespace) -> None:
     if not args.words:
         raise UserError("no command to run.")
     run_on(args.count, args.words)
+
+
+def _store_list(args: argparse.Namespace) -> None:
+    from hfprune import inventory
+
+    store, plans = _held(args, args.config)
+    print(inventory.listing(inventory.entries(store), inventory.users(plans, store)))
+
+
+def _store_verify(args: argparse.Namespace) -> None:
+    from hfprune import inventory
+
+    store, _ = _held(args, [])
+    found = inventory.entries(store)
+    if unknown := set(args.keys) - {each.key for each in found}:
+        raise UserError(f"{store.root}: no artifact {', '.join(sorted(unknown))}; `hfprune store list` shows all keys.")
+    asked = [each for each in found if not args.keys or each.key in args.keys]
+    wrong = inventory.verify(asked)
+    for message in wrong:
+        print(message)
+    if wrong:
+        raise UserError(f"{len(wrong)} artifacts are not whole. Run their experiments again: that makes them again.")
+    print(f"{sum(each.kind == 'artifact' for each in asked)} artifacts: every file is as its manifest says")
+
+
+def _store_prune(args: argparse.Namespace) -> None:
+    from hfprune import inventory
+
+    store, plans = _held(args, args.config)
+    used = inventory.users(plans, store)
+    found = inventory.unused(inventory.entries(store), used)
+    print(inventory.listing(found, used))
+    if not found:
+        return
+    if not args.yes and not sys.stdin.isatty():
+        print("Nothing is removed: no terminal to ask on. Give --yes to remove all this.")
+        return
+    if not args.yes and input("Remove all this for good? Only `yes` does: ").strip() != "yes":
+        print("Nothing is removed.")
+        return
+    for each in found:
+        if not store.remove(each.stage, each.key, each.folder):
+            print(f"{each.stage} {each.key}: stays, a process is making it")
+
+
+def _held(args: argparse.Namespace, configs: list[Path]) -> tuple[Store, list[Plan]]:
+    """The store that is asked about, and the plans of the experiments."""
+    plans = [Plan(load(file)) for file in configs]
+    roots = {args.store} if args.store else {plan.store.root for plan in plans} or {store_root(Path("store"))}
+    if len(roots) > 1:
+        raise UserError(f"--config: these experiments have {len(roots)} stores, {', '.join(sorted(map(str, roots)))}.")
+    return Store(roots.pop()), plans

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -144,17 +146,168 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path):
         Store(tmp_path / "store").make(RECIPE, write)
 
 
-def test_files_are_readable_by_the_group_that_shares_the_store(tmp_path):
+@pytest.mark.parametrize(("store", "file"), [(0o2775, 0o664), (0o755, 0o644), (0o700, 0o600)])
+def test_what_is_made_gets_the_permissions_of_the_stores_folder_whatever_the_umask(store, file, tmp_path):
     def private(folder):
-        (folder / "data.bin").write_bytes(b"x")
+        write(folder)
         (folder / "data.bin").chmod(0o600)
 
-    before = os.umask(0o022)
+    tmp_path.chmod(store)
+    before = os.umask(0o077)
     try:
-        file = Store(tmp_path).make(RECIPE, private).folder / "data.bin"
+        made = Store(tmp_path).make(RECIPE, private).folder
     finally:
         os.umask(before)
-    assert file.stat().st_mode & 0o777 == 0o644
+    folders = [tmp_path / ".work", made.parent, made, made / "below"]
+    assert {folder.stat().st_mode & 0o7777 for folder in folders} == {store}
+    assert {path.stat().st_mode & 0o7777 for path in made.rglob("*") if path.is_file()} == {file}
+
+
+# A user of the store. The interpreter may stand where only root reads: all modules are there before it is the user.
+USER = """
+import os, sys, tempfile, time
+from pathlib import Path
+from hfprune import artifacts
+from hfprune.errors import UserError
+
+with tempfile.TemporaryDirectory() as scratch:
+    artifacts.Store(Path(scratch)).make(artifacts.Recipe("stage", {}), lambda folder: None)
+root, uid, umask, parameter, seconds = Path(sys.argv[1]), *map(int, sys.argv[2:6])
+os.setgroups([])
+os.setgid(4000)
+os.setuid(uid)
+os.umask(umask)
+
+def produce(folder):
+    (folder / ".resume").mkdir(exist_ok=True)
+    (folder / ".resume" / "sums").write_text("x")
+    (folder / ".resume" / "sums").chmod(0o600)
+    (folder / "below").mkdir()
+    (folder / "data.bin").write_bytes(b"data")
+    (folder / "data.bin").chmod(0o600)
+    print("working", flush=True)
+    time.sleep(seconds)
+
+try:
+    made = artifacts.Store(root).make(artifacts.Recipe("stage", {"a": parameter}), produce)
+    print("has", artifacts.read(made.folder).key, flush=True)
+except UserError as error:
+    print(error, flush=True)
+"""
+ALICE, BOB = 4001, 4002
+
+
+class Group:
+    """A store that two users share, by their group."""
+
+    def __init__(self, root, mode):
+        self.root = root / "store"
+        self.root.mkdir()
+        os.chown(self.root, ALICE, 4000)
+        self.root.chmod(mode)
+
+    def start(self, user, umask, parameter=0, seconds=0):
+        words = map(str, (self.root, user, umask, parameter, seconds))
+        return subprocess.Popen([sys.executable, "-c", USER, *words], stdout=subprocess.PIPE, text=True)
+
+    def run(self, user, umask, parameter=0):
+        process = self.start(user, umask, parameter)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 0
+        return output.splitlines()
+
+
+@pytest.fixture
+def group():
+    if os.getuid() != 0:
+        pytest.skip("only root can be several users")
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are private
+        Path(folder).chmod(0o755)
+        yield lambda mode: Group(Path(folder), mode)
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_two_users_share_a_store_whatever_their_umask(umask, group):
+    shared = group(0o2770)
+    key = Recipe("stage", {"a": 0}).key
+    assert shared.run(ALICE, umask) == ["working", f"has {key}"]
+    assert shared.run(BOB, 0o022) == [f"has {key}"]
+    assert shared.run(BOB, umask, 1) == ["working", f"has {Recipe('stage', {'a': 1}).key}"]
+    (shared.root / "stage" / key / "data.bin").write_bytes(b"atad")
+    assert shared.run(BOB, umask) == ["working", f"has {key}"], "one replaces what the other has made"
+    shared.run(ALICE, umask, 2)
+    process = shared.start(ALICE, umask, 3, 60)
+    assert process.stdout.readline() == "working\n"
+    process.kill()
+    process.wait()
+    assert shared.run(BOB, umask, 3)[-1] == f"has {Recipe('stage', {'a': 3}).key}", "over what the other has left"
+
+
+def test_two_users_at_once_make_it_once(group):
+    shared = group(0o2770)
+    both = [shared.start(user, umask, 0, 2) for user, umask in ((ALICE, 0o077), (BOB, 0o002))]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert sorted(output.count("working") for output in outputs) == [0, 1]
+    assert all(f"has {Recipe('stage', {'a': 0}).key}" in output for output in outputs)
+
+
+def test_who_may_only_read_a_store_reads_it_and_is_told_what_may_not_be_written(group):
+    shared = group(0o755)
+    key = Recipe("stage", {"a": 0}).key
+    shared.run(ALICE, 0o077)
+    assert shared.run(BOB, 0o022) == [f"has {key}"]
+    (said,) = shared.run(BOB, 0o022, 1)
+    assert f"{shared.root}/.work" in said
+    assert "cannot write to the store (Permission denied). Mend its permissions, or set another folder" in said
+    (shared.root / "stage" / key / "data.bin").chmod(0o600)
+    (said,) = shared.run(BOB, 0o022)
+    assert f"{shared.root}/stage/{key}/data.bin: cannot be read (Permission denied)" in said
+    assert shared.run(ALICE, 0o022) == [f"has {key}"], "what one cannot read is not damaged"
+    shared.root.chmod(0o700)
+    (said,) = shared.run(BOB, 0o022)
+    assert "manifest.json: cannot be read (Permission denied)" in said
+
+
+def test_what_comes_out_beside_something_else_is_left_to_the_process_that_makes_it(tmp_path):
+    """Two runs, each of which holds what the other would wait for."""
+    recipe = Recipe("stage", {})
+    other = start(tmp_path, 60)
+    assert other.stdout.readline() == "working\n"
+    Store(tmp_path).offer(recipe, lambda folder: pytest.fail("made twice"))
+    other.kill()
+    other.wait()
+    Store(tmp_path).offer(recipe, write)
+    Store(tmp_path).offer(recipe, lambda folder: pytest.fail("made twice"))
+    read(tmp_path / "stage" / recipe.key)
+
+
+def test_a_reader_does_not_set_aside_what_was_made_again_while_it_read(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    folder = store.make(RECIPE, write).folder
+    (folder / "below" / "note.txt").write_text("TEXT")
+    hashed = artifacts.file_sha256
+
+    def made_again(file):
+        found = hashed(file)
+        monkeypatch.setattr(artifacts, "file_sha256", hashed)
+        with pytest.raises(UserError, match="refused"):
+            read(folder)
+        store.make(RECIPE, write)
+        return found
+
+    monkeypatch.setattr(artifacts, "file_sha256", made_again)
+    monkeypatch.setattr(artifacts, "versions", lambda: {"torch": "2"})  # so that the manifests differ
+    with pytest.raises(UserError, match="refused"):
+        read(folder)
+    read(folder)
+
+
+def test_a_manifest_of_the_future_is_read_and_dated_now(tmp_path):
+    """Snakemake refuses an output that is older than its input."""
+    folder = Store(tmp_path).make(RECIPE, write).folder
+    os.utime(folder / "manifest.json", (4e9, 4e9))
+    read(folder)
+    assert (folder / "manifest.json").stat().st_mtime < 3e9
 
 
 @pytest.fixture

@@ -13,7 +13,11 @@ STAGES = (
     "overlap", "page", "artifacts", "provenance",
 )  # fmt: skip
 OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")
-COMMANDS = [*((stage,) for stage in (*STAGES, *OTHERS)), *(("download", kind) for kind in ("model", "text", "task"))]
+BELOW = {"download": ("model", "text", "task"), "store": ("list", "verify", "prune")}
+COMMANDS = [
+    *((stage,) for stage in (*STAGES, *OTHERS)),
+    *((command, kind) for command, kinds in BELOW.items() for kind in kinds),
+]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

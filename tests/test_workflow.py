@@ -298,6 +298,24 @@ def test_i_two_runs_at_once_on_one_store_do_not_harm_each_other(checkout, experi
         read(manifest)
 
 
+def test_j_a_clock_that_jumps_reruns_nothing_and_hides_nothing(checkout, experiment):
+    more = changed(experiment, pruning={"ratios": [0.1, 0.15, 0.2]})
+    for made, drawn in ((2001, 2099), (2099, 2001)):
+        for folder, year in ((checkout.store, made), (checkout.folder / "results", drawn)):
+            seconds = time.mktime((year, 1, 1, 0, 0, 0, 0, 0, 0))
+            for path in folder.rglob("*"):
+                os.utime(path, (seconds, seconds), follow_symlinks=False)
+        assert checkout.planned(more) == {
+            "prune": 1, "measure": 1, "evaluate": 1,
+            "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "widths": 1, "all": 1,
+        }  # fmt: skip
+    assert model_stages(ran(checkout.snakemake(more, "--until", "prune"))) == {"prune": 1}, "from inputs of 2099"
+    manifest = checkout.manifests("measure")[0]
+    edit(manifest, f'"time": "{json.loads(manifest.read_text())["time"]}"', '"time": "2001-01-01T00:00:00+00:00"')
+    assert not model_stages(checkout.planned(experiment))
+    read(manifest)
+
+
 def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
     wrong = changed(experiment, pruning={"ratios": [1.5]}) | {"calibraton": {}}
     output = checkout.snakemake(wrong, status=1)

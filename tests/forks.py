@@ -1,0 +1,120 @@
+"""Commands of `hfprune`, each in a process of its own that need not import torch anew: they fork from one that has."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+PRELOADED = (
+    "hfprune.cli", "hfprune.sources", "hfprune.tasks", "hfprune.scoring", "hfprune.surgery", "hfprune.recovery",
+    "hfprune.fidelity", "hfprune.evaluation", "hfprune.card", "datasets",
+)  # fmt: skip
+
+
+class Forks:
+    """The process that the others fork from."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+        )
+
+    def __call__(self, *words, killed: str = "") -> tuple[int, str]:
+        """Run a command: its exit status, below 0 for a signal, and what it printed.
+
+        With `killed`, the name of an audit event, SIGKILL ends it: "open", when it opens a further file in its work
+        folder to write; or "os.rename", when it has written all and moves the folder to its place.
+        """
+        self.process.stdin.write(json.dumps([killed, *map(str, words)]) + "\n")
+        self.process.stdin.flush()
+        status, output = json.loads(self.process.stdout.readline())
+        return status, output
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve() -> None:
+    """Fork for each line on stdin, and print what came of it."""
+    answers = os.fdopen(os.dup(1), "w")
+    for name in PRELOADED:
+        __import__(name)
+    for line in sys.stdin:
+        killed, *words = json.loads(line)
+        print(json.dumps(forked(run, killed, words)), file=answers, flush=True)
+
+
+def forked(action: Callable[..., int], *args: object) -> tuple[int, str]:
+    """Call `action` in a process of its own; its exit status, and what it printed."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            for descriptor in (1, 2):
+                os.dup2(output.fileno(), descriptor)
+            status = 1
+            try:
+                status = action(*args)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return status, output.read()
+
+
+def run(killed: str, words: list[str]) -> int:
+    """One command."""
+    from hfprune import checkpoint
+    from hfprune.cli import main
+
+    if killed:
+        sys.addaudithook(lambda event, args: kill(event, *args) if event == killed else None)
+    checkpoint.subprocess = SimpleNamespace(run=reload)
+    sys.argv = ["hfprune", *words]
+    return main(words)
+
+
+def reload(command: list, **options: object) -> SimpleNamespace:
+    """What stands for the fresh process in which a checkpoint is reloaded; test_checkpoint.py has the real one."""
+
+    def code() -> int:
+        sys.argv = list(map(str, command[2:]))
+        exec(sys.argv.pop(1), {})
+        return 0
+
+    status, output = forked(code)
+    return SimpleNamespace(returncode=status, stdout=output, stderr=output)
+
+
+def kill(event: str, path: object, *args: object) -> None:
+    """End this process where the event befalls a work folder, see `Forks`."""
+    path = Path(os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else Path()
+    if ".work" not in path.parts or path.suffix == ".lock":
+        return
+    work = Path(*path.parts[: path.parts.index(".work") + 2])
+    if event == "open":
+        meant = args[1] & (os.O_WRONLY | os.O_RDWR) and path != work and any(work.iterdir())
+    else:
+        meant = path == work
+    if meant:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve()
