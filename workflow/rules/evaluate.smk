@@ -11,7 +11,9 @@ rule reference:
         ENVIRONMENT
     threads: half_the_cores
     resources:
-        gpu=GPU,
+        gpu=gpus("reference"),
+        mem=memory("reference"),
+        runtime=minutes("reference"),
     params:
         options=options("reference"),
         label=label("reference"),
@@ -34,7 +36,9 @@ rule measure:
         ENVIRONMENT
     threads: half_the_cores
     resources:
-        gpu=GPU,
+        gpu=gpus("measure"),
+        mem=memory("measure"),
+        runtime=minutes("measure"),
     params:
         options=options("measure"),
         label=label("measure"),
@@ -57,7 +61,9 @@ rule evaluate:
         ENVIRONMENT
     threads: half_the_cores
     resources:
-        gpu=GPU,
+        gpu=gpus("evaluate"),
+        mem=memory("evaluate"),
+        runtime=minutes("evaluate"),
     params:
         options=options("evaluate"),
         label=label("evaluate"),

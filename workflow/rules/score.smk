@@ -11,7 +11,9 @@ rule score:
         ENVIRONMENT
     threads: 16
     resources:
-        gpu=GPU,
+        gpu=gpus("score"),
+        mem=memory("score"),
+        runtime=minutes("score"),
     params:
         options=options("score"),
         inputs=input_options("light_cut", "shards"),
@@ -36,7 +38,9 @@ rule shard:
         ENVIRONMENT
     threads: 16
     resources:
-        gpu=GPU,
+        gpu=gpus("shard"),
+        mem=memory("shard"),
+        runtime=minutes("shard"),
     params:
         options=options("shard"),
         inputs=input_options("light_cut"),

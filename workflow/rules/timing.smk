@@ -12,6 +12,8 @@ rule efficiency:
     threads: every_core
     resources:
         gpu=GPU,
+        mem=memory("measure"),
+        runtime=minutes("measure"),
     params:
         dtype=plan.experiment.model.dtype,
         # Of where it runs, for which nothing is timed again. The paper decodes 256 tokens.
@@ -38,6 +40,8 @@ rule scoring_cost:
     threads: every_core
     resources:
         gpu=GPU,
+        mem=memory("score"),
+        runtime=minutes("score"),
     params:
         criteria=plan.experiment.criteria,
         sampling=plan.sampling,
