@@ -9,12 +9,10 @@ name=hfprune-test
 folder=$(mktemp -d)
 host=$(hostname -s)
 
-stop() {
-  scancel --user root 2> /dev/null || true
-  for daemon in slurmd slurmctld munged; do
-    if [ -e "$folder/$daemon.pid" ]; then kill "$(cat "$folder/$daemon.pid")" || true; fi
-  done
-  rm -rf "$folder" "$settings"/{slurm,gres}.conf
+refuse() {
+  echo "$1"
+  rm -rf "$folder"
+  exit 3
 }
 
 install() {
@@ -22,13 +20,20 @@ install() {
     timeout 240 apt-get install -y -qq --no-install-recommends slurm-wlm slurm-wlm-basic-plugins munge
 }
 
+stop() {
+  scancel --user root 2> /dev/null || true
+  kill $(jobs -p) 2> /dev/null || true
+  wait
+  rm -rf "$folder" "$settings"/{slurm,gres}.conf
+}
+
+exec 9> "/tmp/$name.lock" # one at a time, whoever tests
+flock --wait 600 9 || refuse "another test cluster runs here"
 if ! command -v slurmctld slurmd munged > "$folder/found" && ! install > "$folder/apt.log" 2>&1; then
-  echo "slurm-wlm could not be installed: $(tail -n 1 "$folder/apt.log")"
-  exit 3
+  refuse "slurm-wlm could not be installed: $(tail -n 1 "$folder/apt.log")"
 fi
 if [ -e $settings/slurm.conf ] && ! grep -q "ClusterName=$name" $settings/slurm.conf; then
-  echo "this machine is part of a cluster"
-  exit 3
+  refuse "this machine is part of a cluster"
 fi
 trap stop EXIT
 
@@ -67,10 +72,10 @@ chmod 755 "$folder"
 chown munge: "$folder/munge"
 
 munge=$folder/munge
-runuser -u munge -- munged --socket "$munge/socket" --pid-file "$munge/pid" --log-file "$munge/log" --seed-file "$munge/seed"
-ln -s munge/pid "$folder/munged.pid"
-slurmctld
-slurmd
+runuser -u munge -- munged --foreground --socket "$munge/socket" --pid-file "$munge/pid" --seed-file "$munge/seed" \
+  > "$folder/munged.out" 2>&1 9>&- &
+slurmctld -D > "$folder/slurmctld.out" 2>&1 9>&- &
+slurmd -D > "$folder/slurmd.out" 2>&1 9>&- &
 for _ in $(seq 60); do
   if sinfo --noheader --format %T 2> "$folder/sinfo.log" | grep -q idle; then
     echo ready
@@ -79,5 +84,5 @@ for _ in $(seq 60); do
   fi
   sleep 0.5
 done
-tail -n 3 "$folder"/*.log >&2
+echo "no idle node: $(tail -n 3 "$folder"/*.{log,out})"
 exit 1
