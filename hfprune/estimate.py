@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -77,6 +78,15 @@ GPUS = {
 CPU_PEAK = 100e9  # of a core: oneDNN's float32 products on the AMD EPYC with AVX-512 of docs/scoring.md
 PROCESS_BYTES = int(0.6 * GIB)  # torch, transformers and what they load
 
+# What is asked of a cluster, where too little kills a job.
+HOST_PROCESS_BYTES = 4 * GIB  # of a process beside a GPU: CUDA's libraries too; put, not measured
+SNAKEMAKE_BYTES = GIB // 2  # a job is a Snakemake in a Snakemake, which runs the stage
+DATA_IN_MEMORY = 4  # documents as Python objects and tokens, by their bytes on disk
+SPARE = 1.5  # times the memory counted
+START_SECONDS = 15 * 60  # imports, tokenising, whatever has no operations
+SECONDS_PER_GIB = 60  # of what a job reads and writes
+SLOW_SHARE = 0.2  # of the peak: half of what `hfprune plan` counts by
+
 # Of lm-eval's definitions: documents, requests a document, tokens a request (context and continuation). Counted with
 # the embedded model's tokenizer; the tokens of arc_challenge and race, which were not at hand, are put.
 TASKS = {
@@ -112,6 +122,15 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What a job asks of a cluster: bytes of a node's memory, seconds, GPUs."""
+
+    memory_bytes: int
+    seconds: float
+    gpus: int
+
+
+@dataclass(frozen=True)
 class Text:
     """A text as far as it is known.
 
@@ -130,22 +149,22 @@ class Text:
     template: float = len(packing.PROMPT) / BYTES_PER_TOKEN
 
 
-def device_of(name: str) -> Device:
-    """The device of that name: one of `GPUS`, or "cpu", this machine.
+def device_of(name: str, cores: int | None = None) -> Device:
+    """The device of that name: one of `GPUS`, or "cpu": this machine, or so many cores of another, however much memory.
 
     Raises:
         UserError: not known.
     """
     if name == "cpu":
-        cores = os.cpu_count() or 1
+        memory = sys.maxsize if cores else psutil.virtual_memory().total
+        cores = cores or os.cpu_count() or 1
         peak = dict.fromkeys(("float32", "bfloat16", "float16"), cores * CPU_PEAK)
-        memory = psutil.virtual_memory().total
         return Device(f"{cores} CPU cores", peak, memory, PROCESS_BYTES, "measured, see docs/scoring.md")
     if name not in GPUS:
         known = [*GPUS, "cpu"]
         near = get_close_matches(name.lower(), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--gpu {name}: not known. Known: {', '.join(known)}.{hint}")
+        raise UserError(f"gpu {name}: not known. Known: {', '.join(known)}.{hint}")
     return GPUS[name]
 
 
@@ -275,6 +294,7 @@ class Estimate:
         self.plan, self.models, self.device = plan, models, device
         self.kind = "cpu" if device.process else "cuda"
         self.assumed: dict[str, None] = {}
+        self._texts: dict[str, Text] = {}
 
     def cost(self, job: Job) -> Cost:
         """What a job takes.
@@ -289,6 +309,28 @@ class Estimate:
     def seconds(self, flops: int, utilisation: float) -> float:
         """How long so many operations take."""
         return flops / (self.device.peak[self.models.dtype] * utilisation)
+
+    def request(self, job: Job) -> Request:
+        """What a job asks of a cluster, generously.
+
+        On a CPU the memory is what the job computes in; beside a GPU, what passes through on the way there and back.
+        """
+        stage, on_cpu = job.recipe.stage, bool(self.device.process)
+        cost = self.cost(job.inputs.get("after", job))  # the first of a pass may have left nothing to do, or all
+        inputs = [each for made in job.inputs.values() for each in (made if isinstance(made, list) else [made])]
+        files = sum(self._size(each) for each in [job, *inputs])
+        data = sum(self._size(each) for each in inputs if each.recipe.stage in ("text", "task"))
+        process = self.device.process or HOST_PROCESS_BYTES
+        memory = cost.memory_bytes if on_cpu else process + files
+        memory += SNAKEMAKE_BYTES + DATA_IN_MEMORY * data
+        if stage in ("prune", "recover"):  # what was made is loaded once more, in a process of its own
+            memory += process + self._size(job)
+        seconds = START_SECONDS + SECONDS_PER_GIB * files / GIB + self.seconds(cost.flops, SLOW_SHARE)
+        if on_cpu or job.is_light:
+            gpus = 0
+        else:  # where weights may spread; to train, several GPUs would each take all of them
+            gpus = 1 if stage in ("prune", "recover") else math.ceil(cost.memory_bytes / self.device.memory)
+        return Request(round(SPARE * memory), seconds, gpus)
 
     def stages(self) -> list[dict[str, Any]]:
         """A row for each stage: its name, its jobs, how many of them the store has, and of the others what they take.
@@ -450,8 +492,19 @@ class Estimate:
         tokens = [size / text.per_token + text.template * instructions for size in sizes]
         return int(sum(each for each in tokens if each <= length or not instructions) * epochs / length)
 
+    def _size(self, job: Job) -> int:
+        """Bytes of an artifact, wherever they lie."""
+        if job.recipe.stage in ("model", "prune", "recover"):
+            return _weights(self.models.of(job))
+        return self.cost(job).disk_bytes
+
     def _text(self, job: Job) -> Text:
         """What is known of a text: all of it, once it is in the store."""
+        if job.key not in self._texts:
+            self._texts[job.key] = self._read_text(job)
+        return self._texts[job.key]
+
+    def _read_text(self, job: Job) -> Text:
         if self.plan.store.has("text", job.key):
             with (self.plan.store.folder(job.recipe) / DOCUMENTS).open(encoding="utf-8") as file:
                 documents = ["".join(json.loads(line).values()) for line in file]
@@ -498,6 +551,23 @@ class Estimate:
         return round(documents * length * BYTES_PER_TOKEN)
 
 
+def estimate(plan: Plan, device: Device, shape: Path | None = None) -> tuple[Estimate, str]:
+    """The estimate of a plan's jobs, and where the model's shape was found, for people.
+
+    Args:
+        plan: of an experiment.
+        device: that all of them run on.
+        shape: see `config_of`.
+
+    Raises:
+        UserError: see `config_of`.
+    """
+    model = plan.experiment.model
+    (download,) = plan.jobs["model"].values()
+    config, origin = config_of(model, download, plan.store, shape)
+    return Estimate(plan, Models(config, model.dtype), device), origin
+
+
 def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | None) -> str:
     """What an experiment takes, a line for each stage, and what was assumed: for people.
 
@@ -510,12 +580,9 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
     Raises:
         UserError: the device is not known, there is no config of the model, or a cut cannot be made.
     """
-    device, plan = device_of(gpu), Plan(experiment)
-    (download,) = plan.jobs["model"].values()
-    config, origin = config_of(experiment.model, download, plan.store, shape)
-    models = Models(config, experiment.model.dtype)
-    estimate = Estimate(plan, models, device)
-    rows = estimate.stages()
+    device = device_of(gpu)
+    counted, origin = estimate(Plan(experiment), device, shape)
+    models, rows = counted.models, counted.stages()
     total = {name: sum(row[name] for row in rows) for name in ("jobs", "made", "flops", "disk_bytes")}
     rows.append(total | {"stage": "total", "memory_bytes": max(row["memory_bytes"] for row in rows)})
     lines = [
@@ -527,7 +594,7 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
         f"{'stage':10} {'jobs':>5} {'in store':>9} {'PFLOP':>10} {'hours':>8} {'memory (GiB)':>13} {'disk (GiB)':>11}",
     ]
     for row in rows:
-        hours = estimate.seconds(row["flops"], utilisation) / 3600
+        hours = counted.seconds(row["flops"], utilisation) / 3600
         lines.append(
             f"{row['stage']:10} {row['jobs']:5} {row['made']:9} {row['flops'] / 1e15:10.3g} {hours:8.3g} "
             f"{row['memory_bytes'] / GIB:13.3g} {row['disk_bytes'] / GIB:11.3g}"
@@ -535,8 +602,8 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
     large = [row["stage"] for row in rows[:-1] if row["memory_bytes"] > device.memory]
     if large:
         lines.append(f"more than the {device.memory / GIB:.3g} GiB of {device.name}: {', '.join(large)}")
-    if estimate.assumed:
-        lines += ["assumed:", *(f"  {each}" for each in sorted(estimate.assumed))]
+    if counted.assumed:
+        lines += ["assumed:", *(f"  {each}" for each in sorted(counted.assumed))]
     return "\n".join(lines)
 
 

@@ -47,6 +47,11 @@ class Job:
         """The artifact's key."""
         return self.recipe.key
 
+    @property
+    def is_light(self) -> bool:
+        """Whether it runs no model, so that a GPU would stand idle: shards are put together, or a cut made as it is."""
+        return "shards" in self.inputs or self.recipe.parameters.get("refit") == "none"
+
 
 @dataclass(frozen=True)
 class Model:

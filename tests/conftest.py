@@ -160,8 +160,9 @@ def command(tmp_path):
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """The files that take longest go first, so that no core is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_workflow.py", "test_recovery.py", "test_reproducible.py"))
+    """The files that take longest go first, so that no core is left alone with one at the end."""
+    longest = ("test_workflow.py", "test_recovery.py", "test_slurm.py", "test_reproducible.py")
+    items.sort(key=lambda item: item.path.name not in longest)
 
 
 @pytest.fixture(autouse=True)

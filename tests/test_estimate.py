@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ from hfprune.artifacts import Store
 from hfprune.cli import main
 from hfprune.config import Experiment, load, parse
 from hfprune.errors import UserError
-from hfprune.estimate import GPUS, Estimate, Models, config_of, device_of, report
+from hfprune.estimate import GPUS, HOST_PROCESS_BYTES, Estimate, Models, config_of, device_of, report
 from hfprune.models import check_family, flops_per_token
 from hfprune.plan import Plan
 from tests.conftest import REPOSITORY, make_model, make_tokenizer, run_hfprune, sentences, write_lines
@@ -155,6 +156,46 @@ def test_where_a_gpu_is_small_layers_are_computed_anew(experiment, tmp_path):
     assert small.flops == large.flops
 
 
+def test_what_is_asked_of_a_cluster(experiment, tmp_path):
+    grid = {"ratios": [0.2], "refits": ["none", "sequential"]}
+    calibration = experiment["calibration"] | {"shards": 2}
+    asked = {"store": str(tmp_path), "pruning": grid, "calibration": calibration}
+    plan = Plan(parse(Experiment, experiment | asked, "test"))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    models = Models(check_family(tmp_path), "bfloat16")
+    large = Estimate(plan, models, device_of("h100"))
+    small = Estimate(plan, models, replace(device_of("h100"), memory=8 * 10**9))
+    cores = Estimate(plan, models, device_of("cpu", 16))
+    light = [job for stage in plan.jobs.values() for job in stage.values() if job.is_light]
+    assert sorted(job.recipe.stage for job in light) == ["prune", "score"], "a sum of shards, a cut as it is"
+    assert {each.request(job).gpus for each in (large, small, cores) for job in light} == {0}
+    weights = 2 * models.shape.total
+    for stage in ("shard", "reference", "measure", "evaluate"):
+        job = next(iter(plan.jobs[stage].values()))
+        requests = [each.request(job) for each in (large, small, cores)]
+        assert [each.gpus for each in requests] == [1, -(-small.cost(job).memory_bytes // (8 * 10**9)), 0]
+        assert requests[1].gpus > 1, "weights alone are 13.5 GB"
+        assert weights < requests[0].memory_bytes, "weights pass through it"
+        assert cores.cost(job).memory_bytes < requests[2].memory_bytes, "all that is computed is in it"
+        assert requests[0].seconds < requests[2].seconds
+    (sequential,) = (job for job in plan.jobs["prune"].values() if not job.is_light)
+    assert small.request(sequential).gpus == 1, "a cut is made in one place"
+    made = large.cost(sequential).disk_bytes
+    two_processes = weights + 2 * made + 2 * HOST_PROCESS_BYTES
+    assert large.request(sequential).memory_bytes > 1.5 * two_processes, "a fresh process loads what was made"
+
+
+def test_all_jobs_of_a_pass_ask_for_all_of_it(experiment, tmp_path):
+    """The first makes every artifact; where one of them is lost, its own job does all the work again."""
+    grid = {"criteria": ["entropy", "wanda"], "ratios": [0.2]}
+    asked = parse(Experiment, experiment | {"store": str(tmp_path), "pruning": grid}, "test")
+    first, second = (plan := Plan(asked)).jobs["score"].values()
+    slow = replace(device_of("h100"), peak={"float32": 1e6})
+    counted = Estimate(plan, Models(check_family(asked.model.path), "float32"), slow)
+    assert counted.cost(second).flops == 0
+    assert counted.request(second).seconds == pytest.approx(counted.request(first).seconds)
+
+
 def test_every_config_has_a_plan(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B | {"num_hidden_layers": 2, "vocab_size": 9}))
     for file in (REPOSITORY / "configs").glob("*.yaml"):
@@ -211,7 +252,7 @@ def test_a_shape_that_is_none_is_refused(content, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpu", "h1000"], "--gpu h1000: not known. Known: h200, h100"),
+        (["--gpu", "h1000"], "gpu h1000: not known. Known: h200, h100"),
         (["--utilisation", "0"], "--utilisation 0.0: expected a share"),
         (["--config", "/none.yaml"], "/none.yaml: no such file"),
     ],

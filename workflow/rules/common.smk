@@ -14,6 +14,9 @@ from hfprune.artifacts import code_digest
 from hfprune.errors import UserError
 from hfprune.plan import Plan
 
+# What jobs compute on, where a profile says so: on a cluster it is not this machine.
+DEVICE = config.pop("gpu") if "gpu" in workflow.config_settings.config else None
+
 try:
     origin = ", ".join(map(str, workflow.overwrite_configfiles)) or "config.yaml"
     plan = Plan(experiments.parse(experiments.Experiment, config, origin))
@@ -37,8 +40,8 @@ os.environ.update(
 # Of every table and figure, for the report.
 CAPTIONS = yaml.safe_load(Path(workflow.source_path("../report/captions.yaml")).read_text(encoding="utf-8"))
 
-# What a job that computes on a model takes of the GPU that the default profile hands out, where there is one.
-GPU = int(bool(devices.visible()))
+# What a job that computes on a model takes of the GPUs, where there are any; the default profile hands out one.
+GPU = int(DEVICE != "cpu" if DEVICE else bool(devices.visible()))
 ENVIRONMENT = Path(workflow.basedir) / "envs" / ("cuda.yaml" if GPU else "cpu.yaml")
 
 
@@ -113,12 +116,12 @@ def label(stage):
 
 def half_the_cores(wildcards):
     """Two jobs at once: the one computes while the other starts up, which takes one core."""
-    return max(1, workflow.cores // 2)
+    return 8 if DEVICE else max(1, workflow.cores // 2)
 
 
 def every_core(wildcards):
     """Nothing runs beside what is timed."""
-    return workflow.cores
+    return 16 if DEVICE else workflow.cores
 
 
 def results_of(models, *stages):

@@ -11,7 +11,9 @@ rule reference:
         ENVIRONMENT
     threads: half_the_cores
     resources:
-        gpu=GPU,
+        gpu=gpus("reference"),
+        mem=memory("reference"),
+        runtime=minutes("reference"),
     params:
         python=python,
         options=options("reference"),
@@ -35,7 +37,9 @@ rule measure:
         ENVIRONMENT
     threads: half_the_cores
     resources:
-        gpu=GPU,
+        gpu=gpus("measure"),
+        mem=memory("measure"),
+        runtime=minutes("measure"),
     params:
         python=python,
         options=options("measure"),
@@ -59,7 +63,9 @@ rule evaluate:
         ENVIRONMENT
     threads: half_the_cores
     resources:
-        gpu=GPU,
+        gpu=gpus("evaluate"),
+        mem=memory("evaluate"),
+        runtime=minutes("evaluate"),
     params:
         python=python,
         options=options("evaluate"),

@@ -11,7 +11,9 @@ rule prune:
         ENVIRONMENT
     threads: half_the_cores
     resources:
-        gpu=GPU,
+        gpu=gpus("prune"),
+        mem=memory("prune"),
+        runtime=minutes("prune"),
     params:
         python=python,
         options=options("prune"),

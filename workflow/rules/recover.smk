@@ -12,6 +12,8 @@ rule recover:
     threads: 16
     resources:
         gpu=GPU,
+        mem=memory("recover"),
+        runtime=minutes("recover"),
     params:
         python=processes,
         options=options("recover"),

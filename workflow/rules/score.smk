@@ -11,7 +11,9 @@ rule score:
         ENVIRONMENT
     threads: 16
     resources:
-        gpu=GPU,
+        gpu=gpus("score"),
+        mem=memory("score"),
+        runtime=minutes("score"),
     params:
         python=python,
         options=options("score"),
@@ -37,7 +39,9 @@ rule shard:
         ENVIRONMENT
     threads: 16
     resources:
-        gpu=GPU,
+        gpu=gpus("shard"),
+        mem=memory("shard"),
+        runtime=minutes("shard"),
     params:
         python=python,
         options=options("shard"),

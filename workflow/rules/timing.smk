@@ -12,6 +12,8 @@ rule efficiency:
     threads: every_core
     resources:
         gpu=GPU,
+        mem=memory("measure"),
+        runtime=minutes("measure"),
     params:
         python=python,
         dtype=plan.experiment.model.dtype,
@@ -39,6 +41,8 @@ rule scoring_cost:
     threads: every_core
     resources:
         gpu=GPU,
+        mem=memory("score"),
+        runtime=minutes("score"),
     params:
         python=python,
         criteria=plan.experiment.criteria,
