@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from math import ceil
@@ -56,11 +57,11 @@ def runs(cluster, sharded, tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("slurm")
     here, there = (Checkout(root / name, root / f"{name}-store") for name in ("here", "there"))
     run = there.start(sharded, *OPTIONS, "--retries=0")
-    cancel("shard")
+    cancel(run, "shard")
     here.snakemake(sharded, "collect")  # while the other jobs go on
     killed = run.communicate()[0]
     run = there.start(sharded, *OPTIONS)
-    cancel("score")
+    cancel(run, "score")
     after = run.communicate()[0]
     assert run.returncode == 0, after
     return {"here": here, "there": there, "killed": killed, "next": after}
@@ -73,9 +74,9 @@ def jobs() -> dict[str, dict[str, str]]:
     return {job["Comment"]: job for job in found if "Comment" in job}
 
 
-def cancel(rule: str) -> None:
+def cancel(run: subprocess.Popen, rule: str) -> None:
     """Kill one job of that rule as soon as it computes."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         for comment, job in jobs().items():
             if comment.startswith(f"rule_{rule}") and job["JobState"] == "RUNNING":
@@ -83,7 +84,8 @@ def cancel(rule: str) -> None:
                 subprocess.run(["scancel", job["JobId"]], check=True)
                 return
         time.sleep(0.2)
-    raise AssertionError(f"no job of {rule} ran: {jobs()}")
+    os.killpg(run.pid, signal.SIGKILL)
+    raise AssertionError(f"no job of {rule} ran: {run.communicate()[0]}")
 
 
 def test_a_cancelled_job_fails_the_run_and_the_next_one_ends_well(runs):

@@ -21,7 +21,11 @@ install() {
 }
 
 stop() {
-  scancel --user root 2> /dev/null || true
+  { scontrol update NodeName="$host" State=DRAIN Reason=stop && scancel --user root; } 2> /dev/null || true
+  for _ in $(seq 40); do # until what runs has ended
+    if [ -z "$(squeue --noheader --states RUNNING,COMPLETING 2> /dev/null)" ]; then break; fi
+    sleep 0.5
+  done
   kill $(jobs -p) 2> /dev/null || true
   wait
   rm -rf "$folder" "$settings"/{slurm,gres}.conf
