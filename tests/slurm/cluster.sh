@@ -89,5 +89,4 @@ for _ in $(seq 60); do
   fi
   sleep 0.5
 done
-echo "no idle node: $(tail -n 3 "$folder"/*.{log,out})"
-exit 1
+refuse "SLURM does not start here: $(tail -q -n 1 "$folder"/*.{log,out} | tr '\n' ' ')"
