@@ -1,5 +1,7 @@
 """What the tests share: a tiny random model with a tokenizer of its own, and tiny data. Nothing needs a network."""
 
+import atexit
+import functools
 import json
 import os
 import random
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.forks import Forks
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 REPOSITORY = Path(__file__).parent.parent
@@ -142,15 +146,24 @@ def experiment(checkpoint, data) -> dict:
 
 def run_hfprune(store: Path | None, *words, status: int = 0, **environment) -> str:
     """Run `hfprune` in a process of its own; the last line it printed, or of its message where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "hfprune", *map(str, words), *(["--store", store] if store else [])],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return (done.stderr if status else done.stdout).splitlines()[-1]
+    words = [*map(str, words), *(["--store", str(store)] if store else [])]
+    if environment:  # which libraries read when they are imported
+        command = [sys.executable, "-m", "hfprune", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+        found, printed, said = done.returncode, done.stdout, done.stderr
+    else:
+        found, printed, said = forks()(*words)
+    assert found == status, said
+    assert "Traceback" not in said
+    return (said if status else printed).splitlines()[-1]
+
+
+@functools.cache
+def forks() -> Forks:
+    """The process that commands of these tests fork from."""
+    made = Forks()
+    atexit.register(made.close)
+    return made
 
 
 @pytest.fixture
@@ -165,10 +178,13 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: item.path.name not in longest)
 
 
+ENVIRONMENT = dict(os.environ)
+
+
 @pytest.fixture(autouse=True)
 def _environment():
-    """Undo what a test does to the environment: a stage run in this process switches the hub off."""
-    before = dict(os.environ)
+    """Undo what a test, or a fixture of its module, does to the environment: a stage run here switches the hub off."""
     yield
+    running = {name: value for name, value in os.environ.items() if name.startswith("PYTEST_")}
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(ENVIRONMENT | running)

@@ -30,16 +30,23 @@ class Forks:
             cwd=Path(__file__).parent.parent,
         )
 
-    def __call__(self, *words, killed: str = "") -> tuple[int, str]:
-        """Run a command: its exit status, below 0 for a signal, and what it printed.
+    def __call__(self, *words, killed: str = "") -> tuple[int, str, str]:
+        """Run a command: its exit status, below 0 for a signal, and what it printed on stdout and on stderr.
+
+        It has this process's environment as it is now, but what a library has read when it was imported.
 
         With `killed`, the name of an audit event, SIGKILL ends it: "open", when it opens a further file in its work
         folder to write; or "os.rename", when it has written all and moves the folder to its place.
         """
-        self.process.stdin.write(json.dumps([killed, *map(str, words)]) + "\n")
+        request = {
+            "killed": killed,
+            "words": [*map(str, words)],
+            "environment": dict(os.environ),
+            "folder": str(Path.cwd()),
+        }
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        status, output = json.loads(self.process.stdout.readline())
-        return status, output
+        return tuple(json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
         """End the process."""
@@ -53,20 +60,21 @@ def serve() -> None:
     for name in PRELOADED:
         __import__(name)
     for line in sys.stdin:
-        killed, *words = json.loads(line)
-        print(json.dumps(forked(run, killed, words)), file=answers, flush=True)
+        print(json.dumps(forked(run, **json.loads(line))), file=answers, flush=True)
 
 
-def forked(action: Callable[..., int], *args: object) -> tuple[int, str]:
-    """Call `action` in a process of its own; its exit status, and what it printed."""
-    with tempfile.TemporaryFile("w+") as output:
+def forked(action: Callable[..., int], **given: object) -> tuple[int, str, str]:
+    """Call `action` in a process of its own; its exit status, and what it printed on stdout and on stderr."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         child = os.fork()
         if child == 0:
-            for descriptor in (1, 2):
-                os.dup2(output.fileno(), descriptor)
+            os.dup2(output.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
             status = 1
             try:
-                status = action(*args)
+                status = action(**given)
+            except SystemExit as left:
+                status = left.code
             except BaseException:
                 sys.excepthook(*sys.exc_info())
             finally:
@@ -75,14 +83,19 @@ def forked(action: Callable[..., int], *args: object) -> tuple[int, str]:
                 os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         output.seek(0)
-        return status, output.read()
+        errors.seek(0)
+        return status, output.read(), errors.read()
 
 
-def run(killed: str, words: list[str]) -> int:
+def run(killed: str, words: list[str], environment: dict[str, str], folder: str) -> int:
     """One command."""
     from hfprune import checkpoint
     from hfprune.cli import main
 
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None  # as the environment has it now
     if killed:
         sys.addaudithook(lambda event, args: kill(event, *args) if event == killed else None)
     checkpoint.subprocess = SimpleNamespace(run=reload)
@@ -98,8 +111,8 @@ def reload(command: list, **options: object) -> SimpleNamespace:
         exec(sys.argv.pop(1), {})
         return 0
 
-    status, output = forked(code)
-    return SimpleNamespace(returncode=status, stdout=output, stderr=output)
+    status, output, errors = forked(code)
+    return SimpleNamespace(returncode=status, stdout=output, stderr=errors)
 
 
 def kill(event: str, path: object, *args: object) -> None:

@@ -15,9 +15,8 @@ import yaml
 from hfprune.fidelity import measure
 from hfprune.scoring import unit_scores
 from tests.conftest import REPOSITORY, make_model, sentences, write_lines
-from tests.test_workflow import Checkout
 
-# Every stage in one process, its random state and its working folder others than in the workflow.
+# Every stage in one process; `salt` sets the random states that each finds. `test_slurm.py` compares a process a stage.
 BY_HAND = """
 import random, sys
 import numpy, torch, yaml
@@ -26,11 +25,11 @@ from hfprune.cli import main
 from hfprune.config import Experiment, parse
 from hfprune.plan import Plan
 
-file, store, output = sys.argv[1:]
+file, store, output, salt = sys.argv[1:]
 plan = Plan(parse(Experiment, yaml.safe_load(Path(file).read_text()), file))
 for number, job in enumerate(plan.needed):
     for seed in (random.seed, numpy.random.seed, torch.manual_seed):
-        seed(number)
+        seed(number + int(salt))
     stage, words = job.recipe.stage, [*job.options, *job.running, "--key", job.key, "--store", store]
     for name, jobs in job.inputs.items():
         if name != "after":
@@ -60,25 +59,18 @@ def runs(experiment, tmp_path_factory) -> list[Path]:
         ],
         "recovery": {"lora": lora},
     }
-    workflow, hand = root / "workflow", root / "by hand"
-    for folder in (workflow, hand):
+    for salt, name in (("7", "once"), ("100", "once again")):
+        folder = root / name
         folder.mkdir()
-    Checkout(workflow / "checkout", workflow / "store").snakemake(asked, "tables")
-    (workflow / "checkout" / "results" / "tiny").rename(workflow / "results")
-    (hand / "tiny.yaml").write_text(yaml.safe_dump(asked))
-    subprocess.run(
-        [sys.executable, "-c", BY_HAND, "tiny.yaml", hand / "store", "results"],
-        cwd=hand,
-        env=os.environ
-        | {
-            "PYTHONPATH": str(REPOSITORY),
-            "PYTHONHASHSEED": "7",
-            "OMP_NUM_THREADS": "1",
-            "HFPRUNE_STORE": str(hand / "store"),
-        },
-        check=True,
-    )
-    return [workflow, hand]
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(asked))
+        here = {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": salt, "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [sys.executable, "-c", BY_HAND, "tiny.yaml", folder / "store", "results", salt],
+            cwd=folder,
+            env=os.environ | here | {"HFPRUNE_STORE": str(folder / "store")},
+            check=True,
+        )
+    return [root / "once", root / "once again"]
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -99,23 +91,23 @@ def untimed(file: Path) -> object:
 
 
 def test_every_artifact_has_the_same_key_and_the_same_bytes(runs):
-    workflow, hand = (files(run / "store") for run in runs)
-    assert workflow.keys() == hand.keys()
-    assert Counter(name.split("/")[0] for name in workflow if name.endswith(".safetensors")) == {
+    once, again = (files(run / "store") for run in runs)
+    assert once.keys() == again.keys()
+    assert Counter(name.split("/")[0] for name in once if name.endswith(".safetensors")) == {
         "model": 1, "score": 2, "prune": 2, "recover": 1, "reference": 1,
     }  # fmt: skip
-    assert [name for name in workflow if untimed(workflow[name]) != untimed(hand[name])] == []
+    assert [name for name in once if untimed(once[name]) != untimed(again[name])] == []
 
 
 def test_results_differ_in_nothing_but_timings(runs):
-    workflow, hand = (run / "results" for run in runs)
-    metrics, theirs = (pd.read_csv(folder / "metrics.csv", dtype=str) for folder in (workflow, hand))
+    once, again = (run / "results" for run in runs)
+    metrics, theirs = (pd.read_csv(folder / "metrics.csv", dtype=str) for folder in (once, again))
     timed = (metrics["group"] == "cost") & metrics["metric"].isin(["seconds", "peak_bytes"])
     assert set(metrics["group"]) == {"perplexity", "fidelity", "task", "efficiency", "cost"}
     metrics.loc[timed, "value"] = theirs.loc[timed, "value"]
     pd.testing.assert_frame_equal(metrics, theirs)
     for suffix in ("csv", "md", "tex"):
-        assert (workflow / f"tables/summary.{suffix}").read_bytes() == (hand / f"tables/summary.{suffix}").read_bytes()
+        assert (once / f"tables/summary.{suffix}").read_bytes() == (again / f"tables/summary.{suffix}").read_bytes()
 
 
 @pytest.fixture
