@@ -45,7 +45,7 @@ class Checkout:
         """Start `snakemake` on an experiment, in a process group of its own."""
         config = self.folder / f"{experiment['experiment']}.yaml"
         config.write_text(yaml.safe_dump(experiment))
-        threads = [f"{rule}=1" for rule in MODEL_STAGES]
+        threads = [f"{rule}=1" for rule in (*MODEL_STAGES, "efficiency", "scoring_cost")]
         return subprocess.Popen(
             ["snakemake", "--cores", "2", *options, "--configfile", config, "--set-threads", *threads],
             cwd=self.folder,
