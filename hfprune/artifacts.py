@@ -104,13 +104,15 @@ def _package_imports(tree: ast.Module) -> list[str]:
 
 def versions(libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
     """Installed versions of `libraries`, without importing them; those not installed are left out."""
-    found = {}
-    for library in libraries:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {library: found for library in libraries if (found := _version(library))}
+
+
+@functools.cache  # each reads a file, and every recipe names some
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -316,10 +316,9 @@ class Estimate:
         On a CPU the memory is what the job computes in; beside a GPU, what passes through on the way there and back.
         """
         stage, on_cpu = job.recipe.stage, bool(self.device.process)
-        cost = self.cost(job.inputs.get("after", job))  # the first of a pass may have left nothing to do, or all
-        inputs = [each for made in job.inputs.values() for each in (made if isinstance(made, list) else [made])]
-        files = sum(self._size(each) for each in [job, *inputs])
-        data = sum(self._size(each) for each in inputs if each.recipe.stage in ("text", "task"))
+        cost = self.cost(job.after or job)  # the first of a pass may have left nothing to do, or all
+        files = sum(self._size(each) for each in [job, *job.sources])
+        data = sum(self._size(each) for each in job.sources if each.recipe.stage in ("text", "task"))
         process = self.device.process or HOST_PROCESS_BYTES
         memory = cost.memory_bytes if on_cpu else process + files
         memory += SNAKEMAKE_BYTES + DATA_IN_MEMORY * data
@@ -339,7 +338,7 @@ class Estimate:
         """
         rows = []
         for stage, jobs in self.plan.jobs.items():
-            missing = [job for job in jobs.values() if not self.plan.store.has(stage, job.key)]
+            missing = [job for job in jobs.values() if not self.plan.has(job)]
             costs = [self.cost(job) for job in missing]
             rows.append({
                 "stage": stage,
@@ -387,7 +386,7 @@ class Estimate:
             memory += self._graph(dense, batch, reserved=memory)
         else:
             memory += graph_bytes(dense, batch) // dense.config.num_hidden_layers
-        return Cost(0 if "after" in job.inputs else flops, self.device.process + memory, disk)
+        return Cost(0 if job.after else flops, self.device.process + memory, disk)
 
     def _prune(self, job: Job) -> Cost:
         asked, dense, made = job.recipe.parameters, self.models.dense, self.models.of(job)
@@ -488,9 +487,10 @@ class Estimate:
         """Sequences of `length` tokens that a text fills in all epochs."""
         text = self._text(job)
         instructions = "instruction" in job.recipe.parameters
-        sizes = text.sizes or [text.size] * text.documents
+        sizes = text.sizes or [text.size]
         tokens = [size / text.per_token + text.template * instructions for size in sizes]
-        return int(sum(each for each in tokens if each <= length or not instructions) * epochs / length)
+        fitting = sum(each for each in tokens if each <= length or not instructions)
+        return int(fitting * text.documents / len(sizes) * epochs / length)
 
     def _size(self, job: Job) -> int:
         """Bytes of an artifact, wherever they lie."""
@@ -505,7 +505,7 @@ class Estimate:
         return self._texts[job.key]
 
     def _read_text(self, job: Job) -> Text:
-        if self.plan.store.has("text", job.key):
+        if self.plan.has(job):
             with (self.plan.store.folder(job.recipe) / DOCUMENTS).open(encoding="utf-8") as file:
                 documents = ["".join(json.loads(line).values()) for line in file]
             sizes = [len(document.encode()) for document in documents]
@@ -527,7 +527,7 @@ class Estimate:
     def _tokens(self, documents: list[str]) -> tuple[float, ...]:
         """Bytes of a token, and tokens of the template, by the model's tokenizer where the store has it."""
         (model,) = self.plan.jobs["model"].values()
-        if not self.plan.store.has("model", model.key):
+        if not self.plan.has(model):
             return ()
         tokenizer = load_tokenizer(self.plan.store.folder(model.recipe))
         *found, template = tokenizer([*documents, packing.PROMPT], add_special_tokens=False)["input_ids"]
@@ -537,7 +537,7 @@ class Estimate:
         """Documents of a task, requests a document, tokens a request."""
         name = job.recipe.parameters["name"]
         documents, requests, length = TASKS.get(name, OTHER_TASK)
-        if self.plan.store.has("task", job.key):
+        if self.plan.has(job):
             documents = self.plan.store.manifest("task", job.key)["details"]["documents"]
         self.assumed[f"{name}: {documents:,} documents, {requests:g} requests of {length} tokens for each"] = None
         return documents, requests, length
@@ -610,7 +610,7 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
 def _options(job: Job) -> dict[str, list[str]]:
     """A job's command-line options, by the parameters' names."""
     found: dict[str, list[str]] = {}
-    for word in (*job.options, *job.running):
+    for word in job.options:
         if word.startswith("--"):
             found[name := word[2:].replace("-", "_")] = []
         else:

@@ -10,7 +10,6 @@ from typing import Any
 from hfprune.artifacts import Recipe, Store
 from hfprune.budget import check
 from hfprune.config import (
-    NOT_IN_RESULT,
     Experiment,
     PruneParameters,
     RecoverParameters,
@@ -20,7 +19,7 @@ from hfprune.config import (
 )
 from hfprune.criteria import passes
 from hfprune.layout import MANIFEST
-from hfprune.stages import recipe, source_parameters
+from hfprune.stages import DOWNLOADS, recipe, source_parameters
 from hfprune.targets import Setting
 
 
@@ -32,15 +31,20 @@ class Job:
         recipe: what it is.
         inputs: the jobs whose artifacts it is made from, by the stage's option for them.
         options: the stage's command-line options beside its inputs.
-        running: those of them that say how it runs, not what comes out.
         label: what it is, for people.
+        after: of several criteria that are scored in one pass, the job that makes this artifact too.
     """
 
     recipe: Recipe
     inputs: Mapping[str, "Job | list[Job]"]
     options: tuple[str, ...]
     label: str
-    running: tuple[str, ...] = ()
+    after: "Job | None" = None
+
+    @property
+    def sources(self) -> list["Job"]:
+        """The jobs of `inputs`, in one list."""
+        return [job for made in self.inputs.values() for job in (made if isinstance(made, list) else [made])]
 
     @property
     def key(self) -> str:
@@ -118,9 +122,8 @@ class Plan:
         def add(job: Job) -> None:
             if (job.recipe.stage, job.key) in found:
                 return
-            for inputs in job.inputs.values():
-                for each in inputs if isinstance(inputs, list) else [inputs]:
-                    add(each)
+            for source in job.sources:
+                add(source)
             found[job.recipe.stage, job.key] = job
 
         for job in [*self.scores, *(job for model in self.models for job in model.results)]:
@@ -165,12 +168,25 @@ class Plan:
             UserError: one line for each.
         """
         (model,) = self.jobs["model"].values()
-        if self.store.has("model", model.key):
+        if self.has(model):
             check(self.store.folder(model.recipe), self.budgets)
 
     def manifest(self, job: Job) -> str:
         """The file that stands for a job's artifact."""
         return str(self.store.folder(job.recipe) / MANIFEST)
+
+    def has(self, job: Job) -> bool:
+        """Whether a job's artifact is there."""
+        return self.store.has(job.recipe.stage, job.key)
+
+    def command(self, job: Job) -> list[str]:
+        """The words after `hfprune` that make a job's artifact."""
+        stage = job.recipe.stage
+        words = ["download", stage] if stage in DOWNLOADS else [stage]
+        for name, made in job.inputs.items():
+            jobs = made if isinstance(made, list) else [made]
+            words += [f"--{name.replace('_', '-')}", *map(self.manifest, jobs)]
+        return [*words, *job.options, "--key", job.key, "--store", str(self.store.root)]
 
     def _fill(self) -> None:
         config = self.experiment
@@ -232,8 +248,7 @@ class Plan:
             inputs["teacher"] = dense
         label = f"{model.label}, recovery {name}"
         made = recipe("recover", asked.read(), **_keys(inputs))
-        what, how = asked.model_dump(exclude=NOT_IN_RESULT), asked.model_dump(include=NOT_IN_RESULT)
-        trained = self._put(Job(made, inputs, options(what), label, options(how)))
+        trained = self._put(Job(made, inputs, options(asked.model_dump()), label))
         return replace(model, job=trained, label=label, recovery=name, results=[])
 
     def _evaluate(self, model: Model, tasks: Mapping[str, Job]) -> Job:
@@ -282,10 +297,10 @@ class Plan:
         for one in asked:
             others = [other.criterion for other in asked if other != one]
             words = options(one.model_dump() | ({"together": others} if others else {}))
-            first = {"after": next(iter(jobs.values()))} if jobs else {}
+            first = next(iter(jobs.values()), None)
             made = recipe(stage, one.read(), **_keys(inputs))
             label = f"{one.criterion}, seed {one.seed}{part}"
-            jobs[one.criterion] = self._put(Job(made, inputs | first, words, label))
+            jobs[one.criterion] = self._put(Job(made, inputs, words, label, first))
         return jobs
 
     def _download(self, kind: str, source: Source, parameters: Mapping[str, Any], label: str) -> Job:

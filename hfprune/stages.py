@@ -35,6 +35,7 @@ STAGES = {
     "evaluate-task": Stage("hfprune.evaluation", ("torch", "transformers", "lm_eval")),
     "evaluate": Stage("hfprune.evaluation", ("torch", "transformers", "lm_eval")),
 }
+DOWNLOADS = ("model", "text", "task")  # by `hfprune download`
 
 
 def recipe(stage: str, parameters: Mapping[str, Any], **inputs: str) -> Recipe:

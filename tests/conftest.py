@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.forks import Forks
+from tests.forks import Forks, reloading
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 REPOSITORY = Path(__file__).parent.parent
@@ -167,6 +167,12 @@ def forks() -> Forks:
 
 
 @pytest.fixture
+def forked_reload(monkeypatch):
+    """Checkpoints of this process are reloaded in one that forks from another, too."""
+    monkeypatch.setattr("hfprune.checkpoint.subprocess", reloading(forks().ask))
+
+
+@pytest.fixture
 def command(tmp_path):
     """Run `hfprune` in a process of its own, its store in the test's folder; the artifact's folder."""
     return lambda *words: Path(run_hfprune(tmp_path / "store", *words))
@@ -174,7 +180,7 @@ def command(tmp_path):
 
 def pytest_collection_modifyitems(items) -> None:
     """The files that take longest go first, so that no core is left alone with one at the end."""
-    longest = ("test_workflow.py", "test_recovery.py", "test_slurm.py", "test_reproducible.py")
+    longest = ("test_grids.py", "test_slurm.py", "test_workflow.py", "test_recovery.py", "test_reproducible.py")
     items.sort(key=lambda item: item.path.name not in longest)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,10 @@ class Forks:
             "environment": dict(os.environ),
             "folder": str(Path.cwd()),
         }
+        return self.ask(**request)
+
+    def ask(self, **request: object) -> tuple[int, str, str]:
+        """Have the process fork for a request, of which there are `run` and `reload`."""
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return tuple(json.loads(self.process.stdout.readline()))
@@ -60,7 +65,9 @@ def serve() -> None:
     for name in PRELOADED:
         __import__(name)
     for line in sys.stdin:
-        print(json.dumps(forked(run, **json.loads(line))), file=answers, flush=True)
+        request = json.loads(line)
+        action = reload if "command" in request else run
+        print(json.dumps(forked(action, **request)), file=answers, flush=True)
 
 
 def forked(action: Callable[..., int], **given: object) -> tuple[int, str, str]:
@@ -98,21 +105,29 @@ def run(killed: str, words: list[str], environment: dict[str, str], folder: str)
     tempfile.tempdir = None  # as the environment has it now
     if killed:
         sys.addaudithook(lambda event, args: kill(event, *args) if event == killed else None)
-    checkpoint.subprocess = SimpleNamespace(run=reload)
+    checkpoint.subprocess = reloading(partial(forked, reload))
     sys.argv = ["hfprune", *words]
     return main(words)
 
 
-def reload(command: list, **options: object) -> SimpleNamespace:
-    """What stands for the fresh process in which a checkpoint is reloaded; test_checkpoint.py has the real one."""
+def reloading(ask: Callable[..., tuple[int, str, str]]) -> SimpleNamespace:
+    """What stands for `subprocess` where a checkpoint is reloaded; test_checkpoint.py has the real one."""
 
-    def code() -> int:
-        sys.argv = list(map(str, command[2:]))
-        exec(sys.argv.pop(1), {})
-        return 0
+    def run(command: list, env: dict[str, str], **options: object) -> SimpleNamespace:
+        status, output, errors = ask(command=[*map(str, command)], environment=env)
+        return SimpleNamespace(returncode=status, stdout=output, stderr=errors)
 
-    status, output, errors = forked(code)
-    return SimpleNamespace(returncode=status, stdout=output, stderr=errors)
+    return SimpleNamespace(run=run)
+
+
+def reload(command: list[str], environment: dict[str, str]) -> int:
+    """What `python -c` does with the code and the words after it."""
+    os.environ.clear()
+    os.environ.update(environment)
+    code, *words = command[command.index("-c") + 1 :]
+    sys.argv = ["-c", *words]
+    exec(code, {})
+    return 0
 
 
 def kill(event: str, path: object, *args: object) -> None:

@@ -26,16 +26,10 @@ LLAMA_2_7B = {
 
 def make(plan, job) -> dict:
     """Run one job as its rule does, those that it needs first; the artifact's manifest."""
-    stage = job.recipe.stage
-    words = ["download", stage] if stage in ("model", "text", "task") else [stage]
-    for name, inputs in job.inputs.items():
-        inputs = inputs if isinstance(inputs, list) else [inputs]
-        for each in inputs:
-            make(plan, each)
-        if name != "after":
-            words += [f"--{name.replace('_', '-')}", *map(plan.manifest, inputs)]
-    assert main([*words, *job.options, *job.running, "--key", job.key, "--store", str(plan.store.root)]) == 0
-    return plan.store.manifest(stage, job.key)
+    for source in job.sources:
+        make(plan, source)
+    assert main(plan.command(job)) == 0
+    return plan.store.manifest(job.recipe.stage, job.key)
 
 
 def estimate(plan, experiment, gpu="cpu") -> Estimate:
@@ -124,10 +118,9 @@ def test_memory_is_that_of_a_process_that_scores(tmp_path, experiment):
     }
     plan = Plan(experiment := parse(Experiment, asked, "test"))
     (job,) = plan.jobs["score"].values()
-    for download in job.inputs.values():
+    for download in job.sources:
         make(plan, download)
-    inputs = [word for name, made in job.inputs.items() for word in (f"--{name}", plan.manifest(made))]
-    run_hfprune(plan.store.root, "score", *inputs, *job.options)
+    run_hfprune(None, *plan.command(job))
     peak = plan.store.manifest("score", job.key)["peak_memory_bytes"]
     assert peak / 1.5 < estimate(plan, experiment).cost(job).memory_bytes < peak * 1.5
 

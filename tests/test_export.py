@@ -1,18 +1,15 @@
 """The model card, and a checkpoint on its way to others: out of the store, and over a hub."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from hfprune.card import Estimate, Figure, Made, card
-from hfprune.cli import main
 from tests.conftest import run_hfprune, save_checkpoint
 from tests.hub import serve
 
@@ -101,12 +98,7 @@ def made(tmp_path_factory, data) -> dict[str, Path]:
     store = root / "store"
 
     def run(*words) -> Path:
-        """As `run_hfprune`, in this process, which has the libraries loaded."""
-        with redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-            for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-                patch.setenv(name, "1")  # as the command does, but undone
-            assert main([*map(str, words), "--store", str(store)]) == 0
-        return Path(printed.getvalue().splitlines()[-1])
+        return Path(run_hfprune(store, *words))
 
     checkpoint = save_checkpoint(root / "dense", tie_word_embeddings=True)
     header = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: LICENSE\n---\n\n# Tiny\n"

@@ -35,7 +35,7 @@ class Pipeline:
         for name, made in job.inputs.items():
             inputs = [self.make(each).folder for each in (made if isinstance(made, list) else [made])]
             words += [f"--{name}", *map(str, inputs)]
-        status, printed, said = self.forks(*words, *job.options, *job.running, "--store", store, killed=killed)
+        status, printed, said = self.forks(*words, *job.options, "--store", store, killed=killed)
         return status, said + printed
 
     def make(self, job: Job) -> Artifact:

@@ -30,12 +30,7 @@ plan = Plan(parse(Experiment, yaml.safe_load(Path(file).read_text()), file))
 for number, job in enumerate(plan.needed):
     for seed in (random.seed, numpy.random.seed, torch.manual_seed):
         seed(number + int(salt))
-    stage, words = job.recipe.stage, [*job.options, *job.running, "--key", job.key, "--store", store]
-    for name, jobs in job.inputs.items():
-        if name != "after":
-            jobs = jobs if isinstance(jobs, list) else [jobs]
-            words += [f"--{name}".replace("_", "-"), *map(plan.manifest, jobs)]
-    assert main([*(["download"] if stage in ("model", "text", "task") else []), stage, *words]) == 0
+    assert main(plan.command(job)) == 0
 results = [plan.manifest(job) for model in plan.models for job in model.results]
 texts = [word for name, job in plan.documents["fidelity"].items() for word in ("--text", f"{name}={job.key}")]
 assert main(["collect", "--store", store, *texts, "--output", f"{output}/metrics.csv", *results]) == 0

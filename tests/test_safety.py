@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from hfprune.config import load
 from hfprune.errors import UserError
 from hfprune.models import check_family, load_model, load_tokenizer
+from tests.checkouts import Checkout, changed
 from tests.conftest import run_hfprune, sentences, write_lines
 from tests.hub import serve
-from tests.test_workflow import Checkout, changed
 
 
 class Evil:

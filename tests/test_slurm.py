@@ -18,7 +18,7 @@ from hfprune.config import Experiment, parse
 from hfprune.estimate import device_of, estimate
 from hfprune.layout import SCORES
 from hfprune.plan import Plan
-from tests.test_workflow import DRAWN, Checkout, changed, model_stages, ran
+from tests.checkouts import DRAWN, Checkout, changed, model_stages, ran
 
 CLUSTER = Path(__file__).parent / "slurm" / "cluster.sh"
 # Of a cluster without accounting; and to wait less, where nothing is slow.

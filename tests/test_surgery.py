@@ -21,6 +21,8 @@ from hfprune.surgery import cut, prune
 from hfprune.texts import sample_sequences
 from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense
 
+pytestmark = pytest.mark.usefixtures("forked_reload")
+
 
 def random_scores(seed=0, layers=3, neurons=48, groups=2):
     torch.manual_seed(seed)

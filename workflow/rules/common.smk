@@ -54,43 +54,31 @@ def artifact(stage):
     return update(str(STORE / stage / "{key}" / "manifest.json"))
 
 
+def missing(jobs):
+    """Of those jobs' artifacts the ones that are still to be made: the inputs of whatever takes them all.
+
+    A key says it all, so an artifact that is there is no part of a run: neither its time nor its job's parameters, nor
+    that a killed run left the job unfinished, is a reason to make it again. As an `ancient` input it would be one, and
+    then Snakemake looks at nothing behind it: the run ends as if all were done (DAG.update_needrun, 9.27).
+    """
+    return [plan.manifest(job) for job in jobs if not plan.has(job)]
+
+
 def made_from(stage):
-    """The inputs of a stage's artifact. A key says it all, so their times never count: see `ancient`."""
+    """What an artifact waits for."""
 
     def inputs(wildcards):
-        inputs = plan.jobs[stage][wildcards.key].inputs
+        job = plan.jobs[stage][wildcards.key]
         if plan.experiment.strict:
             checkpoints.overlap.get()  # waits for the verdict; no input, which would be made again where it is another's
-        jobs = {name: made if isinstance(made, list) else [made] for name, made in inputs.items()}
-        return {name: [ancient(plan.manifest(job)) for job in made] for name, made in jobs.items()}
+        return missing([*job.sources, *([job.after] if job.after else [])])
 
     return inputs
 
 
-def options(stage):
-    """The command-line options of a stage's artifact."""
-
-    def words(wildcards):
-        job = plan.jobs[stage][wildcards.key]
-        return [*job.options, "--key", wildcards.key, "--store", STORE]
-
-    return words
-
-
-def running(stage):
-    """How a job runs. Snakemake runs nothing again for a parameter that depends on the job's resources."""
-    return lambda wildcards, resources: plan.jobs[stage][wildcards.key].running
-
-
-def input_options(*names):
-    """The command-line options for those of a rule's inputs that not every artifact of it has."""
-
-    def words(wildcards, input):
-        given = {name: input[name] for name in names if name in input.keys()}
-        lists = {name: [paths] if isinstance(paths, str) else paths for name, paths in given.items()}
-        return [word for name, paths in lists.items() for word in (f"--{name.replace('_', '-')}", *paths)]
-
-    return words
+def command(stage):
+    """What makes an artifact."""
+    return lambda wildcards: plan.command(plan.jobs[stage][wildcards.key])
 
 
 def on_gpus(resources):
@@ -125,8 +113,13 @@ def every_core(wildcards):
 
 
 def results_of(models, *stages):
-    """What those stages found of the models."""
-    return [plan.manifest(job) for model in models for job in model.results if job.recipe.stage in stages]
+    """The jobs of those stages that find something of the models."""
+    return [job for model in models for job in model.results if job.recipe.stage in stages]
+
+
+def manifests(jobs):
+    """The artifacts of all those jobs, as a parameter: where they are others, what is made of them is made again."""
+    return [plan.manifest(job) for job in jobs]
 
 
 def drawn_of_scores(experiment):
@@ -150,22 +143,24 @@ def published(table):
 
 
 def table_sources():
-    """By table, the results that it is made from; and why the experiment cannot fill the others."""
+    """By table, what it waits for and the files that it is made from; and why the experiment cannot fill the others."""
     found, refused = {}, {}
     for table, target in targets.TABLES.items():
         try:
             tasks = bool(plan.experiment.evaluation.tasks)
             shown = targets.compared(table, [model.setting for model in plan.models], tasks)
             models = [model for model, is_shown in zip(plan.models, shown) if is_shown]
-            found[table] = results_of(models, "measure", *(["evaluate"] if target.tasks else []))
+            jobs = results_of(models, "measure", *(["evaluate"] if target.tasks else []))
+            found[table] = missing(jobs), manifests(jobs)
         except UserError as error:
             refused[table] = str(error)
     others = [RESULTS.parent / name / "metrics.csv" for name in plan.experiment.further]
-    missing = [path for path in others if not path.exists()]
-    if missing:
-        refused["table3"] = f"further: there is no {missing[0]}. Run that experiment first, with its own config file."
+    absent = [path for path in others if not path.exists()]
+    if absent:
+        refused["table3"] = f"further: there is no {absent[0]}. Run that experiment first, with its own config file."
     elif others:
-        found["table3"] = [RESULTS / "metrics.csv", *others]
+        files = [RESULTS / "metrics.csv", *others]
+        found["table3"] = files, files
     else:
         refused["table3"] = "table3 compares models: name experiments that have been run in `further`."
     return found, refused

@@ -10,18 +10,18 @@ rule download:
     conda:
         ENVIRONMENT
     params:
-        options=lambda wildcards: options(wildcards.kind)(wildcards),
+        command=lambda wildcards: command(wildcards.kind)(wildcards),
         label=lambda wildcards: label(wildcards.kind)(wildcards),
     message:
         "download {params.label}"
     shell:
-        "python -m hfprune download {wildcards.kind} {params.options:q} 2>&1 | tee {log:q}"
+        "python -m hfprune {params.command:q} 2>&1 | tee {log:q}"
 
 
 checkpoint overlap:
     """What is calibrated or trained on beside what is tested on. Where the experiment is strict, all else waits for it."""
     input:
-        [ancient(plan.manifest(job)) for jobs in plan.documents.values() for job in jobs.values()],
+        missing([job for jobs in plan.documents.values() for job in jobs.values()]),
     output:
         RESULTS / "tables" / "overlap.csv",
     log:

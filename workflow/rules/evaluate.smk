@@ -1,7 +1,7 @@
 rule reference:
     """What the dense model predicts on held-out text."""
     input:
-        unpack(made_from("reference")),
+        made_from("reference"),
     output:
         artifact("reference"),
     log:
@@ -16,19 +16,18 @@ rule reference:
         runtime=minutes("reference"),
     params:
         python=python,
-        options=options("reference"),
+        command=command("reference"),
         label=label("reference"),
     message:
         "record {params.label}"
     shell:
-        "{params.python:q} -m hfprune reference --model {input.model:q} --text {input.text:q} {params.options:q} 2>&1"
-        " | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
 
 
 rule measure:
     """Perplexity, and fidelity to the dense model."""
     input:
-        unpack(made_from("measure")),
+        made_from("measure"),
     output:
         artifact("measure"),
     log:
@@ -42,19 +41,18 @@ rule measure:
         runtime=minutes("measure"),
     params:
         python=python,
-        options=options("measure"),
+        command=command("measure"),
         label=label("measure"),
     message:
         "measure fidelity and perplexity: {params.label}"
     shell:
-        "{params.python:q} -m hfprune measure --model {input.model:q} --reference {input.reference:q} {params.options:q} 2>&1"
-        " | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
 
 
 rule evaluate:
     """Zero-shot accuracy on every task."""
     input:
-        unpack(made_from("evaluate")),
+        made_from("evaluate"),
     output:
         artifact("evaluate"),
     log:
@@ -68,10 +66,9 @@ rule evaluate:
         runtime=minutes("evaluate"),
     params:
         python=python,
-        options=options("evaluate"),
+        command=command("evaluate"),
         label=label("evaluate"),
     message:
         "evaluate tasks: {params.label}"
     shell:
-        "{params.python:q} -m hfprune evaluate --model {input.model:q} --tasks {input.tasks:q} {params.options:q} 2>&1"
-        " | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"

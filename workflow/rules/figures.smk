@@ -1,8 +1,12 @@
-# What is drawn from the artifacts is cheap, and not kept by hash: it follows its inputs and the code that makes it.
+# What is drawn from the artifacts is cheap, and not kept by hash: it follows them and the code that draws.
+MEASURED = results_of(plan.models, "measure")
+EVALUATED = results_of(plan.models, "measure", "evaluate")
+
+
 rule collect:
     """Every value of the experiment, one a row."""
     input:
-        results_of(plan.models, "measure", "evaluate"),
+        missing(EVALUATED),
     output:
         RESULTS / "metrics.csv",
     log:
@@ -10,11 +14,12 @@ rule collect:
     conda:
         ENVIRONMENT
     params:
+        results=manifests(EVALUATED),
         store=STORE,
         texts=HELDOUT,
         code=code_digest("hfprune.tables"),
     shell:
-        "python -m hfprune collect --store {params.store:q} {params.texts:q} --output {output:q} {input:q} 2>&1"
+        "python -m hfprune collect --store {params.store:q} {params.texts:q} --output {output:q} {params.results:q} 2>&1"
         " | tee {log:q}"
 
 
@@ -55,7 +60,7 @@ rule figures:
 rule differences:
     """Intervals of every estimate; every pair of models on the same documents, with tests."""
     input:
-        rules.collect.input,
+        missing(EVALUATED),
     output:
         [RESULTS / "tables" / f"{name}.csv" for name in ("intervals", "differences")],
     log:
@@ -63,19 +68,20 @@ rule differences:
     conda:
         ENVIRONMENT
     params:
+        results=manifests(EVALUATED),
         folder=RESULTS / "tables",
         store=STORE,
         texts=HELDOUT,
         code=[code_digest(f"hfprune.{module}") for module in ("documents", "comparison")],
     shell:
-        "python -m hfprune differences --store {params.store:q} {params.texts:q} --output {params.folder:q} {input:q} 2>&1"
+        "python -m hfprune differences --store {params.store:q} {params.texts:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
 
 
 rule profile:
     """Fidelity by position and by the dense model's entropy."""
     input:
-        results_of(plan.models, "measure"),
+        missing(MEASURED),
     output:
         RESULTS / "tables" / "profile.csv",
         drawn("fidelity_profile"),
@@ -84,19 +90,20 @@ rule profile:
     conda:
         ENVIRONMENT
     params:
+        results=manifests(MEASURED),
         folder=RESULTS,
         store=STORE,
         texts=HELDOUT,
         code=[code_digest(f"hfprune.{module}") for module in ("documents", "figures")],
     shell:
-        "python -m hfprune profile --store {params.store:q} {params.texts:q} --output {params.folder:q} {input:q} 2>&1"
+        "python -m hfprune profile --store {params.store:q} {params.texts:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
 
 
 rule agreement:
     """Importance per layer; how far criteria and seeds agree on which neurons matter."""
     input:
-        [plan.manifest(job) for job in plan.scores],
+        missing(plan.scores),
     output:
         RESULTS / "tables" / "agreement.csv",
         drawn(*drawn_of_scores(plan.experiment)),
@@ -105,16 +112,17 @@ rule agreement:
     conda:
         ENVIRONMENT
     params:
+        results=manifests(plan.scores),
         folder=RESULTS,
         code=code_digest("hfprune.figures"),
     shell:
-        "python -m hfprune compare --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
+        "python -m hfprune compare --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
 
 
 rule widths:
     """What every layer keeps, at the first calibration seed."""
     input:
-        [plan.manifest(model.job) for model in plan.cuts],
+        missing([model.job for model in plan.cuts]),
     output:
         RESULTS / "tables" / "widths.csv",
         drawn("widths"),
@@ -123,17 +131,18 @@ rule widths:
     conda:
         ENVIRONMENT
     params:
+        results=manifests([model.job for model in plan.cuts]),
         folder=RESULTS,
         store=STORE,
         code=code_digest("hfprune.figures"),
     shell:
-        "python -m hfprune widths --store {params.store:q} --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
+        "python -m hfprune widths --store {params.store:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
 
 
 rule losses:
     """Loss and learning rate of every recovery."""
     input:
-        [plan.manifest(job) for job in plan.recoveries],
+        missing(plan.recoveries),
     output:
         RESULTS / "tables" / "losses.csv",
         drawn("losses"),
@@ -142,8 +151,9 @@ rule losses:
     conda:
         ENVIRONMENT
     params:
+        results=manifests(plan.recoveries),
         folder=RESULTS,
         store=STORE,
         code=code_digest("hfprune.figures"),
     shell:
-        "python -m hfprune losses --store {params.store:q} --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
+        "python -m hfprune losses --store {params.store:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"

@@ -1,7 +1,7 @@
 rule prune:
     """The checkpoint without its least important neurons or key-value groups."""
     input:
-        unpack(made_from("prune")),
+        made_from("prune"),
     output:
         artifact("prune"),
     log:
@@ -16,11 +16,9 @@ rule prune:
         runtime=minutes("prune"),
     params:
         python=python,
-        options=options("prune"),
-        inputs=input_options("text"),
+        command=command("prune"),
         label=label("prune"),
     message:
         "prune {params.label}"
     shell:
-        "{params.python:q} -m hfprune prune --model {input.model:q} --scores {input.scores:q} {params.inputs:q} {params.options:q} 2>&1"
-        " | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"

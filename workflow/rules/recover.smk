@@ -1,7 +1,7 @@
 rule recover:
     """The checkpoint trained after the cut; several GPUs share the work where the job is given them."""
     input:
-        unpack(made_from("recover")),
+        made_from("recover"),
     output:
         artifact("recover"),
     log:
@@ -16,13 +16,9 @@ rule recover:
         runtime=minutes("recover"),
     params:
         python=processes,
-        options=options("recover"),
-        running=running("recover"),
-        inputs=input_options("teacher"),
+        command=command("recover"),
         label=label("recover"),
     message:
         "recover {params.label}"
     shell:
-        "{params.python:q} -m hfprune recover --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q}"
-        " {params.running:q}"
-        " 2>&1 | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"

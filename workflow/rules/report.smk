@@ -34,7 +34,7 @@ rule page:
 rule artifacts:
     """What every artifact was made from, by which code and versions, where and when."""
     input:
-        [plan.manifest(job) for job in plan.needed],
+        missing(plan.needed),
     output:
         [RESULTS / "provenance" / f"{name}.csv" for name in ("artifacts", "versions")],
     log:
@@ -42,10 +42,11 @@ rule artifacts:
     conda:
         ENVIRONMENT
     params:
+        artifacts=manifests(plan.needed),
         folder=RESULTS / "provenance",
         code=code_digest("hfprune.report"),
     shell:
-        "python -m hfprune artifacts --output {params.folder:q} {input:q} 2>&1 | tee {log:q}"
+        "python -m hfprune artifacts --output {params.folder:q} {params.artifacts:q} 2>&1 | tee {log:q}"
 
 
 rule config:

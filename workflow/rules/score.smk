@@ -1,7 +1,7 @@
 rule score:
     """The importance of every neuron and key-value group: one pass over the calibration text, or the sum of its shards."""
     input:
-        unpack(made_from("score")),
+        made_from("score"),
     output:
         artifact("score"),
     log:
@@ -16,20 +16,18 @@ rule score:
         runtime=minutes("score"),
     params:
         python=python,
-        options=options("score"),
-        inputs=input_options("light_cut", "shards"),
+        command=command("score"),
         label=label("score"),
     message:
         "score: {params.label}"
     shell:
-        "{params.python:q} -m hfprune score --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q} 2>&1"
-        " | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
 
 
 rule shard:
     """One part of the pass over the calibration text, where `calibration.shards` cuts it into several jobs."""
     input:
-        unpack(made_from("shard")),
+        made_from("shard"),
     output:
         artifact("shard"),
     log:
@@ -44,11 +42,9 @@ rule shard:
         runtime=minutes("shard"),
     params:
         python=python,
-        options=options("shard"),
-        inputs=input_options("light_cut"),
+        command=command("shard"),
         label=label("shard"),
     message:
         "add up for scores: {params.label}"
     shell:
-        "{params.python:q} -m hfprune shard --model {input.model:q} --text {input.text:q} {params.inputs:q} {params.options:q} 2>&1"
-        " | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"

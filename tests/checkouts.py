@@ -1,0 +1,82 @@
+"""Copies of the project, in which workflows run as users run them."""
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from tests.conftest import REPOSITORY
+
+PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune", "results/published")
+# What is drawn of the tiny experiment.
+DRAWN = ("accuracy", "kl", "fidelity_profile", "importance", "widths")
+MODEL_STAGES = ("download", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
+
+
+class Checkout:
+    """A copy of the project, in which code may be edited, with a store that may be another's."""
+
+    def __init__(self, folder: Path, store: Path) -> None:
+        self.folder, self.store = folder, store
+        folder.mkdir()
+        for part in PARTS:
+            source = REPOSITORY / part
+            if source.is_dir():
+                shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(source, folder / part)
+
+    def start(self, experiment: dict, *options: str) -> subprocess.Popen:
+        """Start `snakemake` on an experiment, in a process group of its own."""
+        config = self.folder / f"{experiment['experiment']}.yaml"
+        config.write_text(yaml.safe_dump(experiment))
+        threads = [f"{rule}=1" for rule in (*MODEL_STAGES, "efficiency", "scoring_cost")]
+        return subprocess.Popen(
+            ["snakemake", "--cores", "2", *options, "--configfile", config, "--set-threads", *threads],
+            cwd=self.folder,
+            env=os.environ | {"HFPRUNE_STORE": str(self.store)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def snakemake(self, experiment: dict, *options: str, status: int = 0) -> str:
+        """Run `snakemake` on an experiment; what it printed."""
+        process = self.start(experiment, *options)
+        output = process.communicate()[0]
+        assert process.returncode == status, output
+        return output
+
+    def planned(self, experiment: dict, *targets: str) -> Counter:
+        """How many jobs of each rule a run would run."""
+        output = self.snakemake(experiment, *targets, "--dry-run")
+        stats = output.partition("Job stats:")[2].partition("total")[0]
+        return Counter({rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", stats, re.MULTILINE)})
+
+    def manifests(self, stage: str) -> list[Path]:
+        """The manifests of a stage's artifacts."""
+        return sorted(self.store.glob(f"{stage}/*/manifest.json"))
+
+
+def ran(output: str) -> Counter:
+    """How many jobs of each rule a run finished."""
+    return Counter(re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", output))
+
+
+def model_stages(jobs: Counter) -> dict[str, int]:
+    """Of those, the stages that compute on a model or get one."""
+    return {stage: jobs[stage] for stage in MODEL_STAGES if jobs[stage]}
+
+
+def changed(experiment: dict, /, **sections) -> dict:
+    """The experiment with some keys of some sections changed."""
+    made = copy.deepcopy(experiment)
+    for name, values in sections.items():
+        made[name] = made[name] | values if isinstance(values, dict) else values
+    return made
