@@ -359,14 +359,14 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--output", type=Path, required=True, help="the html to write")
     page.add_argument("files", nargs="+", type=Path, help="a figure's svg; a table's csv, and its md; or a yaml")
 
-    listed = command(
+    artifact_list = command(
         "artifacts",
         _list_artifacts,
         "List artifacts, what each was made from, by which code and versions: artifacts.csv and versions.csv.",
         "hfprune artifacts --output results/default/provenance store/*/*/manifest.json",
     )
-    listed.add_argument("--output", type=Path, required=True, help="the folder to write into")
-    listed.add_argument("manifests", nargs="+", type=Path, help="artifacts of any stage")
+    artifact_list.add_argument("--output", type=Path, required=True, help="the folder to write into")
+    artifact_list.add_argument("manifests", nargs="+", type=Path, help="artifacts of any stage")
 
     provenance = command(
         "provenance",
@@ -498,7 +498,6 @@ def _parser() -> argparse.ArgumentParser:
     for each in (listed, verified, pruned):
         each.add_argument("--store", type=Path, help="default: the configs', HFPRUNE_STORE, or else store")
 
-    makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
     on_gpus = command(
         "on-gpus",
         _on_gpus,
@@ -508,6 +507,7 @@ def _parser() -> argparse.ArgumentParser:
     on_gpus.add_argument("count", type=_positive, help="of those that CUDA_VISIBLE_DEVICES lists, or else of all")
     on_gpus.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="what to run")
 
+    makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
     for each in (*makers, collect, differences, profile, table, widths, losses, efficiency, export, push, provenance):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
     for each in makers:

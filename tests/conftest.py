@@ -180,8 +180,9 @@ def command(tmp_path):
 
 def pytest_collection_modifyitems(items) -> None:
     """The files that take longest go first, so that no core is left alone with one at the end."""
-    longest = ("test_grids.py", "test_slurm.py", "test_workflow.py", "test_recovery.py", "test_reproducible.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    longest = ("test_grids.py", "test_workflow.py", "test_slurm.py", "test_recovery.py", "test_reproducible.py")
+    places = {name: place for place, name in enumerate(longest)}
+    items.sort(key=lambda item: places.get(item.path.name, len(longest)))
 
 
 ENVIRONMENT = dict(os.environ)

@@ -21,6 +21,7 @@ from hfprune.plan import Plan
 from tests.checkouts import DRAWN, Checkout, changed, model_stages, ran
 
 CLUSTER = Path(__file__).parent / "slurm" / "cluster.sh"
+COMPUTES = {"shard": True, "score": False, "prune": False, "recover": True, "reference": True, "measure": True}
 # Of a cluster without accounting; and to wait less, where nothing is slow.
 OPTIONS = ["--slurm-status-command=squeue", "--slurm-init-seconds-before-status-checks=1", "--latency-wait=10"]
 OPTIONS += ["--workflow-profile=profiles/slurm", "--seconds-between-status-checks=1"]
@@ -44,8 +45,10 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def sharded(experiment) -> dict:
-    """The tiny experiment, scored in three shards."""
-    return changed(experiment, calibration={"shards": 3}, pruning={"ratios": [0.2]})
+    """The tiny experiment, scored in three shards and trained after the cut."""
+    lora = {"text": "calibration", "length": 128, "batch_tokens": 512, "rank": 2, "epochs": 1, "dense": False}
+    pruning = {"ratios": [0.2], "recoveries": ["lora"]}
+    return changed(experiment, calibration={"shards": 3}, pruning=pruning) | {"recovery": {"lora": lora}}
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +97,15 @@ def test_a_cancelled_job_fails_the_run_and_the_next_one_ends_well(runs):
     before, after = (ran(runs[run]) for run in ("killed", "next"))
     assert before["shard"] < 3
     assert model_stages(before + after) == {
-        "download": 4, "score": 1, "shard": 3, "prune": 1, "reference": 1, "measure": 2, "evaluate": 2,
+        "download": 4, "score": 1, "shard": 3, "prune": 1, "recover": 1, "reference": 1, "measure": 2, "evaluate": 2,
     }, "and nothing is made again"  # fmt: skip
     assert "Trying to restart job" in runs["next"]
 
 
 def test_results_are_those_of_a_run_on_one_machine(runs):
     here, there = runs["here"], runs["there"]
-    for stage, name in (("score", SCORES), ("prune", "pruning.json"), ("prune", "model.safetensors")):
+    weights = "model.safetensors"
+    for stage, name in (("score", SCORES), ("prune", "pruning.json"), ("prune", weights), ("recover", weights)):
         (one,), (other,) = (each.manifests(stage) for each in (here, there))
         assert one.parent.name == other.parent.name, "the same key"
         if name == SCORES:
@@ -113,14 +117,14 @@ def test_results_are_those_of_a_run_on_one_machine(runs):
     one, other = (each[each["group"] != "cost"].reset_index(drop=True) for each in measured)
     pd.testing.assert_frame_equal(one, other)
     drawn = {file.stem for file in (there.folder / "results" / "tiny" / "figures").glob("*.svg")}
-    assert drawn == set(DRAWN), "to the end"
+    assert drawn == {*DRAWN, "losses"}, "to the end"
 
 
 def test_jobs_ask_for_what_is_estimated(runs, sharded):
     plan = Plan(parse(Experiment, sharded | {"store": str(runs["there"].store)}, "test"))
     counted, _ = estimate(plan, device_of("h100"))
     asked = jobs()
-    for stage, computes in {"shard": True, "score": False, "prune": False, "reference": True, "measure": True}.items():
+    for stage, computes in COMPUTES.items():
         for key, job in plan.jobs[stage].items():
             request, found = counted.request(job), asked[f"rule_{stage}_wildcards_{key}"]
             attempt = 2 if stage == "score" else 1  # the second asks for more

@@ -79,6 +79,11 @@ def test_a_report_of_an_unchanged_experiment_is_not_made_again(checkout, experim
     assert not checkout.planned(experiment)
 
 
+def test_the_graph_in_a_report_has_the_stages_that_were_there(checkout, report):
+    graph = report.read_text().partition("var rulegraph_spec = ")[2].partition("</script>")[0]
+    assert set(model_stages(checkout.first)) <= set(re.findall(r'"rule": "(\w+)"', graph))
+
+
 def test_a_report_stands_in_a_browser_without_a_network(report, tmp_path):
     if (program := browser.find()) is None:
         pytest.skip(f"no browser here (looked for {', '.join(browser.NAMES)})")
@@ -207,7 +212,7 @@ def test_what_a_job_finishes_after_its_run_was_killed_is_kept_and_hides_nothing(
     run.kill()  # Snakemake alone
     run.communicate()  # until its job has ended
     assert len(checkout.manifests("score")) == len(before) + 1
-    assert model_stages(ran(checkout.snakemake(seed, "widths", "agreement"))) == {"prune": 1}
+    assert model_stages(ran(checkout.snakemake(seed, "--until", "prune"))) == {"prune": 1}
 
 
 def test_jobs_that_run_at_once_are_on_devices_of_their_own(checkout, experiment, tmp_path, monkeypatch):

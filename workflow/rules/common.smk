@@ -40,6 +40,9 @@ os.environ.update(
 # Of every table and figure, for the report.
 CAPTIONS = yaml.safe_load(Path(workflow.source_path("../report/captions.yaml")).read_text(encoding="utf-8"))
 
+# A graph of the workflow shows also what is there already.
+WHOLE = any(word.partition("=")[0] in ("--report", "--dag", "--rulegraph", "--filegraph") for word in sys.argv)
+
 # What a job that computes on a model takes of the GPUs, where there are any; the default profile hands out one.
 GPU = int(DEVICE != "cpu" if DEVICE else bool(devices.visible()))
 ENVIRONMENT = Path(workflow.basedir) / "envs" / ("cuda.yaml" if GPU else "cpu.yaml")
@@ -61,7 +64,7 @@ def missing(jobs):
     that a killed run left the job unfinished, is a reason to make it again. As an `ancient` input it would be one, and
     then Snakemake looks at nothing behind it: the run ends as if all were done (DAG.update_needrun, 9.27).
     """
-    return [plan.manifest(job) for job in jobs if not plan.has(job)]
+    return [plan.manifest(job) for job in jobs if WHOLE or not plan.has(job)]
 
 
 def made_from(stage):
