@@ -297,7 +297,7 @@ class Plan:
         for one in asked:
             others = [other.criterion for other in asked if other != one]
             words = options(one.model_dump() | ({"together": others} if others else {}))
-            first = next(iter(jobs.values()), None)
+            first = next((job for job in jobs.values() if not self.has(job)), None)
             made = recipe(stage, one.read(), **_keys(inputs))
             label = f"{one.criterion}, seed {one.seed}{part}"
             jobs[one.criterion] = self._put(Job(made, inputs, words, label, first))

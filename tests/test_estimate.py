@@ -138,6 +138,21 @@ def test_a_pass_over_several_criteria_is_counted_once(experiment, tmp_path):
     assert flops(["entropy", "self_distillation"]) == 3 * forward + 3 * forward
 
 
+def test_of_a_pass_whose_first_scores_are_there_the_first_that_is_missing_makes_the_rest(experiment, tmp_path):
+    def planned(criteria):
+        grid = {"criteria": criteria, "ratios": [0.1]}
+        asked = parse(Experiment, experiment | {"store": str(tmp_path), "pruning": grid}, "test")
+        return Plan(asked), asked
+
+    plan, _ = planned(["magnitude"])
+    make(plan, *plan.scores)
+    plan, asked = planned(["magnitude", "entropy", "wanda"])
+    _, entropy, wanda = plan.scores
+    assert (entropy.after, wanda.after) == (None, entropy)
+    (flops,) = (row["flops"] for row in estimate(plan, asked).stages() if row["stage"] == "score")
+    assert flops == 2 * 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True))
+
+
 def test_where_a_gpu_is_small_layers_are_computed_anew(experiment, tmp_path):
     asked = parse(Experiment, experiment | {"store": str(tmp_path)}, "test")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
