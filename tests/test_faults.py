@@ -9,10 +9,10 @@ import pytest
 from hfprune.artifacts import Artifact, read
 from hfprune.config import Experiment, parse
 from hfprune.plan import Job, Plan
+from hfprune.stages import DOWNLOADS
 from tests.forks import Forks
 
 STAGES = ("model", "text", "task", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
-DOWNLOADS = STAGES[:3]
 ROOM = {"prune": 60 * 2**10, "recover": 60 * 2**10}  # bytes free on the full disk: they fail in the middle
 TIMED = ("recovery.json", "losses.jsonl")  # files that hold seconds
 
