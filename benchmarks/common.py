@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from hfprune.artifacts import device_name, versions
+from hfprune.store.artifacts import device_name
+from hfprune.store.keys import versions
 
 RESULTS = Path(__file__).parent / "results"
 

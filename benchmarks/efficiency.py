@@ -15,10 +15,10 @@ import torch
 from common import record
 from scoring import SHAPES, build
 
-from hfprune.budget import shape_of, units_to_keep
-from hfprune.efficiency import time_models
-from hfprune.models import PREFILL, count_parameters, flops_per_token, weight_bytes
-from hfprune.surgery import cut
+from hfprune.evaluation.timing import time_models
+from hfprune.models.loading import PREFILL, count_parameters, flops_per_token, weight_bytes
+from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.surgery import cut
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 

@@ -4,7 +4,8 @@
 
 Both answer the same requests of the same documents, in turn in every round. lm-eval's class runs as its users have it,
 in batches of 16 rows; ours as stage `evaluate` runs it. `product_ratio` is against lm-eval's class with the matrix
-products that our stages use (`hfprune/products.py`), which a CPU gains from: what sharing and few logits alone give.
+products that our stages use (`hfprune/runtime/matmul.py`), which a CPU gains from: what sharing and few logits alone
+give.
 `max_difference`, of log-likelihoods, is against the same; `product_difference` is what the other products alone make of
 lm-eval's class, by rounding.
 """
@@ -21,13 +22,13 @@ import torch
 from common import alternate, record
 from lm_eval.models.huggingface import HFLM
 
-from hfprune.config import load
-from hfprune.layout import DOCUMENTS
-from hfprune.loglikelihoods import Shared
-from hfprune.models import load_model, load_tokenizer
-from hfprune.plan import Plan, store_root
-from hfprune.products import fast_products
-from hfprune.tasks import stock_task
+from hfprune.data.lm_eval_tasks import stock_task
+from hfprune.evaluation.shared_prefix import Shared
+from hfprune.experiment.plan import Plan, store_root
+from hfprune.experiment.schema import load
+from hfprune.models.loading import load_model, load_tokenizer
+from hfprune.runtime.matmul import fast_products
+from hfprune.store.filenames import DOCUMENTS
 
 REPOSITORY = Path(__file__).parent.parent
 TASKS = ("openbookqa", "social_iqa", "piqa")  # of config.yaml

@@ -17,9 +17,9 @@ from common import record
 from scoring import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hfprune import memory
-from hfprune.models import device
-from hfprune.scoring import unit_scores
+from hfprune.models.loading import device
+from hfprune.pruning.scoring import unit_scores
+from hfprune.runtime import memory
 
 LAYERS = SHAPES["llama-2-7b"]["num_hidden_layers"]
 

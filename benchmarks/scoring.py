@@ -20,10 +20,10 @@ import torch
 from common import alternate, record
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hfprune.models import count_parameters, device
-from hfprune.products import fast_products
-from hfprune.scoring import unit_scores
-from hfprune.structures import parts
+from hfprune.models.loading import count_parameters, device
+from hfprune.models.units import parts
+from hfprune.pruning.scoring import unit_scores
+from hfprune.runtime.matmul import fast_products
 
 SHAPES = {
     "smollm2-135m": {

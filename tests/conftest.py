@@ -169,7 +169,7 @@ def forks() -> Forks:
 @pytest.fixture
 def forked_reload(monkeypatch):
     """Checkpoints of this process are reloaded in one that forks from another, too."""
-    monkeypatch.setattr("hfprune.checkpoint.subprocess", reloading(forks().ask))
+    monkeypatch.setattr("hfprune.models.checkpoint.subprocess", reloading(forks().ask))
 
 
 @pytest.fixture

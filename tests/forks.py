@@ -12,8 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 PRELOADED = (
-    "hfprune.cli", "hfprune.sources", "hfprune.tasks", "hfprune.scoring", "hfprune.surgery", "hfprune.recovery",
-    "hfprune.fidelity", "hfprune.evaluation", "hfprune.card", "datasets",
+    "hfprune.cli", "hfprune.data.download", "hfprune.data.lm_eval_tasks", "hfprune.pruning.scoring",
+    "hfprune.pruning.surgery", "hfprune.recovery.training", "hfprune.evaluation.fidelity",
+    "hfprune.evaluation.lm_eval_runner", "hfprune.sharing.model_card", "datasets",
 )  # fmt: skip
 
 
@@ -96,8 +97,8 @@ def forked(action: Callable[..., int], **given: object) -> tuple[int, str, str]:
 
 def run(killed: str, words: list[str], environment: dict[str, str], folder: str) -> int:
     """One command."""
-    from hfprune import checkpoint
     from hfprune.cli import main
+    from hfprune.models import checkpoint
 
     os.chdir(folder)
     os.environ.clear()

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hfprune.agreement import KEPT, between_criteria, compare, overlap
-from hfprune.artifacts import Artifact
-from hfprune.layout import SCORES
-from hfprune.structures import save_scores
+from hfprune.models.units import save_scores
+from hfprune.reporting.agreement import KEPT, between_criteria, compare, overlap
+from hfprune.store.artifacts import Artifact
+from hfprune.store.filenames import SCORES
 
 
 def artifact(folder, criterion, seed, *layers):

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from hfprune.allocation import ALLOCATIONS, allocate, fewest_kept
+from hfprune.pruning.allocation import ALLOCATIONS, allocate, fewest_kept
 
 
 def random_scores(*widths):

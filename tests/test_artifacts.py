@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hfprune import artifacts
-from hfprune.artifacts import Recipe, Store, code_digest, read
 from hfprune.errors import UserError
+from hfprune.store import artifacts, keys
+from hfprune.store.artifacts import Store, read
+from hfprune.store.keys import Recipe, code_digest
 
 RECIPE = Recipe("stage", {"a": 1, "b": [0.1, None]}, {"model": "0" * 16})
 
@@ -99,7 +100,8 @@ def test_what_a_failed_stage_wrote_is_never_an_artifact(tmp_path):
 SLOW_STAGE = """
 import sys, time
 from pathlib import Path
-from hfprune.artifacts import Recipe, Store
+from hfprune.store.artifacts import Store
+from hfprune.store.keys import Recipe
 
 def produce(folder):
     (folder / ".resume").mkdir(exist_ok=True)
@@ -167,11 +169,11 @@ def test_what_is_made_gets_the_permissions_of_the_stores_folder_whatever_the_uma
 USER = """
 import os, sys, tempfile, time
 from pathlib import Path
-from hfprune import artifacts
+from hfprune.store import artifacts, keys
 from hfprune.errors import UserError
 
 with tempfile.TemporaryDirectory() as scratch:
-    artifacts.Store(Path(scratch)).make(artifacts.Recipe("stage", {}), lambda folder: None)
+    artifacts.Store(Path(scratch)).make(keys.Recipe("stage", {}), lambda folder: None)
 root, uid, umask, parameter, seconds = Path(sys.argv[1]), *map(int, sys.argv[2:6])
 os.setgroups([])
 os.setgid(4000)
@@ -189,7 +191,7 @@ def produce(folder):
     time.sleep(seconds)
 
 try:
-    made = artifacts.Store(root).make(artifacts.Recipe("stage", {"a": parameter}), produce)
+    made = artifacts.Store(root).make(keys.Recipe("stage", {"a": parameter}), produce)
     print("has", artifacts.read(made.folder).key, flush=True)
 except UserError as error:
     print(error, flush=True)
@@ -285,7 +287,7 @@ def test_a_reader_does_not_set_aside_what_was_made_again_while_it_read(tmp_path,
     store = Store(tmp_path)
     folder = store.make(RECIPE, write).folder
     (folder / "below" / "note.txt").write_text("TEXT")
-    hashed = artifacts.file_sha256
+    hashed = keys.file_sha256
 
     def made_again(file):
         found = hashed(file)
@@ -318,7 +320,8 @@ def package(tmp_path, monkeypatch):
     (folder / "first.py").write_text("from hfprune.second import g\n\ndef f(x):\n    return g(x)\n")
     (folder / "second.py").write_text('def g(x):\n    """Double."""\n    return 2 * x  # twice\n')
     (folder / "third.py").write_text("COLOR = 'red'\n")
-    monkeypatch.setattr(artifacts, "PACKAGE", folder)
+    (folder / "__init__.py").write_text("")
+    monkeypatch.setattr(keys, "PACKAGE", folder)
     code_digest.cache_clear()
     yield folder
     code_digest.cache_clear()
@@ -340,9 +343,68 @@ def test_the_code_digest_follows_imports_and_ignores_comments_and_docstrings(mod
     assert (code_digest("hfprune.first") != before) == changes
 
 
-def test_the_code_digest_follows_both_forms_of_import(package):
-    (package / "first.py").write_text("from hfprune import second\n")
+FORMS = {
+    "the module": "import hfprune.room.inner\n",
+    "the module under another name": "import hfprune.room.inner as other\n",
+    "a module of a sub-package": "from hfprune.room import inner\n",
+    "a name of a module": "from hfprune.room.inner import g\n",
+    "everything of a module": "from hfprune.room.inner import *\n",
+    "inside a function": "def f():\n    from hfprune.room.inner import g\n    return g\n",
+    "dots": "from .room import inner\n",
+    "dots and a name": "from .room.inner import g\n",
+    "by its name": "import importlib\ninner = importlib.import_module('hfprune.room.inner')\n",
+    "a module two imports away": "from hfprune.second import g\n",
+}
+
+
+@pytest.fixture
+def room(package):
+    """A sub-package whose module `inner` also `second` imports."""
+    (package / "room").mkdir()
+    (package / "room" / "__init__.py").write_text('"""A room."""\n')
+    (package / "room" / "inner.py").write_text("def g(x):\n    return 2 * x\n")
+    (package / "second.py").write_text("from hfprune.room.inner import g\n")
+    return package
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("edited", ["inner.py", "__init__.py"])
+def test_the_code_digest_follows_every_form_of_import_into_sub_packages(form, edited, room):
+    (room / "first.py").write_text(FORMS[form])
     before = code_digest("hfprune.first")
-    (package / "second.py").write_text("def g(x):\n    return 4 * x\n")
+    with (room / "room" / edited).open("a") as file:
+        file.write("CHANGED = 1\n")
     code_digest.cache_clear()
     assert code_digest("hfprune.first") != before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from hfprune import absent\n",
+        "import hfprune.absent\n",
+        "from hfprune.room import absent\n",
+        "from hfprune.room.inner import absent\n",
+        "from .room import absent\n",
+        "import importlib\nimportlib.import_module(NAME)\n",
+        "__import__(f'hfprune.{x}')\n",
+    ],
+)
+def test_an_import_that_cannot_be_followed_is_refused(text, room):
+    (room / "first.py").write_text(text)
+    with pytest.raises(keys.UnresolvedImportError):
+        code_digest("hfprune.first")
+
+
+def test_the_python_interface_of_the_package_is_in_no_key(room):
+    """The package's own `__init__` offers everything; were it followed, every edit would change every key."""
+    (room / "__init__.py").write_text("def prune():\n    from hfprune.third import COLOR\n")
+    before = code_digest("hfprune.first")
+    (room / "third.py").write_text("COLOR = 'blue'\n")
+    code_digest.cache_clear()
+    assert code_digest("hfprune.first") == before
+
+
+def test_every_import_of_the_package_can_be_followed():
+    for file in sorted(keys.PACKAGE.rglob("*.py")):
+        code_digest(".".join(file.relative_to(keys.PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"))

@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from hfprune import checkpoint, surgery
-from hfprune.artifacts import Recipe, Store
 from hfprune.errors import UserError
-from hfprune.evaluation import language_model
-from hfprune.fidelity import measure, reference
-from hfprune.layout import PRUNING, RESULTS
-from hfprune.models import count_parameters, load_model
-from hfprune.structures import parts
+from hfprune.evaluation.fidelity import measure, reference
+from hfprune.evaluation.lm_eval_runner import language_model
+from hfprune.models import checkpoint
+from hfprune.models.loading import count_parameters, load_model
+from hfprune.models.units import parts
+from hfprune.pruning import surgery
+from hfprune.store.artifacts import Store
+from hfprune.store.filenames import PRUNING, RESULTS
+from hfprune.store.keys import Recipe
 from tests.conftest import save_dense
 from tests.test_surgery import masked_logits, prune_into, random_scores, run_prune, write_scores
 

@@ -35,7 +35,7 @@ def test_without_arguments_it_tells_what_to_type_first(capsys):
 
 def test_help_and_planning_import_nothing_heavy():
     code = (
-        "import sys, hfprune.cli, hfprune.plan;"
+        "import sys, hfprune.cli, hfprune.experiment.plan;"
         "print([name for name in ('torch', 'transformers', 'datasets', 'lm_eval', 'pandas', 'matplotlib', 'rocrate')"
         " if name in sys.modules])"
     )
@@ -47,7 +47,8 @@ def test_the_engine_imports_without_the_pipelines_libraries():
         "import sys\n"
         "for name in ('snakemake', 'datasets', 'lm_eval', 'pandas', 'matplotlib', 'gguf', 'rocrate'):\n"
         "    sys.modules[name] = None\n"
-        "import hfprune.scoring, hfprune.surgery, hfprune.fidelity, hfprune.config, hfprune.cli\n"
+        "import hfprune.pruning.scoring, hfprune.pruning.surgery, hfprune.evaluation.fidelity\n"
+        "import hfprune.experiment.schema, hfprune.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

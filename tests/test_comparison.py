@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from hfprune import comparison
-from hfprune.artifacts import Artifact, Recipe, Store
-from hfprune.comparison import MEASURE, Comparison, holm, indistinguishable_from_best
-from hfprune.documents import VALUES, read_documents
 from hfprune.errors import UserError
-from hfprune.statistics import MODEL
-from hfprune.tables import collect
+from hfprune.reporting import comparison
+from hfprune.reporting.comparison import MEASURE, Comparison, holm, indistinguishable_from_best
+from hfprune.reporting.documents import VALUES, read_documents
+from hfprune.reporting.statistics import MODEL
+from hfprune.reporting.tables import collect
+from hfprune.store.artifacts import Artifact, Store
+from hfprune.store.keys import Recipe
 
 UNCUT = {"structure": "none", "allocation": "none", "ratio": 0.0}
 

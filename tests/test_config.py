@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from hfprune.cli import main
-from hfprune.config import Experiment, load, parse, schema
 from hfprune.errors import UserError
-from hfprune.plan import Plan
-from hfprune.targets import TABLES, compared
+from hfprune.experiment.plan import Plan
+from hfprune.experiment.schema import Experiment, load, parse, schema
+from hfprune.reporting.targets import TABLES, compared
 from tests.conftest import REPOSITORY
 
 

@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from hfprune.criteria import CRITERIA, TOP_K, GradientCriterion, Moments, Positions, StaticCriterion, fisher_gradient
-from hfprune.structures import PARTS, part_of
+from hfprune.models.units import PARTS, part_of
+from hfprune.pruning.criteria import (
+    CRITERIA,
+    TOP_K,
+    GradientCriterion,
+    Moments,
+    Positions,
+    StaticCriterion,
+    fisher_gradient,
+)
 from tests.conftest import make_model
 
 TOKENS, VOCABULARY = 7, 50

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from hfprune import devices
-from hfprune.devices import visible
+from hfprune.runtime import gpus
+from hfprune.runtime.gpus import visible
 from tests.conftest import run_hfprune
 
 UUIDS = [f"GPU-{letter * 8}-0000" for letter in "abcd"]
@@ -84,16 +84,16 @@ def test_one_job_takes_several_and_its_status_is_its_own():
 
 
 def test_a_job_that_gets_too_few_holds_none_while_it_waits(monkeypatch):
-    held = [devices.take(1), devices.take(1)]
+    held = [gpus.take(1), gpus.take(1)]
     waited = []
 
     def give_back(_seconds):
-        waited.append(devices.take(2))  # both that are left are free
+        waited.append(gpus.take(2))  # both that are left are free
         raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", give_back)
     with pytest.raises(KeyboardInterrupt):
-        devices.take(3)
+        gpus.take(3)
     assert sorted([*held[0], *held[1], *waited[0]]) == UUIDS
 
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune.artifacts import Recipe, Store, peak_memory
 from hfprune.cli import main
-from hfprune.config import Experiment, parse
-from hfprune.efficiency import decode, time_models
-from hfprune.fidelity import measure, reference
-from hfprune.models import PREFILL, flops_per_token, load_model, weight_bytes
-from hfprune.plan import Plan
-from hfprune.statistics import MODEL
-from hfprune.surgery import cut
+from hfprune.evaluation.fidelity import measure, reference
+from hfprune.evaluation.timing import decode, time_models
+from hfprune.experiment.plan import Plan
+from hfprune.experiment.schema import Experiment, parse
+from hfprune.models.loading import PREFILL, flops_per_token, load_model, weight_bytes
+from hfprune.pruning.surgery import cut
+from hfprune.reporting.statistics import MODEL
+from hfprune.store.artifacts import Store, peak_memory
+from hfprune.store.keys import Recipe
 from tests.conftest import FAMILIES, make_model, run_hfprune
 
 WIDTHS = (40, 17, 29)

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hfprune import plan as plans
-from hfprune.config import load
-from hfprune.layout import PRUNING, RECOVERY
-from hfprune.plan import Plan
+from hfprune.experiment import plan as plans
+from hfprune.experiment.plan import Plan
+from hfprune.experiment.schema import load
+from hfprune.store.filenames import PRUNING, RECOVERY
 from tests.conftest import REPOSITORY
 
 

@@ -7,13 +7,13 @@ from unittest import mock
 
 import pytest
 
-from hfprune.artifacts import Store
 from hfprune.cli import main
-from hfprune.config import Experiment, load, parse
 from hfprune.errors import UserError
-from hfprune.estimate import GPUS, HOST_PROCESS_BYTES, Estimate, Models, config_of, device_of, report
-from hfprune.models import check_family, flops_per_token
-from hfprune.plan import Plan
+from hfprune.experiment.estimate import GPUS, HOST_PROCESS_BYTES, Estimate, Models, config_of, device_of, report
+from hfprune.experiment.plan import Plan
+from hfprune.experiment.schema import Experiment, load, parse
+from hfprune.models.loading import check_family, flops_per_token
+from hfprune.store.artifacts import Store
 from tests.conftest import REPOSITORY, make_model, make_tokenizer, run_hfprune, sentences, write_lines
 from tests.hub import serve
 
@@ -61,8 +61,8 @@ def tried(tmp_path_factory, experiment, data):
     found = {}
     # The proof takes a process each time, and is no part of this. Stages switch the hub off for their process.
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
-        patch.setattr("hfprune.checkpoint.prove", lambda *_: {"trust_remote_code": False})
-        patch.setattr("hfprune.card.write_card", lambda _: None)
+        patch.setattr("hfprune.models.checkpoint.prove", lambda *_: {"trust_remote_code": False})
+        patch.setattr("hfprune.sharing.model_card.write_card", lambda _: None)
         for stage in ("reference", "score", "prune", "recover", "measure"):
             jobs = plan.jobs[stage].values()
             job = next(each for each in jobs if stage != "measure" or each.inputs["model"] in plan.recoveries)

@@ -10,14 +10,14 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from hfprune import loglikelihoods
 from hfprune.cli import main
+from hfprune.data.lm_eval_tasks import stock_tasks, task
 from hfprune.errors import UserError
-from hfprune.evaluation import evaluate_task, language_model
-from hfprune.loglikelihoods import Shared, Stock
-from hfprune.memory import forward_bytes
-from hfprune.modeling_per_layer import CLASSES
-from hfprune.tasks import stock_tasks, task
+from hfprune.evaluation import shared_prefix
+from hfprune.evaluation.lm_eval_runner import evaluate_task, language_model
+from hfprune.evaluation.shared_prefix import Shared, Stock
+from hfprune.models.modeling_per_layer import CLASSES
+from hfprune.runtime.memory import forward_bytes
 from tests.conftest import (
     FAMILIES,
     REPOSITORY,
@@ -216,7 +216,7 @@ def test_little_free_memory_makes_small_batches(monkeypatch):
     for kind in (Shared, Stock):
         for free, small in ((2**33, False), (2**18, True)):
             shapes.clear()
-            monkeypatch.setattr(loglikelihoods, "free_bytes", lambda _, free=free: free)
+            monkeypatch.setattr(shared_prefix, "free_bytes", lambda _, free=free: free)
             kind(model, tokenizer).loglikelihood(asked, disable_tqdm=True)
             assert fit(kind is Stock) == small
 

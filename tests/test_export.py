@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hfprune.card import Estimate, Figure, Made, card
+from hfprune.sharing.model_card import Estimate, Figure, Made, card
 from tests.conftest import run_hfprune, save_checkpoint
 from tests.hub import serve
 

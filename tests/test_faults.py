@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hfprune.artifacts import Artifact, read
-from hfprune.config import Experiment, parse
-from hfprune.plan import Job, Plan
-from hfprune.stages import DOWNLOADS
+from hfprune.experiment.plan import Job, Plan
+from hfprune.experiment.schema import Experiment, parse
+from hfprune.experiment.stages import DOWNLOADS
+from hfprune.store.artifacts import Artifact, read
 from tests.forks import Forks
 
 STAGES = ("model", "text", "task", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")

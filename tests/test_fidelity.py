@@ -10,9 +10,9 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
-from hfprune.fidelity import Profile, measure, position_measures, reference, summary, token_measures
-from hfprune.layout import PROFILE, REFERENCE, RESULTS, SAMPLES
-from hfprune.models import load_model
+from hfprune.evaluation.fidelity import Profile, measure, position_measures, reference, summary, token_measures
+from hfprune.models.loading import load_model
+from hfprune.store.filenames import PROFILE, REFERENCE, RESULTS, SAMPLES
 from tests.conftest import save_checkpoint
 
 
@@ -52,7 +52,7 @@ def test_chunks_change_nothing_and_the_loss_is_the_models_own(checkpoint, monkey
     head = model.get_output_embeddings().weight
     other = hidden + torch.linspace(-1, 1, 32)
     whole = position_measures(other, head, hidden, head, tokens)
-    monkeypatch.setattr("hfprune.fidelity.LOGITS_PER_CHUNK", 3 * 320)
+    monkeypatch.setattr("hfprune.evaluation.fidelity.LOGITS_PER_CHUNK", 3 * 320)
     chunks = position_measures(other, head, hidden, head, tokens)
     for name, values in whole.items():
         assert len(values) == 19 if name == "loss" else 20

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hfprune.artifacts import read
-from hfprune.layout import SCORES
+from hfprune.store.artifacts import read
+from hfprune.store.filenames import SCORES
 from tests.checkouts import Checkout, changed, model_stages, ran
 from tests.conftest import sentences, write_lines
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hfprune import artifacts
-from hfprune.artifacts import Recipe, Store
 from hfprune.cli import main
-from hfprune.config import load
-from hfprune.inventory import human
-from hfprune.plan import Plan
-from hfprune.stages import recipe
+from hfprune.experiment.inventory import human
+from hfprune.experiment.plan import Plan
+from hfprune.experiment.schema import load
+from hfprune.experiment.stages import recipe
+from hfprune.store import artifacts
+from hfprune.store.artifacts import Store
+from hfprune.store.keys import Recipe
 
 WHEEL = {"wheel": "llm==1", "file": "a.gguf", "sha256": "0" * 64}
 

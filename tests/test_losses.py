@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import kl_div, log_softmax
 
-from hfprune import losses
-from hfprune.losses import chunked, cross_entropy, distillation
+from hfprune.recovery import losses
+from hfprune.recovery.losses import chunked, cross_entropy, distillation
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hfprune.overlap import Documents, Overlap, compare, refusal, write
+from hfprune.data.contamination import Documents, Overlap, compare, refusal, write
 from tests.conftest import run_hfprune, sentences, write_lines
 
 

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
+from hfprune.data.packing import NO_LABEL, PROMPT, Example, Packed, pack, read_examples
 from hfprune.errors import UserError
-from hfprune.models import FAMILIES
-from hfprune.packing import NO_LABEL, PROMPT, Example, Packed, pack, read_examples
+from hfprune.models.loading import FAMILIES
 from tests.conftest import make_model, make_tokenizer, sentences, write_lines
 
 

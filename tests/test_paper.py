@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hfprune.config import Experiment, parse
 from hfprune.errors import UserError
-from hfprune.figures import against_each_other, kept_widths, pareto
-from hfprune.paper import (
+from hfprune.experiment.plan import Plan
+from hfprune.experiment.schema import Experiment, parse
+from hfprune.reporting.figures import against_each_other, kept_widths, pareto
+from hfprune.reporting.paper_tables import (
     estimates,
     further_sheet,
     read_published,
@@ -21,11 +22,10 @@ from hfprune.paper import (
     shown,
     timing_sheet,
 )
-from hfprune.plan import Plan
-from hfprune.statistics import MODEL
-from hfprune.tables import COLUMNS
-from hfprune.targets import TABLES, compared
-from hfprune.typeset import Cell, Row, Sheet
+from hfprune.reporting.statistics import MODEL
+from hfprune.reporting.tables import COLUMNS
+from hfprune.reporting.targets import TABLES, compared
+from hfprune.reporting.typeset import Cell, Row, Sheet
 from tests.test_config import changed
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hfprune import products
+from hfprune.runtime import matmul
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -28,9 +28,9 @@ def test_products_by_onednn_are_torchs_own_up_to_rounding(family):
     expected = [tensor.clone() for tensor in run()]
     embedded.grad = None
     with pytest.MonkeyPatch.context() as patch:
-        product = products._product
-        patch.setattr(products, "_product", lambda *operands: (calls.append(1), product(*operands))[1])
-        with products.fast_products(torch.device("cpu")):
+        product = matmul._product
+        patch.setattr(matmul, "_product", lambda *operands: (calls.append(1), product(*operands))[1])
+        with matmul.fast_products(torch.device("cpu")):
             found = run()
     assert len(calls) == 2 * 7 * 3, "every linear layer, forward and backward"
     for ours, torchs in zip(found, expected, strict=True):
@@ -59,13 +59,13 @@ def test_any_operands(name, bias):
     def product():
         return a @ b if row is None else torch.addmm(row, a, b)
 
-    with products.fast_products(CPU):
+    with matmul.fast_products(CPU):
         found = product()
     torch.testing.assert_close(found, product(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_scaled_sum_is_left_to_torch():
     row, a, b = torch.randn(20), torch.randn(40, 30), torch.randn(30, 20)
-    with products.fast_products(CPU):
+    with matmul.fast_products(CPU):
         found = torch.addmm(row, a, b, beta=0.5, alpha=2)
     torch.testing.assert_close(found, 0.5 * row + 2 * (a @ b), rtol=1e-4, atol=1e-5)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hfprune.artifacts import file_sha256
 from hfprune.cli import main
+from hfprune.store.keys import file_sha256
 
 STAGES = ("model", "text", "score", "prune", "reference", "measure")
 

@@ -15,14 +15,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hfprune import artifacts, recovery
-from hfprune.config import RecoverParameters
+from hfprune.data.packing import Packed, read_examples
 from hfprune.errors import UserError
-from hfprune.models import FAMILIES, load_model, load_tokenizer
-from hfprune.packing import Packed, read_examples
-from hfprune.recovery import METHODS, recover
-from hfprune.stopping import Stopped
-from hfprune.surgery import cut
+from hfprune.experiment.schema import RecoverParameters
+from hfprune.models.loading import FAMILIES, load_model, load_tokenizer
+from hfprune.pruning.surgery import cut
+from hfprune.recovery import training
+from hfprune.recovery.training import METHODS, recover
+from hfprune.runtime.signals import Stopped
+from hfprune.store import artifacts
 from tests.conftest import make_model, run_hfprune, save_checkpoint, save_dense, sentences, write_lines
 
 pytestmark = pytest.mark.usefixtures("forked_reload")
@@ -161,7 +162,7 @@ def test_half_precision_trains_in_float32_and_is_saved_as_it_was(tmp_path, instr
 
 def test_short_memory_changes_no_step(tmp_path, pruned, instructions, monkeypatch):
     train(tmp_path / "ample", pruned, instructions)
-    monkeypatch.setattr(recovery, "is_short", lambda _model, _tokens, reserved: reserved > 0)
+    monkeypatch.setattr(training, "is_short", lambda _model, _tokens, reserved: reserved > 0)
     ample = steps(tmp_path / "ample")
     done = train(tmp_path / "short", pruned, instructions)
     torch.testing.assert_close([e["loss"] for e in steps(tmp_path / "short")], [e["loss"] for e in ample])
@@ -216,7 +217,7 @@ def test_a_killed_training_goes_on_and_ends_alike(tmp_path, checkpoint, instruct
 
 def test_sigterm_ends_the_step_and_keeps_the_training(tmp_path, pruned, instructions, monkeypatch):
     train(tmp_path / "whole", pruned, instructions, epochs=4)
-    step = recovery.RecoveryTrainer.training_step
+    step = training.RecoveryTrainer.training_step
 
     def terminate_in_the_third(self, *given):
         if self.state.global_step == 2:
@@ -224,7 +225,7 @@ def test_sigterm_ends_the_step_and_keeps_the_training(tmp_path, pruned, instruct
         return step(self, *given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recovery.RecoveryTrainer, "training_step", terminate_in_the_third)
+        patched.setattr(training.RecoveryTrainer, "training_step", terminate_in_the_third)
         with pytest.raises(Stopped, match="up to step 3 of"):
             train(tmp_path / "stopped", pruned, instructions, epochs=4)
     assert not (tmp_path / "stopped" / "model.safetensors").exists()
@@ -282,14 +283,14 @@ def test_a_loss_that_is_no_number_or_rises_stops_with_the_last_good_checkpoint(t
     shutil.copytree(pruned, model)
     with pytest.raises(UserError, match=r"step \d+: the loss rises: .* the last checkpoint is .*checkpoint-\d+"):
         train(tmp_path / "rising", model, instructions, method="full", rank=32, learning_rate=3, save_steps=1, epochs=9)
-    real = recovery.RecoveryTrainer.compute_loss
+    real = training.RecoveryTrainer.compute_loss
 
     def broken(self, *given, **named):
         loss = real(self, *given, **named)
         return loss * (float("nan") if self.state.global_step == 3 else 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery.RecoveryTrainer, "compute_loss", broken)
+        patch.setattr(training.RecoveryTrainer, "compute_loss", broken)
         with pytest.raises(
             UserError, match=r"step 4: loss is nan; .* the last good checkpoint is .*checkpoint-3\. Set"
         ):

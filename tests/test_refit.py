@@ -6,13 +6,13 @@ from itertools import product
 import pytest
 import torch
 
-from hfprune.allocation import allocate
 from hfprune.errors import UserError
-from hfprune.fidelity import token_measures
-from hfprune.models import flops_per_token
-from hfprune.refit import DRIFT, Repair, entrance, refit, through
-from hfprune.structures import part_of
-from hfprune.surgery import cut
+from hfprune.evaluation.fidelity import token_measures
+from hfprune.models.loading import flops_per_token
+from hfprune.models.units import part_of
+from hfprune.pruning.allocation import allocate
+from hfprune.pruning.refit import DRIFT, Repair, entrance, refit, through
+from hfprune.pruning.surgery import cut
 from tests.conftest import make_model
 
 VARIANTS = [
@@ -60,7 +60,7 @@ def output(model, sequences):
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
 def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family, changes, monkeypatch):
-    monkeypatch.setattr("hfprune.refit.TOKENS_PER_BATCH", 96)
+    monkeypatch.setattr("hfprune.pruning.refit.TOKENS_PER_BATCH", 96)
     model, sequences = make_model(family, **changes), tokens(10)
     stream, arguments = entrance(model, sequences)
     for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from hfprune.errors import UserError
-from hfprune.plan import Plan
-from hfprune.report import list_artifacts, page
+from hfprune.experiment.plan import Plan
+from hfprune.reporting.pages import list_artifacts, page
 from tests.conftest import REPOSITORY
 
 
@@ -112,7 +112,7 @@ def test_a_list_of_artifacts_says_what_made_each(tmp_path):
 
 
 def test_needed_jobs_come_after_what_they_are_made_from(experiment):
-    from hfprune.config import Experiment, parse
+    from hfprune.experiment.schema import Experiment, parse
 
     needed = Plan(parse(Experiment, experiment, "")).needed
     keys = [job.key for job in needed]

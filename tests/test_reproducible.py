@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from hfprune.fidelity import measure
-from hfprune.scoring import unit_scores
+from hfprune.evaluation.fidelity import measure
+from hfprune.pruning.scoring import unit_scores
 from tests.conftest import REPOSITORY, make_model, sentences, write_lines
 
 # Every stage in one process; `salt` sets the random states that each finds. `test_slurm.py` compares a process a stage.
@@ -22,8 +22,8 @@ import random, sys
 import numpy, torch, yaml
 from pathlib import Path
 from hfprune.cli import main
-from hfprune.config import Experiment, parse
-from hfprune.plan import Plan
+from hfprune.experiment.schema import Experiment, parse
+from hfprune.experiment.plan import Plan
 
 file, store, output, salt = sys.argv[1:]
 plan = Plan(parse(Experiment, yaml.safe_load(Path(file).read_text()), file))

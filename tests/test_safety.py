@@ -14,9 +14,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from hfprune.config import load
 from hfprune.errors import UserError
-from hfprune.models import check_family, load_model, load_tokenizer
+from hfprune.experiment.schema import load
+from hfprune.models.loading import check_family, load_model, load_tokenizer
 from tests.checkouts import Checkout, changed
 from tests.conftest import run_hfprune, sentences, write_lines
 from tests.hub import serve

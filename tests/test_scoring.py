@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hfprune.criteria import CRITERIA, TOP_K, GradientCriterion
+from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
-from hfprune.memory import graph_bytes
-from hfprune.models import load_model, load_tokenizer
-from hfprune.scoring import (
+from hfprune.models.loading import load_model, load_tokenizer
+from hfprune.models.units import PARTS
+from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion
+from hfprune.pruning.scoring import (
     LOGITS_PER_CHUNK,
     Sums,
     add_up,
@@ -22,9 +23,8 @@ from hfprune.scoring import (
     shard_range,
     unit_scores,
 )
-from hfprune.stopping import Stopped
-from hfprune.structures import PARTS
-from hfprune.texts import sample_sequences
+from hfprune.runtime.memory import graph_bytes
+from hfprune.runtime.signals import Stopped
 from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines
 
 INTACT = [name for name, criterion in CRITERIA.items() if not criterion.light_cut]
@@ -199,7 +199,7 @@ def test_layers_computed_anew_where_memory_is_short_give_the_same_scores(family,
     model.model.layers[1].self_attn.register_forward_hook(lambda *_: forwards.append(1))
     kept = unit_scores(model, tokens(), INTACT, draws=2)
     assert len(forwards) == 1
-    monkeypatch.setattr("hfprune.memory.free_bytes", lambda _device: 1)
+    monkeypatch.setattr("hfprune.runtime.memory.free_bytes", lambda _device: 1)
     anew = unit_scores(model, tokens(), INTACT, draws=2)
     assert len(forwards) == 1 + 1 + 5  # a forward pass, and one again in each backward pass
     for name in INTACT:
@@ -220,7 +220,7 @@ def test_layers_computed_anew_leave_less_to_keep(monkeypatch):
 
     before = kept()
     assert before - 2**17 < graph_bytes(make_model(), tokens().numel()), "an upper bound, weights aside"
-    monkeypatch.setattr("hfprune.memory.free_bytes", lambda _device: 1)
+    monkeypatch.setattr("hfprune.runtime.memory.free_bytes", lambda _device: 1)
     assert kept() < 0.7 * before
 
 
@@ -239,7 +239,7 @@ def test_weights_offloaded_by_accelerate_give_the_same_scores(tied, tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 6])
 def test_shards_add_up_to_what_one_job_scores(shards, monkeypatch):
-    monkeypatch.setattr("hfprune.scoring.TOKENS_PER_BATCH", 20)
+    monkeypatch.setattr("hfprune.pruning.scoring.TOKENS_PER_BATCH", 20)
     model, sequences = make_model(), tokens()
     whole = add_up(model, sequences, INTACT, 0, 2, None, None)
     parts = [shard_range(6, 20, number, shards) for number in range(shards)]
@@ -275,7 +275,7 @@ def test_bfloat16_sums_do_not_stall():
 
 def test_a_pass_that_was_cut_short_goes_on_where_it_was(tmp_path, monkeypatch):
     whole = unit_scores(make_model(), tokens(), INTACT, batch=2)
-    monkeypatch.setattr("hfprune.scoring.SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr("hfprune.pruning.scoring.SECONDS_BETWEEN_SAVES", 0)
     model, calls = make_model(), []
 
     def fail_at_the_third_batch(_module, _args, _kwargs):
@@ -318,7 +318,7 @@ def test_sigterm_ends_the_batch_and_keeps_what_is_summed(tmp_path):
     ("criteria", "draws"), [(["entropy", "fisher_token"], 3), (["entropy", "cross_entropy", "fisher_token"], 1)]
 )
 def test_a_pass_over_other_criteria_or_draws_does_not_go_on_with_partial_sums(criteria, draws, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfprune.scoring.SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr("hfprune.pruning.scoring.SECONDS_BETWEEN_SAVES", 0)
     unit_scores(make_model(), tokens(), ["entropy", "fisher_token"], batch=2, resume=tmp_path / "resume")
     found = unit_scores(make_model(), tokens(), criteria, draws=draws, batch=2, resume=tmp_path / "resume")
     fresh = unit_scores(make_model(), tokens(), criteria, draws=draws, batch=2)

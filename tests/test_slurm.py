@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hfprune.config import Experiment, parse
-from hfprune.estimate import device_of, estimate
-from hfprune.layout import SCORES
-from hfprune.plan import Plan
+from hfprune.experiment.estimate import device_of, estimate
+from hfprune.experiment.plan import Plan
+from hfprune.experiment.schema import Experiment, parse
+from hfprune.store.filenames import SCORES
 from tests.checkouts import DRAWN, Checkout, changed, model_stages, ran
 
 CLUSTER = Path(__file__).parent / "slurm" / "cluster.sh"

@@ -7,13 +7,14 @@ import threading
 
 import pytest
 
-from hfprune.stopping import noting
+from hfprune.runtime.signals import noting
 from tests.conftest import run_hfprune
 
 # The console command, in which something happens with the second batch of the pass.
 WRAPPER = """
 import signal, sys, torch
-from hfprune import cli, scoring
+from hfprune import cli
+from hfprune.pruning import scoring
 scoring.TOKENS_PER_BATCH = 64
 calls, final_hidden = [], scoring.final_hidden
 def disturbed(*given):
@@ -53,7 +54,8 @@ def test_a_stage_that_is_stopped_says_so_and_the_next_run_makes_it(what, status,
 
 def test_outside_of_what_notes_it_sigterm_ends_the_process():
     code = (
-        "from hfprune.stopping import noting\nimport time\nwith noting(): pass\nprint('on', flush=True)\ntime.sleep(60)"
+        "from hfprune.runtime.signals import noting\nimport time\n"
+        "with noting(): pass\nprint('on', flush=True)\ntime.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     process.stdout.readline()

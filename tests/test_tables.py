@@ -6,10 +6,10 @@ from itertools import product
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from hfprune import figures
-from hfprune.artifacts import Store
-from hfprune.statistics import MODEL, varying
-from hfprune.tables import COLUMNS, cost, recovery_names, summary, write_tables
+from hfprune.reporting import figures
+from hfprune.reporting.statistics import MODEL, varying
+from hfprune.reporting.tables import COLUMNS, cost, recovery_names, summary, write_tables
+from hfprune.store.artifacts import Store
 
 METRICS = [
     ("task", "boolq", "acc"),

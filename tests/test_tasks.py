@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from hfprune.data.lm_eval_tasks import CONVERSIONS, _definition
 from hfprune.errors import UserError
-from hfprune.tasks import CONVERSIONS, _definition
 from tests.conftest import boolq_records, sentences, write_lines
 from tests.hub import serve
 

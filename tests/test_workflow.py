@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from hfprune.artifacts import read
-from hfprune.tables import COLUMNS
+from hfprune.reporting.tables import COLUMNS
+from hfprune.store.artifacts import read
 from tests import browser
 from tests.checkouts import DRAWN, Checkout, changed, model_stages, ran
 from tests.conftest import REPOSITORY, sentences, write_lines

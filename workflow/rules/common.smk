@@ -9,10 +9,12 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, workflow.basedir)
 
-from hfprune import config as experiments, devices, targets
-from hfprune.artifacts import code_digest
+from hfprune.experiment import schema as experiments
+from hfprune.runtime import gpus
+from hfprune.reporting import targets
+from hfprune.store.keys import code_digest
 from hfprune.errors import UserError
-from hfprune.plan import Plan
+from hfprune.experiment.plan import Plan
 
 # What jobs compute on, where a profile says so: on a cluster it is not this machine.
 DEVICE = config.pop("gpu") if "gpu" in workflow.config_settings.config else None
@@ -44,7 +46,7 @@ CAPTIONS = yaml.safe_load(Path(workflow.source_path("../report/captions.yaml")).
 WHOLE = any(word.partition("=")[0] in ("--report", "--dag", "--rulegraph", "--filegraph") for word in sys.argv)
 
 # What a job that computes on a model takes of the GPUs, where there are any; the default profile hands out one.
-GPU = int(DEVICE != "cpu" if DEVICE else bool(devices.visible()))
+GPU = int(DEVICE != "cpu" if DEVICE else bool(gpus.visible()))
 ENVIRONMENT = Path(workflow.basedir) / "envs" / ("cuda.yaml" if GPU else "cpu.yaml")
 
 

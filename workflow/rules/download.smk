@@ -36,7 +36,7 @@ checkpoint overlap:
             for word in ([f"--{use}", *(f"{name}={plan.manifest(job)}" for name, job in jobs.items())] if jobs else [])
         ],
         strict="--strict" if plan.experiment.strict else "",
-        code=code_digest("hfprune.overlap"),
+        code=code_digest("hfprune.data.contamination"),
     message:
         "look for documents of the tests in what is calibrated or trained on"
     shell:

@@ -17,7 +17,7 @@ rule collect:
         results=manifests(EVALUATED),
         store=STORE,
         texts=HELDOUT,
-        code=code_digest("hfprune.tables"),
+        code=code_digest("hfprune.reporting.tables"),
     shell:
         "python -m hfprune collect --store {params.store:q} {params.texts:q} --output {output:q} {params.results:q} 2>&1"
         " | tee {log:q}"
@@ -35,7 +35,7 @@ rule tables:
         ENVIRONMENT
     params:
         folder=RESULTS / "tables",
-        code=code_digest("hfprune.tables"),
+        code=code_digest("hfprune.reporting.tables"),
     shell:
         "python -m hfprune tables --metrics {input:q} --output {params.folder:q} 2>&1 | tee {log:q}"
 
@@ -52,7 +52,7 @@ rule figures:
         ENVIRONMENT
     params:
         folder=RESULTS / "figures",
-        code=code_digest("hfprune.figures"),
+        code=code_digest("hfprune.reporting.figures"),
     shell:
         "python -m hfprune figures --metrics {input:q} --output {params.folder:q} 2>&1 | tee {log:q}"
 
@@ -72,7 +72,7 @@ rule differences:
         folder=RESULTS / "tables",
         store=STORE,
         texts=HELDOUT,
-        code=[code_digest(f"hfprune.{module}") for module in ("documents", "comparison")],
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("documents", "comparison")],
     shell:
         "python -m hfprune differences --store {params.store:q} {params.texts:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
@@ -94,7 +94,7 @@ rule profile:
         folder=RESULTS,
         store=STORE,
         texts=HELDOUT,
-        code=[code_digest(f"hfprune.{module}") for module in ("documents", "figures")],
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("documents", "figures")],
     shell:
         "python -m hfprune profile --store {params.store:q} {params.texts:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
@@ -114,7 +114,7 @@ rule agreement:
     params:
         results=manifests(plan.scores),
         folder=RESULTS,
-        code=code_digest("hfprune.figures"),
+        code=code_digest("hfprune.reporting.figures"),
     shell:
         "python -m hfprune compare --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
 
@@ -134,7 +134,7 @@ rule widths:
         results=manifests([model.job for model in plan.cuts]),
         folder=RESULTS,
         store=STORE,
-        code=code_digest("hfprune.figures"),
+        code=code_digest("hfprune.reporting.figures"),
     shell:
         "python -m hfprune widths --store {params.store:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
 
@@ -154,6 +154,6 @@ rule losses:
         results=manifests(plan.recoveries),
         folder=RESULTS,
         store=STORE,
-        code=code_digest("hfprune.figures"),
+        code=code_digest("hfprune.reporting.figures"),
     shell:
         "python -m hfprune losses --store {params.store:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"

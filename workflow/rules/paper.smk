@@ -26,7 +26,7 @@ for table, (inputs, results) in SOURCES.items():
             published=PUBLISHED,
             store=STORE,
             texts=HELDOUT,
-            code=[code_digest(f"hfprune.{module}") for module in ("paper", "documents")],
+            code=[code_digest(f"hfprune.reporting.{module}") for module in ("paper_tables", "documents")],
         shell:
             "python -m hfprune table {params.table} --store {params.store:q} {params.texts:q} --output {params.folder:q}"
             " --published {params.published:q} {params.results:q} 2>&1 | tee {log:q}"
@@ -64,7 +64,7 @@ rule pareto:
         ENVIRONMENT
     params:
         folder=RESULTS / "figures",
-        code=code_digest("hfprune.figures"),
+        code=code_digest("hfprune.reporting.figures"),
     shell:
         "python -m hfprune pareto --metrics {input.metrics:q} --timings {input.timings:q} --output {params.folder:q} 2>&1"
         " | tee {log:q}"

@@ -25,7 +25,7 @@ rule page:
     params:
         title=title,
         caption=caption,
-        code=code_digest("hfprune.report"),
+        code=code_digest("hfprune.reporting.pages"),
     shell:
         "python -m hfprune page --title {params.title:q} --caption {params.caption:q} --output {output:q} {input:q} 2>&1"
         " | tee {log:q}"
@@ -44,7 +44,7 @@ rule artifacts:
     params:
         artifacts=manifests(plan.needed),
         folder=RESULTS / "provenance",
-        code=code_digest("hfprune.report"),
+        code=code_digest("hfprune.reporting.pages"),
     shell:
         "python -m hfprune artifacts --output {params.folder:q} {params.artifacts:q} 2>&1 | tee {log:q}"
 

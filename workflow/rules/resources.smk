@@ -5,7 +5,7 @@ from math import ceil
 ASKS = DEVICE and workflow.is_main_process  # a job that runs has been given what it has
 
 if ASKS:
-    from hfprune.estimate import device_of, estimate  # with torch, which planning does without
+    from hfprune.experiment.estimate import device_of, estimate  # with torch, which planning does without
 
     try:
         device_of(DEVICE)

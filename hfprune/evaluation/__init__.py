@@ -1,0 +1,1 @@
+"""Fidelity to the dense model, lm-eval, speed and memory."""

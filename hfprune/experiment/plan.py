@@ -1,0 +1,335 @@
+"""From an experiment to the artifacts that it takes: what is made from what, under which key."""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hfprune.experiment.schema import (
+    Experiment,
+    PruneParameters,
+    RecoverParameters,
+    ScoreParameters,
+    ShardParameters,
+    Source,
+)
+from hfprune.experiment.stages import DOWNLOADS, recipe, source_parameters
+from hfprune.pruning.budget import check
+from hfprune.pruning.criteria import passes
+from hfprune.reporting.targets import Setting
+from hfprune.store.artifacts import Store
+from hfprune.store.filenames import MANIFEST
+from hfprune.store.keys import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to make.
+
+    Attributes:
+        recipe: what it is.
+        inputs: the jobs whose artifacts it is made from, by the stage's option for them.
+        options: the stage's command-line options beside its inputs.
+        label: what it is, for people.
+        after: of several criteria that are scored in one pass, the job that makes this artifact too.
+    """
+
+    recipe: Recipe
+    inputs: Mapping[str, "Job | list[Job]"]
+    options: tuple[str, ...]
+    label: str
+    after: "Job | None" = None
+
+    @property
+    def sources(self) -> list["Job"]:
+        """The jobs of `inputs`, in one list."""
+        return [job for made in self.inputs.values() for job in (made if isinstance(made, list) else [made])]
+
+    @property
+    def key(self) -> str:
+        """The artifact's key."""
+        return self.recipe.key
+
+    @property
+    def is_light(self) -> bool:
+        """Whether it runs no model, so that a GPU would stand idle: shards are put together, or a cut made as it is."""
+        return "shards" in self.inputs or self.recipe.parameters.get("refit") == "none"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the experiment: dense, pruned or recovered.
+
+    Attributes:
+        job: makes it.
+        label: how it is made, for people.
+        criterion, cut, seed: how it was cut, all None for the dense model.
+        recovery: the name of its training after the cut, or "none".
+        results: the jobs that measure and evaluate it.
+    """
+
+    job: Job
+    label: str
+    criterion: str | None = None
+    cut: PruneParameters | None = None
+    seed: int | None = None
+    recovery: str = "none"
+    results: list[Job] = field(default_factory=list)
+
+    @property
+    def setting(self) -> Setting:
+        """How results will name it."""
+        if not self.cut:
+            return Setting("none", "none", "none", "none", self.recovery, None)
+        budget = (self.cut.ratio, self.cut.ratio_of, self.cut.target_parameters)
+        return Setting(self.criterion, self.cut.structure, self.cut.allocation, self.cut.refit, self.recovery, budget)
+
+
+class Plan:
+    """All jobs of an experiment, and the store that they fill.
+
+    Attributes:
+        store: the folder of all artifacts.
+        jobs: stage -> key -> job.
+        scores: the jobs that score.
+        models: what results are collected of.
+        cuts: the pruned models of the first calibration seed, before any training.
+        documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
+            `overlap.Documents`. Of the held-out texts the first is the tables'.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.store = Store(store_root(experiment.store))
+        self.jobs: dict[str, dict[str, Job]] = defaultdict(dict)
+        self.scores: list[Job] = []
+        self.models: list[Model] = []
+        self.cuts: list[Model] = []
+        self.documents: dict[str, dict[str, Job]] = {}
+        self._fill()
+
+    @property
+    def recoveries(self) -> list[Job]:
+        """The jobs that train."""
+        return list(self.jobs["recover"].values())
+
+    @property
+    def needed(self) -> list[Job]:
+        """Every job that the results rest on, each after those that it is made from."""
+        found: dict[tuple[str, str], Job] = {}
+
+        def add(job: Job) -> None:
+            if (job.recipe.stage, job.key) in found:
+                return
+            for source in job.sources:
+                add(source)
+            found[job.recipe.stage, job.key] = job
+
+        for job in [*self.scores, *(job for model in self.models for job in model.results)]:
+            add(job)
+        return list(found.values())
+
+    @property
+    def timed(self) -> list[Job]:
+        """The dense model, and one for each cut, by the first criterion that makes it, of the first seed."""
+        found: dict[PruneParameters, Job] = {}
+        for model in self.cuts:
+            found.setdefault(model.cut, model.job)
+        return [*self.jobs["model"].values(), *found.values()]
+
+    @property
+    def light_cuts(self) -> list[Job]:
+        """The scores that some criteria silence neurons by first, of the first calibration seed."""
+        found: dict[str, Job] = {}
+        for job in self.scores:
+            if "light_cut" in job.inputs:
+                found.setdefault(job.inputs["light_cut"].recipe.parameters["criterion"], job.inputs["light_cut"])
+        return list(found.values())
+
+    @property
+    def sampling(self) -> tuple[str, ...]:
+        """The options by which the first calibration seed's sequences are drawn and scored."""
+        calibration = self.experiment.calibration
+        drawn = calibration.model_dump(include={"samples", "length", "draws"})
+        return options(drawn | {"seed": calibration.seeds[0], "dtype": self.experiment.model.dtype})
+
+    @property
+    def budgets(self) -> list[dict[str, Any]]:
+        """What the cuts ask of the model's size, see `budget.check`; each once."""
+        names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
+        asked = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, cut in self.experiment.cuts())
+        return [dict(zip(names, values, strict=True)) for values in asked]
+
+    def refuse_budgets(self) -> None:
+        """Refuse cuts that the dense model cannot give, where it is in the store already.
+
+        Raises:
+            UserError: one line for each.
+        """
+        (model,) = self.jobs["model"].values()
+        if self.has(model):
+            check(self.store.folder(model.recipe), self.budgets)
+
+    def manifest(self, job: Job) -> str:
+        """The file that stands for a job's artifact."""
+        return str(self.store.folder(job.recipe) / MANIFEST)
+
+    def has(self, job: Job) -> bool:
+        """Whether a job's artifact is there."""
+        return self.store.has(job.recipe.stage, job.key)
+
+    def command(self, job: Job) -> list[str]:
+        """The words after `hfprune` that make a job's artifact."""
+        stage = job.recipe.stage
+        words = ["download", stage] if stage in DOWNLOADS else [stage]
+        for name, made in job.inputs.items():
+            jobs = made if isinstance(made, list) else [made]
+            words += [f"--{name.replace('_', '-')}", *map(self.manifest, jobs)]
+        return [*words, *job.options, "--key", job.key, "--store", str(self.store.root)]
+
+    def _fill(self) -> None:
+        config = self.experiment
+        dtype = {"dtype": config.model.dtype}
+        dense = self._download("model", config.model, {}, f"model {config.model.label}")
+        trained = dict.fromkeys(name for ways in config.cuts().values() for name in ways if name != "none")
+        used = {
+            "calibration": [config.calibration.text],
+            "recovery": [config.recovery[name].text for name in trained],
+            "fidelity": config.fidelity.texts,
+        }
+        texts = {
+            name: self._download("text", text, text.form, f"text {name}")
+            for name, text in config.texts.items()
+            if any(name in names for names in used.values())
+        }
+        tasks = {
+            name: self._download("task", task, {"name": name} | task.form, f"task {name}")
+            for name, task in config.evaluation.tasks.items()
+        }
+        self.documents = {use: {name: texts[name] for name in names} for use, names in used.items()} | {"task": tasks}
+        sampling = config.fidelity.model_dump(exclude={"texts"}) | dtype
+        references = {
+            name: self._add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
+            for name, text in self.documents["fidelity"].items()
+        }
+        models = [whole := Model(dense, "dense")]
+        for name in trained:
+            if config.recovery[name].dense and config.recovery[name].loss != "distillation":
+                models.append(self._recover(name, whole, dense, texts))
+        for seed in config.calibration.seeds:
+            scores = self._score(dense, texts[config.calibration.text], seed)
+            self.scores += scores.values()
+            for (criterion, cut), recoveries in config.cuts().items():
+                inputs = {"model": dense, "scores": scores[criterion]}
+                if cut.refit != "none":
+                    inputs["text"] = texts[config.calibration.text]
+                label = f"{cut.label} by {criterion}, seed {seed}"
+                pruned = Model(self._add("prune", cut.read(), inputs, label), label, criterion, cut, seed)
+                if seed == config.calibration.seeds[0]:
+                    self.cuts.append(pruned)
+                for name in recoveries:
+                    models.append(pruned if name == "none" else self._recover(name, pruned, dense, texts))
+        # Two recoveries may differ only in how they run.
+        self.models = list({model.job.key: model for model in models}.values())
+        for model in self.models:
+            for name, reference in references.items():
+                inputs = {"model": model.job, "reference": reference}
+                model.results.append(self._add("measure", dtype, inputs, f"{model.label}, on {name}"))
+            if tasks:
+                model.results.append(self._evaluate(model, tasks))
+
+    def _recover(self, name: str, model: Model, dense: Job, texts: Mapping[str, Job]) -> Model:
+        """The model trained in the way of that name."""
+        way = self.experiment.recovery[name]
+        asked = RecoverParameters(**way.model_dump(exclude={"text", "dense"}), dtype=self.experiment.model.dtype)
+        inputs = {"model": model.job, "text": texts[way.text]}
+        if way.loss == "distillation":
+            inputs["teacher"] = dense
+        label = f"{model.label}, recovery {name}"
+        made = recipe("recover", asked.read(), **_keys(inputs))
+        trained = self._put(Job(made, inputs, options(asked.model_dump()), label))
+        return replace(model, job=trained, label=label, recovery=name, results=[])
+
+    def _evaluate(self, model: Model, tasks: Mapping[str, Job]) -> Job:
+        """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
+        sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
+        parts = {
+            name: recipe("evaluate-task", sampling, model=model.job.key, task=task.key).key
+            for name, task in tasks.items()
+        }
+        made = recipe("evaluate", {}, model=model.job.key, **parts)
+        inputs = {"model": model.job, "tasks": list(tasks.values())}
+        return self._put(Job(made, inputs, options(sampling), model.label))
+
+    def _score(self, model: Job, text: Job, seed: int) -> dict[str, Job]:
+        """By criterion asked for, the job that makes its scores."""
+        calibration, criteria = self.experiment.calibration, self.experiment.criteria
+        sampling = calibration.model_dump(include={"samples", "length", "draws"})
+        sampling |= {"seed": seed, "dtype": self.experiment.model.dtype}
+        scores: dict[str, Job] = {}
+        for cut, together in passes(criteria):
+            inputs = {"model": model, "text": text} | ({"light_cut": scores[cut]} if cut else {})
+            asked = [ScoreParameters(criterion=name, **sampling) for name in together]
+            if calibration.shards == 1:
+                scores |= self._pass("score", asked, inputs, "")
+                continue
+            shards: dict[str, list[Job]] = defaultdict(list)
+            for number in range(calibration.shards):
+                part = {"shard": number, "shards": calibration.shards}
+                parts = [ShardParameters(**one.model_dump(), **part) for one in asked]
+                for name, job in self._pass("shard", parts, inputs, f", shard {number + 1}").items():
+                    shards[name].append(job)
+            for one in asked:
+                made = recipe("score", one.read(), **_keys(inputs))
+                done = self.store.has("score", made.key)  # finished scores do not need their shards again
+                there = all(self.store.has("shard", job.key) for job in shards[one.criterion])
+                parts = {"shards": shards[one.criterion]} if there or not done else {}
+                label = f"{one.criterion}, seed {seed}"
+                scores[one.criterion] = self._put(Job(made, inputs | parts, options(one.model_dump()), label))
+        return {name: scores[name] for name in criteria}
+
+    def _pass(
+        self, stage: str, asked: Sequence[ScoreParameters], inputs: Mapping[str, Job], part: str
+    ) -> dict[str, Job]:
+        """One job for each criterion of one pass over the text: the first makes all artifacts that are missing."""
+        jobs: dict[str, Job] = {}
+        for one in asked:
+            others = [other.criterion for other in asked if other != one]
+            words = options(one.model_dump() | ({"together": others} if others else {}))
+            first = next((job for job in jobs.values() if not self.has(job)), None)
+            made = recipe(stage, one.read(), **_keys(inputs))
+            label = f"{one.criterion}, seed {one.seed}{part}"
+            jobs[one.criterion] = self._put(Job(made, inputs, words, label, first))
+        return jobs
+
+    def _download(self, kind: str, source: Source, parameters: Mapping[str, Any], label: str) -> Job:
+        origin = source.origin()
+        made = recipe(kind, source_parameters(origin) | dict(parameters))
+        return self._put(Job(made, {}, options(origin | dict(parameters)), label))
+
+    def _add(self, stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, Job], label: str) -> Job:
+        return self._put(Job(recipe(stage, parameters, **_keys(inputs)), inputs, options(parameters), label))
+
+    def _put(self, job: Job) -> Job:
+        return self.jobs[job.recipe.stage].setdefault(job.key, job)
+
+
+def _keys(inputs: Mapping[str, Job]) -> dict[str, str]:
+    return {name: job.key for name, job in inputs.items()}
+
+
+def store_root(configured: Path) -> Path:
+    """The folder of all artifacts: HFPRUNE_STORE, or else what is configured."""
+    return Path(os.environ.get("HFPRUNE_STORE") or configured)
+
+
+def options(parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """Parameters as command-line options; those that are None are left out."""
+    words: list[str] = []
+    for name, value in parameters.items():
+        if value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return tuple(words)

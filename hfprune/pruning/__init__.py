@@ -1,0 +1,1 @@
+"""Criteria, scoring, budgets, allocation, refit and the cut itself."""

@@ -1,0 +1,211 @@
+"""What makes a unit important: a registry of criteria, each a few lines with its formula and source.
+
+A unit (`structures.py`) is a neuron of an MLP or a key-value group of attention. It writes through input columns of one
+linear layer, a neuron through one column, with the activations h_t at token t. There are two kinds of criteria:
+
+- A *gradient* criterion names a scalar function S of the logits, by its gradient dS/dlogits in closed form, and says
+  how the products g_t = h_t . dS/dh_t, the first-order change of S when the unit is silent at token t, are summed over
+  tokens. `scoring.py` carries the gradient from the logits to h.
+- A *static* criterion is a function of the weights and of the moments of h over the calibration tokens.
+
+To add one: write its function and its line in `CRITERIA`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:  # the config reads the names of the criteria without paying for torch
+    from torch import Generator, Tensor
+
+    from hfprune.models.units import Part
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What a gradient may read beside the logits, at the same positions.
+
+    Attributes:
+        next_tokens: (tokens,) int64, the token that follows in the text; -1 at the end of a sequence.
+        uniforms: (tokens,) float32 in [0, 1), seeded random numbers.
+        dense_logits: (tokens, vocabulary) float32 logits of the intact model, where neurons are silenced.
+    """
+
+    next_tokens: Tensor
+    uniforms: Tensor
+    dense_logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class GradientCriterion:
+    """The first-order change of S when a unit goes.
+
+    Attributes:
+        logit_gradient: (tokens, vocabulary) float32 logits, which may be overwritten, and their positions -> dS/dlogits
+            of the same shape, for S summed over positions.
+        products: what is summed of the products g_t: `absolute` sum_t |g_t|, `square` sum_t g_t**2,
+            `square_of_sum` (sum_t g_t)**2.
+        source: where it comes from.
+        sampled: whether it reads `Positions.uniforms`, so that it gains from several draws.
+        light_cut: another criterion, by whose scores the lowest `LIGHT_CUT` of every MLP's neurons are silenced before
+            this one is taken; the model then differs from the intact one, whose logits are in `Positions`.
+    """
+
+    logit_gradient: Callable[[Tensor, Positions], Tensor]
+    products: Literal["absolute", "square", "square_of_sum"]
+    source: str
+    sampled: bool = False
+    light_cut: str | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the calibration tokens of the activations at a part's columns.
+
+    Attributes:
+        count: number of tokens.
+        total: (columns,) float64, sum of h.
+        squares: (columns,) float64, sum of h**2.
+    """
+
+    count: int
+    total: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True)
+class StaticCriterion:
+    """A score that needs no gradient.
+
+    Attributes:
+        score: a part, the moments of its activations and a seeded generator on the CPU -> (units,) scores.
+        source: where it comes from.
+    """
+
+    score: Callable[[Part, Moments, Generator], Tensor]
+    source: str
+    sampled: ClassVar[bool] = False
+    light_cut: ClassVar[None] = None
+
+
+def entropy_gradient(logits: Tensor, _positions: Positions) -> Tensor:
+    """Gradient of the entropy H = -sum_j p_j log p_j of the output distribution p = softmax(z): -p (log p + H).
+
+    It needs neither a label nor a teacher. As log p = z - log sum_j exp z_j, the bracket is z - sum_j p_j z_j.
+    """
+    p = logits.softmax(-1)
+    mean = (p[:, None, :] @ logits[:, :, None])[:, 0]  # (tokens, 1), without a product of the logits' size
+    return logits.neg_().add_(mean).mul_(p)
+
+
+TOP_K = 15  # as the paper's top-15 agreement
+
+
+def entropy_top_k_gradient(logits: Tensor, positions: Positions) -> Tensor:
+    """Gradient of the entropy of the `TOP_K` likeliest tokens, their probabilities renormalised."""
+    top = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
+    return logits.new_zeros(logits.shape).scatter_(-1, top.indices, entropy_gradient(top.values, positions))
+
+
+def cross_entropy_gradient(logits: Tensor, positions: Positions) -> Tensor:
+    """Gradient of the loss -log p(next token): p - onehot(next token); 0 where the next token is not known."""
+    known = (positions.next_tokens >= 0).to(logits.dtype)[:, None]
+    labels = positions.next_tokens.clamp(min=0)[:, None]
+    return logits.softmax(-1).mul_(known).scatter_add_(-1, labels, -known)
+
+
+LIGHT_CUT = 0.025  # share of a layer's neurons: SDMPrune keeps 3.9 of 4.0 times the hidden size of Llama-3.2-1B
+# SDMPrune's settings for 20 %; the temperature is the teacher's.
+DISTILLATION_WEIGHT = 0.4
+DISTILLATION_TEMPERATURE = 0.2
+
+
+def self_distillation_gradient(logits: Tensor, positions: Positions) -> Tensor:
+    """Gradient of (1 - a) * loss + a * KL(t || q), q the lightly cut model's output, t the intact one's, sharpened.
+
+    a = `DISTILLATION_WEIGHT`, t = softmax(dense logits / `DISTILLATION_TEMPERATURE`); the gradient of the KL is q - t.
+    """
+    assert positions.dense_logits is not None
+    teacher = (positions.dense_logits / DISTILLATION_TEMPERATURE).softmax(-1)
+    distillation = logits.softmax(-1).sub_(teacher).mul_(DISTILLATION_WEIGHT)
+    return cross_entropy_gradient(logits, positions).mul_(1 - DISTILLATION_WEIGHT).add_(distillation)
+
+
+def fisher_gradient(logits: Tensor, positions: Positions) -> Tensor:
+    """Gradient of log p(y) with a label y drawn from the model's own output p: onehot(y) - p.
+
+    KL(p || p_cut) has no first-order term at the intact model; its second-order term is the Fisher information of the
+    cut, the expectation over y of the squared derivative of log p(y).
+    """
+    p = logits.softmax(-1)
+    below = p.cumsum(-1)
+    drawn = (below <= positions.uniforms[:, None] * below[:, -1:]).sum(-1, keepdim=True)
+    return p.neg_().scatter_add_(-1, drawn.clamp(max=p.shape[-1] - 1), logits.new_ones(drawn.shape))
+
+
+def _column_norms(part: Part) -> Tensor:
+    """(columns,) l2 norm of what a column writes."""
+    return part.output.weight.double().norm(dim=0)
+
+
+def wanda(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """Norm of the activation times norm of the weights that it meets, ||h|| * ||W[:, i]||, summed over columns."""
+    return part.per_unit(moments.squares.sqrt() * _column_norms(part))
+
+
+def flap(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """Weighted fluctuation (WIFV): variance of the activation times ||W[:, i]||**2, summed over columns."""
+    variance = (moments.squares - moments.total**2 / moments.count) / (moments.count - 1)
+    return part.per_unit(variance.clamp(min=0) * _column_norms(part) ** 2)
+
+
+def ppm_activation(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """Ranges of a unit's weights, each matrix's divided by the layer's largest, times the norm of the activation.
+
+    The range of a set of weights is max(w) + |min(w)|. (optipfair adds up the norms of its batches; here is one norm.
+    Its rule is one for MLPs; for attention this is the same formula.)
+    """
+    ranges = [weights.double().amax(1) + weights.double().amin(1).abs() for weights in part.matrices()]
+    return sum(each / each.max() for each in ranges) * part.per_unit(moments.squares).sqrt()
+
+
+def magnitude(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
+    """The l2 norm of all the weights of a unit."""
+    return sum(weights.double().square().sum(1) for weights in part.matrices()).sqrt()
+
+
+def random(part: Part, moments: Moments, generator: Generator) -> Tensor:
+    """Uniform random numbers: what any criterion has to beat."""
+    return moments.squares.new_empty(part.units, device="cpu").uniform_(generator=generator)
+
+
+CRITERIA: dict[str, GradientCriterion | StaticCriterion] = {
+    "entropy": GradientCriterion(entropy_gradient, "absolute", "High-Fidelity Pruning, arXiv 2603.08083"),
+    "entropy_top_k": GradientCriterion(entropy_top_k_gradient, "absolute", "asked for by reviewers of 2603.08083"),
+    "cross_entropy": GradientCriterion(cross_entropy_gradient, "absolute", "LLM-Pruner, arXiv 2305.11627"),
+    "self_distillation": GradientCriterion(
+        self_distillation_gradient, "absolute", "SDMPrune, arXiv 2506.11120", light_cut="cross_entropy"
+    ),
+    "fisher_token": GradientCriterion(fisher_gradient, "square", "Fisher information, labels of the model", True),
+    "fisher_sequence": GradientCriterion(
+        fisher_gradient, "square_of_sum", "Fisher information, labels of the model", True
+    ),
+    "wanda": StaticCriterion(wanda, "Wanda, arXiv 2306.11695, a neuron at a time"),
+    "flap": StaticCriterion(flap, "FLAP, arXiv 2312.11983"),
+    "ppm_activation": StaticCriterion(ppm_activation, "optipfair 0.4.2, arXiv 2512.22671"),
+    "magnitude": StaticCriterion(magnitude, "weights alone"),
+    "random": StaticCriterion(random, "none"),
+}
+
+
+def passes(names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
+    """The passes over the calibration text that these criteria take: (light cut before it, criteria that share it).
+
+    The first is on the intact model, with the criteria that light cuts are made by, asked for or not.
+    """
+    cuts = {name: CRITERIA[name].light_cut for name in names}
+    needed = list(dict.fromkeys(cut for cut in cuts.values() if cut))
+    intact = dict.fromkeys([*(name for name in names if not cuts[name]), *needed])
+    return [(None, list(intact)), *((cut, [name for name in names if cuts[name] == cut]) for cut in needed)]

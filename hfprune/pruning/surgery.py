@@ -1,0 +1,121 @@
+"""Cut a model to the units that stay."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfprune.data.sampling import sample_sequences
+from hfprune.models import checkpoint
+from hfprune.models.loading import count_parameters, load_model, load_tokenizer, set_linear
+from hfprune.models.units import Kept, Part, parts, read_scores, spread
+from hfprune.pruning.allocation import allocate
+from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.refit import refit as refit_kept
+from hfprune.runtime.matmul import fast_products
+from hfprune.store.filenames import PRUNING, SCORES
+
+
+def prune(
+    folder: Path, model: Path, scores: Path, text: Path | None, source: Mapping[str, Any],
+    calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None, round_to: int,
+    structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float, pad: bool, dtype: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
+
+    The checkpoint has been reloaded in a fresh process, see `checkpoint.prove`, or there is none.
+
+    Args:
+        folder: where to write.
+        model: folder of the dense checkpoint.
+        scores: folder of its scores.
+        text: folder of the text that the scores were made on; only a refit reads it.
+        source: where the dense model came from, and its licence, for `pruning.json`.
+        calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
+        ratio, ratio_of, target_parameters, attention_share: the budget, see `budget.units_to_keep`.
+        round_to: every MLP keeps a multiple of so many neurons.
+        structure: a name in `structures.STRUCTURES`.
+        allocation: a name in `allocation.ALLOCATIONS`.
+        refit: "none", or a method of `refit.refit`.
+        ridge: of the refit.
+        pad: make layers of several widths as wide as the widest with zeros, see `checkpoint.pad`.
+        dtype: of the checkpoint written.
+
+    Raises:
+        UserError: the budget cannot be met, the model cannot be refitted, or the checkpoint does not reload as it was
+            saved.
+    """
+    network = load_model(model, dtype, spread=False)
+    ranked = read_scores(scores / SCORES)
+    shape = shape_of(network)
+    asked = units_to_keep(
+        shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
+    )
+    kept = {
+        name: allocate(allocation, ranked[name], keep, round_to if name == "mlp" else 1)
+        for name, keep in asked.keep.items()
+    }
+    before, after = ({name: sum(map(len, each[name])) for name in kept} for each in (ranked, kept))
+    refitted = {}
+    if refit != "none":
+        sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
+        tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, **sampling)
+        with fast_products(network.device):
+            refitted = refit_kept(network, kept, tokens, refit, ridge)
+    cut(network, kept)
+    padding = checkpoint.pad(network) if pad else 0
+    left = count_parameters(network)
+    expected = checkpoint.write(network, folder, model)
+    del network  # one copy in memory at a time: the reload is the next
+    reload = checkpoint.prove(folder, expected)
+    done = {
+        "structure": structure,
+        "allocation": allocation,
+        "refit": refit,
+        **refitted,
+        # Both shares are of all parameters, however the budget was given.
+        "ratio": ratio if ratio and ratio_of == "all" else asked.share,
+        "ratio_achieved": 1 - left / shape.total,
+        "parameters": left,
+        "parameters_dense": shape.total,
+        "units": after,
+        "units_dense": before,
+    }
+    report = {
+        **done,
+        "round_to": round_to,
+        "criterion": calibration["criterion"],
+        "calibration": dict(calibration),
+        "padding": padding,
+        "source": dict(source),
+        "reload": reload,
+        "kept": {name: [layer.tolist() for layer in layers] for name, layers in kept.items()},
+    }
+    (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
+    return done
+
+
+@torch.no_grad()
+def cut(model: PreTrainedModel, kept: Kept) -> None:
+    """Remove, in place, every unit that is not in `kept`; config and class then say the widths left.
+
+    Args:
+        model: a model of a supported family.
+        kept: by part the int64 indices that stay, per layer; a part that is not named stays whole.
+    """
+    for name, layers in kept.items():
+        for part, stay in zip(parts(model, name), layers, strict=True):
+            cut_part(part, stay.to(part.output.weight.device))
+    checkpoint.declare_widths(model)
+
+
+def cut_part(part: Part, stay: Tensor) -> None:
+    """Remove the rows and columns of the units that are not in `stay`."""
+    for linear in part.inputs:
+        rows = spread(stay, linear.out_features // part.units)
+        set_linear(linear, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+    set_linear(part.output, part.output.weight[:, part.columns_of(stay)], part.output.bias)

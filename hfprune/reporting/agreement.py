@@ -1,0 +1,68 @@
+"""How far criteria, and calibration seeds, agree on which neurons matter."""
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata, spearmanr
+
+from hfprune.models.units import read_scores
+from hfprune.store.artifacts import Artifact
+from hfprune.store.filenames import SCORES
+
+KEPT = 2 / 3  # the share of a layer's neurons that stays when 20 % of a small model's parameters go
+
+
+def compare(artifacts: list[Artifact]) -> pd.DataFrame:
+    """Agreement of every pair of scores, per layer and overall.
+
+    Args:
+        artifacts: of stage `score`, all of one model.
+
+    Returns:
+        Columns `criterion`, `seed`, `other_criterion`, `other_seed`, `layer`, `spearman`, `overlap`. `spearman` is the
+        rank correlation of the scores; `overlap` the share of one's kept neurons that the other keeps too, where each
+        keeps the best `KEPT` of every layer (a random choice overlaps by `KEPT`). Layer -1 is the mean over layers.
+    """
+    rows = []
+    named = [
+        (artifact.parameters["criterion"], artifact.parameters["seed"], layers(artifact)) for artifact in artifacts
+    ]
+    for (criterion, seed, one), (other_criterion, other_seed, other) in combinations(named, 2):
+        found = [(spearmanr(a, b).statistic, overlap(a, b)) for a, b in zip(one, other, strict=True)]
+        pair = {"criterion": criterion, "seed": seed, "other_criterion": other_criterion, "other_seed": other_seed}
+        for layer, (spearman, shared) in enumerate(found):
+            rows.append({**pair, "layer": layer, "spearman": spearman, "overlap": shared})
+        spearman, shared = np.mean(found, axis=0)
+        rows.append({**pair, "layer": -1, "spearman": spearman, "overlap": shared})
+    columns = ["criterion", "seed", "other_criterion", "other_seed", "layer", "spearman", "overlap"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def layers(artifact: Artifact) -> list[np.ndarray]:
+    """The scores of an artifact's neurons, (neurons,) per layer."""
+    return [layer.numpy() for layer in read_scores(artifact.folder / SCORES)["mlp"]]
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """The share of the best `KEPT` of `one` that is among the best `KEPT` of `other`."""
+    count = round(KEPT * len(one))
+    best = [rankdata(-scores, method="ordinal") <= count for scores in (one, other)]
+    return float((best[0] & best[1]).sum() / count)
+
+
+def between_criteria(agreement: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """A square table, criterion by criterion, of the mean overall agreement over pairs of seeds.
+
+    Two criteria are compared at the same seed; a criterion with itself, on the diagonal, at different seeds (NaN where
+    there is one seed only).
+    """
+    overall = agreement[agreement["layer"] == -1]
+    names = list(dict.fromkeys([*overall["criterion"], *overall["other_criterion"]]))
+    table = pd.DataFrame(np.nan, index=names, columns=names)
+    for (a, b), found in overall.groupby(["criterion", "other_criterion"]):
+        same_seed = found["seed"] == found["other_seed"]
+        chosen = found[~same_seed] if a == b else found[same_seed]
+        if len(chosen):
+            table.loc[a, b] = table.loc[b, a] = chosen[measure].mean()
+    return table

@@ -1,0 +1,497 @@
+"""The figures: drawn from `metrics.csv` and from scores, one look throughout."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from scipy.stats import rankdata, spearmanr
+
+from hfprune.models.units import UNITS
+from hfprune.reporting.agreement import KEPT, between_criteria, layers
+from hfprune.reporting.statistics import MODEL, WAYS, WITHIN, mean_accuracy, over_seeds, varying
+from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text
+from hfprune.store.artifacts import Artifact
+
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
+MARKERS = "osD^vP*"
+LINES = ("-", "--", ":")  # for more lines than there are colours
+MOST_LINES = 6  # in one panel
+KL_LABEL = "KL(dense || pruned), nats per token"
+LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 300,
+    "savefig.bbox": "tight",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "svg.hashsalt": "hfprune",  # else every drawing of the same figure differs
+}
+PAIR = ("entropy", "cross_entropy")  # the paper argues for the one over the other
+NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+
+
+def draw(metrics: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw the figures of `metrics.csv` into `folder`, of accuracy where tasks were evaluated; their paths."""
+    figures = {"kl": lambda: kl(metrics)}
+    if (metrics["group"] == "task").any():
+        figures["accuracy"] = lambda: accuracy(metrics)
+    yield from _save(figures, folder)
+
+
+def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw the figures of the scores and, where there are several, of their agreement into `folder`; their paths."""
+    figures = {"importance": lambda: importance(scores)}
+    first = _first_of_each(scores)
+    if set(PAIR) <= set(first):
+        figures["entropy_cross_entropy"] = lambda: against_each_other(*(layers(first[name]) for name in PAIR))
+    if len(scores) > 1:
+        figures["agreement"] = lambda: agreement(found)
+    yield from _save(figures, folder)
+
+
+def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw what models are worth against their speed and their cost into `folder`; their paths."""
+    yield from _save({"pareto": lambda: pareto(metrics, timings)}, folder)
+
+
+def draw_widths(widths: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw what every layer keeps into `folder`; their paths."""
+    yield from _save({"widths": lambda: kept_widths(widths)}, folder)
+
+
+def draw_losses(curves: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw the loss curves of recovery into `folder`; their paths."""
+    yield from _save({"losses": lambda: losses(curves)}, folder)
+
+
+def draw_profile(bins: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw where models differ from the dense one into `folder`; their paths."""
+    yield from _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
+
+
+def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> Iterator[Path]:
+    with plt.rc_context(STYLE):
+        for name, make in figures.items():
+            figure = make()
+            for suffix, metadata in NO_DATE.items():
+                path = folder / f"{name}.{suffix}"
+                figure.savefig(path, metadata=metadata)
+                yield path
+            plt.close(figure)
+
+
+def accuracy(metrics: pd.DataFrame) -> Figure:
+    """Zero-shot accuracy against the share of parameters removed: every task, and their mean."""
+    tasks = over_seeds(headline(metrics))
+    names = list(dict.fromkeys(tasks["task"]))
+    panels = {"Mean of tasks": mean_accuracy(tasks)} | {
+        TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
+    }
+    if not names:
+        figure, axis = plt.subplots(figsize=(3.8, 1), layout="constrained")
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "No task has an accuracy.", ha="center")
+        return figure
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.3 * columns, 1.9 * rows), sharex=True, squeeze=False, layout="constrained"
+    )
+    achieved = tasks.drop_duplicates(MODEL).set_index(MODEL)["ratio_achieved"]
+    for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
+        found = found.assign(ratio_achieved=achieved.reindex(pd.MultiIndex.from_frame(found[MODEL])).to_numpy())
+        _curves(axis, found, scale=100)
+        axis.set_title(title, fontsize=9)
+    for place, axis in enumerate(axes.flat):
+        axis.tick_params(labelbottom=place + columns >= len(panels))  # the lowest panel of each column
+        axis.set_visible(place < len(panels))
+    figure.supxlabel("Parameters removed (%)", fontsize=9)
+    figure.supylabel("Accuracy (%)", fontsize=9)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def kl(metrics: pd.DataFrame) -> Figure:
+    """KL divergence from the dense model on held-out text, by how models were made.
+
+    Against the share of parameters removed. Where that would be too many lines in one panel: those of the ways that
+    were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the dense
+    one first. Where it still would be too many: in a panel for each structure and allocation.
+    """
+    heldout = on_headline_text(metrics)
+    found = over_seeds(heldout[heldout["metric"] == "kl"])
+    title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
+    pruned = found[found["criterion"] != "none"]
+    ways = pruned.groupby(["criterion", *WAYS])["ratio"]
+    several = pruned[ways.transform("nunique") > 1]
+    if ways.ngroups <= MOST_LINES:
+        height = 3.1 + 0.2 * ways.ngroups  # the legend stands above
+        figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
+        _against_ratio(axis, found)
+        axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
+    elif several.groupby(["criterion", *WAYS]).ngroups <= MOST_LINES:
+        ratio = pruned["ratio"].mode().iloc[0]
+        rows = pruned[pruned["ratio"] == ratio]
+        height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
+        if len(several):
+            figure, (left, right) = plt.subplots(
+                1, 2, figsize=(8.4, height), layout="constrained", width_ratios=[1, 1.1]
+            )
+            _against_ratio(right, pd.concat([found[found["criterion"] == "none"], several]))
+            right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
+        else:
+            figure, left = plt.subplots(figsize=(7.5, height), layout="constrained")
+        _ranked(left, rows)
+        left.set_xlabel(KL_LABEL)
+        left.set_title(f"{ratio:.0%} of all parameters removed", fontsize=9)
+    else:
+        figure = _panels(found)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
+    """KL against the share of parameters removed."""
+    _curves(axis, found)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("Parameters removed (%)")
+    axis.set_ylabel(KL_LABEL)
+
+
+def _panels(found: pd.DataFrame) -> Figure:
+    """A panel for each structure and allocation; the same look for the same criterion and refit. Logarithmic."""
+    pruned = found[found["criterion"] != "none"]
+    split = [way for way in varying(found) if way != "refit"]
+    panels = list(pruned.groupby(split, sort=False)) if split else [((), pruned)]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.1 * columns, 0.8 + 2.1 * rows), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    criteria, refits = (list(dict.fromkeys(pruned[name])) for name in ("criterion", "refit"))
+    for axis, (chosen, panel) in zip(axes.flat, panels, strict=False):
+        for (criterion, refit), line in panel.groupby(["criterion", "refit"], sort=False):
+            look = (criteria.index(criterion), criteria.index(criterion), refits.index(refit))
+            label = f"{criterion}, {'no refit' if refit == 'none' else refit}" if len(refits) > 1 else criterion
+            _line(axis, line, label, *look)
+        axis.set_yscale("log")
+        axis.set_title(", ".join(chosen), fontsize=9)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("Parameters removed (%)", fontsize=9)
+    figure.supylabel(KL_LABEL, fontsize=9)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
+    """A row for each model, the lowest value first, with bars of 95 %."""
+    criteria, ways = list(dict.fromkeys(models["criterion"])), varying(models)
+    models = models.sort_values("value", ascending=False)
+    for row, (_, model) in enumerate(models.iterrows()):
+        color = COLORS[criteria.index(model["criterion"]) % len(COLORS)]
+        axis.errorbar(
+            model["value"], row, xerr=WITHIN * model["stderr"], color=color, marker="o", markersize=4, capsize=2
+        )
+    labels = [", ".join(_words(model, ways)) for _, model in models.iterrows()]
+    axis.set_yticks(range(len(models)), labels, fontsize=8)
+    axis.set_ylim(-0.7, len(models) - 0.3)
+    axis.set_xlim(left=0)
+
+
+def losses(curves: pd.DataFrame) -> Figure:
+    """Loss, learning rate and speed of every training against the tokens seen; a column for each loss.
+
+    Args:
+        curves: see `tables.training_curves`.
+    """
+    panels = list(curves.groupby("loss_name", sort=False))
+    most = max(found["model"].nunique() for _, found in panels)
+    figure, axes = plt.subplots(
+        3, len(panels), figsize=(4.2 * len(panels), 4.8 + 0.17 * most), sharex="col", squeeze=False,
+        layout="constrained", height_ratios=[3, 1, 1],
+    )  # fmt: skip
+    for (above, *below), (name, found) in zip(axes.T, panels, strict=True):
+        for number, (model, curve) in enumerate(found.groupby("model", sort=False)):
+            color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
+            above.plot(curve["tokens"] / 1000, curve["loss"], color=color, linestyle=line, lw=1.2, label=model)
+            for axis, column in zip(below, ("learning_rate", "tokens_per_second"), strict=True):
+                axis.plot(curve["tokens"] / 1000, curve[column], color=color, linestyle=line, lw=1.2)
+        above.set_ylabel(LOSS_LABELS[name])
+        above.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
+        below[0].set_ylabel("Learning rate")
+        below[1].set_ylabel("Tokens/s")
+        below[1].set_ylim(bottom=0)
+        below[1].set_xlabel("Thousand tokens seen")
+    return figure
+
+
+def fidelity_profile(bins: pd.DataFrame) -> Figure:
+    """KL by position in the document, and by how unsure the dense model was; a row for each text, a line a model.
+
+    Means over calibration seeds. Where there are more models than `MOST_LINES`: those of the commonest size; where
+    those are still more: some of them, from the nearest to the dense one to the farthest.
+
+    Args:
+        bins: see `documents.read_profiles`.
+    """
+    kl = bins[(bins["metric"] == "kl") & (bins["stage"] != "dense")]
+    kl = kl.groupby([*MODEL, "text", "by", "bin"], dropna=False, sort=False)[["low", "high", "value"]].mean()
+    kl = kl.reset_index()
+    first = kl[(kl["text"] == kl["text"].iloc[0]) & (kl["by"] == "entropy")]  # its bins are about equally full
+    models = first.groupby(MODEL, sort=False)["value"].mean().reset_index()
+    if len(models) > MOST_LINES:
+        models = models[models["ratio"] == models.loc[models["criterion"] != "none", "ratio"].mode().iloc[0]]
+    models = models.sort_values("value")
+    if len(models) > MOST_LINES:
+        models = models.iloc[np.linspace(0, len(models) - 1, MOST_LINES).round().astype(int)]
+    texts = list(dict.fromkeys(kl["text"]))
+    figure, axes = plt.subplots(
+        len(texts), 2, figsize=(6.6, 0.8 + 2.1 * len(texts)), sharex="col", sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    ways = varying(models)
+    several = models["ratio"].nunique() > 1
+    for number, (_, model) in enumerate(models.iterrows()):
+        method, *others = _words(model, ways)
+        size = [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
+        label = ", ".join([method, *size, *others])
+        lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
+        look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
+        for row, text in zip(axes, texts, strict=True):
+            for axis, by in zip(row, ("position", "entropy"), strict=True):
+                line = lines[(lines["text"] == text) & (lines["by"] == by)].sort_values("bin")
+                axis.plot((line["low"] + line["high"]) / 2, line["value"], lw=1.2, markersize=4, **look)
+    for row, text in zip(axes, texts, strict=True):
+        row[0].set_title(text, fontsize=9, loc="left")
+        row[0].set_ylim(bottom=0)
+    axes[-1, 0].set_xlabel("Position in the document, tokens")
+    axes[-1, 1].set_xlabel("Entropy of the dense model, nats")
+    figure.supylabel("KL(dense || model), nats", fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper left", ncols=2)
+    return figure
+
+
+def importance(scores: list[Artifact]) -> Figure:
+    """The spread of the neurons' scores in each layer, by criterion: median, middle half and middle nine tenths."""
+    first = _first_of_each(scores)
+    columns = min(3, len(first))
+    rows = -(-len(first) // columns)
+    width = 5 if columns == 1 else 2.3 * columns
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, 2.8 if rows == 1 else 1.8 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(first) :]:
+        axis.set_visible(False)
+    for axis, (criterion, artifact) in zip(axes.flat, first.items(), strict=False):
+        levels = np.array([np.quantile(layer, [0.05, 0.25, 0.5, 0.75, 0.95]) for layer in layers(artifact)]).T
+        index = np.arange(levels.shape[1])
+        axis.fill_between(index, levels[0], levels[4], color=COLORS[0], alpha=0.15, lw=0, label="5 to 95 % of neurons")
+        axis.fill_between(index, levels[1], levels[3], color=COLORS[0], alpha=0.35, lw=0, label="25 to 75 %")
+        axis.plot(index, levels[2], color=COLORS[0], label="median")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(criterion, fontsize=9)
+    figure.supxlabel("Layer", fontsize=9)
+    figure.supylabel("Score of a neuron", fontsize=9)
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def _first_of_each(scores: list[Artifact]) -> dict[str, Artifact]:
+    """By criterion, its scores of one seed."""
+    found: dict[str, Artifact] = {}
+    for artifact in scores:
+        found.setdefault(artifact.parameters["criterion"], artifact)
+    return found
+
+
+def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure:
+    """Where the neurons of the first, the middle and the last layer rank by one criterion and by another.
+
+    Args:
+        one, other: (neurons,) scores per layer, by the criteria of `PAIR`.
+    """
+    shown = dict.fromkeys([0, len(one) // 2, len(one) - 1])
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(2.3 * len(shown) + 0.6, 2.6), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, layer in zip(axes.flat, shown, strict=True):
+        ranks = [100 * rankdata(scores[layer]) / len(scores[layer]) for scores in (one, other)]
+        image = axis.hexbin(*ranks, gridsize=24, cmap="viridis", mincnt=1, extent=(0, 100, 0, 100), lw=0.1)
+        correlation = spearmanr(*ranks).statistic
+        axis.set_title(f"Layer {layer}: rank correlation {correlation:.2f}", fontsize=8)
+        axis.set_aspect("equal")
+        axis.grid(False)
+    figure.colorbar(image, ax=axes, label="Neurons", shrink=0.8)
+    figure.supxlabel("Rank by entropy (%)", fontsize=9)
+    axes[0, 0].set_ylabel("Rank by cross-entropy (%)")
+    return figure
+
+
+def kept_widths(widths: pd.DataFrame) -> Figure:
+    """The share of its neurons and key-value groups that every layer keeps: a row a part, a column a size.
+
+    Args:
+        widths: see `tables.kept_widths`.
+    """
+    parts = [part for part in UNITS if part in set(widths["part"])]
+    ratios = sorted(set(widths["ratio"]))
+    figure, axes = plt.subplots(
+        len(parts),
+        len(ratios),
+        figsize=(max(3.8, 2.2 * len(ratios)), 0.7 + 1.9 * len(parts)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    models = list(dict.fromkeys(widths["model"]))
+    for (row, part), (column, ratio) in product(enumerate(parts), enumerate(ratios)):
+        axis, found = axes[row, column], widths[(widths["part"] == part) & (widths["ratio"] == ratio)]
+        for model, line in found.groupby("model", sort=False):
+            number = models.index(model)
+            look = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
+            axis.plot(line["layer"], 100 * line["kept"] / line["dense"], lw=1.2, label=model, **look)
+        axis.set_ylim(0, 105)
+        if row == 0:
+            axis.set_title(f"{ratio:.0%} of parameters removed", fontsize=9)
+        if column == 0:
+            axis.set_ylabel(f"{UNITS[part].capitalize()} kept (%)")
+    for axis in axes[-1]:
+        axis.set_xlabel("Layer")
+    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    below = {"loc": "outside lower center", "ncols": min(2, len(handles))}
+    figure.legend(handles.values(), handles, frameon=False, fontsize=7, **below)
+    return figure
+
+
+def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
+    """What a model is worth against what it saves and what it took to make: fidelity or, of tasks, accuracy.
+
+    Args:
+        metrics: rows of metrics.csv.
+        timings: see `paper.read_timings`.
+    """
+    if len(headline(metrics)):
+        worth, title, scale = mean_accuracy(over_seeds(headline(metrics))), "Mean accuracy (%)", 100
+    else:
+        heldout = on_headline_text(metrics)
+        worth, title, scale = over_seeds(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+    prefill = timings[timings["metric"] == "prefill_seconds"]
+    flops = metrics[(metrics["group"] == "cost") & (metrics["metric"] == "flops")]
+    made = flops.groupby([*MODEL, "seed"], dropna=False)["value"].sum().groupby(MODEL).mean() / 1e12
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
+    ways = varying(worth)
+    labels = [", ".join(_words(row, ways)) for _, row in worth.iterrows()]
+    markers = MARKERS[:-1]  # one fewer than colours: no look twice
+    looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    tokens = prefill["task"].iloc[0].split()[-1]
+    panels = {
+        f"Prefill of {tokens} tokens (ms)": prefill.set_index(MODEL)["value"] * 1000,
+        "Scoring, cutting and training (TFLOP)": made,
+    }
+    for axis, (name, cost) in zip(axes, panels.items(), strict=True):
+        for (_, row), label in zip(worth.iterrows(), labels, strict=True):
+            setting, look = tuple(row[MODEL]), looks[label]
+            x = cost.get(setting, np.nan)
+            color, marker = COLORS[look % len(COLORS)], markers[look % len(markers)]
+            half = scale * WITHIN * row["stderr"]
+            axis.errorbar(x, scale * row["value"], yerr=half, color=color, marker=marker, markersize=5, lw=0.8)
+            if row["ratio"] and np.isfinite(x):
+                said = (x, scale * row["value"])
+                axis.annotate(f"{row['ratio']:.0%}", said, (4, 4), textcoords="offset points", fontsize=6)
+        axis.set_xlabel(name)
+    axes[0].set_ylabel(title)
+    handles = [
+        plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=markers[n % len(markers)], ls="", label=label)
+        for label, n in looks.items()
+    ]
+    figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center", ncols=2)
+    return figure
+
+
+def agreement(found: pd.DataFrame) -> Figure:
+    """Two heat maps, criterion by criterion: rank correlation of the scores, and overlap of the kept neurons."""
+    tables = {
+        "Spearman rank correlation": between_criteria(found, "spearman"),
+        f"Shared share of the best {KEPT:.0%} of neurons": between_criteria(found, "overlap"),
+    }
+    count = len(next(iter(tables.values())))
+    figure, axes = plt.subplots(
+        1, 2, figsize=(2.2 + 0.9 * count, 1.4 + 0.45 * count), layout="constrained", sharey=True
+    )
+    for axis, (title, table) in zip(axes, tables.items(), strict=True):
+        image = axis.imshow(table, cmap="viridis", vmin=min(0, np.nanmin(table)), vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(table.to_numpy()):
+            if np.isfinite(value):
+                color = "black" if image.norm(value) > 0.6 else "white"
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+        axis.set_xticks(range(count), table.columns, rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(count), table.index)
+        axis.set_title(title, fontsize=9)
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    figure.supxlabel(
+        "Two criteria at the same calibration seed; on the diagonal, one criterion at two seeds", fontsize=8
+    )
+    return figure
+
+
+def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
+    """One line per criterion and way of pruning, in a band of 95 %.
+
+    It starts at the dense model, trained in the same way: the control.
+    """
+    dense, pruned = found[found["criterion"] == "none"], found[found["criterion"] != "none"]
+    ways = varying(found)
+    for number, ((criterion, *chosen), line) in enumerate(pruned.groupby(["criterion", *ways], sort=False)):
+        label = ", ".join([criterion, *_said(ways, chosen)])
+        control = dense[dense["recovery"] == line["recovery"].iloc[0]]
+        _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
+
+
+def _words(model: pd.Series, ways: list[str]) -> list[str]:
+    """A model in words: its criterion and how it was made; of the dense one, which has no ways, how it was trained."""
+    if model["criterion"] == "none":
+        return ["dense", *([] if model["recovery"] == "none" else [model["recovery"]])]
+    return [model["criterion"], *_said(ways, model[ways])]
+
+
+def _said(ways: list[str], chosen: Iterable[str]) -> list[str]:
+    """How a model was made, in words."""
+    return [f"no {way}" if value == "none" else value for way, value in zip(ways, chosen, strict=True)]
+
+
+def _line(
+    axis: plt.Axes, models: pd.DataFrame, label: str, color: int, marker: int, line: int, scale: float = 1
+) -> None:
+    """Values against the share of parameters removed, in a band of 95 %."""
+    models = models.sort_values("ratio_achieved")
+    removed, value, half = 100 * models["ratio_achieved"], models["value"], WITHIN * models["stderr"].fillna(0)
+    look = {"color": COLORS[color % len(COLORS)], "linestyle": LINES[line % len(LINES)], "lw": 1.2}
+    axis.plot(removed, scale * value, label=label, marker=MARKERS[marker % len(MARKERS)], markersize=4, **look)
+    axis.fill_between(removed, scale * (value - half), scale * (value + half), color=look["color"], alpha=0.15, lw=0)
+
+
+def _legend(figure: Figure, axis: plt.Axes) -> None:
+    """Above the panels, or beside them where it is long."""
+    handles, labels = axis.get_legend_handles_labels()
+    above = {"loc": "outside upper center", "ncols": len(labels)}
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    figure.legend(handles, labels, frameon=False, **(above if len(labels) <= 3 else beside))

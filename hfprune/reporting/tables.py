@@ -1,0 +1,390 @@
+"""From artifacts to `metrics.csv`, and from that to the tables."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hfprune.errors import UserError
+from hfprune.reporting.statistics import MODEL, WITHIN, mean_accuracy, over_seeds, varying
+from hfprune.reporting.typeset import Cell, Row, Sheet
+from hfprune.store.artifacts import Artifact, Store
+from hfprune.store.filenames import LOSSES, PRUNING, RESULTS
+
+# One value a row; other people's scripts read these.
+COLUMNS = [
+    "model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved", "parameters",
+    "recovery", "seed", "group", "task", "metric", "value", "stderr", "n", "key",
+]  # fmt: skip
+HELDOUT = ("perplexity", "fidelity")  # groups whose task is a held-out text
+REMOVED, PARAMETERS = "Removed (%)", "Parameters (M)"
+SCALES = {REMOVED: 100, PARAMETERS: 1e-6}
+DIGITS = {"KL (nats/token)": 3, "Top-1 agreement": 3}
+STANDARD_ERRORS = f"± is {WITHIN} standard errors, over documents and calibration seeds."
+PLAIN = ("uniform", "mlp", "none")  # ways of pruning that need no words
+# The metric that the paper reports for a task, the first that it has.
+HEADLINE = ("pct_stereotype", "acc_norm", "acc", "exact_match,strict-match")
+TASK_TITLES = {
+    "arc_challenge": "ARC-c",
+    "arc_easy": "ARC-e",
+    "boolq": "BoolQ",
+    "crows_pairs_english": "CrowS",
+    "openbookqa": "OBQA",
+    "piqa": "PIQA",
+    "race": "RACE",
+    "social_iqa": "SIQA",
+    "truthfulqa_mc2": "TfQA",
+    "winogrande": "Wino",
+}
+
+
+def collect(artifacts: list[Artifact], store: Store, called: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """The rows of `metrics.csv`: what the artifacts say, and what they were made from according to their manifests.
+
+    Args:
+        artifacts: of the stages `measure` and `evaluate`, in any order.
+        store: where everything that they were made from has its manifests.
+        called: see `heldout_texts`. A model's rows have the texts in its order, so the first is the headline's.
+
+    Raises:
+        UserError: a model was evaluated but not measured (the measurement counts its parameters).
+    """
+    models = measured_models(artifacts, store)
+    texts = heldout_texts(artifacts, store, called or {})
+    rows: list[dict[str, Any]] = []
+    counted: set[str] = set()  # models whose efficiency has its rows
+    for artifact in artifacts:
+        model = artifact.manifest["inputs"]["model"]
+        results = json.loads((artifact.folder / RESULTS).read_text(encoding="utf-8"))
+        if artifact.key in texts:
+            text, details = texts[artifact.key], artifact.manifest["details"]
+            found = [
+                ("perplexity" if name == "perplexity" else "fidelity", text, name, results[name]) for name in results
+            ]
+            if model not in counted:
+                counted.add(model)
+                found += [
+                    ("efficiency", "inference", name, {"value": details[name], "stderr": None, "n": 1})
+                    for name in ("flops_per_token", "bytes")
+                ]
+        else:
+            found = [("task", task, name, each[name]) for task, each in results.items() for name in each]
+        for group, task, metric, estimate in found:
+            value = {"group": group, "task": task, "metric": metric, **estimate, "key": artifact.key}
+            rows.append(models[model] | value)
+    for key, columns in models.items():
+        rows += [columns | cost for cost in _costs(lineage(key, store))]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
+    names = list(texts.values())
+    table["text"] = [names.index(task) if group in HELDOUT else 0 for group, task in table[["group", "task"]].values]
+    by = ["order", "criterion", "allocation", "refit", "ratio", "recovery", "seed", "group", "text", "task", "metric"]
+    return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
+
+
+def measured_models(artifacts: list[Artifact], store: Store) -> dict[str, dict[str, Any]]:
+    """By key, the columns that say which model it is: those of `MODEL`, seed, ratio_achieved, parameters.
+
+    Args:
+        artifacts: of the stages `measure` and `evaluate`.
+        store: where everything that they were made from has its manifests.
+
+    Raises:
+        UserError: a model was evaluated but not measured (the measurement counts its parameters).
+    """
+    measured = {each.manifest["inputs"]["model"]: each for each in artifacts if each.manifest["stage"] == "measure"}
+    for artifact in artifacts:
+        if (model := artifact.manifest["inputs"]["model"]) not in measured:
+            raise UserError(f"{artifact.folder}: model {model} has no measure among the artifacts given.")
+    models = described(list(measured), store).astype(object).where(lambda each: each.notna(), None)
+    return {
+        model.pop("key"): model | {"parameters": measure.manifest["details"]["parameters"]}
+        for model, measure in zip(models.to_dict("records"), measured.values(), strict=True)
+    }
+
+
+def heldout_texts(artifacts: list[Artifact], store: Store, called: Mapping[str, str]) -> dict[str, str]:
+    """By the key of each artifact of `measure`, what its text is called; in the order of `called`, then as given.
+
+    Args:
+        artifacts: others than those of `measure` are passed over.
+        store: where their references and texts have their manifests.
+        called: names of texts by their keys, the headline's first; a text that has none is called after its file.
+    """
+    keys = {
+        each.key: store.manifest("reference", each.manifest["inputs"]["reference"])["inputs"]["text"]
+        for each in artifacts
+        if each.manifest["stage"] == "measure"
+    }
+    order = list(dict.fromkeys([*called, *keys.values()]))
+    names = text_names(keys.values(), store) | called
+    return {key: names[text] for key, text in sorted(keys.items(), key=lambda item: order.index(item[1]))}
+
+
+def text_names(texts: Iterable[str], store: Store) -> dict[str, str]:
+    """By key, the file that each text was taken from; the key's beginning too where that is not enough to tell."""
+    files = {text: store.manifest("text", text)["details"]["name"] for text in texts}
+    alike = [name for name, count in Counter(files.values()).items() if count > 1]  # parts of one file, say
+    return {text: f"{name} {text[:6]}" if name in alike else name for text, name in files.items()}
+
+
+def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+    """Every step of every training, in the order of the artifacts.
+
+    Args:
+        artifacts: of the stage `recover`.
+        store: where what they were made from has its manifests.
+
+    Returns:
+        Columns `model` (how it was made, for people), `loss_name`, `key`, those of `losses.jsonl`, and
+        `tokens_per_second`.
+    """
+    models = described([artifact.key for artifact in artifacts], store)
+    curves = []
+    for artifact, label, way in zip(artifacts, _labels(models, ("ratio", "seed")), models["recovery"], strict=True):
+        label = f"{label}, {way}"
+        steps = pd.read_json(artifact.folder / LOSSES, lines=True)
+        steps["tokens_per_second"] = steps["tokens"].diff().fillna(steps["tokens"]) / steps["seconds"]
+        about = {"model": label, "loss_name": artifact.parameters["loss"], "key": artifact.key}
+        curves.append(steps.assign(**about)[[*about, *steps.columns]])
+    return pd.concat(curves, ignore_index=True)
+
+
+def kept_widths(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+    """How much every layer of every pruned model keeps.
+
+    Args:
+        artifacts: of the stage `prune`, in any order.
+        store: where what they were made from has its manifests.
+
+    Returns:
+        Columns `model` (how it was made, for people), `ratio`, `part`, `layer`, `kept` and `dense` (units; see
+        `structures.UNITS`), `key`.
+    """
+    models = described([artifact.key for artifact in artifacts], store)
+    rows = []
+    for artifact, label, ratio in zip(artifacts, _labels(models, ("seed",)), models["ratio"], strict=True):
+        pruning = json.loads((artifact.folder / PRUNING).read_text(encoding="utf-8"))
+        for part, kept in pruning["kept"].items():
+            whole = pruning["units_dense"][part] // len(kept)
+            for layer, units in enumerate(kept):
+                about = {"model": label, "ratio": ratio, "part": part, "layer": layer}
+                rows.append(about | {"kept": len(units), "dense": whole, "key": artifact.key})
+    return pd.DataFrame(rows).sort_values("ratio", kind="stable", ignore_index=True)
+
+
+def _labels(models: pd.DataFrame, others: tuple[str, ...]) -> list[str]:
+    """How models were cut, in few words: the criterion, and what tells them apart of the ways and of `others`."""
+    cut = models[models["criterion"] != "none"]
+    shown = [name for name in varying(models) if name != "recovery"]
+    shown += [name for name in others if cut[name].nunique() > 1]
+    labels = []
+    for _, model in models.iterrows():
+        if model["criterion"] == "none":
+            labels.append("dense")
+            continue
+        words = {"ratio": f"{model['ratio']:.0%}", "seed": f"seed {model['seed']:.0f}"}
+        said = [words.get(name, model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
+        labels.append(", ".join(said))
+    return labels
+
+
+def lineage(key: str, store: Store) -> dict[str, dict[str, Any]]:
+    """By stage, the manifests of a model and of all that it was made from: `model`; `prune`, `score`; `recover`.
+
+    Raises:
+        UserError: the store lacks one of them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    while "model" not in found:
+        stage = next((name for name in ("recover", "prune") if store.has(name, key)), "model")
+        found[stage] = manifest = store.manifest(stage, key)
+        if stage == "prune":
+            found["score"] = store.manifest("score", manifest["inputs"]["scores"])
+        key = manifest["inputs"].get("model", key)
+    return found
+
+
+def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str, str]:
+    """What the trainings of several models are called in results, by the models' keys.
+
+    The method, `+distillation` where that is the loss, and whatever else tells two of them apart.
+
+    Args:
+        trained: the models' manifests of `recover`.
+        store: where the texts that they were trained on have theirs.
+    """
+    if not trained:
+        return {}
+    table = pd.DataFrame.from_dict({key: each["parameters"] for key, each in trained.items()}, orient="index").astype(
+        str
+    )
+    texts = {key: manifest["inputs"]["text"] for key, manifest in trained.items()}
+    called = text_names(texts.values(), store)
+    table["text"] = [called[text] for text in texts.values()]
+    table["name"] = table["method"] + table["loss"].map(lambda loss: "+distillation" if loss == "distillation" else "")
+    names: dict[str, str] = {}
+    for name, group in table.groupby("name"):
+        varies = [column for column in group if group[column].nunique() > 1]
+        for key, row in group.iterrows():
+            names[key] = ", ".join([name, *(f"{column} {row[column]}" for column in varies)])
+    return names
+
+
+def described(keys: list[str], store: Store) -> pd.DataFrame:
+    """Which models some checkpoints are, a row each: columns of `MODEL`, seed, ratio_achieved and the checkpoint's key.
+
+    Args:
+        keys: of artifacts of `model`, `prune` and `recover`.
+        store: where everything that they were made from has its manifests.
+    """
+    made = {key: lineage(key, store) for key in keys}
+    trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
+    rows = [_model_columns(stages) | {"recovery": trained.get(key, "none"), "key": key} for key, stages in made.items()]
+    return pd.DataFrame(rows, columns=[*MODEL, "seed", "ratio_achieved", "key"])
+
+
+def _model_columns(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The columns that say which model it is, of its `lineage`, without `recovery` and `parameters`."""
+    columns = {"model": made["model"]["details"]["name"], "stage": "recovered" if "recover" in made else "pruned"}
+    if "prune" not in made:
+        none = dict.fromkeys(("criterion", "allocation", "refit", "structure"), "none")
+        stage = "recovered" if "recover" in made else "dense"
+        return columns | {"stage": stage, **none, "ratio": 0.0, "ratio_achieved": 0.0, "seed": None}
+    details, scores = made["prune"]["details"], made["score"]["parameters"]
+    cut = {name: details[name] for name in ("allocation", "refit", "structure", "ratio", "ratio_achieved")}
+    return columns | {"criterion": scores["criterion"], **cut, "seed": scores["seed"]}
+
+
+def _costs(made: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What it cost to make a model, of its `lineage`: seconds, peak bytes, tokens and FLOPs of each stage."""
+    rows = []
+    for stage in ("score", "prune", "recover"):
+        if stage not in made:
+            continue
+        manifest = made[stage]
+        # Criteria scored in one pass share its time; their artifacts' own seconds are those of writing a file. A
+        # training that was killed and went on has the seconds of all attempts.
+        seconds = manifest["details"].get("seconds_together", manifest["seconds"])
+        found = {"seconds": seconds, "peak_bytes": manifest["peak_memory_bytes"]}
+        details = {name.removeprefix("refit_"): value for name, value in manifest["details"].items()}
+        found |= {name: details[name] for name in ("tokens", "flops") if name in details}
+        for metric, value in found.items():
+            estimate = {"metric": metric, "value": value, "stderr": None, "n": 1}
+            rows.append({"group": "cost", "task": stage, **estimate, "key": manifest["key"]})
+    return rows
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """A metrics.csv.
+
+    Raises:
+        UserError: it is missing, or not one.
+    """
+    try:
+        metrics = pd.read_csv(path, keep_default_na=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as metrics: {error}") from None
+    if missing := [column for column in COLUMNS if column not in metrics]:
+        raise UserError(f"{path}: not a metrics.csv: it lacks the columns {', '.join(missing)}.")
+    return metrics
+
+
+def headline(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each task's headline metric, see `HEADLINE`; none of a task that has no such metric."""
+    tasks = metrics[metrics["group"] == "task"]
+    chosen = {
+        task: next((name for name in HEADLINE if name in set(found)), None)
+        for task, found in tasks.groupby("task")["metric"]
+    }
+    return tasks[tasks["metric"] == tasks["task"].map(chosen)]
+
+
+def on_headline_text(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The rows of perplexity and fidelity on one text, the first: the first that the config names."""
+    found = metrics[metrics["group"].isin(HELDOUT)]
+    return found[found["task"] == found["task"].iloc[0]]
+
+
+def summary(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row per model: size, accuracy of each task and their mean in per cent, perplexity, KL, top-1 agreement.
+
+    The last three are of the headline text. Each value stands beside its standard error, `value` and `value ±`.
+    """
+    others = {"perplexity": "Perplexity", "kl": "KL (nats/token)", "top1_agreement": "Top-1 agreement"}
+    heldout = on_headline_text(metrics)
+    measures = over_seeds(heldout[heldout["metric"].isin(others)])
+    measures["task"] = measures["metric"].map(others)
+    accuracy = _accuracy(metrics)
+    both = pd.concat([accuracy, measures])
+    columns = [*dict.fromkeys(accuracy["task"]), *others.values()]
+    size = measures.drop_duplicates(MODEL).set_index(MODEL)[["ratio_achieved", "parameters"]]
+    table = pd.DataFrame(index=size.index)
+    table[REMOVED] = size["ratio_achieved"]
+    table[PARAMETERS] = size["parameters"]
+    for column in columns:
+        found = both[both["task"] == column].set_index(MODEL)
+        table[column] = found["value"]
+        table[f"{column} ±"] = found["stderr"]
+    return table.reset_index()
+
+
+def _accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The accuracy of each task and their mean, in per cent; nothing where no task was evaluated."""
+    if not len(headline(metrics)):
+        return pd.DataFrame(columns=[*MODEL, "task", "value", "stderr"])
+    accuracy = over_seeds(headline(metrics))
+    mean = mean_accuracy(accuracy).assign(task="Mean")
+    accuracy = pd.concat([accuracy.assign(task=accuracy["task"].map(lambda name: TASK_TITLES.get(name, name))), mean])
+    accuracy[["value", "stderr"]] *= 100
+    return accuracy
+
+
+def cost(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row per model: what making it took, beside what it is worth.
+
+    Seconds of scoring, of cutting with its refit, and of training; the FLOPs counted for the passes of all three (see
+    docs/recovery.md), and the most memory that one of them took. Criteria scored together have one pass's cost each.
+    """
+    rows = metrics[metrics["group"] == "cost"]
+    by = [*MODEL, "seed"]
+    table = summary(metrics).set_index(MODEL)[[REMOVED, PARAMETERS, "KL (nats/token)", "KL (nats/token) ±"]]
+    found = {
+        f"{title} (s)": rows[(rows["task"] == stage) & (rows["metric"] == "seconds")]
+        .groupby(by, dropna=False)["value"]
+        .sum()
+        for stage, title in (("score", "Scoring"), ("prune", "Cutting"), ("recover", "Training"))
+    }
+    found["TFLOP"] = rows[rows["metric"] == "flops"].groupby(by, dropna=False)["value"].sum() / 1e12
+    found["Peak memory (GiB)"] = rows[rows["metric"] == "peak_bytes"].groupby(by, dropna=False)["value"].max() / 2**30
+    for name, values in found.items():
+        table[name] = values.groupby(MODEL, dropna=False).mean()
+    return table.reset_index()
+
+
+def write_tables(metrics: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write `summary` and `cost`, each as csv (full precision), md and tex, into `folder`; their paths."""
+    captions = {"summary": "Every model.", "cost": "What each model took to make."}
+    paths: list[Path] = []
+    for (name, caption), table in zip(captions.items(), (summary(metrics), cost(metrics)), strict=True):
+        paths += _sheet(caption, table).write(folder, name)
+    return paths
+
+
+def _sheet(caption: str, table: pd.DataFrame) -> Sheet:
+    ways = varying(table)
+    columns = [name for name in table if name not in MODEL and "±" not in name]
+    rows = []
+    for _, model in table.iterrows():
+        cells = {}
+        for name in columns:
+            half = WITHIN * model.get(f"{name} ±", math.nan)
+            scale = SCALES.get(name, 1)
+            cells[name] = Cell(*(scale * (model[name] + end) for end in (0, -half, half)))
+        rows.append(Row([model["stage"], model["criterion"], *(model[way] for way in ways)], cells))
+    digits = {name: DIGITS.get(name, 1) for name in columns}
+    return Sheet(caption, ["Model", "Criterion", *map(str.capitalize, ways)], digits, rows, [STANDARD_ERRORS])
