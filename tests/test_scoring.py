@@ -255,7 +255,8 @@ def test_weights_offloaded_by_accelerate_give_the_same_scores(tied, tmp_path):
 
     before = in_memory()
     found = unit_scores(spread.eval().requires_grad_(False), tokens(), INTACT)
-    assert in_memory() == before, "offloaded weights are put away again after the backward pass"
+    unit_scores(spread, tokens(), ["entropy"])
+    assert in_memory() == before, "offloaded weights are put away again after the last backward pass"
     whole = unit_scores(load_model(folder, "float32"), tokens(), INTACT)
     for name in INTACT:
         assert_close(found[name], whole[name], 1e-6)
