@@ -157,7 +157,7 @@ def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def at_hand(*modules: nn.Module) -> Iterator[None]:
+def weights_in_memory(*modules: nn.Module) -> Iterator[None]:
     """Have the modules' own weights in memory, where accelerate has offloaded them."""
     with ExitStack() as stack:
         for module in modules:
