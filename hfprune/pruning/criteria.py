@@ -3,9 +3,9 @@
 A unit (see `models.units`) is a neuron of an MLP or a key-value group of attention. It writes through input columns of
 one linear layer, with the activations h_t at token t. A neuron has one column. There are two kinds of criteria:
 
-- A *gradient* criterion gives the gradient dS/dlogits of a scalar function S of the logits, in closed form, and says
-  how the products g_t = h_t . dS/dh_t are summed over tokens. g_t is the first-order change of S when the unit is silent
-  at token t. `scoring.py` carries the gradient from the logits to h.
+- A *gradient* criterion gives the gradient dS/dlogits of a scalar function S of the logits, in closed form. It says how
+  the products g_t = h_t . dS/dh_t are summed over tokens. g_t is the first-order change of S when the unit is silent at
+  token t. `scoring.py` carries the gradient from the logits to h.
 - A *static* criterion is a function of the weights and of the moments of h over the calibration tokens.
 
 To add one: write its function and a line in `CRITERIA`.
