@@ -769,7 +769,7 @@ def _recover(args: argparse.Namespace) -> None:
         found["teacher"] = _open(args.teacher, "model")
         from hfprune.reporting.tables import lineage
 
-        first, *made = lineage(found["model"].key, Store(args.store))
+        first, *made = lineage(found["model"].key, Store(found["model"].folder.resolve().parents[1]))
         if not made or found["teacher"].key != first["key"]:
             raise UserError(f"--teacher {args.teacher}: not the dense model that {args.model} was cut from.")
     about = {"text": found["text"].manifest["details"]["name"], "source": _origin(found["model"])}

@@ -42,7 +42,12 @@ def read_step(file: Path) -> dict[str, Any] | None:
             f"{file}: cut short, or not JSON ({error}). It tells what was cut before: get it again. Or remove it, if "
             "this checkpoint is to count as a dense one."
         ) from None
-    return content if isinstance(content, dict) and content.keys() >= KEYS[file.name] else None
+    if not isinstance(content, dict) or not content.keys() >= KEYS[file.name]:
+        return None
+    for step in content.get(BEFORE, []):
+        if not step.keys() >= KEYS[PRUNING if is_cut(step) else RECOVERY]:
+            raise UserError(f"{file}: `{BEFORE}`: neither a cut nor a training as hfprune writes them. Get it again.")
+    return content
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -107,4 +112,4 @@ def earlier_cuts(folder: Path) -> dict[str, Any]:
 def _count(file: Path) -> int:
     """Parameters in a file of weights, by its header."""
     with safe_open(file, framework="numpy") as weights:
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118

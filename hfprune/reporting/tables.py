@@ -199,6 +199,7 @@ def _labels(models: pd.DataFrame, others: tuple[str, ...]) -> list[str]:
             labels.append("dense")
             continue
         words = {"ratio": f"{model['ratio']:.0%}", "seed": f"seed {model['seed']:.0f}"}
+        words["parent"] = f"after {model['parent']}"
         said = [words.get(name, model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
         labels.append(", ".join(said))
     return labels
@@ -278,7 +279,7 @@ def _model_columns(made: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _called(made: list[dict[str, Any]]) -> str:
-    """The steps of a lineage before the last cut and training, in few words; no seed, so that seeds of one way agree."""
+    """Steps of a lineage in few words; without their seeds, over which models made in one way are averaged."""
     words = []
     for scores, manifest in pairwise([{}, *made]):
         if manifest["stage"] == "prune":

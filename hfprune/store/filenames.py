@@ -21,8 +21,8 @@ RESULTS = "results.json"  # evaluate, measure: name -> value, stderr, n
 SAMPLES = "samples.jsonl"  # evaluate-task, measure: doc_id and the values of each metric, one line per document
 PROFILE = "profile.csv"  # measure: see `fidelity.Profile`
 
-# What a checkpoint's folder holds beside weights and config.json: downloaded with it, carried over as it is. Named files,
-# never all that look like one: a token, or a licence's key, may lie beside them.
+# What a checkpoint's folder holds beside weights and config.json: downloaded with it, carried over as it is. These are
+# named, not matched by a word in them: a token, or a licence's key, may lie beside them.
 TOKENIZER = (
     "tokenizer.json", "tokenizer.[0-9]*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenizer.model.v[0-9]*", "tiktoken.model",
@@ -57,7 +57,6 @@ def is_companion(name: str) -> bool:
 
 def is_shared(name: str) -> bool:
     """Whether a file of a checkpoint made here may leave the store."""
-    ours = ("*.safetensors", "*.safetensors.index.json", "config.json", "modeling_per_layer.py", LOSSES, CARD, *HISTORY)
-    return is_companion(name) or is_one_of(
-        (*ours, f"{ADAPTER}/*.safetensors", f"{ADAPTER}/*.json", f"{ADAPTER}/{CARD}"), name
-    )
+    weights = ("*.safetensors", "*.safetensors.index.json", "config.json", "modeling_per_layer.py")
+    adapter = (f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/{CARD}")
+    return is_companion(name) or is_one_of((*weights, *adapter, *HISTORY, LOSSES, CARD), name)
