@@ -126,6 +126,19 @@ def trained(recovery, criterion="entropy", ratio=0.2, value=0.5):
     )
 
 
+def test_models_cut_twice_are_told_from_those_cut_once():
+    once = metrics(WAYS[0])
+    twice = once[once["ratio"] == 0.2].assign(parent="wanda 0.1", ratio_achieved=0.28, value=9.0)
+    found = pd.concat([once, twice])
+    assert varying(found) == ["parent"]
+    table = summary(found).set_index("parent")
+    assert len(table) == 4
+    assert table.loc["wanda 0.1", ["Removed (%)", "KL (nats/token)"]].tolist() == [0.28, 9]
+    figure = figures.kl(found)
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["entropy, no parent", "entropy, after wanda 0.1"]
+    plt.close(figure)
+
+
 def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control():
     found = pd.concat([metrics(WAYS[0]), trained("lora"), trained("lora", "none", value=0.3), trained("norms")])
     assert varying(found) == ["recovery"]
