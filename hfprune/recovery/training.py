@@ -33,6 +33,7 @@ from hfprune.data.packing import NO_LABEL, Packed, read_examples
 from hfprune.errors import UserError
 from hfprune.models import checkpoint
 from hfprune.models.context import check_checkpoint
+from hfprune.models.history import BEFORE, read_step, since_the_last_cut, steps
 from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
 from hfprune.recovery.losses import chunked, cross_entropy, distillation
 from hfprune.runtime.matmul import fast_products
@@ -182,10 +183,11 @@ def recover(
     report = done | about | {
         "epochs": epochs, "length": length, "batch_tokens": batch_tokens, "learning_rate": learning_rate,
         "processes": processes, "reload": checkpoint.prove(folder, expected),
+        BEFORE: since_the_last_cut(steps(model)),
     }  # fmt: skip
     (folder / RECOVERY).write_text(json.dumps(report) + "\n", encoding="utf-8")
     shutil.copyfile(work / LOSSES, folder / LOSSES)
-    if (model / PRUNING).exists():
+    if read_step(model / PRUNING) is not None:
         shutil.copyfile(model / PRUNING, folder / PRUNING)
     return done
 
