@@ -720,7 +720,7 @@ def _scoring_cost(args: argparse.Namespace) -> None:
     asked = _parameters(args, ScoreParameters)
     for name in args.criteria:
         parse(ScoreParameters, asked.model_dump() | {"criterion": name}, f"hfprune {args.command}")
-    model, text = open_artifact(args.model, "model", "prune"), open_artifact(args.text, "text")
+    model, text = open_artifact(args.model, *CHECKPOINTS), open_artifact(args.text, "text")
     scores = [open_artifact(path, "score") for path in args.light_cut]
     cuts = {
         each.parameters["criterion"]: each.folder for each in scores if each.manifest["inputs"]["model"] == model.key
@@ -741,21 +741,28 @@ def _scoring_cost(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hfprune.sharing.export import export
+    from hfprune.sharing.export import check_new, contents, export, listing
 
-    export(args.output, *_shared(args))
+    model, results = _shared(args)
+    files = contents(model, results, Store(args.store), args.output.resolve().name)
+    check_new(args.output)
+    print(listing(files))
+    export(files, args.output)
     print(args.output)
 
 
 def _push(args: argparse.Namespace) -> None:
-    from hfprune.sharing.export import push
+    from hfprune.sharing.export import contents, listing, push
 
-    print(push(args.to, args.private, *_shared(args)))
+    model, results = _shared(args)
+    files = contents(model, results, Store(args.store), args.to)
+    print(f"to {args.to}:\n{listing(files)}", flush=True)
+    print(push(files, args.to, args.private, model.key))
 
 
-def _shared(args: argparse.Namespace) -> tuple[Artifact, list[Artifact], Store]:
+def _shared(args: argparse.Namespace) -> tuple[Artifact, list[Artifact]]:
     results = [open_artifact(path, "measure", "evaluate") for path in args.results]
-    return open_artifact(args.model, "prune", "recover"), results, Store(args.store)
+    return open_artifact(args.model, "prune", "recover"), results
 
 
 def _config(args: argparse.Namespace) -> None:

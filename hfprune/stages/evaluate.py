@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Seed, Stage
+from hfprune.stages.declaration import DType, Input, Parameters, Seed, Stage
 
 Batching = Literal["shared", "stock"]
 BATCHING: Any = Field(
@@ -22,7 +22,7 @@ class EvaluateParameters(Parameters):
     dtype: DType = "auto"
 
 
-MODEL = Input(CHECKPOINTS, description="checkpoint")
+MODEL = Input(("recover", "prune", "model"), description="checkpoint")
 LIBRARIES = ("torch", "transformers", "lm_eval")
 
 

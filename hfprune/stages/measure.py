@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Stage
+from hfprune.stages.declaration import DType, Input, Parameters, Stage
 
 
 class MeasureParameters(Parameters):
@@ -26,7 +26,7 @@ MEASURE = Stage(
     parameters=MeasureParameters,
     produce=_produce,
     inputs={
-        "model": Input(CHECKPOINTS, description="checkpoint"),
+        "model": Input(("recover", "prune", "model"), description="checkpoint"),
         "reference": Input(("reference",), description="what the dense model predicts"),
     },
     libraries=("torch", "transformers"),

@@ -13,13 +13,16 @@ def _produce(folder: Path, inputs: Any, source: Source, making: Any) -> dict[str
 
 
 @outside_key
-def _refuse_budgets(model: Any) -> None:
-    """Refuse what the workflow that the model is for cannot cut it to."""
+def _refuse_misfits(model: Any) -> None:
+    """Refuse a model that the workflow which it is for cannot cut, or that cannot read its sequences."""
     import json
     import os
 
+    from hfprune.models.context import check_checkpoint
     from hfprune.pruning.budget import check
 
+    if lengths := os.environ.get("HFPRUNE_LENGTHS"):
+        check_checkpoint(model.folder, json.loads(lengths))
     if budgets := os.environ.get("HFPRUNE_BUDGETS"):
         check(model.folder, json.loads(budgets))
 
@@ -32,6 +35,6 @@ MODEL = Stage(
     parameters=Source,
     produce=_produce,
     libraries=("gguf",),
-    after=_refuse_budgets,
+    after=_refuse_misfits,
     is_online=True,
 )

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from hfprune.errors import UserError
 from hfprune.models.units import STRUCTURES
 from hfprune.pruning.allocation import ALLOCATIONS
-from hfprune.stages.declaration import DType, Input, Parameters, Section, Stage, outside_key
+from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Section, Stage, outside_key
 from hfprune.stages.lineage import origin
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -141,7 +141,7 @@ PRUNE = Stage(
     parameters=PruneParameters,
     produce=_produce,
     inputs={
-        "model": Input(("model", "prune"), description="dense checkpoint"),
+        "model": Input(CHECKPOINTS, description="dense checkpoint"),
         "scores": Input(("score",), description="its scores"),
         "text": Input(("text",), description="what the scores were made on, for a refit", optional=True),
     },

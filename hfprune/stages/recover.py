@@ -72,6 +72,16 @@ class RecoverParameters(Training, Parameters):
         return self.model_dump(exclude={*NOT_IN_RESULT, *(() if self.method == "lora" else OF_LORA)})
 
 
+@outside_key
+def _dense_of(model: Any) -> str | None:
+    """The key of the dense model that a model was made from; None for a dense one."""
+    from hfprune.reporting.tables import lineage
+    from hfprune.store.artifacts import Store
+
+    dense, *later = lineage(model.key, Store(model.folder.resolve().parents[1]))
+    return dense["key"] if later else None
+
+
 def _check(parameters: RecoverParameters, inputs: Any, making: Any) -> None:
     """Refuse a teacher where none is learned from, and another one than the model that was cut."""
     model, teacher = inputs["model"], inputs["teacher"]
@@ -81,7 +91,7 @@ def _check(parameters: RecoverParameters, inputs: Any, making: Any) -> None:
             if teacher
             else "loss 'distillation' compares with the dense model: give --teacher, the one that this was cut from."
         )
-    if teacher and teacher.key != model.manifest["inputs"].get("model"):
+    if teacher and _dense_of(model) != teacher.key:
         raise UserError(f"--teacher {teacher.folder}: not the dense model that {model.folder} was cut from.")
 
 
@@ -122,7 +132,7 @@ RECOVER = Stage(
     parameters=RecoverParameters,
     produce=_produce,
     inputs={
-        "model": Input(("prune", "model"), description="checkpoint, dense or pruned"),
+        "model": Input(("prune", "recover", "model"), description="checkpoint, dense or pruned"),
         "text": Input(("text",), description="instructions or plain text"),
         "teacher": Input(("model",), description="dense checkpoint to distil from", optional=True),
     },

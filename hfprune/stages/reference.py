@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from hfprune.stages.declaration import DType, Input, Parameters, Sampling, Seed, Stage
+from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Sampling, Seed, Stage
 
 
 class ReferenceParameters(Sampling, Parameters):
@@ -29,7 +29,7 @@ REFERENCE = Stage(
     parameters=ReferenceParameters,
     produce=_produce,
     inputs={
-        "model": Input(("model", "prune"), description="dense checkpoint"),
+        "model": Input(CHECKPOINTS, description="dense checkpoint"),
         "text": Input(("text",), description="held-out text"),
     },
     libraries=("torch", "transformers"),

@@ -8,7 +8,7 @@ from hfprune.stages.declaration import Stage
 
 
 def _declared() -> dict[str, Stage]:
-    """Every stage by name, each after those that fill its inputs."""
+    """Every stage by name, each after those that usually fill its inputs."""
     modules = [
         importlib.import_module(f"hfprune.stages.{module.name}") for module in pkgutil.iter_modules(stages.__path__)
     ]
@@ -19,16 +19,14 @@ def _declared() -> dict[str, Stage]:
         if isinstance(value, Stage) and value.module == module.__name__
     }
     ordered: dict[str, Stage] = {}
-    on_the_way: set[str] = set()  # a stage may read what a later one makes: scores of a pruned model
+    on_the_way: set[str] = set()  # scores may be read to make other scores
 
     def add(name: str) -> None:
-        if name in on_the_way:
-            return
-        on_the_way.add(name)
-        for source in by_name[name].inputs.values():
-            for each in source.stages:
-                add(each)
-        ordered[name] = by_name[name]
+        if name not in on_the_way:
+            on_the_way.add(name)
+            for source in by_name[name].inputs.values():
+                add(source.stages[0])
+            ordered[name] = by_name[name]
 
     for name in by_name:
         add(name)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from hfprune.errors import UserError
 from hfprune.pruning.criteria import CRITERIA
-from hfprune.stages.declaration import DType, Input, Parameters, Sampling, Seed, Stage
+from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Sampling, Seed, Stage
 from hfprune.store.filenames import SCORES, SUMS
 
 CriterionName = Literal[tuple(CRITERIA)]
@@ -45,7 +45,7 @@ class ShardParameters(ScoreParameters):
 
 
 INPUTS = {
-    "model": Input(("model", "prune"), description="dense checkpoint"),
+    "model": Input(CHECKPOINTS, description="dense checkpoint"),
     "text": Input(("text",), description="calibration text"),
     "light_cut": Input(
         ("score",), description="scores to silence neurons by first, for criteria that need it", optional=True
