@@ -16,7 +16,7 @@ TOY = '''"""How many documents a text has, times a factor."""
 
 from pydantic import Field
 
-from hfprune.stages.declaration import Input, Parameters, Stage
+from hfprune.stages.declaration import Input, Parameters, Stage, outside_key
 
 
 class CountParameters(Parameters):
@@ -28,6 +28,13 @@ def _produce(folder, inputs, parameters, making):
     (folder / "count.txt").write_text(str(len(lines) * parameters.factor))
 
 
+@outside_key
+def _cost(job, estimate):
+    from hfprune.stages.costs import Cost
+
+    return Cost(job.given.factor, estimate.device.process, 2)
+
+
 COUNT = Stage(
     name="count",
     module=__name__,
@@ -36,12 +43,14 @@ COUNT = Stage(
     parameters=CountParameters,
     produce=_produce,
     inputs={"text": Input(("text",), description="what is counted")},
+    cost=_cost,
 )
 '''
 USE = """
 import contextlib, io, json, sys
 from pathlib import Path
 from hfprune.cli import main
+from hfprune.experiment.estimate import device_of, estimate
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, parse
 from hfprune.store.keys import code_digest
@@ -55,6 +64,8 @@ with contextlib.redirect_stdout(help), contextlib.suppress(SystemExit):
 statuses = [main(plan.command(each)) for each in (text, job)]
 folder = plan.store.folder(job.recipe)
 print(json.dumps({
+    "flops": estimate(plan, device_of("cpu"))[0].cost(job).flops,
+    "gpus": estimate(plan, device_of("h100"))[0].request(job).gpus,
     "help": help.getvalue(),
     "statuses": statuses,
     "command": plan.command(job),
@@ -98,6 +109,7 @@ def test_a_stage_in_one_file_is_a_command_has_a_key_and_stands_in_a_plan(copied,
     assert manifest["code"] == found["code"]
     assert found["command"][:2] == ["count", "--text"]
     assert found["command"][3:7] == ["--factor", "3", "--key", manifest["key"]]
+    assert (found["flops"], found["gpus"]) == (3, 0)
     assert found["again"]
     assert found["refused"] == 2
     assert "hfprune count: " in done.stderr

@@ -91,9 +91,10 @@ class Stage:
         after: called with the artifact once it is there; may refuse it with a UserError.
         is_online: whether it may use the network; its command is then `hfprune download NAME`.
         is_inner: made only by other stages; it has no command.
-        cost: called with a job and an `experiment.estimate.Estimate`: what the job takes, a `costs.Cost`.
+        cost: called with a job and an `experiment.estimate.Estimate`: what the job takes, a `costs.Cost`. Without it
+            the estimate has a method of the stage's name.
         loads_again: whether the made checkpoint is loaded once more, in a process of its own.
-        gpus: "spread": as many as the weights need; "one"; "none".
+        gpus: "spread": as many as the weights need; "one": several would each take all of them; "none".
     """
 
     name: str

@@ -27,6 +27,19 @@ def _refuse_misfits(model: Any) -> None:
         check(model.folder, json.loads(budgets))
 
 
+@outside_key
+def _cost(job: Any, estimate: Any) -> Any:
+    from hfprune.models.loading import count_parameters
+    from hfprune.stages.costs import Cost
+
+    source, dense, process = job.given, estimate.models.dense, estimate.device.process
+    if source.path is not None and source.path.is_dir():
+        return Cost(0, process, 0)  # linked to, not copied
+    gguf = str(source.file or source.path).endswith(".gguf")
+    size = count_parameters(dense) * (4 if gguf else dense.dtype.itemsize)
+    return Cost(0, process + (size if gguf else 0), size)
+
+
 MODEL = Stage(
     name="model",
     module=__name__,
@@ -37,4 +50,5 @@ MODEL = Stage(
     libraries=("gguf",),
     after=_refuse_misfits,
     is_online=True,
+    cost=_cost,
 )

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from hfprune.data import download
 from hfprune.data.download import template_fields
-from hfprune.stages.declaration import Stage
+from hfprune.stages.declaration import Stage, outside_key
 from hfprune.stages.sources import DataSource, wheels
 
 
@@ -52,6 +52,13 @@ def _produce(folder: Path, inputs: Any, source: TextSource, making: Any) -> dict
     return download.text(folder, source.origin(), source.form, wheels(making))
 
 
+@outside_key
+def _cost(job: Any, estimate: Any) -> Any:
+    from hfprune.stages.costs import Cost
+
+    return Cost(0, estimate.device.process, estimate.data_bytes(job))
+
+
 TEXT = Stage(
     name="text",
     module=__name__,
@@ -60,4 +67,5 @@ TEXT = Stage(
     parameters=TextSource,
     produce=_produce,
     is_online=True,
+    cost=_cost,
 )
