@@ -298,18 +298,31 @@ def with_task(experiment: dict, file: Path, *passages: str) -> dict:
     return changed(experiment, evaluation={"tasks": {"boolq": {"path": str(write_lines(file, records))}}}, strict=True)
 
 
-def test_a_strict_experiment_scores_nothing_where_a_test_was_seen(experiment, data, tmp_path):
+def test_a_strict_experiment_stops_every_time_where_a_test_was_seen(experiment, data, tmp_path):
     seen = json.loads((data / "calibration.jsonl").read_text().splitlines()[3])["text"]
     strict = with_task(experiment, tmp_path / "boolq.jsonl", *(sentences(500 + i, 20) for i in range(6)), seen)
+    loose = changed(strict, strict=False)
     elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
-    output = elsewhere.snakemake(strict, status=1)
-    assert "task boolq: 1 of 7 documents overlap with calibration text calibration, such as '" in output
-    assert "Traceback" not in output
-    assert not set(ran(output)) - {"download"}
-    assert ran(elsewhere.snakemake(changed(strict, strict=False), "overlap")) == {"overlap": 1}
-    table = pd.read_csv(elsewhere.folder / "results" / "tiny" / "tables" / "overlap.csv").set_index("tested")
-    assert table["overlapping"].to_dict() == {"heldout": 0, "boolq": 1}
-    assert table["example"]["boolq"] in seen
+    verdict = elsewhere.folder / "results" / "tiny" / "tables" / "overlap.csv"
+    refused = verdict.with_name("overlap.refused.csv")
+
+    def stops(*targets: str) -> None:
+        output = elsewhere.snakemake(strict, *targets, status=1)
+        assert "task boolq: 1 of 7 documents overlap with calibration text calibration, such as '" in output
+        assert "results/tiny/tables/overlap.refused.csv is the whole table." in output
+        assert "Traceback" not in output
+        assert not set(ran(output)) - {"download"}
+        assert not verdict.exists()
+        table = pd.read_csv(refused).set_index("tested")
+        assert table["overlapping"].to_dict() == {"heldout": 0, "boolq": 1}
+        assert table["example"]["boolq"] in seen
+
+    stops()
+    stops()
+    assert ran(elsewhere.snakemake(loose, "overlap", "agreement"))["score"] == 1
+    assert "boolq,7,1," in verdict.read_text()
+    assert {path.name for path in verdict.parent.glob("*.csv")} == {"overlap.csv", "agreement.csv"}
+    stops("agreement")  # which is there, from when it was not strict
 
 
 def test_a_strict_experiment_without_overlap_runs_and_scores_nothing_again(checkout, experiment, tmp_path):

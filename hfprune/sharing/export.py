@@ -10,6 +10,7 @@ from hfprune.reporting.tables import collect, headline, lineage
 from hfprune.sharing.model_card import Estimate, Figure, write_card
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import CARD
+from hfprune.store.results import written
 
 
 def export(
@@ -34,14 +35,16 @@ def export(
         UserError: `folder` is not empty, or see `figures`.
     """
     found = figures(model, results, store)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: not empty. Name a new folder, or empty this one.")
-    for name in model.manifest["files"]:
-        if name != CARD:
-            (folder / name).parent.mkdir(exist_ok=True)
-            place((model.folder / name).resolve(), folder / name)
-    write_card(folder, found, address or folder.resolve().name)
+    with written() as aside:
+        scratch = aside.path(folder.resolve())
+        scratch.mkdir()
+        for name in model.manifest["files"]:
+            if name != CARD:
+                (scratch / name).parent.mkdir(exist_ok=True)
+                place((model.folder / name).resolve(), scratch / name)
+        write_card(scratch, found, address or folder.resolve().name)
 
 
 def push(repository: str, private: bool, model: Artifact, results: list[Artifact], store: Store) -> str:
