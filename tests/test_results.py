@@ -210,11 +210,8 @@ def disk(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_full_disk_a_command_leaves_nothing_and_then_all(name, commands, disk, capsys):
     filler = disk / "filler"
-    for pages in (
-        0,
-        1,
-        2,
-    ):  # of 4 KiB that are free: where the first of several files still fits, or its record does not
+    # Of 4 KiB that are free: where the first of several files still fits, or a file does and its record does not.
+    for pages in (0, 1, 2):
         place = disk / f"{name}{pages}"
         filler.write_bytes(bytes(4 * 2**20 - pages * 4096))
         capsys.readouterr()
