@@ -88,6 +88,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         aside.folder(tmp_path / "file" / "below")
     with pytest.raises(UserError, match=r"folder: cannot be written \(Is a directory\)"), written() as aside:
         aside.path(tmp_path / "folder").write_text("")
+    for name in ("null", "stdout"):
+        (tmp_path / name).symlink_to(f"/dev/{name}")
+        with pytest.raises(UserError, match=f"{name}: a link or a device"), written() as aside:
+            aside.path(tmp_path / name)
     assert not list(tmp_path.rglob(".aside-*"))
     with pytest.raises(FileNotFoundError), written() as aside:
         aside.path(tmp_path / "out").write_text((tmp_path / "none").read_text())

@@ -70,6 +70,10 @@ class Aside:
     def path(self, place: Path) -> Path:
         """Where to write the one file, or to make the one folder, that will stand at `place`."""
         self._place = place
+        if place.is_symlink() or place.exists() > (
+            place.is_file() or place.is_dir()
+        ):  # as /dev/stdout and /dev/null are
+            raise UserError(f"{place}: a link or a device, which a result would replace. Name a file of its own.")
         return self._inside(place.parent) / place.name
 
     def _inside(self, folder: Path) -> Path:
