@@ -124,12 +124,12 @@ def test_a_folder_appears_as_a_whole_and_is_merged_into_one_that_is_there(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def commands(checkpoint, data, tmp_path_factory) -> dict[str, list]:
+def commands(checkpoint, data, experiment, tmp_path_factory) -> dict[str, list]:
     """Every command that writes results, by name: its words, all but the place that it writes to. Each times once."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("time_models", "time_scoring"):
             patch.setattr(timing, name, once(getattr(timing, name)))
-        yield _commands(checkpoint, data, tmp_path_factory)
+        yield _commands(checkpoint, data, experiment, tmp_path_factory)
 
 
 def once(measure):
@@ -144,7 +144,7 @@ def once(measure):
     return call
 
 
-def _commands(checkpoint, data, tmp_path_factory) -> dict[str, list]:
+def _commands(checkpoint, data, experiment, tmp_path_factory) -> dict[str, list]:
     root = tmp_path_factory.mktemp("results")
     store = root / "store"
 
@@ -169,7 +169,7 @@ def _commands(checkpoint, data, tmp_path_factory) -> dict[str, list]:
     time_models = ["efficiency", "--models", model, cut, "--rounds", 1, "--tokens", 2, *there]
     assert main([*map(str, ["collect", "--output", metrics, *results, *there])]) == 0
     assert main([*map(str, [*time_models, "--output", timings])]) == 0
-    (root / "config.yaml").write_text(json.dumps({"experiment": "x", "model": {"path": str(checkpoint)}}))
+    (root / "config.yaml").write_text(json.dumps(experiment))
     return {
         "collect": ["collect", *results, *there, "--output"],
         "differences": ["differences", *results, *there, "--output"],
