@@ -3,6 +3,7 @@ rule efficiency:
     """Prefill and decoding of the dense model and of the cut ones, side by side."""
     input:
         missing(plan.timed),
+        VERDICT,
     output:
         RESULTS / "efficiency.csv",
     log:
@@ -31,6 +32,7 @@ rule scoring_cost:
     """Seconds and memory of scoring by each criterion alone, on the calibration's sequences."""
     input:
         missing([*plan.scores[0].sources, *plan.light_cuts]),
+        VERDICT,
     output:
         RESULTS / "scoring_cost.csv",
     log:
