@@ -35,10 +35,11 @@ from hfprune.experiment.schema import (
 )
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.reporting import targets
+from hfprune.runtime.paths import expanded
 from hfprune.runtime.signals import STATUS, Stopped
 from hfprune.store import artifacts
 from hfprune.store.artifacts import Artifact, Store
-from hfprune.store.filenames import MANIFEST, SCORES, SUMS
+from hfprune.store.filenames import LOSSES, MANIFEST, PRUNING, SCORES, SUMS
 from hfprune.store.keys import Recipe
 from hfprune.store.provenance import record
 
@@ -129,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.set_defaults(run=run)
+        made.register("type", Path, expanded)  # no shell expands `--store=~/store`
         return made
 
     download = commands.add_parser("download", help="get a model, a text or a task's documents: the only stage online")
@@ -846,9 +848,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     _make(args, whole, produce)
 
 
-def _open(path: Path, *expected: str) -> Artifact:
-    """The artifact at `path`, which must be of one of the `expected` stages."""
-    found = artifacts.read(path)
+def _open(path: Path, *expected: str, files: Sequence[str] = ()) -> Artifact:
+    """The artifact at `path`, which must be of one of the `expected` stages; `files` are all that is read of it."""
+    found = artifacts.read(path, *files)
     if found.manifest["stage"] not in expected:
         raise UserError(f"{path}: an artifact of {found.manifest['stage']!r}; expected one of {' or '.join(expected)}.")
     return found
@@ -962,7 +964,7 @@ def _widths(args: argparse.Namespace) -> None:
     from hfprune.reporting.figures import draw_widths
     from hfprune.reporting.tables import kept_widths
 
-    models = [_open(path, "prune") for path in args.manifests]
+    models = [_open(path, "prune", files=[PRUNING]) for path in args.manifests]
     _write_and_draw(args.output, "widths", kept_widths(models, Store(args.store)), draw_widths, models)
 
 
@@ -980,7 +982,7 @@ def _losses(args: argparse.Namespace) -> None:
     from hfprune.reporting.figures import draw_losses
     from hfprune.reporting.tables import training_curves
 
-    models = [_open(path, "recover") for path in args.manifests]
+    models = [_open(path, "recover", files=[LOSSES]) for path in args.manifests]
     _write_and_draw(args.output, "losses", training_curves(models, Store(args.store)), draw_losses, models)
 
 
@@ -989,7 +991,7 @@ def _named(word: str) -> tuple[str, Path]:
     name, _, path = word.partition("=")
     if not name or not path:
         raise argparse.ArgumentTypeError(f"{word!r}: expected NAME=PATH")
-    return name, Path(path)
+    return name, expanded(path)
 
 
 def _overlap(args: argparse.Namespace) -> None:

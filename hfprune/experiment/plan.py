@@ -2,11 +2,12 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hfprune.errors import UserError
 from hfprune.experiment.schema import (
     Experiment,
     PruneParameters,
@@ -19,9 +20,19 @@ from hfprune.experiment.stages import DOWNLOADS, recipe, source_parameters
 from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
 from hfprune.reporting.targets import Setting
+from hfprune.runtime.paths import expanded
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
 from hfprune.store.keys import Recipe
+
+# By stage, the inputs whose manifests say which model an artifact is of and on what: see `reporting.tables`.
+DESCRIBING = {
+    "evaluate": ("model",),
+    "measure": ("model", "reference"),
+    "prune": ("model", "scores"),
+    "recover": ("model", "text"),
+    "reference": ("text",),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,11 @@ class Job:
     def sources(self) -> list["Job"]:
         """The jobs of `inputs`, in one list."""
         return [job for made in self.inputs.values() for job in (made if isinstance(made, list) else [made])]
+
+    @property
+    def waits_for(self) -> list["Job"]:
+        """All jobs that must have ended before."""
+        return [*self.sources, *([self.after] if self.after else [])]
 
     @property
     def key(self) -> str:
@@ -118,18 +134,18 @@ class Plan:
     @property
     def needed(self) -> list[Job]:
         """Every job that the results rest on, each after those that it is made from."""
-        found: dict[tuple[str, str], Job] = {}
+        results = [*self.scores, *(job for model in self.models for job in model.results)]
+        return _with_sources(results, lambda job: job.sources)
 
-        def add(job: Job) -> None:
-            if (job.recipe.stage, job.key) in found:
-                return
-            for source in job.sources:
-                add(source)
-            found[job.recipe.stage, job.key] = job
+    def described(self, jobs: Iterable[Job]) -> list[Job]:
+        """Those jobs after the ones that say which models they are of: all that a table or figure of them reads."""
+        return _with_sources(jobs, lambda job: [job.inputs[name] for name in DESCRIBING.get(job.recipe.stage, ())])
 
-        for job in [*self.scores, *(job for model in self.models for job in model.results)]:
-            add(job)
-        return list(found.values())
+    def waited_for(self, stage: str) -> list[str]:
+        """The keys of those jobs of a stage that others of the same stage wait for."""
+        ahead = [job for waiting in self.jobs[stage].values() for job in waiting.waits_for]
+        behind = _with_sources(ahead, lambda job: job.waits_for)
+        return [job.key for job in behind if job.recipe.stage == stage]
 
     @property
     def timed(self) -> list[Job]:
@@ -316,13 +332,35 @@ class Plan:
         return self.jobs[job.recipe.stage].setdefault(job.key, job)
 
 
+def _with_sources(jobs: Iterable[Job], sources: Callable[[Job], list[Job]]) -> list[Job]:
+    """Jobs and all that lies behind them, each once, after its sources."""
+    found: dict[tuple[str, str], Job] = {}
+
+    def add(job: Job) -> None:
+        if (job.recipe.stage, job.key) not in found:
+            for source in sources(job):
+                add(source)
+            found[job.recipe.stage, job.key] = job
+
+    for job in jobs:
+        add(job)
+    return list(found.values())
+
+
 def _keys(inputs: Mapping[str, Job]) -> dict[str, str]:
     return {name: job.key for name, job in inputs.items()}
 
 
 def store_root(configured: Path) -> Path:
-    """The folder of all artifacts: HFPRUNE_STORE, or else what is configured."""
-    return Path(os.environ.get("HFPRUNE_STORE") or configured)
+    """The folder of all artifacts: HFPRUNE_STORE, or else what is configured.
+
+    Raises:
+        UserError: HFPRUNE_STORE begins with the home of nobody.
+    """
+    try:
+        return expanded(os.environ.get("HFPRUNE_STORE") or configured)
+    except ValueError as error:
+        raise UserError(f"HFPRUNE_STORE = {error}.") from None
 
 
 def options(parameters: Mapping[str, Any]) -> tuple[str, ...]:

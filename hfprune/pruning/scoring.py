@@ -63,7 +63,7 @@ def score(
     """
     network, tokens = _subject(model, text, samples, length, seed, dtype)
     found = unit_scores(network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME)
-    return found, cost(network, tokens.numel(), criteria, draws, light_cut is not None)
+    return found, cost(network, tokens.shape, criteria, draws, light_cut is not None)
 
 
 def shard(
@@ -78,14 +78,20 @@ def shard(
     network, tokens = _subject(model, text, samples, length, seed, dtype)
     share = shard_range(samples, length, shard, shards)
     sums = add_up(network, tokens, criteria, seed, draws, _light_cut(light_cut), folder / RESUME, share)
-    done = cost(network, len(share) * length, criteria, draws, light_cut is not None)
+    done = cost(network, (len(share), length), criteria, draws, light_cut is not None)
     return {name: sums.of(name) for name in criteria}, done
 
 
-def cost(model: PreTrainedModel, tokens: int, criteria: Sequence[str], draws: int, light_cut: bool) -> dict[str, int]:
-    """`tokens` and `flops` of a pass: a backward pass, to activations alone, counts as much as a forward pass."""
-    times = 1 + light_cut + len(_backward_passes(criteria, draws))
-    return {"tokens": tokens, "flops": tokens * flops_per_token(model) * times}
+def cost(
+    model: PreTrainedModel, shape: Sequence[int], criteria: Sequence[str], draws: int, light_cut: bool
+) -> dict[str, int]:
+    """`tokens` and `flops` of a pass over `shape` (sequences, length) tokens.
+
+    A backward pass, to activations alone, counts as much as a forward pass.
+    """
+    sequences, length = shape
+    tokens, times = sequences * length, 1 + light_cut + len(_backward_passes(criteria, draws))
+    return {"tokens": tokens, "flops": tokens * flops_per_token(model, length) * times}
 
 
 def _backward_passes(criteria: Sequence[str], draws: int) -> list[tuple[list[str], LogitGradient, int]]:

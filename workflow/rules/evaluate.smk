@@ -5,7 +5,7 @@ rule reference:
     output:
         artifact("reference"),
     log:
-        "logs/reference/{key}.log",
+        LOGS / "reference" / "{key}.log",
     priority: 50  # every measure waits for it
     conda:
         ENVIRONMENT
@@ -31,7 +31,7 @@ rule measure:
     output:
         artifact("measure"),
     log:
-        "logs/measure/{key}.log",
+        LOGS / "measure" / "{key}.log",
     conda:
         ENVIRONMENT
     threads: half_the_cores
@@ -56,7 +56,7 @@ rule evaluate:
     output:
         artifact("evaluate"),
     log:
-        "logs/evaluate/{key}.log",
+        LOGS / "evaluate" / "{key}.log",
     conda:
         ENVIRONMENT
     threads: half_the_cores

@@ -6,11 +6,11 @@ EVALUATED = results_of(plan.models, "measure", "evaluate")
 rule collect:
     """Every value of the experiment, one a row."""
     input:
-        missing(EVALUATED),
+        missing(plan.described(EVALUATED)),
     output:
         RESULTS / "metrics.csv",
     log:
-        "logs/collect.log",
+        LOGS / "collect.log",
     conda:
         ENVIRONMENT
     params:
@@ -30,7 +30,7 @@ rule tables:
     output:
         [RESULTS / "tables" / f"{name}.{suffix}" for name in ("summary", "cost") for suffix in ("csv", "md", "tex")],
     log:
-        "logs/tables.log",
+        LOGS / "tables.log",
     conda:
         ENVIRONMENT
     params:
@@ -47,7 +47,7 @@ rule figures:
     output:
         drawn("kl", *(["accuracy"] if plan.experiment.evaluation.tasks else [])),
     log:
-        "logs/figures.log",
+        LOGS / "figures.log",
     conda:
         ENVIRONMENT
     params:
@@ -60,11 +60,11 @@ rule figures:
 rule differences:
     """Intervals of every estimate; every pair of models on the same documents, with tests."""
     input:
-        missing(EVALUATED),
+        missing(plan.described(EVALUATED)),
     output:
         [RESULTS / "tables" / f"{name}.csv" for name in ("intervals", "differences")],
     log:
-        "logs/differences.log",
+        LOGS / "differences.log",
     conda:
         ENVIRONMENT
     params:
@@ -81,12 +81,12 @@ rule differences:
 rule profile:
     """Fidelity by position and by the dense model's entropy."""
     input:
-        missing(MEASURED),
+        missing(plan.described(MEASURED)),
     output:
         RESULTS / "tables" / "profile.csv",
         drawn("fidelity_profile"),
     log:
-        "logs/profile.log",
+        LOGS / "profile.log",
     conda:
         ENVIRONMENT
     params:
@@ -108,7 +108,7 @@ rule agreement:
         RESULTS / "tables" / "agreement.csv",
         drawn(*drawn_of_scores(plan.experiment)),
     log:
-        "logs/agreement.log",
+        LOGS / "agreement.log",
     conda:
         ENVIRONMENT
     params:
@@ -122,12 +122,12 @@ rule agreement:
 rule widths:
     """What every layer keeps, at the first calibration seed."""
     input:
-        missing([model.job for model in plan.cuts]),
+        missing(plan.described(model.job for model in plan.cuts)),
     output:
         RESULTS / "tables" / "widths.csv",
         drawn("widths"),
     log:
-        "logs/widths.log",
+        LOGS / "widths.log",
     conda:
         ENVIRONMENT
     params:
@@ -142,12 +142,12 @@ rule widths:
 rule losses:
     """Loss and learning rate of every recovery."""
     input:
-        missing(plan.recoveries),
+        missing(plan.described(plan.recoveries)),
     output:
         RESULTS / "tables" / "losses.csv",
         drawn("losses"),
     log:
-        "logs/losses.log",
+        LOGS / "losses.log",
     conda:
         ENVIRONMENT
     params:
