@@ -826,26 +826,28 @@ def _evaluate(args: argparse.Namespace) -> None:
     }
     whole = stages.recipe("evaluate", {}, model=model.key, **{name: each.key for name, each in recipes.items()})
 
+    store = Store(args.store)
+    loaded: list[Any] = []  # the model, once a task needs it
+
+    def produce_task(name: str, folder: Path) -> dict:
+        from hfprune.evaluation.lm_eval_runner import evaluate_task, language_model
+
+        if not loaded:
+            loaded.append(language_model(model.folder, asked["dtype"], asked["batching"]))
+        examples = tasks[name].parameters.get("num_fewshot", 0)
+        return evaluate_task(folder, loaded[0], name, tasks[name].folder, **sampling, num_fewshot=examples)
+
     def produce(folder: Path) -> dict:
-        from hfprune.evaluation.lm_eval_runner import evaluate, evaluate_task, language_model
+        from hfprune.evaluation.lm_eval_runner import evaluate
 
-        loaded: list[Any] = []  # the model, once a task needs it
-
-        def produce_task(name: str) -> Callable[[Path], dict]:
-            def produce_one(task_folder: Path) -> dict:
-                if not loaded:
-                    loaded.append(language_model(model.folder, asked["dtype"], asked["batching"]))
-                examples = tasks[name].parameters.get("num_fewshot", 0)
-                return evaluate_task(task_folder, loaded[0], name, tasks[name].folder, **sampling, num_fewshot=examples)
-
-            return produce_one
-
-        store = Store(args.store)
-        done = {name: store.make(recipe, produce_task(name)) for name, recipe in recipes.items()}
+        done = {name: store.make(recipe, partial(produce_task, name)) for name, recipe in recipes.items()}
         evaluate(folder, {name: each.folder for name, each in done.items()})
         return {"tasks": {name: each.manifest["details"] for name, each in done.items()}}
 
     _make(args, whole, produce)
+    for name, recipe in recipes.items():
+        if not store.has(recipe.stage, recipe.key):  # removed since the whole was made
+            store.make(recipe, partial(produce_task, name))
 
 
 def _open(path: Path, *expected: str, files: Sequence[str] = ()) -> Artifact:

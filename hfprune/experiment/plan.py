@@ -109,6 +109,7 @@ class Plan:
     Attributes:
         store: the folder of all artifacts.
         jobs: stage -> key -> job.
+        parts: by key, the results of one task each; the job that evaluates all tasks, `after`, makes them.
         scores: the jobs that score.
         models: what results are collected of.
         cuts: the pruned models of the first calibration seed, before any training.
@@ -120,6 +121,7 @@ class Plan:
         self.experiment = experiment
         self.store = Store(store_root(experiment.store))
         self.jobs: dict[str, dict[str, Job]] = defaultdict(dict)
+        self.parts: dict[str, Job] = {}
         self.scores: list[Job] = []
         self.models: list[Model] = []
         self.cuts: list[Model] = []
@@ -140,6 +142,11 @@ class Plan:
     def described(self, jobs: Iterable[Job]) -> list[Job]:
         """Those jobs after the ones that say which models they are of: all that a table or figure of them reads."""
         return _with_sources(jobs, lambda job: [job.inputs[name] for name in DESCRIBING.get(job.recipe.stage, ())])
+
+    def lost_parts(self, jobs: Iterable[Job]) -> list[Job]:
+        """Of those jobs that evaluate and are done, the results of single tasks that the store has no longer."""
+        done = {job.key for job in jobs if self.has(job)}
+        return [part for part in self.parts.values() if part.after.key in done and not self.has(part)]
 
     def waited_for(self, stage: str) -> list[str]:
         """The keys of those jobs of a stage that others of the same stage wait for."""
@@ -272,12 +279,13 @@ class Plan:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
         sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
         parts = {
-            name: recipe("evaluate-task", sampling, model=model.job.key, task=task.key).key
-            for name, task in tasks.items()
+            name: recipe("evaluate-task", sampling, model=model.job.key, task=task.key) for name, task in tasks.items()
         }
-        made = recipe("evaluate", {}, model=model.job.key, **parts)
+        made = recipe("evaluate", {}, model=model.job.key, **{name: part.key for name, part in parts.items()})
         inputs = {"model": model.job, "tasks": list(tasks.values())}
-        return self._put(Job(made, inputs, options(sampling), model.label))
+        whole = self._put(Job(made, inputs, options(sampling), model.label))
+        self.parts |= {part.key: replace(whole, recipe=part, after=whole) for part in parts.values()}
+        return whole
 
     def _score(self, model: Job, text: Job, seed: int) -> dict[str, Job]:
         """By criterion asked for, the job that makes its scores."""

@@ -180,7 +180,7 @@ def table_sources():
             shown = targets.compared(table, [model.setting for model in plan.models], tasks)
             models = [model for model, is_shown in zip(plan.models, shown) if is_shown]
             jobs = results_of(models, "measure", *(["evaluate"] if target.tasks else []))
-            found[table] = missing(plan.described(jobs)), manifests(jobs)
+            found[table] = missing([*plan.described(jobs), *plan.lost_parts(jobs)]), manifests(jobs)
         except UserError as error:
             refused[table] = str(error)
     others = [RESULTS.parent / name / "metrics.csv" for name in plan.experiment.further]

@@ -72,3 +72,28 @@ rule evaluate:
         "evaluate tasks: {params.label}"
     shell:
         "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+
+
+rule evaluate_task:
+    """Accuracy on one task, where it was removed after the evaluation of all."""
+    input:
+        lambda wildcards: missing(plan.parts[wildcards.key].sources),
+    output:
+        artifact("evaluate-task"),
+    log:
+        LOGS / "evaluate-task" / "{key}.log",
+    conda:
+        ENVIRONMENT
+    threads: half_the_cores
+    resources:
+        gpu=gpus("evaluate"),
+        mem=memory("evaluate"),
+        runtime=minutes("evaluate"),
+    params:
+        python=python,
+        command=lambda wildcards: plan.command(plan.parts[wildcards.key].after),
+        label=lambda wildcards: plan.parts[wildcards.key].label,
+    message:
+        "evaluate tasks again: {params.label}"
+    shell:
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"

@@ -60,7 +60,7 @@ rule figures:
 rule differences:
     """Intervals of every estimate; every pair of models on the same documents, with tests."""
     input:
-        missing(plan.described(EVALUATED)),
+        missing([*plan.described(EVALUATED), *plan.lost_parts(EVALUATED)]),
     output:
         [RESULTS / "tables" / f"{name}.csv" for name in ("intervals", "differences")],
     log:

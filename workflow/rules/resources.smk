@@ -37,7 +37,7 @@ def request(stage, key, threads):
     counted = estimate_for(threads)
     timed = {"efficiency": partial(counted.efficiency, TOKENS), "scoring_cost": counted.scoring_cost}
     try:
-        return counted.request(plan.jobs[stage][key]) if key else timed[stage]()
+        return counted.request(plan.jobs[stage].get(key) or plan.parts[key].after) if key else timed[stage]()
     except UserError as error:
         raise WorkflowError(str(error))
 
