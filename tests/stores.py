@@ -24,8 +24,9 @@ def _produce(folder: Path, job: Job, checkpoint: Path) -> dict:
     """Files and details of a job's artifact, such as readers of results look at; weights that nobody may read."""
     stage, estimate = job.recipe.stage, {"value": 0.5, "stderr": 0.1, "n": 3}
     if stage == "model":
-        shutil.copyfile(checkpoint / "config.json", folder / "config.json")
-    if stage in ("model", "prune", "recover"):
+        for file in (checkpoint / "config.json", checkpoint / "model.safetensors"):
+            shutil.copyfile(file, folder / file.name)
+    if stage in ("prune", "recover"):
         (folder / "model.safetensors").write_bytes(b"weights")
     if stage == "prune":
         kept = {"kept": {"mlp": [[0, 1], [2]]}, "units_dense": {"mlp": 6}}

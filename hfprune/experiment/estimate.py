@@ -355,7 +355,7 @@ class Estimate:
             seconds += TIMED_ROUNDS * len(BATCHES) * new_tokens * step
         seconds += self.seconds(TIMED_ROUNDS * flops, SLOW_SHARE)
         beside = max(forward_bytes(model, PREFILL, whole=True) for model in models)  # more than keys, values
-        return self._timing(weights + max(BATCHES) * beside, 2 * weights, len(models), seconds)
+        return self._timing(weights + max(BATCHES) * beside, weights, len(models), seconds)
 
     def scoring_cost(self) -> Request:
         """What `hfprune scoring-cost` of the plan's criteria asks of a cluster."""
@@ -364,10 +364,10 @@ class Estimate:
         passes = [scoring.cost(dense, shape, [name], asked.draws, bool(CRITERIA[name].light_cut)) for name in criteria]
         seconds = self.seconds(SCORED_ROUNDS * sum(each["flops"] for each in passes), SLOW_SHARE)
         memory = max(self._scoring_memory([name], asked.length) for name in criteria)
-        return self._timing(memory, (1 + len(criteria)) * _weights(dense), len(criteria), seconds)
+        return self._timing(memory, _weights(dense), len(criteria), seconds)
 
     def _timing(self, memory: int, files: int, processes: int, seconds: float) -> Request:
-        """What a job that times asks for: bytes that it computes in, bytes that it reads, processes beside its own."""
+        """What a job that times asks for: bytes that it computes in, bytes of files, processes beside its own."""
         seconds += START_SECONDS + PROCESS_SECONDS * processes + SECONDS_PER_GIB * files / GIB
         on_cpu, process = bool(self.device.process), self.device.process or HOST_PROCESS_BYTES
         gpus = 0 if on_cpu else math.ceil(memory / self.device.memory)
