@@ -117,6 +117,22 @@ def test_scores_that_wait_for_others_are_made_with_until(filled, whole, tmp_path
     assert 'label = "score"' in drawn.stdout
 
 
+def test_a_lost_result_of_one_task_is_made_again_by_the_evaluation_of_all(filled, monkeypatch):
+    def evaluate_task(folder: Path, *_: object, **__: object) -> dict:
+        (folder / "samples.jsonl").write_text("")
+        return {}
+
+    monkeypatch.setattr("hfprune.evaluation.lm_eval_runner.language_model", lambda *_: None)
+    monkeypatch.setattr("hfprune.evaluation.lm_eval_runner.evaluate_task", evaluate_task)
+    part = next(iter(filled.parts.values()))
+    whole = part.after
+    assert filled.lost_parts([whole]) == []
+    take_out(filled.store, part)
+    assert [lost.key for lost in filled.lost_parts([whole])] == [part.key]
+    assert main(filled.command(whole)) == 0
+    assert filled.lost_parts([whole]) == []
+
+
 def test_named_files_alone_are_verified(tmp_path):
     def produce(folder: Path) -> None:
         for name in ("small", "large"):
