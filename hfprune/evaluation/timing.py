@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
+from hfprune.models.context import check_checkpoint
 from hfprune.models.loading import PREFILL, load_model, load_tokenizer
 from hfprune.models.units import read_scores
 from hfprune.pruning.criteria import CRITERIA
@@ -47,6 +48,8 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
     Raises:
         UserError: a model does not stand on GPUs with all its weights, where there are any.
     """
+    for folder in folders.values():
+        check_checkpoint(folder, {"prefill": PREFILL, f"tokens, after a prompt of {PROMPT},": PROMPT + new_tokens})
     models = {name: _on_gpu(load_model(folder, dtype), name) for name, folder in folders.items()}
     found: dict[tuple[str, str, str], list[float]] = {}
     for number in range(rounds + 1):
@@ -109,7 +112,7 @@ def time_scoring(
         UserError: the model does not stand on GPUs with all its weights, where there are any.
     """
     network = _on_gpu(load_model(model, dtype), model.name)
-    tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
+    tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
     cuts = {name: None if cut is None else read_scores(cut / SCORES)["mlp"] for name, cut in criteria.items()}
     seconds: dict[str, list[float]] = {name: [] for name in criteria}
     for number in range(rounds + 1):

@@ -23,8 +23,10 @@ DEVICE = config.pop("gpu") if "gpu" in workflow.config_settings.config else None
 
 try:
     origin = workflow.overwrite_configfiles or ["config.yaml"]
+    for file in origin:
+        experiments.read(Path(file))  # Snakemake takes the last of two keys of one name
     plan = Plan(experiments.parse(experiments.Experiment, config, ", ".join(map(str, origin))))
-    plan.refuse_budgets()
+    plan.refuse_misfits()
     claim = Claim(Path("results"), [Path(file) for file in origin], plan.experiment)
     claim.refuse()
 except UserError as error:
@@ -42,6 +44,7 @@ os.environ.update(
     # For the model's download, which refuses at once what it cannot give. An option would make Snakemake download again
     # whenever a ratio changes.
     HFPRUNE_BUDGETS=json.dumps(plan.budgets),
+    HFPRUNE_LENGTHS=json.dumps(plan.lengths),
 )
 
 # Of every table and figure, for the report.
