@@ -87,7 +87,7 @@ def documents(**accuracy):
         dense = name == "none"
         model = {"model": "m", "stage": "dense" if dense else "pruned", "criterion": name, "ratio": 0 if dense else 0.2}
         model |= dict.fromkeys(("allocation", "refit", "structure", "recovery"), "none")
-        about = model | {"seed": np.nan if dense else 0}
+        about = model | {"parent": "none", "seed": np.nan if dense else 0}
         for task in ("boolq", "crows_pairs_english"):
             right = (rng.permutation(400) < 400 * share).astype(float)
             rows += [
@@ -196,7 +196,7 @@ def test_further_models_stand_in_one_table(tmp_path):
             for task in ("boolq", "piqa"):
                 rows.append(about | {"group": "task", "task": task, "metric": "acc", "value": value, "stderr": 0.01})
     metrics = pd.DataFrame(rows, columns=COLUMNS).assign(
-        allocation="none", refit="none", structure="none", parameters=1, ratio_achieved=0
+        allocation="none", refit="none", structure="none", parent="none", parameters=1, ratio_achieved=0
     )
     sources = [tmp_path / f"{model}.csv" for model in ("a", "b", "again")]
     for path in sources:  # the last has the first one's models too
@@ -235,7 +235,7 @@ def timings(path):
             zip(MODEL, ["m", *["dense" if not ratio else "pruned"], "none" if not ratio else "entropy"], strict=False)
         )
         about = MACHINE | model | {"key": key, "ratio": ratio, "allocation": "none", "refit": "none"}
-        about |= {"structure": "none", "recovery": "none"}
+        about |= {"structure": "none", "recovery": "none", "parent": "none"}
         measured = [("prefill 256", "prefill_seconds", seconds), ("inference", "peak_bytes", 2**30)]
         measured += [(f"decode batch {batch}", "decode_tokens_per_second", batch / seconds) for batch in (1, 8)]
         rows += [about | {"task": task, "metric": metric, "value": value} for task, metric, value in measured]
@@ -286,7 +286,7 @@ def test_a_csv_of_something_else_is_refused(tmp_path):
 
 def test_what_a_model_is_worth_stands_against_its_time_and_its_cost(tmp_path):
     about = {"model": "m", "allocation": "none", "refit": "none", "structure": "none", "recovery": "none", "n": 1}
-    about |= {"ratio_achieved": 0, "parameters": 1}
+    about |= {"ratio_achieved": 0, "parameters": 1, "parent": "none"}
     rows = []
     for stage, criterion, ratio, value in (("dense", "none", 0.0, 0.5), ("pruned", "entropy", 0.2, 0.4)):
         model = about | {"stage": stage, "criterion": criterion, "ratio": ratio}

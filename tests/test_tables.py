@@ -26,7 +26,13 @@ def metrics(*settings):
     for number, (stage, criterion, allocation, refit, ratio) in enumerate(models):
         for group, task, metric in METRICS:
             made = {"stage": stage, "criterion": criterion, "allocation": allocation, "refit": refit, "ratio": ratio}
-            model = made | {"model": "m", "structure": "mlp" if number else "none", "recovery": "none", "seed": 0}
+            model = made | {
+                "model": "m",
+                "structure": "mlp" if number else "none",
+                "recovery": "none",
+                "parent": "none",
+                "seed": 0,
+            }
             value = {"group": group, "task": task, "metric": metric, "value": float(number), "stderr": 0.1, "n": 4}
             rows.append(model | value | {"ratio_achieved": ratio, "parameters": 100 - number, "key": str(number)})
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -118,6 +124,19 @@ def trained(recovery, criterion="entropy", ratio=0.2, value=0.5):
     return (
         rows if criterion != "none" else rows.assign(ratio=0.0, ratio_achieved=0.0, structure="none", allocation="none")
     )
+
+
+def test_models_cut_twice_are_told_from_those_cut_once():
+    once = metrics(WAYS[0])
+    twice = once[once["ratio"] == 0.2].assign(parent="wanda 0.1", ratio_achieved=0.28, value=9.0)
+    found = pd.concat([once, twice])
+    assert varying(found) == ["parent"]
+    table = summary(found).set_index("parent")
+    assert len(table) == 4
+    assert table.loc["wanda 0.1", ["Removed (%)", "KL (nats/token)"]].tolist() == [0.28, 9]
+    figure = figures.kl(found)
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["entropy, no parent", "entropy, after wanda 0.1"]
+    plt.close(figure)
 
 
 def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control():
@@ -224,7 +243,7 @@ def profiles(count):
             {"criterion": f"c{number}", "ratio": 0.2, "seed": seed} if number else {"criterion": "none", "ratio": 0.0}
         )
         about |= {"stage": "pruned" if number else "dense", "text": text, "by": by, "metric": "kl"}
-        same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery"], "none")
+        same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery", "parent"], "none")
         if number or not seed:
             for place in range(3):
                 bounds = {"bin": place, "low": place, "high": place + 2, "n": 9}

@@ -477,7 +477,11 @@ def _words(model: pd.Series, ways: list[str]) -> list[str]:
 
 def _said(ways: list[str], chosen: Iterable[str]) -> list[str]:
     """How a model was made, in words."""
-    return [f"no {way}" if value == "none" else value for way, value in zip(ways, chosen, strict=True)]
+    told = {"parent": "after {}"}  # what was done before the last cut
+    return [
+        f"no {way}" if value == "none" else told.get(way, "{}").format(value)
+        for way, value in zip(ways, chosen, strict=True)
+    ]
 
 
 def _line(

@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 
-MODEL = ["model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "recovery"]
+MODEL = ["model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "recovery", "parent"]
 
 WITHIN = 1.96  # standard errors to either side hold 95 % of a normal distribution
-WAYS = ["allocation", "refit", "structure", "recovery"]  # how a model was made, beside criterion and ratio
+WAYS = ["allocation", "refit", "structure", "recovery", "parent"]  # how a model was made, beside criterion and ratio
 
 
 def varying(models: pd.DataFrame) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from hfprune.store.filenames import LOSSES, PRUNING, RESULTS
 
 # One value a row; other people's scripts read these.
 COLUMNS = [
-    "model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved", "parameters",
-    "recovery", "seed", "group", "task", "metric", "value", "stderr", "n", "key",
+    "model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved",
+    "ratio_achieved_parent", "parameters", "recovery", "parent", "seed", "group", "task", "metric", "value", "stderr",
+    "n", "key",
 ]  # fmt: skip
 HELDOUT = ("perplexity", "fidelity")  # groups whose task is a held-out text
 REMOVED, PARAMETERS = "Removed (%)", "Parameters (M)"
@@ -82,12 +84,13 @@ def collect(artifacts: list[Artifact], store: Store, called: Mapping[str, str] |
     table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
     names = list(texts.values())
     table["text"] = [names.index(task) if group in HELDOUT else 0 for group, task in table[["group", "task"]].values]
-    by = ["order", "criterion", "allocation", "refit", "ratio", "recovery", "seed", "group", "text", "task", "metric"]
+    by = ["order", "parent", "criterion", "allocation", "refit", "ratio", "recovery"]
+    by += ["seed", "group", "text", "task", "metric"]
     return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
 
 
 def measured_models(artifacts: list[Artifact], store: Store) -> dict[str, dict[str, Any]]:
-    """By key, the columns that say which model it is: those of `MODEL`, seed, ratio_achieved, parameters.
+    """By key, the columns that say which model it is: those of `MODEL`, seed, both shares achieved, parameters.
 
     Args:
         artifacts: of the stages `measure` and `evaluate`.
@@ -100,6 +103,14 @@ def measured_models(artifacts: list[Artifact], store: Store) -> dict[str, dict[s
     for artifact in artifacts:
         if (model := artifact.manifest["inputs"]["model"]) not in measured:
             raise UserError(f"{artifact.folder}: model {model} has no measure among the artifacts given.")
+    for model, measure in measured.items():
+        dense = lineage(model, store)[0]["key"]
+        other = store.manifest("reference", measure.manifest["inputs"]["reference"])["inputs"]["model"]
+        if other != dense:
+            raise UserError(
+                f"{measure.folder}: measured against model {other}, but {model} comes from the dense model {dense}. "
+                "Give a measure whose reference was made with that."
+            )
     models = described(list(measured), store).astype(object).where(lambda each: each.notna(), None)
     return {
         model.pop("key"): model | {"parameters": measure.manifest["details"]["parameters"]}
@@ -188,25 +199,26 @@ def _labels(models: pd.DataFrame, others: tuple[str, ...]) -> list[str]:
             labels.append("dense")
             continue
         words = {"ratio": f"{model['ratio']:.0%}", "seed": f"seed {model['seed']:.0f}"}
+        words["parent"] = f"after {model['parent']}"
         said = [words.get(name, model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
         labels.append(", ".join(said))
     return labels
 
 
-def lineage(key: str, store: Store) -> dict[str, dict[str, Any]]:
-    """By stage, the manifests of a model and of all that it was made from: `model`; `prune`, `score`; `recover`.
+def lineage(key: str, store: Store) -> list[dict[str, Any]]:
+    """The manifests of a model and of all models that it was made from, in the order in which they were made.
+
+    The first is that of a download; the others are of `prune`, each after that of its `score`, and of `recover`.
 
     Raises:
         UserError: the store lacks one of them.
     """
-    found: dict[str, dict[str, Any]] = {}
-    while "model" not in found:
-        stage = next((name for name in ("recover", "prune") if store.has(name, key)), "model")
-        found[stage] = manifest = store.manifest(stage, key)
-        if stage == "prune":
-            found["score"] = store.manifest("score", manifest["inputs"]["scores"])
-        key = manifest["inputs"].get("model", key)
-    return found
+    stage = next((name for name in ("recover", "prune") if store.has(name, key)), "model")
+    manifest = store.manifest(stage, key)
+    if stage == "model":
+        return [manifest]
+    scores = [store.manifest("score", manifest["inputs"]["scores"])] if stage == "prune" else []
+    return [*lineage(manifest["inputs"]["model"], store), *scores, manifest]
 
 
 def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str, str]:
@@ -236,37 +248,53 @@ def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str
 
 
 def described(keys: list[str], store: Store) -> pd.DataFrame:
-    """Which models some checkpoints are, a row each: columns of `MODEL`, seed, ratio_achieved and the checkpoint's key.
+    """Which models some checkpoints are, a row each: columns of `MODEL`, seed, both shares achieved, the key.
 
     Args:
         keys: of artifacts of `model`, `prune` and `recover`.
         store: where everything that they were made from has its manifests.
     """
     made = {key: lineage(key, store) for key in keys}
-    trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
-    rows = [_model_columns(stages) | {"recovery": trained.get(key, "none"), "key": key} for key, stages in made.items()]
-    return pd.DataFrame(rows, columns=[*MODEL, "seed", "ratio_achieved", "key"])
+    trained = recovery_names({key: line[-1] for key, line in made.items() if line[-1]["stage"] == "recover"}, store)
+    rows = [_model_columns(line) | {"recovery": trained.get(key, "none"), "key": key} for key, line in made.items()]
+    return pd.DataFrame(rows, columns=[*MODEL, "seed", "ratio_achieved", "ratio_achieved_parent", "key"])
 
 
-def _model_columns(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _model_columns(made: list[dict[str, Any]]) -> dict[str, Any]:
     """The columns that say which model it is, of its `lineage`, without `recovery` and `parameters`."""
-    columns = {"model": made["model"]["details"]["name"], "stage": "recovered" if "recover" in made else "pruned"}
-    if "prune" not in made:
+    download = made[0]["details"]
+    stage = {"model": "dense", "prune": "pruned", "recover": "recovered"}[made[-1]["stage"]]
+    columns = {"model": download["name"], "stage": stage}
+    last = max((place for place, each in enumerate(made) if each["stage"] == "prune"), default=0)
+    if not last:
         none = dict.fromkeys(("criterion", "allocation", "refit", "structure"), "none")
-        stage = "recovered" if "recover" in made else "dense"
-        return columns | {"stage": stage, **none, "ratio": 0.0, "ratio_achieved": 0.0, "seed": None}
-    details, scores = made["prune"]["details"], made["score"]["parameters"]
-    cut = {name: details[name] for name in ("allocation", "refit", "structure", "ratio", "ratio_achieved")}
-    return columns | {"criterion": scores["criterion"], **cut, "seed": scores["seed"]}
+        shares = {"ratio": 0.0, "ratio_achieved": download.get("ratio_achieved", 0.0), "ratio_achieved_parent": 0.0}
+        return columns | none | shares | {"seed": None, "parent": _called(made[1:-1])}
+    details, scores = made[last]["details"], made[last - 1]["parameters"]
+    names = ("allocation", "refit", "structure", "ratio", "ratio_achieved", "ratio_achieved_parent")
+    cut = {name: details[name] for name in names}
+    trained_before = made[last + 1 : -1]
+    parent = _called([*made[1 : last - 1], *trained_before])
+    return columns | {"criterion": scores["criterion"], **cut, "seed": scores["seed"], "parent": parent}
 
 
-def _costs(made: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What it cost to make a model, of its `lineage`: seconds, peak bytes, tokens and FLOPs of each stage."""
+def _called(made: list[dict[str, Any]]) -> str:
+    """Steps of a lineage in few words; without their seeds, over which models made in one way are averaged."""
+    words = []
+    for scores, manifest in pairwise([{}, *made]):
+        if manifest["stage"] == "prune":
+            details = manifest["details"]
+            ways = [details[name] for name in ("allocation", "refit", "structure") if details[name] not in PLAIN]
+            words.append(" ".join([scores["parameters"]["criterion"], *ways, f"{details['ratio']:.4g}"]))
+        elif manifest["stage"] == "recover":
+            words.append(manifest["parameters"]["method"])
+    return " + ".join(words) or "none"
+
+
+def _costs(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What it cost to make a model, of its `lineage`: seconds, peak bytes, tokens and FLOPs of each step."""
     rows = []
-    for stage in ("score", "prune", "recover"):
-        if stage not in made:
-            continue
-        manifest = made[stage]
+    for manifest in made[1:]:
         # Criteria scored in one pass share its time; their artifacts' own seconds are those of writing a file. A
         # training that was killed and went on has the seconds of all attempts.
         seconds = manifest["details"].get("seconds_together", manifest["seconds"])
@@ -275,7 +303,7 @@ def _costs(made: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         found |= {name: details[name] for name in ("tokens", "flops") if name in details}
         for metric, value in found.items():
             estimate = {"metric": metric, "value": value, "stderr": None, "n": 1}
-            rows.append({"group": "cost", "task": stage, **estimate, "key": manifest["key"]})
+            rows.append({"group": "cost", "task": manifest["stage"], **estimate, "key": manifest["key"]})
     return rows
 
 
