@@ -1,6 +1,6 @@
 """The figures: drawn from `metrics.csv` and from scores, one look throughout."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 
@@ -42,15 +42,15 @@ PAIR = ("entropy", "cross_entropy")  # the paper argues for the one over the oth
 NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
-def draw(metrics: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the figures of `metrics.csv` into `folder`, of accuracy where tasks were evaluated; their paths."""
     figures = {"kl": lambda: kl(metrics)}
     if (metrics["group"] == "task").any():
         figures["accuracy"] = lambda: accuracy(metrics)
-    yield from _save(figures, folder)
+    return _save(figures, folder)
 
 
-def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the figures of the scores and, where there are several, of their agreement into `folder`; their paths."""
     figures = {"importance": lambda: importance(scores)}
     first = _first_of_each(scores)
@@ -58,38 +58,40 @@ def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> It
         figures["entropy_cross_entropy"] = lambda: against_each_other(*(layers(first[name]) for name in PAIR))
     if len(scores) > 1:
         figures["agreement"] = lambda: agreement(found)
-    yield from _save(figures, folder)
+    return _save(figures, folder)
 
 
-def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw what models are worth against their speed and their cost into `folder`; their paths."""
-    yield from _save({"pareto": lambda: pareto(metrics, timings)}, folder)
+    return _save({"pareto": lambda: pareto(metrics, timings)}, folder)
 
 
-def draw_widths(widths: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_widths(widths: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw what every layer keeps into `folder`; their paths."""
-    yield from _save({"widths": lambda: kept_widths(widths)}, folder)
+    return _save({"widths": lambda: kept_widths(widths)}, folder)
 
 
-def draw_losses(curves: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_losses(curves: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the loss curves of recovery into `folder`; their paths."""
-    yield from _save({"losses": lambda: losses(curves)}, folder)
+    return _save({"losses": lambda: losses(curves)}, folder)
 
 
-def draw_profile(bins: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_profile(bins: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw where models differ from the dense one into `folder`; their paths."""
-    yield from _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
+    return _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
 
 
-def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> Iterator[Path]:
+def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
+    paths = []
     with plt.rc_context(STYLE):
         for name, make in figures.items():
             figure = make()
             for suffix, metadata in NO_DATE.items():
                 path = folder / f"{name}.{suffix}"
                 figure.savefig(path, metadata=metadata)
-                yield path
+                paths.append(path)
             plt.close(figure)
+    return paths
 
 
 def accuracy(metrics: pd.DataFrame) -> Figure:
