@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from hfprune.experiment.plan import store_root
 from hfprune.experiment.schema import parse
-from hfprune.stages.declaration import Section
+from hfprune.runtime.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ POSITIONAL = Option(is_positional=True)
 Count = Annotated[int, Field(ge=1)]
 
 
-class Command(Section):
+class Command(BaseModel):
     """A command of `hfprune`: its docstring and the fields' descriptions are its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     words: ClassVar[tuple[str, ...]]
     examples: ClassVar[tuple[str, ...]]
@@ -85,7 +87,7 @@ def add_typed(parsers: Any, command: type[Command]) -> None:
     add_options(add_command(parsers, command.words[-1], text, command.examples, run), command)
 
 
-def given(args: argparse.Namespace, section: type[Section]) -> Any:
+def given(args: argparse.Namespace, section: type[BaseModel]) -> Any:
     """The parsed words as a validated `section`.
 
     Raises:
@@ -96,12 +98,14 @@ def given(args: argparse.Namespace, section: type[Section]) -> Any:
     return parse(section, values, f"hfprune {args.command}")
 
 
-def add_options(parser: argparse.ArgumentParser, section: type[Section]) -> None:
+def add_options(parser: argparse.ArgumentParser, section: type[BaseModel]) -> None:
     """An option for each field; those that are not given are left to the section's defaults."""
     for attribute, field in section.model_fields.items():
         name = field.alias or attribute
         option = next((each for each in field.metadata if isinstance(each, Option)), Option())
         settings: dict[str, Any] = {"help": _help(name, field), "default": argparse.SUPPRESS}
+        if issubclass(section, Command) and _holds_paths(field.annotation):
+            settings["type"] = expanded
         if option.is_positional:
             settings |= {"nargs": _positional(field, option), "metavar": option.metavar or name}
             parser.add_argument(name, **settings)
@@ -147,6 +151,14 @@ def _count(annotation: Any) -> int | str | None:
     return None
 
 
+def _holds_paths(annotation: Any) -> bool:
+    """Whether it is a path, a list of them, or either or None."""
+    return annotation is Path or any(
+        kind is Path or (get_origin(kind) is list and Path in get_args(kind))
+        for kind in (annotation, *get_args(annotation))
+    )
+
+
 def pair_of(value: Any) -> Any:
     """NAME=PATH as its two parts.
 
@@ -158,7 +170,7 @@ def pair_of(value: Any) -> Any:
     name, _, path = value.partition("=")
     if not name or not path:
         raise ValueError("expected NAME=PATH")
-    return name, path
+    return name, expanded(path)
 
 
 NamedPath = Annotated[tuple[str, Path], BeforeValidator(pair_of)]

@@ -13,6 +13,7 @@ from hfprune.errors import UserError
 from hfprune.reporting import targets
 from hfprune.stages.making import open_artifact
 from hfprune.store.artifacts import Artifact, Store
+from hfprune.store.filenames import LOSSES, PRUNING
 from hfprune.store.results import Aside, written
 
 Metrics = Annotated[Path, Field(description="a metrics.csv made by collect")]
@@ -238,7 +239,7 @@ class Widths(StoreCommand):
         from hfprune.reporting.figures import draw_widths
         from hfprune.reporting.tables import kept_widths
 
-        models = [open_artifact(path, "prune") for path in self.manifests]
+        models = [open_artifact(path, "prune", files=[PRUNING]) for path in self.manifests]
         write_and_draw(self.output, "widths", kept_widths(models, Store(self.store)), draw_widths, models)
 
 
@@ -255,7 +256,7 @@ class Losses(StoreCommand):
         from hfprune.reporting.figures import draw_losses
         from hfprune.reporting.tables import training_curves
 
-        models = [open_artifact(path, "recover") for path in self.manifests]
+        models = [open_artifact(path, "recover", files=[LOSSES]) for path in self.manifests]
         write_and_draw(self.output, "losses", training_curves(models, Store(self.store)), draw_losses, models)
 
 

@@ -2,11 +2,11 @@
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from hfprune.cli.commands import StoreCommand, add_command, add_options, given, spelled
 from hfprune.experiment.schema import parse
+from hfprune.runtime.paths import expanded
 from hfprune.stages.declaration import Stage
 from hfprune.stages.making import make, open_artifact
 from hfprune.stages.registry import STAGES
@@ -30,7 +30,7 @@ def _add_options(parser: argparse.ArgumentParser, stage: Stage) -> None:
     for name, source in stage.inputs.items():
         parser.add_argument(
             spelled(name),
-            type=Path,
+            type=expanded,
             nargs="+" if source.several else None,
             required=not source.optional,
             help=source.description + ("" if source.several else ": an artifact's folder or manifest"),

@@ -12,11 +12,11 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from hfprune.data.readers import decoded
 from hfprune.errors import UserError
-from hfprune.stages.declaration import DType, Name, Sampling, Section, Seed
+from hfprune.stages.declaration import DType, Name, Sampling, Section, Seed, UserPath
 from hfprune.stages.evaluate import BATCHING, Batching
 from hfprune.stages.prune import (
     AllocationName,
@@ -128,7 +128,7 @@ class Experiment(Section):
     """A whole experiment, as a config file states it."""
 
     experiment: Name = Field(description="results go to results/<experiment>")
-    store: Path = Field(Path("store"), description="folder of all artifacts; HFPRUNE_STORE overrides it")
+    store: UserPath = Field(Path("store"), description="folder of all artifacts; HFPRUNE_STORE overrides it")
     strict: bool = Field(
         False, description="score nothing where what is calibrated or trained on overlaps with what is tested on"
     )
@@ -275,7 +275,7 @@ def schema() -> str:
     return json.dumps(Experiment.model_json_schema(), indent=1) + "\n"
 
 
-def parse(model: type[Section], values: Mapping[str, Any], origin: str) -> Any:
+def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str) -> Any:
     """`values` as a validated `model`.
 
     Raises:

@@ -128,8 +128,8 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_token(model: PreTrainedModel) -> int:
-    """Floating-point operations of a forward pass over one sequence of `PREFILL` tokens, divided by its tokens.
+def flops_per_token(model: PreTrainedModel, length: int) -> int:
+    """Floating-point operations of a forward pass over a sequence of `length` tokens, divided by its tokens.
 
     2 (a product and a sum) for each weight of each linear layer, the output projection among them; and 4 for each
     dimension of each attention head and each token of the sequence: 2 for the scores, 2 for the sum of values, counted
@@ -138,7 +138,7 @@ def flops_per_token(model: PreTrainedModel) -> int:
     """
     linear = sum(2 * each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear))
     heads = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
-    return linear + 4 * heads * PREFILL
+    return linear + 4 * heads * length
 
 
 def weight_bytes(folder: Path) -> int:

@@ -8,7 +8,6 @@ from hfprune.reporting.tables import collect, headline, lineage
 from hfprune.sharing.model_card import Estimate, Figure, card, read_made
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import CARD, is_shared
-from hfprune.store.results import written
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -29,8 +28,8 @@ def contents(model: Artifact, results: list[Artifact], store: Store, address: st
     Raises:
         UserError: see `figures`.
     """
-    page = card(read_made(model.folder), figures(model, results, store), address).encode()
-    return {CARD: page} | {
+    written = card(read_made(model.folder), figures(model, results, store), address).encode()
+    return {CARD: written} | {
         name: model.folder / name for name in model.manifest["files"] if name != CARD and is_shared(name)
     }
 
@@ -56,17 +55,14 @@ def check_new(folder: Path) -> None:
 
 
 def export(files: Contents, folder: Path) -> None:
-    """Write `contents` into `folder`, which is made whole or not at all."""
-    with written() as aside:
-        scratch = aside.path(folder.resolve())
-        scratch.mkdir()
-        for name, content in files.items():
-            target = scratch / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                target.write_bytes(content)
-            else:
-                shutil.copyfile(content, target)
+    """Write `contents` into `folder`, which is made."""
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)
 
 
 def push(files: Contents, repository: str, private: bool, key: str) -> str:

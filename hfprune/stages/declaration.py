@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from hfprune.runtime.paths import expanded
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+UserPath = Annotated[Path, AfterValidator(expanded)]
 Function = TypeVar("Function", bound=Callable)
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
@@ -20,9 +24,19 @@ def outside_key(function: Function) -> Function:
 
 
 class Section(BaseModel):
-    """Values of a config or of a command: unknown names are refused, values cannot be changed afterwards."""
+    """A part of a config: unknown keys are refused, values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        """Refuse a list that names something twice."""
+        for place, item in enumerate(value if isinstance(value, list) else []):
+            if (first := value.index(item)) != place:
+                what = "grids" if isinstance(item, Section) else f"{item!r} stands twice:"
+                raise ValueError(f"{what} {first} and {place}, counted from 0, are the same. Leave one out")
+        return value
 
 
 class Parameters(Section):

@@ -1,5 +1,6 @@
 """Zero-shot accuracy of a checkpoint on tasks of lm-eval; each task's results are an artifact of their own."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +27,20 @@ MODEL = Input(("recover", "prune", "model"), description="checkpoint")
 LIBRARIES = ("torch", "transformers", "lm_eval")
 
 
-def _one_task(folder: Path, inputs: Any, parameters: EvaluateParameters, model: Any) -> dict[str, Any]:
+@cache  # loaded once a task needs it
+def _language_model(folder: Path, dtype: str, batching: str) -> Any:
+    from hfprune.evaluation.lm_eval_runner import language_model
+
+    return language_model(folder, dtype, batching)
+
+
+def _one_task(folder: Path, inputs: Any, parameters: EvaluateParameters, making: Any) -> dict[str, Any]:
     from hfprune.evaluation.lm_eval_runner import evaluate_task
 
-    task = inputs["task"]
+    task, model = inputs["task"], _language_model(inputs["model"].folder, parameters.dtype, parameters.batching)
     name, examples = task.parameters["name"], task.parameters.get("num_fewshot", 0)
     sampling = {"limit": parameters.limit, "seed": parameters.seed}
-    return evaluate_task(folder, model(), name, task.folder, **sampling, num_fewshot=examples)
+    return evaluate_task(folder, model, name, task.folder, **sampling, num_fewshot=examples)
 
 
 def _parts(parameters: EvaluateParameters, inputs: Any) -> dict[str, tuple]:
@@ -44,18 +52,9 @@ def _parts(parameters: EvaluateParameters, inputs: Any) -> dict[str, tuple]:
 
 
 def _produce(folder: Path, inputs: Any, parameters: EvaluateParameters, making: Any) -> dict[str, Any]:
-    from functools import cache, partial
+    from hfprune.evaluation.lm_eval_runner import evaluate
 
-    from hfprune.evaluation.lm_eval_runner import evaluate, language_model
-
-    @cache  # loaded once a task needs it
-    def model() -> Any:
-        return language_model(inputs["model"].folder, parameters.dtype, parameters.batching)
-
-    tasks = {
-        name: making.make(stage, given, sources, partial(_one_task, inputs=sources, parameters=given, model=model))
-        for name, (stage, given, sources) in _parts(parameters, inputs).items()
-    }
+    tasks = {name: making.make(*part) for name, part in _parts(parameters, inputs).items()}
     evaluate(folder, {name: task.folder for name, task in tasks.items()})
     return {"tasks": {name: task.manifest["details"] for name, task in tasks.items()}}
 

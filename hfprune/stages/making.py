@@ -37,13 +37,15 @@ def recipe(stage: Stage, parameters: Parameters, inputs: Inputs) -> Recipe:
     return Recipe(stage.name, read, keys, code_digest(stage.module), versions(stage.libraries))
 
 
-def open_artifact(path: Path, *stages: str) -> Artifact:
+def open_artifact(path: Path, *stages: str, files: Sequence[str] = ()) -> Artifact:
     """The artifact at `path`, a folder or a manifest, which must be of one of the `stages`.
+
+    Where `files` are named, they are all that is read of it, and all that is verified.
 
     Raises:
         UserError: it is of another, not there, or damaged.
     """
-    artifact = artifacts.read(path)
+    artifact = artifacts.read(path, *files)
     if artifact.manifest["stage"] not in stages:
         raise UserError(
             f"{path}: an artifact of {artifact.manifest['stage']!r}; expected one of {' or '.join(stages)}."
@@ -68,18 +70,11 @@ class Making:
         """The key of another artifact."""
         return recipe(stage, parameters, inputs).key
 
-    def make(
-        self,
-        stage: Stage,
-        parameters: Parameters,
-        inputs: Inputs,
-        produce: Callable[[Path], dict[str, Any] | None] | None = None,
-    ) -> Artifact:
-        """Another artifact, that of the store or a new one, by its own stage's `produce` unless another is given."""
+    def make(self, stage: Stage, parameters: Parameters, inputs: Inputs) -> Artifact:
+        """Another artifact, that of the store or a new one."""
         making = Making(self.store, stage, inputs)
         return self.store.make(
-            recipe(stage, parameters, inputs),
-            produce or (lambda folder: stage.produce(folder, inputs, parameters, making)),
+            recipe(stage, parameters, inputs), lambda folder: stage.produce(folder, inputs, parameters, making)
         )
 
     def missing(self) -> list[Parameters]:
@@ -137,4 +132,7 @@ def make(
         stage.in_step(make_by, produce)
     else:
         make_by(produce)
+    for part in stage.parts(parameters, inputs).values() if stage.parts else ():
+        if not store.has(part[0].name, recipe(*part).key):  # removed since the whole was made
+            making.make(*part)
     return artifact

@@ -80,17 +80,17 @@ def _one_pass(folder: Path, inputs: Any, parameters: ScoreParameters, making: An
     missing = making.missing()
     together = [parameters.criterion, *(other.criterion for other in missing)]
     started = time.monotonic()
-    results, cost = compute(folder, criteria=together, **folders, **parameters.model_dump(exclude={"criterion"}))
+    results, costs = compute(folder, criteria=together, **folders, **parameters.model_dump(exclude={"criterion"}))
     seconds = round(time.monotonic() - started, 3)
     text = inputs["text"].manifest["details"]["name"]
-    details = {"text": text, "together": together, "seconds_together": seconds, **cost}
+    details = {"text": text, "together": together, "seconds_together": seconds}
 
     def save(criterion: str, into: Path) -> dict[str, Any]:
         if whole:
             save_scores(into / SCORES, results[criterion])
         else:
             results[criterion].save(into / SUMS)
-        return details
+        return details | costs[criterion]
 
     for other in missing:
         making.offer(other, partial(save, other.criterion))
@@ -111,7 +111,7 @@ def _merge(folder: Path, inputs: Any, parameters: ScoreParameters, making: Any) 
     save_scores(folder / SCORES, merged)
     cost = {
         name: sum(shard.manifest["details"][name] for shard in shards)
-        for name in ("seconds_together", "tokens", "flops")
+        for name in ("seconds_together", "tokens", "flops", "flops_together")
     }
     return {"text": inputs["text"].manifest["details"]["name"], "shards": len(shards), **cost}
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hfprune.data.download import content_digest
-from hfprune.stages.declaration import Parameters
+from hfprune.stages.declaration import Parameters, UserPath
 from hfprune.stages.wheel import WHEEL, WheelParameters
 
 
@@ -23,7 +23,7 @@ class Source(Parameters):
     )
     file: str | None = Field(None, description="path of a file in the wheel or the hub repository")
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of the wheel's file")
-    path: Path | None = Field(None, description="a file or folder on this machine")
+    path: UserPath | None = Field(None, description="a file or folder on this machine")
 
     @model_validator(mode="after")
     def _one_source(self) -> Source:

@@ -3,7 +3,7 @@ rule download:
     output:
         update(str(STORE / "{kind}" / "{key}" / "manifest.json")),
     log:
-        "logs/{kind}/{key}.log",
+        LOGS / "{kind}" / "{key}.log",
     wildcard_constraints:
         kind="model|text|task",
     priority: 100
@@ -25,7 +25,7 @@ checkpoint overlap:
     output:
         RESULTS / "tables" / "overlap.csv",
     log:
-        "logs/overlap.log",
+        LOGS / "overlap.log",
     priority: 75
     conda:
         ENVIRONMENT

@@ -19,7 +19,7 @@ rule page:
             labels=lambda wildcards: {"Title": title(wildcards)},
         ),
     log:
-        "logs/report/{kind}-{name}.log",
+        LOGS / "report" / "{kind}-{name}.log",
     conda:
         ENVIRONMENT
     params:
@@ -38,7 +38,7 @@ rule artifacts:
     output:
         [RESULTS / "provenance" / f"{name}.csv" for name in ("artifacts", "versions")],
     log:
-        "logs/artifacts.log",
+        LOGS / "artifacts.log",
     conda:
         ENVIRONMENT
     params:
@@ -54,7 +54,7 @@ rule config:
     output:
         RESULTS / "provenance" / "config.yaml",
     log:
-        "logs/config.log",
+        LOGS / "config.log",
     conda:
         ENVIRONMENT
     params:
@@ -72,7 +72,7 @@ rule report:
     output:
         RESULTS / "report.html",
     log:
-        "logs/report.log",
+        LOGS / "report.log",
     conda:
         ENVIRONMENT
     params:
