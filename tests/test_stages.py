@@ -150,7 +150,7 @@ TASKS = {"evaluate", "evaluate-task"}
         ("stages/recover", {"recover"}),
         ("pruning/refit", {"prune"}),
         ("evaluation/fidelity", FIDELITY),
-        ("data/sampling", {*SCORING, *FIDELITY, "prune", "recover"}),
+        ("data/sampling", {*SCORING, *FIDELITY, *TASKS, "prune", "recover"}),
         ("stages/declaration", set(STAGES)),
     ],
 )
