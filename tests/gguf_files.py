@@ -1,5 +1,6 @@
 """GGUF files of tiny models, written with the `gguf` package as llama.cpp's converter writes them."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def write_gguf(file: Path, model, architecture="llama", keys=None, tensors=None,
 
 
 def _add_tokenizer(writer, size: int) -> None:
-    bpe = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
+    bpe = _bpe()
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
     tokens += [f"[PAD{i}]" for i in range(len(tokens), size)]
     writer.add_tokenizer_model("gpt2")
@@ -66,6 +67,11 @@ def _add_tokenizer(writer, size: int) -> None:
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in bpe["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+
+
+@functools.cache
+def _bpe() -> dict:
+    return json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
 
 
 def _named(name: str) -> str:

@@ -63,7 +63,9 @@ def _instead(names: list[str]) -> str:
 
 def _indexed(names: Collection[str], index: Path, where: str) -> list[str]:
     try:
-        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["metadata"]  # transformers reads it
+        named = sorted(set(content["weight_map"].values()))
         absent = [name for name in named if name not in names]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{where}: {INDEX}: not an index of weights ({type(error).__name__}: {error}).") from None
