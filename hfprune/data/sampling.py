@@ -1,21 +1,16 @@
 """From documents to token sequences: which stretch of which document, decided by a seed alone."""
 
-import json
 import random
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from hfprune.data.readers import read_records
 from hfprune.errors import UserError
+from hfprune.models.context import check_lengths
 from hfprune.store.filenames import DOCUMENTS
-
-
-def read_records(folder: Path) -> list[dict[str, str]]:
-    """The records of a downloaded text, in order: all with `text`, or all with `instruction` and `response`."""
-    with (folder / DOCUMENTS).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def read_documents(folder: Path) -> list[str]:
@@ -43,8 +38,21 @@ def check_vocabulary(largest: int, vocabulary: int) -> None:
         )
 
 
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind every text by itself, token ids.
+
+    Raises:
+        UserError: it does more than that.
+    """
+    bare, whole = (tokenizer("a", add_special_tokens=way)["input_ids"] for way in (False, True))
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    raise UserError(f"the tokenizer gives {whole} for 'a' and without special tokens {bare}: no part of that.")
+
+
 def sample_sequences(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: Path, samples: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path, samples: int, length: int, seed: int
 ) -> Tensor:
     """One stretch of `length` tokens out of each of `samples` documents.
 
@@ -55,8 +63,10 @@ def sample_sequences(
         (samples, length) int64 token ids.
 
     Raises:
-        UserError: too few documents are long enough, or the tokenizer is not the model's.
+        UserError: the model, which `config` is of, has a shorter context, too few documents are long enough, or the
+            tokenizer is not the model's.
     """
+    check_lengths(config.to_dict(), {"length": length})
     documents = read_documents(folder)
     choose = random.Random(seed)  # Mersenne Twister: the same on every machine and version
     order = list(range(len(documents)))
@@ -75,5 +85,5 @@ def sample_sequences(
             f"{samples} are asked for. Set a smaller `samples` or `length`, or give a longer text."
         )
     sequences = torch.tensor(found)
-    check_vocabulary(int(sequences.max()), vocabulary)
+    check_vocabulary(int(sequences.max()), config.vocab_size)
     return sequences

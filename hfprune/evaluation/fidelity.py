@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.models.loading import (
-    at_hand,
+    PREFILL,
     count_parameters,
     final_hidden,
     flops_per_token,
@@ -26,6 +26,7 @@ from hfprune.models.loading import (
     load_tokenizer,
     logits_of,
     weight_bytes,
+    weights_in_memory,
 )
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.progress import progress
@@ -45,9 +46,9 @@ def reference(folder: Path, model: Path, text: Path, samples: int, length: int, 
     `entropy` (samples, length), nats, is that of the dense model's predictions, by which `measure` bins positions.
     """
     network = load_model(model, dtype)
-    tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
+    tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
     hidden = torch.cat(list(hidden_states(network, tokens, "reference")))
-    with at_hand(output := network.get_output_embeddings()):
+    with weights_in_memory(output := network.get_output_embeddings()):
         entropies = torch.stack([_entropies(one, output.weight).cpu() for one in hidden])
         head = output.weight.cpu().clone()
     save_file({"tokens": tokens, "hidden": hidden.cpu(), "head": head, "entropy": entropies}, folder / REFERENCE)
@@ -65,11 +66,12 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
     The dense model compared with itself gives kl = js = entropy_change = 0 and top1_agreement = top15_jaccard = 1.
 
     Returns:
-        Of the model: `parameters`, `flops_per_token` of a forward pass, `bytes` of the weights on disk.
+        Of the model: `parameters`, `flops_per_token` of a forward pass over `PREFILL` tokens, `bytes` of its weights
+        on disk.
     """
     network = load_model(model, dtype)
     documents: list[dict[str, float]] = []
-    with at_hand(output := network.get_output_embeddings()):
+    with weights_in_memory(output := network.get_output_embeddings()):
         head = output.weight
         dense = {name: tensor.to(head.device) for name, tensor in load_file(reference / REFERENCE).items()}
         profile = Profile(dense["entropy"])
@@ -84,7 +86,7 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
     (folder / SAMPLES).write_text("".join(lines), encoding="utf-8")
     return {
         "parameters": count_parameters(network),
-        "flops_per_token": flops_per_token(network),
+        "flops_per_token": flops_per_token(network, PREFILL),
         "bytes": weight_bytes(model),
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,22 +23,26 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from hfprune.data.download import template_fields
 from hfprune.data.lm_eval_tasks import CONVERSIONS
+from hfprune.data.readers import decoded
 from hfprune.errors import UserError
 from hfprune.models.units import STRUCTURES
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.criteria import CRITERIA
+from hfprune.runtime.paths import expanded
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Parameters = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+UserPath = Annotated[Path, AfterValidator(expanded)]
 CriterionName = Literal[tuple(CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
@@ -54,6 +59,16 @@ class Section(BaseModel):
     """A part of the config: unknown keys are refused, values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        """Refuse a list that names something twice."""
+        for place, item in enumerate(value if isinstance(value, list) else []):
+            if (first := value.index(item)) != place:
+                what = "grids" if isinstance(item, Section) else f"{item!r} stands twice:"
+                raise ValueError(f"{what} {first} and {place}, counted from 0, are the same. Leave one out")
+        return value
 
 
 def _one_budget(cut: Cut, ratio: str, target: str) -> None:
@@ -83,7 +98,7 @@ class Source(Section):
     )
     file: str | None = Field(None, description="path of a file in the wheel or the hub repository")
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of the wheel's file")
-    path: Path | None = Field(None, description="a file or folder on this machine")
+    path: UserPath | None = Field(None, description="a file or folder on this machine")
 
     @model_validator(mode="after")
     def _one_source(self) -> Source:
@@ -363,7 +378,7 @@ class Experiment(Section):
     """A whole experiment, as a config file states it."""
 
     experiment: Name = Field(description="results go to results/<experiment>")
-    store: Path = Field(Path("store"), description="folder of all artifacts; HFPRUNE_STORE overrides it")
+    store: UserPath = Field(Path("store"), description="folder of all artifacts; HFPRUNE_STORE overrides it")
     strict: bool = Field(
         False, description="score nothing where what is calibrated or trained on overlaps with what is tested on"
     )
@@ -559,17 +574,42 @@ def load(path: Path) -> Experiment:
     Raises:
         UserError: the file is missing, not YAML, or not an experiment.
     """
+    return parse(Experiment, read(path), str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        UserError: the file is missing, not UTF-8 or not YAML, or has a key twice.
+    """
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
-    except yaml.YAMLError as error:
+        content = decoded(path)
+        values = yaml.safe_load(content)
+        _refuse_repeated_keys(yaml.compose(content, yaml.SafeLoader), path)
+    except OSError as error:
+        said = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise UserError(f"{path}: {said}.") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}.")
-    return parse(Experiment, values, str(path))
+    return values
+
+
+def _refuse_repeated_keys(node: Any, path: Path) -> None:
+    """Refuse a key that stands twice in one section of a composed YAML file: of two values YAML drops one silently."""
+    seen = {}
+    for child in node.value if isinstance(getattr(node, "value", None), list) else []:
+        if isinstance(child, tuple):
+            key, child = child
+            first = seen.setdefault(str(key.value), key)
+            if first is not key:
+                lines = key.start_mark.line + 1, first.start_mark.line + 1
+                raise UserError(f"{path}: line {lines[0]}: {key.value!r} stands in line {lines[1]} already. Keep one.")
+        _refuse_repeated_keys(child, path)
 
 
 def schema() -> str:

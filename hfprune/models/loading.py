@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from accelerate.utils import align_module_device
@@ -22,6 +21,7 @@ from transformers import (
 
 from hfprune.errors import UserError
 from hfprune.models.modeling_per_layer import CLASSES
+from hfprune.runtime.memory import available_bytes
 from hfprune.store.keys import versions
 
 # `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
@@ -129,7 +129,7 @@ def _placement() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
     free = {gpu: torch.cuda.mem_get_info(gpu)[0] - BYTES_BESIDE_WEIGHTS for gpu in range(torch.cuda.device_count())}
-    room = {place: max(0, size) for place, size in free.items()} | {"cpu": psutil.virtual_memory().available}
+    room = {place: max(0, size) for place, size in free.items()} | {"cpu": available_bytes()}
     return {"device_map": "sequential", "max_memory": room}
 
 
@@ -178,8 +178,8 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_token(model: PreTrainedModel) -> int:
-    """Floating-point operations of a forward pass over one sequence of `PREFILL` tokens, divided by its tokens.
+def flops_per_token(model: PreTrainedModel, length: int) -> int:
+    """Floating-point operations of a forward pass over a sequence of `length` tokens, divided by its tokens.
 
     2 (a product and a sum) for each weight of each linear layer, the output projection among them; and 4 for each
     dimension of each attention head and each token of the sequence: 2 for the scores, 2 for the sum of values, counted
@@ -188,7 +188,7 @@ def flops_per_token(model: PreTrainedModel) -> int:
     """
     linear = sum(2 * each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear))
     heads = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
-    return linear + 4 * heads * PREFILL
+    return linear + 4 * heads * length
 
 
 def weight_bytes(folder: Path) -> int:
@@ -207,7 +207,7 @@ def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def at_hand(*modules: nn.Module) -> Iterator[None]:
+def weights_in_memory(*modules: nn.Module) -> Iterator[None]:
     """Have the modules' own weights in memory, where accelerate has offloaded them."""
     with ExitStack() as stack:
         for module in modules:

@@ -32,12 +32,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from hfprune.data.packing import NO_LABEL, Packed, read_examples
 from hfprune.errors import UserError
 from hfprune.models import checkpoint
+from hfprune.models.context import check_checkpoint
+from hfprune.models.history import BEFORE, read_step, since_the_last_cut, steps
 from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
 from hfprune.recovery.losses import chunked, cross_entropy, distillation
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import checkpointed, is_short
 from hfprune.runtime.progress import bar
-from hfprune.runtime.signals import Noted, Stopped, noting
+from hfprune.runtime.signals import Sigterm, Stopped, sigterm_deferred
 from hfprune.store.filenames import ADAPTER, LOSSES, PRUNING, RECOVERY, RESUME
 
 MAX_GRADIENT = 1.0  # norm that a step's gradient is clipped to, the Trainer's default
@@ -80,18 +82,19 @@ def recover(
         attempts' steps, first and last loss.
 
     Raises:
-        UserError: nothing to train on, settings that do not fit one another, a loss that is not finite or rises, a
-            checkpoint that does not reload.
+        UserError: nothing to train on, sequences longer than the model's context, settings that do not fit one
+            another, a loss that is not finite or rises, a checkpoint that does not reload.
     """
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UserError(f"report_to = {report_to!r}: not installed. Run `pip install {report_to}`, or leave it out.")
+    check_checkpoint(model, {"length": length})
     network = load_model(model, dtype, spread=False)
     own_dtype = network.dtype
     use_cache = network.config.use_cache
     rows = Packed(read_examples(load_tokenizer(model), network.config.vocab_size, text, length), length, epochs, seed)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     per_step = _rows_per_step(rows, batch_tokens, micro_batch, processes)
-    per_token = flops_per_token(network)
+    per_token = flops_per_token(network, length)
     set_seed(seed)  # of the adapters' first weights
     network.name_or_path = model.name  # what an adapter says it belongs to: a key, not a path on this machine
     trained, finish = METHODS[method](network, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
@@ -127,7 +130,7 @@ def recover(
     dense = load_model(teacher, dtype, spread=False).to(arguments.device) if teacher else None
     learned = sum(each.numel() for each in trained.parameters() if each.requires_grad)
     short = is_short(network, micro_batch * length, reserved=BYTES_PER_TRAINED * learned)
-    flops = training_flops(trained, method, per_token, short, flops_per_token(dense) if dense else 0)
+    flops = training_flops(trained, method, per_token, short, flops_per_token(dense, length) if dense else 0)
     trainer = RecoveryTrainer(
         model=trained,
         network=network,
@@ -144,9 +147,9 @@ def recover(
         stack.callback(network.model.register_forward_hook(trainer.take).remove)
         stack.enter_context(fast_products(arguments.device))
         if short:
-            print("memory is short: each layer is computed once more in the backward pass", flush=True)
+            print("memory is short: the backward pass computes each layer a second time", flush=True)
             stack.enter_context(checkpointed(network, nullcontext))
-        sigterm = stack.enter_context(noting())
+        sigterm = stack.enter_context(sigterm_deferred())
         trainer.add_callback(Leave(sigterm, trainer.accelerator))
         try:
             trainer.train(resume_from_checkpoint=last)
@@ -180,10 +183,11 @@ def recover(
     report = done | about | {
         "epochs": epochs, "length": length, "batch_tokens": batch_tokens, "learning_rate": learning_rate,
         "processes": processes, "reload": checkpoint.prove(folder, expected),
+        BEFORE: since_the_last_cut(steps(model)),
     }  # fmt: skip
     (folder / RECOVERY).write_text(json.dumps(report) + "\n", encoding="utf-8")
     shutil.copyfile(work / LOSSES, folder / LOSSES)
-    if (model / PRUNING).exists():
+    if read_step(model / PRUNING) is not None:
         shutil.copyfile(model / PRUNING, folder / PRUNING)
     return done
 
@@ -444,12 +448,12 @@ class Steps(TrainerCallback):
 class Leave(TrainerCallback):
     """After the step in which SIGTERM came to any of the processes, all of them save and end their training."""
 
-    def __init__(self, sigterm: Noted, accelerator: Accelerator) -> None:
+    def __init__(self, sigterm: Sigterm, accelerator: Accelerator) -> None:
         self.sigterm, self.accelerator = sigterm, accelerator
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_others: object) -> None:
         """Ask each process."""
-        if self.sigterm.stop:
+        if self.sigterm.received:
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger():
             control.should_save = control.should_training_stop = True
