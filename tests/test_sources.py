@@ -263,7 +263,7 @@ def test_gguf_out_of_a_file_becomes_plain_safetensors(tmp_path):
     """The same conversion as the embedded model's, which test_embedded.py runs for real."""
     (tmp_path / "model.bin").write_bytes(b"x")
     said = download(tmp_path / "store", "model", "--path", tmp_path / "model.bin", status=2)
-    assert "expected a .gguf file, or a folder with safetensors" in said
+    assert "expected a .gguf file, or a folder with model.safetensors" in said
 
 
 def test_a_family_that_is_not_supported_is_refused_when_it_is_downloaded(tmp_path):
