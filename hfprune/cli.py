@@ -7,7 +7,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ from hfprune.store import artifacts
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import LOSSES, MANIFEST, PRUNING, SCORES, SUMS
 from hfprune.store.keys import Recipe
-from hfprune.store.provenance import record
+from hfprune.store.results import Aside, withdraw, written
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
 ONLINE = ("download", "push", "plan", "on-gpus")
@@ -88,11 +89,10 @@ def _run(args: argparse.Namespace) -> None:
     """Run a subcommand; that the disk or the memory is full is a user's to mend, whatever it was that met it."""
     try:
         args.run(args)
-    except OSError as error:  # of results: the store has words of its own
+    except OSError as error:  # of what is printed, or of locks: the store and results have words of their own
         if error.errno not in artifacts.FULL:
             raise
-        file = error.filename or getattr(args, "output", "the disk")
-        raise UserError(f"{file}: {error.strerror}. Free space there and run again.") from None
+        raise UserError(f"{error.filename or 'output'}: {error.strerror}. Free space there and run again.") from None
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -452,6 +452,7 @@ def _parser() -> argparse.ArgumentParser:
         "hfprune config config.yaml",
     )
     config.add_argument("file", nargs="?", type=Path, default=Path("config.yaml"), help="default: config.yaml")
+    config.add_argument("--output", type=Path, help="the yaml to write it into, instead of printing it")
     config.add_argument(
         "--schema",
         type=Path,
@@ -637,7 +638,7 @@ def _score(args: argparse.Namespace) -> None:
         )
         cost = {
             name: sum(each.manifest["details"][name] for each in shards)
-            for name in ("seconds_together", "tokens", "flops")
+            for name in ("seconds_together", "tokens", "flops", "flops_together")
         }
         return {"text": inputs.text, "shards": len(shards), **cost}
 
@@ -706,16 +707,16 @@ def _one_pass(
         missing = {name: each for name, each in others.items() if not store.has(each.stage, each.key)}
         together = [asked.criterion, *missing]
         started = time.monotonic()
-        found, cost = compute(folder, criteria=together, **inputs.folders, **asked.model_dump(exclude={"criterion"}))
+        found, costs = compute(folder, criteria=together, **inputs.folders, **asked.model_dump(exclude={"criterion"}))
         seconds = round(time.monotonic() - started, 3)
-        details = {"text": inputs.text, "together": together, "seconds_together": seconds, **cost}
+        details = {"text": inputs.text, "together": together, "seconds_together": seconds}
 
         def save_one(criterion: str, into: Path) -> dict:
             if whole:
                 save_scores(into / SCORES, found[criterion])
             else:
                 found[criterion].save(into / SUMS)
-            return details
+            return details | costs[criterion]
 
         for name, each in missing.items():
             store.offer(each, partial(save_one, name))
@@ -870,12 +871,20 @@ def _open(path: Path, *expected: str, files: Sequence[str] = ()) -> Artifact:
 def _collect(args: argparse.Namespace) -> None:
     from hfprune.reporting.tables import collect
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
     metrics = collect(found, Store(args.store), _called(args))
-    metrics.to_csv(args.output, index=False)
-    record([args.output], found)
+    with written(found) as aside:
+        metrics.to_csv(aside.path(args.output), index=False)
     print(f"{args.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
+
+
+@contextmanager
+def _results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[Aside]:
+    """`written`, which prints the paths of the results."""
+    with written(sources) as aside:
+        yield aside
+    for path in aside.places:
+        print(path)
 
 
 def _called(args: argparse.Namespace) -> dict[str, str]:
@@ -893,14 +902,11 @@ def _differences(args: argparse.Namespace) -> None:
     from hfprune.reporting.comparison import Comparison
     from hfprune.reporting.documents import read_documents
 
-    args.output.mkdir(parents=True, exist_ok=True)
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
     compared = Comparison(read_documents(found, Store(args.store), _called(args)))
-    tables = {"intervals": compared.intervals(), "differences": compared.differences()}
-    files = {args.output / f"{name}.csv": table for name, table in tables.items()}
-    for file, table in files.items():
-        table.to_csv(file, index=False)
-    _written(files, found)
+    with _results(found) as aside:
+        for name, table in {"intervals": compared.intervals(), "differences": compared.differences()}.items():
+            table.to_csv(aside.folder(args.output) / f"{name}.csv", index=False)
 
 
 def _profile(args: argparse.Namespace) -> None:
@@ -915,16 +921,16 @@ def _profile(args: argparse.Namespace) -> None:
 def _tables(args: argparse.Namespace) -> None:
     from hfprune.reporting.tables import read_metrics, write_tables
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    _written(write_tables(read_metrics(args.metrics), args.output), [args.metrics])
+    with _results([args.metrics]) as aside:
+        write_tables(read_metrics(args.metrics), aside.folder(args.output))
 
 
 def _figures(args: argparse.Namespace) -> None:
     from hfprune.reporting.figures import draw
     from hfprune.reporting.tables import read_metrics
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    _written(draw(read_metrics(args.metrics), args.output), [args.metrics])
+    with _results([args.metrics]) as aside:
+        draw(read_metrics(args.metrics), aside.folder(args.output))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -938,37 +944,29 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _write_and_draw(
-    output: Path, name: str, table: Any, draw: Callable[[Any, Path], Iterable[Path]], sources: list[Artifact]
+    output: Path, name: str, table: Any, draw: Callable[[Any, Path], object], sources: list[Artifact]
 ) -> None:
     """Write a table (a DataFrame) made from `sources` as tables/`name`.csv, and draw its figures into figures/."""
-    for folder in ("tables", "figures"):
-        (output / folder).mkdir(parents=True, exist_ok=True)
-    file = output / "tables" / f"{name}.csv"
-    table.to_csv(file, index=False)
-    _written([file, *draw(table, output / "figures")], sources)
-
-
-def _written(paths: Iterable[Path], sources: Sequence[Artifact | Path]) -> None:
-    """Print the paths of results, and leave with each a record of what it was made from."""
-    for path in record(paths, sources):
-        print(path)
+    with _results(sources) as aside:
+        table.to_csv(aside.folder(output / "tables") / f"{name}.csv", index=False)
+        draw(table, aside.folder(output / "figures"))
 
 
 def _table(args: argparse.Namespace) -> None:
     from hfprune.reporting import paper_tables
 
-    args.output.mkdir(parents=True, exist_ok=True)
     published = args.published / f"{args.name}.csv"
-    if args.name in targets.OF_FILES:
-        sources = args.sources
-        made = paper_tables.OF_FILES[args.name](sources, published)
-    else:
-        from hfprune.reporting.documents import read_documents
+    is_of_files = args.name in targets.OF_FILES
+    sources = args.sources if is_of_files else [_open(path, "measure", "evaluate") for path in args.sources]
+    with _results([*sources, *([published] if published.exists() else [])]) as aside:
+        if is_of_files:
+            sheet = paper_tables.OF_FILES[args.name](sources, published)
+        else:
+            from hfprune.reporting.documents import read_documents
 
-        sources = [_open(path, "measure", "evaluate") for path in args.sources]
-        documents = paper_tables.shown(args.name, read_documents(sources, Store(args.store), _called(args)))
-        made = paper_tables.sheet(args.name, paper_tables.estimates(documents), published)
-    _written(made.write(args.output, args.name), [*sources, *([published] if published.exists() else [])])
+            documents = paper_tables.shown(args.name, read_documents(sources, Store(args.store), _called(args)))
+            sheet = paper_tables.sheet(args.name, paper_tables.estimates(documents), published)
+        sheet.write(aside.folder(args.output), args.name)
 
 
 def _widths(args: argparse.Namespace) -> None:
@@ -984,9 +982,8 @@ def _pareto(args: argparse.Namespace) -> None:
     from hfprune.reporting.paper_tables import read_timings
     from hfprune.reporting.tables import read_metrics
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    drawn = draw_pareto(read_metrics(args.metrics), read_timings([args.timings]), args.output)
-    _written(drawn, [args.metrics, args.timings])
+    with _results([args.metrics, args.timings]) as aside:
+        draw_pareto(read_metrics(args.metrics), read_timings([args.timings]), aside.folder(args.output))
 
 
 def _losses(args: argparse.Namespace) -> None:
@@ -1014,22 +1011,26 @@ def _overlap(args: argparse.Namespace) -> None:
     }
     found = {use: [Documents(use, name, each.folder) for name, each in named] for use, named in opened.items()}
     pairs = compare(found["calibration"] + found["recovery"], found["fidelity"] + found["task"])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write(pairs, args.output)
-    _written([args.output], [each for named in opened.values() for _, each in named])
-    if args.strict and (message := refusal(pairs)):
-        raise UserError(message)
+    # The table at `--output` is the verdict: where a strict experiment has an overlap, there is none.
+    refused = args.output.with_name(f"{args.output.stem}.refused.csv")
+    message = refusal(pairs) if args.strict else ""
+    place, other = (refused, args.output) if message else (args.output, refused)
+    withdraw(other)
+    with _results([each for named in opened.values() for _, each in named]) as aside:
+        write(pairs, aside.path(place))
+    if message:
+        raise UserError(f"{message} {place} is the whole table.")
 
 
 def _page(args: argparse.Namespace) -> None:
     from hfprune.reporting.pages import page
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        made = page(args.title, args.caption, args.files)
+        content = page(args.title, args.caption, args.files)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}.") from None
-    args.output.write_text(made, encoding="utf-8")
+    with written() as aside:
+        aside.path(args.output).write_text(content, encoding="utf-8")
 
 
 def _list_artifacts(args: argparse.Namespace) -> None:
@@ -1037,15 +1038,14 @@ def _list_artifacts(args: argparse.Namespace) -> None:
 
     from hfprune.reporting.pages import list_artifacts
 
-    args.output.mkdir(parents=True, exist_ok=True)
     # The manifests alone: whoever used the artifacts has verified their files.
     try:
         files = [path / MANIFEST if path.is_dir() else path for path in args.manifests]
         manifests = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     except (OSError, ValueError) as error:
         raise UserError(f"{error}: expected the manifests, or the folders, of artifacts.") from None
-    for path in list_artifacts(manifests, args.output):
-        print(path)
+    with _results() as aside:
+        list_artifacts(manifests, aside.folder(args.output))
 
 
 def _provenance(args: argparse.Namespace) -> None:
@@ -1056,7 +1056,9 @@ def _provenance(args: argparse.Namespace) -> None:
     if args.crate:
         from hfprune.store.ro_crate import write
 
-        print(write(found, args.crate))
+        with written() as aside:
+            metadata = write(found, aside.folder(args.crate))
+        print(args.crate / metadata.name)
 
 
 def _efficiency(args: argparse.Namespace) -> None:
@@ -1070,9 +1072,8 @@ def _efficiency(args: argparse.Namespace) -> None:
     known = described([each.key for each in models], Store(args.store))
     timed = pd.DataFrame(time_models({each.key: each.folder for each in models}, dtype, args.rounds, args.tokens))
     rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(dtype=dtype, **surroundings())
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(args.output, index=False)
-    record([args.output], models)
+    with written(models) as aside:
+        rows.to_csv(aside.path(args.output), index=False)
     print(rows[["stage", "criterion", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
 
 
@@ -1097,10 +1098,9 @@ def _scoring_cost(args: argparse.Namespace) -> None:
         criteria[name] = needed and cuts[needed]
     sampling = asked.model_dump(exclude={"criterion"})
     rows = pd.DataFrame(time_scoring(model.folder, text.folder, criteria, **sampling, rounds=args.rounds))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = rows.assign(key=model.key, dtype=asked.dtype, **surroundings())
-    rows.to_csv(args.output, index=False)
-    record([args.output], [model, text, *scores])
+    with written([model, text, *scores]) as aside:
+        rows.to_csv(aside.path(args.output), index=False)
     print(rows[["criterion", "light_cut", "seconds", "peak_bytes", "tokens", "flops", "n"]].to_string(index=False))
 
 
@@ -1111,7 +1111,8 @@ def _export(args: argparse.Namespace) -> None:
     files = contents(model, results, Store(args.store), args.output.resolve().name)
     check_new(args.output)
     print(listing(files))
-    export(files, args.output)
+    with written() as aside:
+        export(files, aside.path(args.output.resolve()))
     print(args.output)
 
 
@@ -1133,14 +1134,18 @@ def _config(args: argparse.Namespace) -> None:
     import json
 
     if args.schema:
-        args.schema.parent.mkdir(parents=True, exist_ok=True)
-        args.schema.write_text(schema(), encoding="utf-8")
-        print(args.schema)
+        with _results() as aside:
+            aside.path(args.schema).write_text(schema(), encoding="utf-8")
         return
     experiment: Experiment = load(args.file)
     import yaml
 
-    print(yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False), end="")
+    text = yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False)
+    if not args.output:
+        print(text, end="")
+        return
+    with _results() as aside:
+        aside.path(args.output).write_text(text, encoding="utf-8")
 
 
 def _plan(args: argparse.Namespace) -> None:

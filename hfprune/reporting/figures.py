@@ -1,8 +1,9 @@
 """The figures: drawn from `metrics.csv` and from scores, one look throughout."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 
@@ -12,18 +13,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 from scipy.stats import rankdata, spearmanr
 
 from hfprune.models.units import UNITS
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
-from hfprune.reporting.statistics import MODEL, WAYS, WITHIN, mean_accuracy, over_seeds, varying
-from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text
+from hfprune.reporting.statistics import MODEL, WAYS, estimates, mean_accuracy, varying, with_sizes
+from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text, operations
 from hfprune.store.artifacts import Artifact
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 MARKERS = "osD^vP*"
 LINES = ("-", "--", ":")  # for more lines than there are colours
 MOST_LINES = 6  # in one panel
+BESIDE = 4  # points between models of one cost
 KL_LABEL = "KL(dense || pruned), nats per token"
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
 STYLE = {
@@ -42,15 +45,15 @@ PAIR = ("entropy", "cross_entropy")  # the paper argues for the one over the oth
 NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
-def draw(metrics: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the figures of `metrics.csv` into `folder`, of accuracy where tasks were evaluated; their paths."""
     figures = {"kl": lambda: kl(metrics)}
     if (metrics["group"] == "task").any():
         figures["accuracy"] = lambda: accuracy(metrics)
-    yield from _save(figures, folder)
+    return _save(figures, folder)
 
 
-def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the figures of the scores and, where there are several, of their agreement into `folder`; their paths."""
     figures = {"importance": lambda: importance(scores)}
     first = _first_of_each(scores)
@@ -58,61 +61,64 @@ def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> It
         figures["entropy_cross_entropy"] = lambda: against_each_other(*(layers(first[name]) for name in PAIR))
     if len(scores) > 1:
         figures["agreement"] = lambda: agreement(found)
-    yield from _save(figures, folder)
+    return _save(figures, folder)
 
 
-def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw what models are worth against their speed and their cost into `folder`; their paths."""
-    yield from _save({"pareto": lambda: pareto(metrics, timings)}, folder)
+    return _save({"pareto": lambda: pareto(metrics, timings)}, folder)
 
 
-def draw_widths(widths: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_widths(widths: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw what every layer keeps into `folder`; their paths."""
-    yield from _save({"widths": lambda: kept_widths(widths)}, folder)
+    return _save({"widths": lambda: kept_widths(widths)}, folder)
 
 
-def draw_losses(curves: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_losses(curves: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the loss curves of recovery into `folder`; their paths."""
-    yield from _save({"losses": lambda: losses(curves)}, folder)
+    return _save({"losses": lambda: losses(curves)}, folder)
 
 
-def draw_profile(bins: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_profile(bins: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw where models differ from the dense one into `folder`; their paths."""
-    yield from _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
+    return _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
 
 
-def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> Iterator[Path]:
+def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
+    paths = []
     with plt.rc_context(STYLE):
         for name, make in figures.items():
             figure = make()
             for suffix, metadata in NO_DATE.items():
                 path = folder / f"{name}.{suffix}"
                 figure.savefig(path, metadata=metadata)
-                yield path
+                paths.append(path)
             plt.close(figure)
+    return paths
 
 
 def accuracy(metrics: pd.DataFrame) -> Figure:
     """Zero-shot accuracy against the share of parameters removed: every task, and their mean."""
-    tasks = over_seeds(headline(metrics))
-    names = list(dict.fromkeys(tasks["task"]))
-    panels = {"Mean of tasks": mean_accuracy(tasks)} | {
-        TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
-    }
+    found = headline(metrics)
+    names = list(dict.fromkeys(found["task"]))
     if not names:
         figure, axis = plt.subplots(figsize=(3.8, 1), layout="constrained")
         axis.set_axis_off()
         axis.text(0.5, 0.5, "No task has an accuracy.", ha="center")
         return figure
+    tasks = with_sizes(estimates(found), found)
+    panels = {"Mean of tasks": with_sizes(mean_accuracy(found), found)} | {
+        TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
+    }
+    if (ratio := _one_size(tasks)) is not None:
+        return _ranked_tasks(panels, ratio)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.3 * columns, 1.9 * rows), sharex=True, squeeze=False, layout="constrained"
     )
-    achieved = tasks.drop_duplicates(MODEL).set_index(MODEL)["ratio_achieved"]
-    for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
-        found = found.assign(ratio_achieved=achieved.reindex(pd.MultiIndex.from_frame(found[MODEL])).to_numpy())
-        _curves(axis, found, scale=100)
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        _curves(axis, panel, scale=100)
         axis.set_title(title, fontsize=9)
     for place, axis in enumerate(axes.flat):
         axis.tick_params(labelbottom=place + columns >= len(panels))  # the lowest panel of each column
@@ -123,27 +129,48 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
     return figure
 
 
+def _ranked_tasks(panels: dict[str, pd.DataFrame], ratio: float) -> Figure:
+    """A panel for each task, a row for each model, by the first panel's value, the highest on top."""
+    order = next(iter(panels.values())).sort_values("value")[MODEL].itertuples(index=False, name=None)
+    order = list(order)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.6 + 1.9 * columns, 0.6 + rows * (0.5 + 0.17 * len(order))), sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        _ranked(axis, panel.set_index(MODEL).loc[order].reset_index(), scale=100)
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.suptitle(f"Cut models: {ratio:.0%} of all parameters removed", fontsize=9)
+    figure.supxlabel("Accuracy (%)", fontsize=9)
+    return figure
+
+
 def kl(metrics: pd.DataFrame) -> Figure:
     """KL divergence from the dense model on held-out text, by how models were made.
 
-    Against the share of parameters removed. Where that would be too many lines in one panel: those of the ways that
-    were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the dense
-    one first. Where it still would be too many: in a panel for each structure and allocation.
+    Against the share of parameters removed. Where there is one size, or too many lines for a panel: lines for the ways
+    that were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the
+    dense one first. Where there are still too many lines: a panel for each structure and allocation.
     """
     heldout = on_headline_text(metrics)
-    found = over_seeds(heldout[heldout["metric"] == "kl"])
+    found = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
     title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
     pruned = found[found["criterion"] != "none"]
     ways = pruned.groupby(["criterion", *WAYS])["ratio"]
     several = pruned[ways.transform("nunique") > 1]
-    if ways.ngroups <= MOST_LINES:
+    if ways.ngroups <= MOST_LINES and _one_size(found) is None:
         height = 3.1 + 0.2 * ways.ngroups  # the legend stands above
         figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
         _against_ratio(axis, found)
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     elif several.groupby(["criterion", *WAYS]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
-        rows = pruned[pruned["ratio"] == ratio]
+        controls = (found["criterion"] == "none") & (found["stage"] != "dense")
+        rows = found[controls | ((found["criterion"] != "none") & (found["ratio"] == ratio))]
         height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
         if len(several):
             figure, (left, right) = plt.subplots(
@@ -153,9 +180,10 @@ def kl(metrics: pd.DataFrame) -> Figure:
             right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
             figure, left = plt.subplots(figsize=(7.5, height), layout="constrained")
-        _ranked(left, rows)
+        _ranked(left, rows.sort_values("value", ascending=False))
+        left.set_xlim(left=0)
         left.set_xlabel(KL_LABEL)
-        left.set_title(f"{ratio:.0%} of all parameters removed", fontsize=9)
+        left.set_title(f"Cut models: {ratio:.0%} of all parameters removed", fontsize=9)
     else:
         figure = _panels(found)
     figure.suptitle(title, fontsize=9)
@@ -167,7 +195,7 @@ def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
     _curves(axis, found)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("Parameters removed (%)")
-    axis.set_ylabel(KL_LABEL)
+    axis.set_ylabel(KL_LABEL.replace(", ", ",\n"))
 
 
 def _panels(found: pd.DataFrame) -> Figure:
@@ -197,19 +225,22 @@ def _panels(found: pd.DataFrame) -> Figure:
     return figure
 
 
-def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
-    """A row for each model, the lowest value first, with bars of 95 %."""
-    criteria, ways = list(dict.fromkeys(models["criterion"])), varying(models)
-    models = models.sort_values("value", ascending=False)
+def _one_size(models: pd.DataFrame) -> float | None:
+    """The ratio of all cut models where it is one: a line from the dense model to them would say what is not known."""
+    ratios = models[models["criterion"] != "none"]["ratio"].unique()
+    return ratios[0] if len(ratios) == 1 else None
+
+
+def _ranked(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
+    """A row for each model, the last on top, with bars of 95 %."""
+    criteria, ways = list(dict.fromkeys(sorted(models["criterion"]))), varying(models)
     for row, (_, model) in enumerate(models.iterrows()):
         color = COLORS[criteria.index(model["criterion"]) % len(COLORS)]
-        axis.errorbar(
-            model["value"], row, xerr=WITHIN * model["stderr"], color=color, marker="o", markersize=4, capsize=2
-        )
+        look = {"color": color, "marker": "o", "markersize": 4, "capsize": 2}
+        axis.errorbar(scale * model["value"], row, xerr=_bars(model, scale), **look)
     labels = [", ".join(_words(model, ways)) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
-    axis.set_xlim(left=0)
 
 
 def losses(curves: pd.DataFrame) -> Figure:
@@ -384,46 +415,88 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
 def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     """What a model is worth against what it saves and what it took to make: fidelity or, of tasks, accuracy.
 
+    A model that was not timed stands at the time of one of the same shape. Above a panel stand those models that it
+    cannot show.
+
     Args:
         metrics: rows of metrics.csv.
-        timings: see `paper.read_timings`.
+        timings: see `paper_tables.read_timings`.
     """
-    if len(headline(metrics)):
-        worth, title, scale = mean_accuracy(over_seeds(headline(metrics))), "Mean accuracy (%)", 100
+    if len(rows := headline(metrics)):
+        worth, title, scale = mean_accuracy(rows), "Mean accuracy (%)", 100
     else:
         heldout = on_headline_text(metrics)
-        worth, title, scale = over_seeds(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+        worth, title, scale = estimates(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+    worth = with_sizes(worth, metrics)
     prefill = timings[timings["metric"] == "prefill_seconds"]
-    flops = metrics[(metrics["group"] == "cost") & (metrics["metric"] == "flops")]
-    made = flops.groupby([*MODEL, "seed"], dropna=False)["value"].sum().groupby(MODEL).mean() / 1e12
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
-    ways = varying(worth)
+    tokens = prefill["task"].iloc[0].split()[-1]
+    flops = pd.MultiIndex.from_frame(worth[MODEL]).map(operations(metrics).groupby(MODEL, dropna=False).mean())
+    flops = flops.to_series(worth.index).astype(float).mask(worth["stage"] == "dense", 0.0)  # nothing was made
+    panels = {
+        f"Prefill of {tokens} tokens (ms)": ("timed", 1e3 * prefill_seconds(worth, prefill)),
+        "Scoring, cutting and training (TFLOP)": ("counted", flops / 1e12),
+    }
+    ways, sizes = varying(worth), worth[worth["criterion"] != "none"]["ratio"]
+    common = sizes.mode().max()  # NaN where nothing was cut
     labels = [", ".join(_words(row, ways)) for _, row in worth.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    tokens = prefill["task"].iloc[0].split()[-1]
-    panels = {
-        f"Prefill of {tokens} tokens (ms)": prefill.set_index(MODEL)["value"] * 1000,
-        "Scoring, cutting and training (TFLOP)": made,
-    }
-    for axis, (name, cost) in zip(axes, panels.items(), strict=True):
-        for (_, row), label in zip(worth.iterrows(), labels, strict=True):
-            setting, look = tuple(row[MODEL]), looks[label]
-            x = cost.get(setting, np.nan)
+    height = 3.1 + 0.18 * (-(-len(looks) // 2))  # the legend stands below
+    figure, axes = plt.subplots(1, 2, figsize=(7, height), sharey=True, layout="constrained")
+    for axis, (name, (measured, costs)) in zip(axes, panels.items(), strict=True):
+        left_out = []
+        places, counts = costs.groupby(costs).cumcount(), costs.groupby(costs).transform("size")
+        for (index, row), label, x in zip(worth.iterrows(), labels, costs, strict=True):
+            removed = f"{row['ratio']:.0%}" if row["ratio"] else ""
+            if not np.isfinite(x):
+                left_out.append(f"{label}, {removed}" if removed else label)
+                continue
+            look, y = looks[label], scale * row["value"]
             color, marker = COLORS[look % len(COLORS)], markers[look % len(markers)]
-            half = scale * WITHIN * row["stderr"]
-            axis.errorbar(x, scale * row["value"], yerr=half, color=color, marker=marker, markersize=5, lw=0.8)
-            if row["ratio"] and np.isfinite(x):
-                said = (x, scale * row["value"])
-                axis.annotate(f"{row['ratio']:.0%}", said, (4, 4), textcoords="offset points", fontsize=6)
+            aside = BESIDE * (places[index] - (counts[index] - 1) / 2)
+            moved = axis.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+            bar = {"color": color, "marker": marker, "markersize": 5, "lw": 0.8, "transform": moved}
+            bars = _bars(row, scale)
+            axis.errorbar(x, y, yerr=bars, **bar)
+            axis.update_datalim([(x, y - bars[0, 0]), (x, y + bars[1, 0])])  # what is moved does not count by itself
+            if removed and row["ratio"] != common:
+                axis.annotate(removed, (x, y), (4 + aside, 4), textcoords="offset points", fontsize=6)
+        axis.margins(x=0.15)
+        axis.autoscale_view()
         axis.set_xlabel(name)
-    axes[0].set_ylabel(title)
+        if left_out:
+            axis.set_title(fill(f"Not {measured}: {'; '.join(left_out)}", 60), fontsize=6, loc="left")
+    axes[0].set_ylabel(title.replace(", ", ",\n"))
+    if len(sizes):
+        elsewhere = ", where nothing else is written" if sizes.nunique() > 1 else ""
+        figure.suptitle(f"Cut models: {common:.0%} of all parameters removed{elsewhere}", fontsize=9)
     handles = [
         plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=markers[n % len(markers)], ls="", label=label)
         for label, n in looks.items()
     ]
     figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center", ncols=2)
     return figure
+
+
+def prefill_seconds(models: pd.DataFrame, timings: pd.DataFrame) -> pd.Series:
+    """The time of each model, or of a timed one of the same shape; NaN where there is none.
+
+    One model is timed for each cut. Others have its shape: what was trained after the cut, and, where every layer is as
+    wide as the next, what other criteria cut to as many parameters.
+
+    Args:
+        models: columns of `MODEL`, `parameters`.
+        timings: rows of `prefill_seconds`.
+
+    Returns:
+        Seconds, with the index of `models`.
+    """
+    own = timings.groupby(MODEL)["value"].mean()
+    seconds = pd.MultiIndex.from_frame(models[MODEL]).map(own).to_series(models.index).astype(float)
+    shape = models[["model", "structure", "allocation", "ratio", "parent", "parameters"]].assign(
+        criterion=models["criterion"].where(models["allocation"] != "uniform", "")
+    )
+    return seconds.fillna(seconds.groupby([shape[name] for name in shape]).transform("mean"))
 
 
 def agreement(found: pd.DataFrame) -> Figure:
@@ -487,10 +560,17 @@ def _line(
 ) -> None:
     """Values against the share of parameters removed, in a band of 95 %."""
     models = models.sort_values("ratio_achieved")
-    removed, value, half = 100 * models["ratio_achieved"], models["value"], WITHIN * models["stderr"].fillna(0)
+    removed, value = 100 * models["ratio_achieved"], models["value"]
+    low, high = (scale * models[end].fillna(value) for end in ("low", "high"))
     look = {"color": COLORS[color % len(COLORS)], "linestyle": LINES[line % len(LINES)], "lw": 1.2}
     axis.plot(removed, scale * value, label=label, marker=MARKERS[marker % len(MARKERS)], markersize=4, **look)
-    axis.fill_between(removed, scale * (value - half), scale * (value + half), color=look["color"], alpha=0.15, lw=0)
+    axis.fill_between(removed, low, high, color=look["color"], alpha=0.15, lw=0)
+
+
+def _bars(model: pd.Series, scale: float = 1) -> np.ndarray:
+    """(2, 1) how far a model's interval reaches below and above its value; 0 where it has none."""
+    reach = [[model["value"] - model["low"]], [model["high"] - model["value"]]]
+    return scale * np.nan_to_num(np.array(reach, float)).clip(min=0)
 
 
 def _legend(figure: Figure, axis: plt.Axes) -> None:

@@ -305,14 +305,24 @@ class Store:
                 raise UserError(
                     f"{error.filename}: cannot write to the store ({error.strerror}). Mend its permissions, {remedy}"
                 ) from None
-            free = shutil.disk_usage(self.root).free if self.root.is_dir() else 0
-            if full or (free < ALMOST_FULL and not isinstance(error, UserError)):
+            if room := no_room(error, self.root):
                 raise FullDiskError(
-                    f"{self.root}: no room on the disk, {free:,} bytes are free "
-                    f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}). What was finished is kept. "
+                    f"{self.root}: {room}. What was finished is kept. "
                     f"Free space (`hfprune store prune` shows what no experiment uses), run again, {remedy}"
                 ) from None
             raise
+
+
+def no_room(error: Exception, folder: Path) -> str:
+    """What to say of an error in writing into `folder` that comes of a full disk; empty where it does not.
+
+    Libraries hide the system's error: where almost nothing is free, whatever fails is put down to that.
+    """
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    if not _says_full(error) and (free >= ALMOST_FULL or isinstance(error, UserError)):
+        return ""
+    reason = str(error).strip().partition("\n")[0]
+    return f"no room on the disk, {free:,} bytes are free ({type(error).__name__}: {reason})"
 
 
 def _says_full(error: BaseException | None) -> bool:

@@ -41,3 +41,7 @@ checkpoint overlap:
         "look for documents of the tests in what is calibrated or trained on"
     shell:
         "python -m hfprune overlap {params.documents:q} {params.strict} --output {output:q} 2>&1 | tee {log:q}"
+
+
+# Where the experiment is strict, results wait for the verdict as well: of artifacts that are there already, none would.
+VERDICT = rules.overlap.output if plan.experiment.strict else []

@@ -7,6 +7,7 @@ rule collect:
     """Every value of the experiment, one a row."""
     input:
         missing(plan.described(EVALUATED)),
+        VERDICT,
     output:
         RESULTS / "metrics.csv",
     log:
@@ -61,6 +62,7 @@ rule differences:
     """Intervals of every estimate; every pair of models on the same documents, with tests."""
     input:
         missing([*plan.described(EVALUATED), *plan.lost_parts(EVALUATED)]),
+        VERDICT,
     output:
         [RESULTS / "tables" / f"{name}.csv" for name in ("intervals", "differences")],
     log:
@@ -82,6 +84,7 @@ rule profile:
     """Fidelity by position and by the dense model's entropy."""
     input:
         missing(plan.described(MEASURED)),
+        VERDICT,
     output:
         RESULTS / "tables" / "profile.csv",
         drawn("fidelity_profile"),
@@ -104,6 +107,7 @@ rule agreement:
     """Importance per layer; how far criteria and seeds agree on which neurons matter."""
     input:
         missing(plan.scores),
+        VERDICT,
     output:
         RESULTS / "tables" / "agreement.csv",
         drawn(*drawn_of_scores(plan.experiment)),
@@ -123,6 +127,7 @@ rule widths:
     """What every layer keeps, at the first calibration seed."""
     input:
         missing(plan.described(model.job for model in plan.cuts)),
+        VERDICT,
     output:
         RESULTS / "tables" / "widths.csv",
         drawn("widths"),
@@ -143,6 +148,7 @@ rule losses:
     """Loss and learning rate of every recovery."""
     input:
         missing(plan.described(plan.recoveries)),
+        VERDICT,
     output:
         RESULTS / "tables" / "losses.csv",
         drawn("losses"),

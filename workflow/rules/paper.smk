@@ -11,6 +11,7 @@ for table, (inputs, results) in SOURCES.items():
             table
         input:
             inputs,
+            VERDICT,
             published=published(table),
         output:
             written(table),

@@ -60,7 +60,7 @@ rule config:
     params:
         experiment=lambda wildcards: plan.experiment.model_dump_json(exclude_none=True),  # its braces are no wildcards
     shell:
-        "python -m hfprune config /dev/stdin <<< {params.experiment:q} 2> {log:q} > {output:q}"
+        "python -m hfprune config /dev/stdin --output {output:q} <<< {params.experiment:q} 2>&1 | tee {log:q}"
 
 
 rule report:
@@ -76,7 +76,10 @@ rule report:
     conda:
         ENVIRONMENT
     params:
+        folder=RESULTS,  # Snakemake writes no file aside, so a report cut short would be taken as made
         snakefile=workflow.main_snakefile,
     shell:
+        "aside=$(mktemp -d {params.folder:q}/.report-XXXXXX); trap 'rm -rf $aside' EXIT; "
         "snakemake {input.pages:q} --snakefile {params.snakefile:q} --configfile {input.config:q} --cores 1 --nolock"
-        " --report {output:q} --report-stylesheet {input.style:q} > {log:q} 2>&1 || {{ cat {log:q}; exit 1; }}"
+        " --report $aside/report.html --report-stylesheet {input.style:q} > {log:q} 2>&1 || {{ cat {log:q}; exit 1; }}; "
+        "mv $aside/report.html {output:q}"

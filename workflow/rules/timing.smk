@@ -3,6 +3,7 @@ rule efficiency:
     """Prefill and decoding of the dense model and of the cut ones, side by side."""
     input:
         missing(plan.described(plan.timed)),
+        VERDICT,
     output:
         RESULTS / "efficiency.csv",
     log:
@@ -31,6 +32,7 @@ rule scoring_cost:
     """Seconds and memory of scoring by each criterion alone, on the calibration's sequences."""
     input:
         missing([*(plan.scores[0].inputs[name] for name in ("model", "text")), *plan.light_cuts]),
+        VERDICT,
     output:
         RESULTS / "scoring_cost.csv",
     log:
