@@ -229,13 +229,7 @@ def _read_config(file: Path) -> PreTrainedConfig:
         raise UserError(f"--shape {file}: not a model's config.json: {lacks}.")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        try:
-            return check_family(Path(folder))
-        except UserError as error:
-            said = " ".join(str(error).split())
-            raise UserError(
-                said.replace(str(Path(folder) / "config.json"), str(file)).replace(folder, str(file))
-            ) from None
+        return check_family(Path(folder), str(file))
 
 
 class Models:
