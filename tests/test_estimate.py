@@ -73,7 +73,7 @@ def tried(tmp_path_factory, experiment, data):
 
 def test_operations_are_those_that_the_stages_record(tried):
     _, _, found = tried
-    for stage, name in (("score", "flops"), ("prune", "refit_flops")):
+    for stage, name in (("score", "flops_together"), ("prune", "refit_flops")):
         cost, manifest = found[stage]
         assert cost.flops == manifest["details"][name] > 0
     cost, manifest = found["recover"]
