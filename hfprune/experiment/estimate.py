@@ -447,7 +447,7 @@ class Estimate:
                     stay = kept[name][number] if name in kept else torch.arange(part.units)
                     repair = refit.Repair(part, stay, name, number)
                     if asked["refit"] != "bias" and (repair.lossy or sequential):
-                        repair.count = tokens
+                        repair.tokens = tokens
                         flops += repair.flops
             width, hidden = dense.config.intermediate_size, dense.config.hidden_size
             streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
