@@ -458,6 +458,23 @@ def _parser() -> argparse.ArgumentParser:
         help="write the JSON schema",
     )
 
+    new = command(
+        "new",
+        _new,
+        "Write a short config to start from.",
+        "hfprune new mine.yaml --model Qwen/Qwen2.5-0.5B",
+    )
+    new.add_argument("file", type=Path, help="the config to write; never overwritten")
+    new.add_argument("--model", required=True, help="owner/name on the hub, a checkpoint's folder, or a GGUF file")
+
+    methods = command(
+        "methods",
+        _methods,
+        "List the methods that configs know by name, or explain one.",
+        "hfprune methods hfprune-best",
+    )
+    methods.add_argument("name", nargs="?", metavar="NAME", help="the one to explain")
+
     plan = command(
         "plan",
         _plan,
@@ -1121,6 +1138,19 @@ def _config(args: argparse.Namespace) -> None:
     import yaml
 
     print(yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False), end="")
+
+
+def _new(args: argparse.Namespace) -> None:
+    from hfprune.experiment.new import write_config
+
+    write_config(args.file, args.model)
+    print(f"{args.file}: written. Now: hfprune config {args.file}")
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from hfprune.pruning.methods import explain, overview
+
+    print(explain(args.name) if args.name else overview())
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -31,8 +31,8 @@ from tests.test_config import changed
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 
 
-def models(experiment, pruning, **recovery):
-    asked = changed(changed(experiment, "pruning", pruning), "recovery", recovery)
+def models(experiment, methods, ratios, **recovery):
+    asked = experiment | {"methods": methods, "ratios": ratios, "recovery": recovery}
     return Plan(parse(Experiment, changed(asked, "calibration.seeds", [0, 1]), "test")).models
 
 
@@ -46,12 +46,15 @@ def named(found):
 
 
 def test_each_table_asks_only_for_the_models_that_it_compares(experiment):
-    grids = [
-        {"criteria": ["entropy", "cross_entropy"], "ratios": [0.1, 0.2]},
-        {"ratios": [0.2], "refits": ["bias"], "structures": ["mlp", "mlp+attention"]},
-        {"ratios": [0.2], "recoveries": ["lora"]},
+    bias = {"like": "HFPrune", "refit": "bias", "ratios": [0.2]}
+    methods = [
+        "HFPrune",
+        "LLM-Pruner",
+        {"bias": bias},
+        {"bias + attention": bias | {"structure": "mlp+attention"}},
+        {"HFPrune": {"ratios": [0.2], "recoveries": ["lora"]}},
     ]
-    every = models(experiment, grids, lora={"text": "calibration"})
+    every = models(experiment, methods, [0.1, 0.2], lora={"text": "calibration"})
     assert chosen("table1", every, True) == chosen("table2", every, True) == every
     dense = (None, None, "none")
     criteria = [(name, ("mlp", "none"), "none") for name in ("entropy", "cross_entropy")] * 2
@@ -65,14 +68,14 @@ def test_each_table_asks_only_for_the_models_that_it_compares(experiment):
 
 @pytest.mark.parametrize("table", ["table6", "table7", "table8"])
 def test_a_table_that_the_experiment_cannot_fill_says_what_to_write(table, experiment):
-    every = models(experiment, {"ratios": [0.1, 0.2], "refits": ["none", "bias"]})
+    every = models(experiment, ["HFPrune", {"bias": {"like": "HFPrune", "refit": "bias"}}], [0.1, 0.2])
     with pytest.raises(UserError, match=f"{table} compares .*(criteria|structures)") as refused:
         chosen(table, every, True)
-    assert "pruning" in str(refused.value) or "criteria" in str(refused.value)
+    assert "methods" in str(refused.value) or "criteria" in str(refused.value)
 
 
 def test_a_table_of_accuracy_needs_tasks(experiment):
-    every = models(experiment, {"criteria": ["entropy", "wanda"], "ratios": [0.1]})
+    every = models(experiment, ["HFPrune", "Wanda-sp"], [0.1])
     assert chosen("table7", every, False)
     for table in set(TABLES) - {"table7"}:
         with pytest.raises(UserError, match=r"evaluation\.tasks"):
