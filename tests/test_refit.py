@@ -11,7 +11,7 @@ from hfprune.evaluation.fidelity import token_measures
 from hfprune.models.loading import flops_per_token
 from hfprune.models.units import part_of
 from hfprune.pruning.allocation import allocate
-from hfprune.pruning.refit import DRIFT, Repair, entrance, refit, through
+from hfprune.pruning.refit import DRIFT, Repair, layer_inputs, refit, run_part
 from hfprune.pruning.surgery import cut
 from tests.conftest import make_model
 
@@ -62,12 +62,12 @@ def output(model, sequences):
 def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family, changes, monkeypatch):
     monkeypatch.setattr("hfprune.pruning.refit.TOKENS_PER_BATCH", 96)
     model, sequences = make_model(family, **changes), tokens(10)
-    stream, arguments = entrance(model, sequences)
+    stream, arguments = layer_inputs(model, sequences)
     for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):
         assert len(stream) == 4
         for name in ("attention", "mlp"):
             with torch.no_grad():
-                passed = [through(layer, name, keywords, states) for states in stream]
+                passed = [run_part(layer, name, keywords, states) for states in stream]
             stream = [states + written for states, (written, _) in zip(stream, passed, strict=True)]
         found = torch.cat([seen for _, seen in passed]).flatten(0, 1)
         assert torch.allclose(found, expected, atol=1e-5)
@@ -206,7 +206,7 @@ def test_a_system_that_cannot_be_solved_names_its_layer():
     with pytest.raises(UserError, match=r"layer 1, mlp: .* with ridge 0.*Set a larger `ridge`"):
         refit(model, {"mlp": [torch.arange(47)] * 3}, tokens(8), "least_squares", 0.0)
     broken = Repair(part_of(model.model.layers[0], "mlp"), torch.arange(40), "mlp", 7)
-    broken.see(torch.full((2, 3, 48), torch.nan), mean=False)
+    broken.add(torch.full((2, 3, 48), torch.nan), mean=False)
     with pytest.raises(UserError, match="layer 7, mlp: "):
         broken.solve(0.1)
 

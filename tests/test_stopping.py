@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from hfprune.runtime.signals import noting
+from hfprune.runtime.signals import sigterm_deferred
 from tests.conftest import run_hfprune
 
 # The console command, in which something happens with the second batch of the pass.
@@ -54,8 +54,8 @@ def test_a_stage_that_is_stopped_says_so_and_the_next_run_makes_it(what, status,
 
 def test_outside_of_what_notes_it_sigterm_ends_the_process():
     code = (
-        "from hfprune.runtime.signals import noting\nimport time\n"
-        "with noting(): pass\nprint('on', flush=True)\ntime.sleep(60)"
+        "from hfprune.runtime.signals import sigterm_deferred\nimport time\n"
+        "with sigterm_deferred(): pass\nprint('on', flush=True)\ntime.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     process.stdout.readline()
@@ -67,8 +67,8 @@ def test_in_another_thread_nothing_is_noted_and_nothing_fails():
     found = []
 
     def work():
-        with noting() as sigterm:
-            found.append(sigterm.stop)
+        with sigterm_deferred() as sigterm:
+            found.append(sigterm.received)
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.models.loading import (
-    at_hand,
     count_parameters,
     final_hidden,
     flops_per_token,
@@ -26,6 +25,7 @@ from hfprune.models.loading import (
     load_tokenizer,
     logits_of,
     weight_bytes,
+    weights_in_memory,
 )
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.progress import progress
@@ -47,7 +47,7 @@ def reference(folder: Path, model: Path, text: Path, samples: int, length: int, 
     network = load_model(model, dtype)
     tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
     hidden = torch.cat(list(hidden_states(network, tokens, "reference")))
-    with at_hand(output := network.get_output_embeddings()):
+    with weights_in_memory(output := network.get_output_embeddings()):
         entropies = torch.stack([_entropies(one, output.weight).cpu() for one in hidden])
         head = output.weight.cpu().clone()
     save_file({"tokens": tokens, "hidden": hidden.cpu(), "head": head, "entropy": entropies}, folder / REFERENCE)
@@ -69,7 +69,7 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
     """
     network = load_model(model, dtype)
     documents: list[dict[str, float]] = []
-    with at_hand(output := network.get_output_embeddings()):
+    with weights_in_memory(output := network.get_output_embeddings()):
         head = output.weight
         dense = {name: tensor.to(head.device) for name, tensor in load_file(reference / REFERENCE).items()}
         profile = Profile(dense["entropy"])

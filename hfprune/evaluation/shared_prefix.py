@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
-from hfprune.models.loading import at_hand, logits_of
+from hfprune.models.loading import logits_of, weights_in_memory
 from hfprune.runtime.memory import empty_cache, forward_bytes, free_bytes, is_out_of_memory
 
 # What a batch holds at most, however much memory is free: more is no faster.
@@ -274,7 +274,7 @@ def forward(model: PreTrainedModel, batch: Sequence[Tree]) -> list[Answer]:
     if not all(tree.is_chain for tree in batch):  # else the rows are such as the model knows, with padding behind
         given |= {"position_ids": positions.to(model.device), "attention_mask": _masks(model, seen, positions)}
     hidden = model.model(**given, use_cache=False).last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
-    with at_hand(output := model.get_output_embeddings()):
+    with weights_in_memory(output := model.get_output_embeddings()):
         found, likeliest = _predicted(hidden, output.weight, torch.cat(places), torch.tensor(targets))
     lines = torch.tensor(owners)
     sums = torch.zeros(len(places), dtype=torch.float64).index_add_(0, lines, found)

@@ -1,8 +1,8 @@
-"""From scores and a budget to the neurons that stay: a registry of ways to share the budget among the layers.
+"""From scores and a budget to the units to keep: a registry of allocations.
 
-An allocation decides how *wide* each layer stays. Which neurons those are, their scores say: the best of each layer.
+An allocation decides how *wide* each layer is after the cut. Each layer then keeps its units with the highest scores.
 
-To add one: write its function and its line in `ALLOCATIONS`.
+To add one: write its function and a line in `ALLOCATIONS`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ class Allocation:
     """A way to share a budget among the layers.
 
     Attributes:
-        widths: the scores of every layer, (neurons,) each; how many neurons stay in all, as the budget asks, not yet
-            rounded; the fewest that may stay in each layer, multiples of the step; the step -> how many stay in each
-            layer, multiples of the step, no fewer than the fewest.
-        floor: the share of each layer's neurons that stays in any case; at least one step does.
-        source: where it comes from.
+        widths: a function of (scores, keep, fewest, step) that returns the number of units to keep in each layer. The
+            arguments are the scores of every layer, (units,) each; the number of units to keep over all layers, not
+            yet rounded; the fewest units to keep in each layer; and the step. Results are multiples of the step and at
+            least `fewest`.
+        floor: share of each layer's units that always stays; at least one step stays.
+        source: the publication.
     """
 
     widths: Callable[[list[Tensor], float, list[int], int], list[int]]
@@ -43,10 +44,10 @@ def uniform(scores: list[Tensor], keep: float, fewest: list[int], step: int) -> 
 
 
 def ranked_together(scores: list[Tensor], keep: float, fewest: list[int], step: int) -> list[int]:
-    """The best neurons of the whole model, beside the `fewest` best of every layer.
+    """The best units of the whole model, after the `fewest` best of every layer.
 
-    Each layer's neurons, best first, are taken `step` at a time. As such blocks get worse within a layer, taking the
-    best blocks of all layers maximises the sum of the scores kept among all widths that are multiples of `step`.
+    Each layer's units, best first, form blocks of `step`. Within a layer, blocks get worse. So the best blocks of all
+    layers maximise the sum of the kept scores, among all widths that are multiples of `step`.
     """
     blocks: list[tuple[float, int]] = []
     for number, (layer, least) in enumerate(zip(scores, fewest, strict=True)):
@@ -54,7 +55,7 @@ def ranked_together(scores: list[Tensor], keep: float, fewest: list[int], step: 
         blocks += [(gain, number) for gain in best_first.view(-1, step).sum(1).tolist()]
     blocks.sort(key=lambda block: -block[0])  # stable: among equals the first layer's
     widths = list(fewest)
-    for _, number in blocks[: round(keep / step) - sum(fewest) // step]:
+    for _, number in blocks[: max(0, round(keep / step) - sum(fewest) // step)]:
         widths[number] += step
     return widths
 
@@ -66,24 +67,33 @@ ALLOCATIONS = {
 
 
 def fewest_kept(allocation: str, widths: list[int], step: int) -> list[int]:
-    """The fewest neurons that an allocation leaves in layers of these widths: its floor, rounded up to `step`s."""
+    """The fewest units that an allocation keeps in layers of these widths: its floor, rounded up to whole steps."""
     return [step * max(1, math.ceil(ALLOCATIONS[allocation].floor * width / step)) for width in widths]
 
 
 def allocate(allocation: str, scores: list[Tensor], keep: float, step: int) -> list[Tensor]:
-    """The neurons that stay.
+    """The units to keep.
 
     Args:
         allocation: a name in `ALLOCATIONS`.
-        scores: (neurons,) per layer.
-        keep: how many stay in all; a fraction is rounded. Between what `fewest_kept` adds up to and all of them.
-        step: every layer keeps a multiple of it, and has at least one.
+        scores: (units,) for each layer.
+        keep: number of units to keep over all layers; a fraction is rounded. Outside what the allocation allows, the
+            nearest allowed number counts.
+        step: every layer keeps a multiple of it.
 
     Returns:
-        Per layer the int64 indices that stay, ascending. Among equal scores the lower index stays.
+        For each layer the int64 indices to keep, ascending. Among equal scores the lower index stays.
+
+    Raises:
+        AssertionError: the allocation misses the number by more than rounding to `step` explains.
     """
     fewest = fewest_kept(allocation, [len(layer) for layer in scores], step)
     widths = ALLOCATIONS[allocation].widths(scores, keep, fewest, step)
+    widest = sum(len(layer) // step * step for layer in scores)
+    target = min(max(keep, sum(fewest)), widest)  # the nearest number that whole steps allow
+    assert abs(sum(widths) - target) <= step * len(scores), (
+        f"allocation {allocation!r} keeps {sum(widths)} units of {target:.1f}: a fault of the allocation"
+    )
     return [
         layer.sort(dim=-1, descending=True, stable=True).indices[:width].sort().values
         for layer, width in zip(scores, widths, strict=True)

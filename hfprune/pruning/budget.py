@@ -1,4 +1,4 @@
-"""What a budget is in units: how many have to stay of each part, or why it cannot be met."""
+"""From a budget in parameters to a number of units: how many of each part to keep, or why the budget cannot be met."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def shape_of(model: PreTrainedModel) -> Shape:
     """The shape of a model."""
     from hfprune.models.loading import count_parameters
 
-    found = {name: parts(model, name) for name in PARTS}
+    parts_by_name = {name: parts(model, name) for name in PARTS}
     return Shape(
         count_parameters(model),
-        {name: [part.units for part in layers] for name, layers in found.items()},
-        {name: layers[0].parameters for name, layers in found.items()},
+        {name: [part.units for part in layers] for name, layers in parts_by_name.items()},
+        {name: layers[0].parameters for name, layers in parts_by_name.items()},
     )
 
 
@@ -62,25 +62,25 @@ def shape_on_disk(folder: Path) -> Shape:
         "mlp": [shapes[f"{layer}mlp.up_proj.weight"][0] for layer in layers],
         "attention": [shapes[f"{layer}self_attn.k_proj.weight"][0] // head for layer in layers],
     }
-    belongs = {"mlp": ("mlp.",), "attention": tuple(f"self_attn.{each}_proj" for each in "qkvo")}
-    whole = {"mlp.down_proj.bias", "self_attn.o_proj.bias"}  # which no unit has a part of
+    prefixes = {"mlp": ("mlp.",), "attention": tuple(f"self_attn.{letter}_proj" for letter in "qkvo")}
+    shared = {"mlp.down_proj.bias", "self_attn.o_proj.bias"}  # biases of the output belong to no unit
     parameters = {}
     for name, first in units.items():
         own = [key.removeprefix(layers[0]) for key in sizes if key.startswith(layers[0])]
-        size = sum(sizes[layers[0] + key] for key in own if key.startswith(belongs[name]) and key not in whole)
+        size = sum(sizes[layers[0] + key] for key in own if key.startswith(prefixes[name]) and key not in shared)
         parameters[name] = size // first[0]
     return Shape(sum(sizes.values()), units, parameters)
 
 
 @dataclass(frozen=True)
-class Room:
-    """What one part of all layers holds.
+class Capacity:
+    """How much of one part can be removed, over all layers.
 
     Attributes:
-        units: of each layer.
-        fewest: that the allocation leaves in each layer.
-        parameters: of one unit.
-        step: the fewest units, in all layers together, that the allocation can remove.
+        units: number of units in each layer.
+        fewest: number of units that the allocation keeps in each layer at least.
+        parameters: parameters of one unit.
+        step: smallest number of units, over all layers, that the allocation can remove.
     """
 
     units: list[int]
@@ -89,8 +89,8 @@ class Room:
     step: int
 
     @property
-    def most(self) -> int:
-        """Parameters that can be removed."""
+    def removable(self) -> int:
+        """Number of parameters that can be removed."""
         return (sum(self.units) - sum(self.fewest)) * self.parameters
 
 
@@ -99,8 +99,8 @@ class Budget:
     """A budget in units.
 
     Attributes:
-        share: of all parameters, to remove.
-        keep: by part that is cut, how many units stay in all layers together, not yet rounded.
+        share: share of all parameters to remove.
+        keep: for each part that is cut, the number of units to keep over all layers, not yet rounded.
     """
 
     share: float
@@ -118,116 +118,118 @@ def units_to_keep(
     round_to: int = 1,
     scores: Scores | None = None,
 ) -> Budget:
-    """How many units have to stay.
+    """The number of units to keep for a budget.
 
     Args:
         shape: of the dense model.
-        ratio: the share to remove of what `ratio_of` says, or None: then `target_parameters` is given.
+        ratio: share to remove of what `ratio_of` names; None where `target_parameters` is set.
         ratio_of: "all": of all parameters, tied embeddings counted once; "mlp": of the MLPs' neurons, all of one size.
-        target_parameters: how many of all parameters to leave.
+        target_parameters: number of parameters to keep.
         structure: a name in `structures.STRUCTURES`.
-        attention_share: with "mlp+attention", the share of what goes that attention gives. None: what it would give
-            in one ranking of all units of the model by their score per parameter.
-        allocation: how the budget will be shared among layers; with `round_to` it decides how many units have to stay.
-        round_to: the step of the MLPs' widths.
-        scores: read where both parts are cut and `attention_share` is None; without them, then, all that goes is
-            left to the neurons, as far as they hold it: enough to see whether the budget can be met.
+        attention_share: with "mlp+attention", the share of the removed parameters that comes from attention. None:
+            what attention loses in one ranking of all units of the model by score per parameter.
+        allocation: how the budget is shared among layers. It decides how many units a layer keeps at least.
+        round_to: MLP widths are multiples of it.
+        scores: needed where both parts are cut and `attention_share` is None. Without them all removed parameters come
+            from the neurons as far as possible, which is enough to see whether the budget can be met.
 
     Raises:
         UserError: nothing would be removed, or the structure does not hold that much.
     """
-    rooms = {name: room(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
-    total, most = shape.total, sum(each.most for each in rooms.values())
+    capacities = {name: capacity_of(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
+    total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
     if target_parameters is not None:
-        asked, remove = f"target_parameters {target_parameters}", float(total - target_parameters)
+        budget, remove = f"target_parameters {target_parameters}", float(total - target_parameters)
         if remove <= 0:
-            raise UserError(f"{asked}: the model has {total:,} parameters; the target has to be smaller.")
-        possible = f"smallest target_parameters that allows is {total - most}"
+            raise UserError(f"{budget}: the model has {total:,} parameters; the target has to be smaller.")
+        possible = f"smallest target_parameters that allows is {total - removable}"
     else:
-        of = total if ratio_of == "all" else sum(rooms["mlp"].units) * rooms["mlp"].parameters
-        asked, remove = f"ratio {ratio} of {ratio_of} parameters", ratio * of
-        possible = f"largest ratio that allows is {math.floor(most / of * 10_000) / 10_000}"
-    if remove > most + max(each.parameters for each in rooms.values()) / 2:  # what is allowed is a rounded number
+        of = total if ratio_of == "all" else sum(capacities["mlp"].units) * capacities["mlp"].parameters
+        budget, remove = f"ratio {ratio} of {ratio_of} parameters", ratio * of
+        possible = f"largest ratio that allows is {math.floor(removable / of * 10_000) / 10_000}"
+    half_a_unit = min(capacity.parameters for capacity in capacities.values()) / 2
+    if remove > removable + half_a_unit:
         least = " and ".join(
-            f"{sum(each.fewest):,} of {sum(each.units):,} {UNITS[name]}" for name, each in rooms.items()
+            f"{sum(capacity.fewest):,} of {sum(capacity.units):,} {UNITS[name]}"
+            for name, capacity in capacities.items()
         )
         raise UserError(
-            f"{asked}: takes {remove:,.0f} parameters. Structure {structure!r} with allocation {allocation!r} and "
-            f"round_to {round_to} leaves at least {least}, and can remove {most:,} parameters. The {possible}."
+            f"{budget}: takes {remove:,.0f} parameters. Structure {structure!r} with allocation {allocation!r} and "
+            f"round_to {round_to} leaves at least {least}, and can remove {removable:,} parameters. The {possible}."
         )
-    smallest = min(each.step * each.parameters for each in rooms.values())
+    smallest = min(capacity.step * capacity.parameters for capacity in capacities.values())
     if remove <= smallest / 2:
         raise UserError(
-            f"{asked}: takes {remove:,.0f} parameters, less than half of the {smallest:,} that structure {structure!r} "
-            f"with allocation {allocation!r} and round_to {round_to} removes at least ({smallest / total:.4g} of all "
-            "parameters): nothing would go."
+            f"{budget}: takes {remove:,.0f} parameters, less than half of the {smallest:,} that structure "
+            f"{structure!r} with allocation {allocation!r} and round_to {round_to} removes at least "
+            f"({smallest / total:.4g} of all parameters): nothing would go."
         )
-    given = _split(rooms, remove, attention_share, scores) if len(rooms) > 1 else {structure: remove}
-    keep = {name: sum(each.units) - given[name] / each.parameters for name, each in rooms.items()}
+    removed = {structure: remove} if len(capacities) == 1 else _split(capacities, remove, attention_share, scores)
+    keep = {name: sum(capacity.units) - removed[name] / capacity.parameters for name, capacity in capacities.items()}
     return Budget(remove / total, keep)
 
 
-def room(shape: Shape, name: str, allocation: str, round_to: int) -> Room:
-    """What a part holds.
+def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capacity:
+    """How much of a part can be removed.
 
     Raises:
-        UserError: a layer is narrower than what has to stay of it.
+        UserError: a layer is narrower than the fewest units to keep.
     """
     units, step = shape.units[name], round_to if name == "mlp" else 1
     fewest = fewest_kept(allocation, units, step)
     if too_wide := [width for width, least in zip(units, fewest, strict=True) if least > width]:
         raise UserError(f"round_to {round_to}: a layer has only {too_wide[0]} neurons; set a smaller `round_to`.")
-    return Room(units, fewest, shape.parameters[name], step * (len(units) if allocation == "uniform" else 1))
+    return Capacity(units, fewest, shape.parameters[name], step * (len(units) if allocation == "uniform" else 1))
 
 
 def _split(
-    rooms: Mapping[str, Room], remove: float, attention_share: float | None, scores: Scores | None
+    capacities: Mapping[str, Capacity], remove: float, attention_share: float | None, scores: Scores | None
 ) -> dict[str, float]:
-    """How many parameters each part gives: whole groups, and what is left by neurons.
+    """Number of parameters to remove from each part: whole groups from attention, the rest from neurons.
 
     Raises:
-        UserError: a part does not hold the share that is set for it.
+        UserError: a part has fewer removable parameters than its share of the budget.
     """
-    mlp, attention = rooms["mlp"], rooms["attention"]
+    mlp, attention = capacities["mlp"], capacities["attention"]
     if attention_share is None:
-        groups = _lowest_together(rooms, remove, scores) if scores else 0
+        groups = _groups_among_the_lowest(capacities, remove, scores) if scores else 0
     else:
         groups = attention_share * remove / attention.parameters
-        for name, asked in (("attention", attention_share * remove), ("mlp", (1 - attention_share) * remove)):
-            if asked > rooms[name].most:
-                fitting = 1 - mlp.most / remove if name == "mlp" else attention.most / remove
+        for name, wanted in (("attention", attention_share * remove), ("mlp", (1 - attention_share) * remove)):
+            if wanted > capacities[name].removable:
+                fitting = 1 - mlp.removable / remove if name == "mlp" else attention.removable / remove
                 raise UserError(
-                    f"attention_share {attention_share}: takes {asked:,.0f} parameters of {name}, of which "
-                    f"{rooms[name].most:,} can be removed. The {'smallest' if name == 'mlp' else 'largest'} "
+                    f"attention_share {attention_share}: takes {wanted:,.0f} parameters of {name}, of which "
+                    f"{capacities[name].removable:,} can be removed. The {'smallest' if name == 'mlp' else 'largest'} "
                     f"attention_share that allows is {fitting:.4f}."
                 )
-    # Groups are large: no more of them than asked for, if neurons can give the rest.
-    needed = math.ceil((remove - mlp.most) / attention.parameters / attention.step) * attention.step
+    # A group is large: never remove more of them than the budget, as long as neurons can make up the rest.
+    needed = math.ceil((remove - mlp.removable) / attention.parameters / attention.step) * attention.step
     allowed = math.floor(remove / attention.parameters / attention.step) * attention.step
-    whole = max(needed, 0, min(allowed, round(groups / attention.step) * attention.step))
-    whole = min(whole, sum(attention.units) - sum(attention.fewest))
-    given = whole * attention.parameters
-    return {"attention": given, "mlp": max(0.0, remove - given)}
+    removed_groups = max(needed, 0, min(allowed, round(groups / attention.step) * attention.step))
+    removed_groups = min(removed_groups, sum(attention.units) - sum(attention.fewest))
+    from_attention = removed_groups * attention.parameters
+    return {"attention": from_attention, "mlp": max(0.0, remove - from_attention)}
 
 
-def _lowest_together(rooms: Mapping[str, Room], remove: float, scores: Scores) -> int:
-    """How many groups are among the units that go when those of the lowest score per parameter go, whatever they are.
+def _groups_among_the_lowest(capacities: Mapping[str, Capacity], remove: float, scores: Scores) -> int:
+    """Number of key-value groups among the removed units when the lowest scores per parameter go, whatever their part.
 
-    The `fewest` best units of every layer stay in any case.
+    The `fewest` best units of every layer always stay.
     """
     import torch
 
     names, values, sizes = [], [], []
-    for name, each in rooms.items():
-        for layer, least in zip(scores[name], each.fewest, strict=True):
+    for name, capacity in capacities.items():
+        for layer, least in zip(scores[name], capacity.fewest, strict=True):
             free = layer.double().sort(descending=True).values[least:]
-            values.append(free / each.parameters)
-            sizes.append(torch.full_like(free, each.parameters))
+            values.append(free / capacity.parameters)
+            sizes.append(torch.full_like(free, capacity.parameters))
             names.append(torch.full_like(free, name == "attention"))
     order = torch.cat(values).argsort(stable=True)
-    together = torch.cat(sizes)[order].cumsum(0)
-    gone = order[together <= remove]
-    return int(torch.cat(names)[gone].sum())
+    cumulative = torch.cat(sizes)[order].cumsum(0)
+    removed = order[cumulative <= remove]
+    return int(torch.cat(names)[removed].sum())
 
 
 def check(folder: Path, cuts: list[dict[str, Any]]) -> None:

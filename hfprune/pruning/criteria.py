@@ -1,14 +1,14 @@
-"""What makes a unit important: a registry of criteria, each a few lines with its formula and source.
+"""How important a unit is: a registry of criteria, each a few lines with its formula and source.
 
-A unit (`structures.py`) is a neuron of an MLP or a key-value group of attention. It writes through input columns of one
-linear layer, a neuron through one column, with the activations h_t at token t. There are two kinds of criteria:
+A unit (see `models.units`) is a neuron of an MLP or a key-value group of attention. It writes through input columns of
+one linear layer, with the activations h_t at token t. A neuron has one column. There are two kinds of criteria:
 
-- A *gradient* criterion names a scalar function S of the logits, by its gradient dS/dlogits in closed form, and says
-  how the products g_t = h_t . dS/dh_t, the first-order change of S when the unit is silent at token t, are summed over
-  tokens. `scoring.py` carries the gradient from the logits to h.
+- A *gradient* criterion gives the gradient dS/dlogits of a scalar function S of the logits, in closed form. It says how
+  the products g_t = h_t . dS/dh_t are summed over tokens. g_t is the first-order change of S when the unit is silent at
+  token t. `scoring.py` carries the gradient from the logits to h.
 - A *static* criterion is a function of the weights and of the moments of h over the calibration tokens.
 
-To add one: write its function and its line in `CRITERIA`.
+To add one: write its function and a line in `CRITERIA`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:  # the config reads the names of the criteria without paying f
 
 @dataclass(frozen=True)
 class Positions:
-    """What a gradient may read beside the logits, at the same positions.
+    """Inputs of a gradient beside the logits, for the same positions.
 
     Attributes:
-        next_tokens: (tokens,) int64, the token that follows in the text; -1 at the end of a sequence.
+        next_tokens: (tokens,) int64, the next token of the text; -1 at the end of a sequence.
         uniforms: (tokens,) float32 in [0, 1), seeded random numbers.
-        dense_logits: (tokens, vocabulary) float32 logits of the intact model, where neurons are silenced.
+        dense_logits: (tokens, vocabulary) float32 logits of the intact model, if neurons are silenced.
     """
 
     next_tokens: Tensor
@@ -43,10 +43,10 @@ class GradientCriterion:
     """The first-order change of S when a unit goes.
 
     Attributes:
-        logit_gradient: (tokens, vocabulary) float32 logits, which may be overwritten, and their positions -> dS/dlogits
-            of the same shape, for S summed over positions.
-        products: what is summed of the products g_t: `absolute` sum_t |g_t|, `square` sum_t g_t**2,
-            `square_of_sum` (sum_t g_t)**2.
+        logit_gradient: maps (tokens, vocabulary) float32 logits, which it may overwrite, and their positions to
+            dS/dlogits of the same shape, for S summed over positions.
+        products: how the products g_t are summed: `absolute` sum_t |g_t|, `square` sum_t g_t**2, `square_of_sum`
+            (sum_t g_t)**2.
         source: where it comes from.
         sampled: whether it reads `Positions.uniforms`, so that it gains from several draws.
         light_cut: another criterion, by whose scores the lowest `LIGHT_CUT` of every MLP's neurons are silenced before
@@ -62,7 +62,7 @@ class GradientCriterion:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over the calibration tokens of the activations at a part's columns.
+    """Sums of a part's activations over the calibration tokens, per column.
 
     Attributes:
         count: number of tokens.
@@ -80,8 +80,8 @@ class StaticCriterion:
     """A score that needs no gradient.
 
     Attributes:
-        score: a part, the moments of its activations and a seeded generator on the CPU -> (units,) scores.
-        source: where it comes from.
+        score: maps a part, the moments of its activations and a seeded generator on the CPU to (units,) scores.
+        source: the publication.
     """
 
     score: Callable[[Part, Moments, Generator], Tensor]
@@ -168,7 +168,7 @@ def ppm_activation(part: Part, moments: Moments, _generator: Generator) -> Tenso
     Its rule is one for MLPs; for attention this is the same formula.)
     """
     ranges = [weights.double().amax(1) + weights.double().amin(1).abs() for weights in part.matrices()]
-    return sum(each / each.max() for each in ranges) * part.per_unit(moments.squares).sqrt()
+    return sum(per_matrix / per_matrix.max() for per_matrix in ranges) * part.per_unit(moments.squares).sqrt()
 
 
 def magnitude(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
@@ -201,9 +201,9 @@ CRITERIA: dict[str, GradientCriterion | StaticCriterion] = {
 
 
 def passes(names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
-    """The passes over the calibration text that these criteria take: (light cut before it, criteria that share it).
+    """The passes over the calibration text that these criteria need: (light cut before the pass, its criteria).
 
-    The first is on the intact model, with the criteria that light cuts are made by, asked for or not.
+    The first pass uses the intact model. It also scores the criteria that light cuts need.
     """
     cuts = {name: CRITERIA[name].light_cut for name in names}
     needed = list(dict.fromkeys(cut for cut in cuts.values() if cut))

@@ -1,22 +1,22 @@
-"""Let the units that stay carry what those that go carried: new weights, or a bias, for output layers.
+"""Refit output layers so that the remaining units replace what the removed units wrote.
 
-An MLP, or attention, writes W h into the residual stream, h the activations at a token that meet its output layer
-(down_proj, o_proj). Let S be the columns that stay, P those that go, and r what is to be made up for at a token. With
-sums over all calibration tokens,
+An MLP or an attention block writes W h into the residual stream, where h are the activations that enter its output
+layer (down_proj, o_proj) at a token. Let S be the columns that stay, P the columns that go, and r the target of the
+repair at a token. With sums over all calibration tokens,
 
     G = sum h[S] h[S]^T,    C = sum r h[S]^T,    lambda = ridge * mean(diag G),
 
-the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + lambda I)^-1, and is added to W[:, S].
+the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + lambda I)^-1. It is added to W[:, S].
 
-- `least_squares`: h of the intact model, r = W[:, P] h[P], what is lost here.
-- `sequential`: h of the model in which everything below is cut and refitted already, and r = W[:, P] h[P] + a (y - y'):
-  y is the residual stream of the dense model behind this part, y' that of the cut model if nothing were lost here, so
-  that their difference is what went wrong below. a = `DRIFT`: making up for all of it would fit noise. The output
-  layers of all parts are refitted, also of those that keep all their units.
-- `bias`: h of the intact model; only the mean of r is made up for, by the output layer's bias (FLAP, arXiv 2312.11983).
+- `least_squares`: h comes from the intact model, and r = W[:, P] h[P] is what the cut loses in this layer.
+- `sequential`: h comes from the model whose lower layers are cut and refitted already, r = W[:, P] h[P] + a (y - y').
+  Here y is the residual stream of the dense model after this part, and y' that of the cut model if this part lost
+  nothing, so their difference is the error of the layers below. a is `DRIFT`: repairing all of that error would fit
+  noise. The output layers of all parts are refitted, also of parts that keep all their units.
+- `bias`: h comes from the intact model. The output layer's bias repairs the mean of r (FLAP, arXiv 2312.11983).
 
-The parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. Beside the
-weights, memory holds the calibration tokens' hidden states at one layer (`sequential`: also the dense model's, and the
+Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. Beside the weights,
+memory holds the hidden states of the calibration tokens at one layer (with `sequential` also the dense model's, and the
 activations of one part), and G and C of one part.
 """
 
@@ -35,23 +35,23 @@ from hfprune.runtime.progress import progress
 TOKENS_PER_BATCH = 4096
 DRIFT = 0.5
 
-Stream = list[Tensor]  # hidden states of all calibration tokens at one layer's entrance, (batch, length, hidden) each
+Stream = list[Tensor]  # batches of hidden states that enter one layer, (batch, length, hidden) each, of all tokens
 
 
 @torch.no_grad()
 def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge: float) -> dict[str, Any]:
-    """Refit every output layer in place for a cut to `kept`, and silence the units that go: their columns become 0.
+    """Refit every output layer in place for a cut to `kept`, and set the columns of the removed units to 0.
 
     Args:
         model: the intact model, on its device.
-        kept: by part the int64 indices of the units that stay, per layer.
+        kept: for each part, the int64 indices of the units to keep, per layer.
         tokens: (sequences, length) int64 calibration tokens.
         method: "bias", "least_squares" or "sequential".
-        ridge: at least 0; `bias` does not read it.
+        ridge: at least 0; not used by `bias`.
 
     Returns:
-        Details for the record: `refit_tokens`, `refit_flops` of the passes and the systems solved; except for `bias`,
-        also `ridge` and `starved_layers`, the layers with fewer tokens than columns that stay.
+        Details for the record: `refit_tokens` and `refit_flops` of the passes and solved systems. Except for `bias`,
+        also `ridge` and `starved_layers`, the layers that keep more columns than there are tokens.
 
     Raises:
         UserError: `bias` where an output layer has none; a layer's system cannot be solved.
@@ -65,40 +65,43 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
             )
     sequential, starved = method == "sequential", set()
     flops = tokens.numel() * flops_per_token(model) * (1 + sequential)
-    stream, arguments = entrance(model, tokens)
+    stream, arguments = layer_inputs(model, tokens)
     dense = list(stream)
     layers = list(zip(model.model.layers, arguments, strict=True))
     for number, (layer, keywords) in enumerate(progress(layers, "refit", len(layers), "layer")):
         for name in ("attention", "mlp"):
             part = part_of(layer, name)
-            stay = kept[name][number] if name in kept else torch.arange(part.units)
-            repair, seen = Repair(part, stay, name, number), []
+            units = kept[name][number] if name in kept else torch.arange(part.units)
+            repair, activations_seen = Repair(part, units, name, number), []
             for i, states in enumerate(stream):
-                written, activations = through(layer, name, keywords, states)
+                written, activations = run_part(layer, name, keywords, states)
                 if sequential:
-                    dense[i] = dense[i] + through(layer, name, keywords, dense[i])[0]
-                    repair.see(activations, DRIFT * (dense[i].float() - (states + written).float()))
-                    seen.append(activations)
+                    dense[i] = dense[i] + run_part(layer, name, keywords, dense[i])[0]
+                    repair.add(activations, DRIFT * (dense[i].float() - (states + written).float()))
+                    activations_seen.append(activations)
                 else:
                     stream[i] = states + written
                     if repair.lossy:
-                        repair.see(activations, mean=method == "bias")
+                        repair.add(activations, mean=method == "bias")
             if repair.lossy and method == "bias":
                 repair.shift()
             elif repair.lossy or sequential:
                 repair.solve(ridge)
                 flops += repair.flops
-                if len(repair.stays) > tokens.numel():
+                if len(repair.kept) > tokens.numel():
                     starved.add(number)
-            if sequential:  # what is above is to see this part as it is now
-                stream = [states + part.output(activations) for states, activations in zip(stream, seen, strict=True)]
+            if sequential:  # the layers above must see this part as it is now
+                stream = [
+                    states + part.output(activations)
+                    for states, activations in zip(stream, activations_seen, strict=True)
+                ]
     details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
     if method == "bias":
         return details
     if starved:
         print(
-            f"refit {method!r}: only {tokens.numel()} calibration tokens for the more columns that stay in layers "
-            f"{', '.join(map(str, sorted(starved)))}: what the tokens do not determine, `ridge` does. Take more "
+            f"refit {method!r}: only {tokens.numel()} calibration tokens, fewer than the columns that stay in layers "
+            f"{', '.join(map(str, sorted(starved)))}. `ridge` decides what the tokens do not determine. Use more "
             "samples.",
             file=sys.stderr,
         )
@@ -106,65 +109,68 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
 
 
 class Repair:
-    """What one part of a layer loses, what was seen of it, and its mending.
+    """The refit of one part of a layer: sums over calibration tokens, and the solution.
 
     Attributes:
-        part: as it still is, all its units in place.
-        stays, goes: the columns of its output layer, int64.
-        name: of the part.
-        layer: its number.
+        part: the part, with all its units still in place.
+        kept, removed: int64 columns of its output layer.
+        name: the part's name.
+        layer: the layer's number.
+        tokens: how many tokens the sums contain.
     """
 
-    def __init__(self, part: Part, stay: Tensor, name: str, layer: int) -> None:
+    def __init__(self, part: Part, units: Tensor, name: str, layer: int) -> None:
         self.part, self.name, self.layer = part, name, layer
-        gone = torch.ones(part.units, dtype=torch.bool).index_fill_(0, stay.cpu(), False)
-        place = part.output.weight.device
-        self.stays, self.goes = (part.columns_of(units.nonzero()[:, 0]).to(place) for units in (~gone, gone))
-        self.removed = part.output.weight[:, self.goes].float()
+        is_removed = torch.ones(part.units, dtype=torch.bool).index_fill_(0, units.cpu(), False)
+        device = part.output.weight.device
+        self.kept, self.removed = (
+            part.columns_of(mask.nonzero()[:, 0]).to(device) for mask in (~is_removed, is_removed)
+        )
+        self.removed_weights = part.output.weight[:, self.removed].float()
         self.gram: Tensor | float = 0.0  # G
         self.cross: Tensor | float = 0.0  # C
         self.lost: Tensor | float = 0.0  # sum of W[:, P] h[P]
-        self.count = 0
+        self.tokens = 0
 
     @property
     def lossy(self) -> bool:
-        """Whether anything goes."""
-        return len(self.goes) > 0
+        """Whether any unit is removed."""
+        return len(self.removed) > 0
 
     @property
     def flops(self) -> int:
-        """Of G, C and the solution by Cholesky's method."""
-        stays, hidden = len(self.stays), self.part.output.out_features
-        return 2 * self.count * stays * (stays + hidden) + stays**3 // 3 + 2 * stays**2 * hidden
+        """Floating-point operations for G, C and the solution by Cholesky's method."""
+        kept, hidden = len(self.kept), self.part.output.out_features
+        return 2 * self.tokens * kept * (kept + hidden) + kept**3 // 3 + 2 * kept**2 * hidden
 
-    def see(self, activations: Tensor, more: Tensor | None = None, mean: bool = False) -> None:
-        """Add a batch to the sums: products float32, sums float64.
+    def add(self, activations: Tensor, drift: Tensor | None = None, mean: bool = False) -> None:
+        """Add a batch to the sums. Products are float32, sums float64.
 
         Args:
-            activations: (batch, length, columns), what meets the output layer.
-            more: (batch, length, hidden) float32, what is to be made up for beside what is lost here.
-            mean: add r alone, which is all that `shift` reads.
+            activations: (batch, length, columns), the input of the output layer.
+            drift: (batch, length, hidden) float32, added to the target beside what the cut loses here.
+            mean: only sum the target, which is all that `shift` needs.
         """
         flat = activations.flatten(0, 1).float()
-        r = flat[:, self.goes] @ self.removed.T
-        self.lost += r.sum(0).double()
-        self.count += len(flat)
+        target = flat[:, self.removed] @ self.removed_weights.T
+        self.lost += target.sum(0).double()
+        self.tokens += len(flat)
         if mean:
             return
-        if more is not None:
-            r += more.flatten(0, 1)
-        stays = flat[:, self.stays]
-        self.gram += (stays.T @ stays).double()
-        self.cross += (r.T @ stays).double()
+        if drift is not None:
+            target += drift.flatten(0, 1)
+        kept = flat[:, self.kept]
+        self.gram += (kept.T @ kept).double()
+        self.cross += (target.T @ kept).double()
 
     def shift(self) -> None:
-        """Make up for the mean of what is lost, by the bias."""
+        """Repair the mean of the loss, with the bias."""
         bias = self.part.output.bias
-        bias += (self.lost / self.count).to(bias.dtype)
+        bias += (self.lost / self.tokens).to(bias.dtype)
         self._silence()
 
     def solve(self, ridge: float) -> None:
-        """Make up for what is lost, by the weights that stay; solved in float64.
+        """Repair the loss, with the weights that stay. Solved in float64.
 
         Raises:
             UserError: G + lambda I is not positive definite, or not finite.
@@ -178,19 +184,19 @@ class Repair:
                 "compute in float32."
             )
         weight = self.part.output.weight
-        found = torch.cholesky_solve(self.cross.T, factor).T
-        weight[:, self.stays] = (weight[:, self.stays] + found).to(weight.dtype)
+        correction = torch.cholesky_solve(self.cross.T, factor).T
+        weight[:, self.kept] = (weight[:, self.kept] + correction).to(weight.dtype)
         self._silence()
 
     def _silence(self) -> None:
-        self.part.output.weight[:, self.goes] = 0
+        self.part.output.weight[:, self.removed] = 0
 
 
-def entrance(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[str, Any]]]:
-    """The calibration tokens' hidden states at the first layer's entrance, and the keyword arguments of every layer.
+def layer_inputs(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[str, Any]]]:
+    """The hidden states that enter the first layer, and the keyword arguments of every layer.
 
-    The arguments (positions, the mask of the layer's kind) are those that the model itself passes. They are taken from
-    one sequence's forward pass and fit all: every sequence has the same length, and no padding.
+    The arguments (positions, the mask of the layer's kind) are those that the model itself passes. One sequence's
+    forward pass gives them, and they fit all sequences: all have the same length and no padding.
     """
     arguments: list[dict[str, Any]] = []
 
@@ -207,21 +213,22 @@ def entrance(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[
     return [model.get_input_embeddings()(batch) for batch in batches], arguments
 
 
-def through(layer: nn.Module, name: str, keywords: dict[str, Any], states: Tensor) -> tuple[Tensor, Tensor]:
-    """Send hidden states through one part of a layer, with the norm before it.
+def run_part(layer: nn.Module, name: str, keywords: dict[str, Any], states: Tensor) -> tuple[Tensor, Tensor]:
+    """Run one part of a layer, with the norm before it.
 
     Args:
-        layer: a decoder layer, in which x becomes a = x + attention(norm(x)), and that a + mlp(norm(a)).
-        name: of the part.
-        keywords: the layer's keyword arguments, see `entrance`.
-        states: (batch, length, hidden), what meets the part.
+        layer: a decoder layer that computes a = x + attention(norm(x)) and then a + mlp(norm(a)).
+        name: the part's name.
+        keywords: the layer's keyword arguments, see `layer_inputs`.
+        states: (batch, length, hidden), the input of the part.
 
     Returns:
-        (batch, length, hidden) what the part adds to them, and (batch, length, columns) what met its output layer.
+        (batch, length, hidden) what the part adds to the residual stream, and (batch, length, columns) the input of its
+        output layer.
     """
-    seen: list[Tensor] = []
+    output_inputs: list[Tensor] = []
     output = part_of(layer, name).output
-    hook = output.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    hook = output.register_forward_pre_hook(lambda _module, inputs: output_inputs.append(inputs[0]))
     try:
         if name == "attention":
             written, _ = layer.self_attn(hidden_states=layer.input_layernorm(states), **keywords)
@@ -229,4 +236,4 @@ def through(layer: nn.Module, name: str, keywords: dict[str, Any], states: Tenso
             written = layer.mlp(layer.post_attention_layernorm(states))
     finally:
         hook.remove()
-    return written, seen[0]
+    return written, output_inputs[0]

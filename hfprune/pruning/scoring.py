@@ -18,13 +18,20 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
-from hfprune.models.loading import at_hand, final_hidden, flops_per_token, load_model, load_tokenizer, logits_of
+from hfprune.models.loading import (
+    final_hidden,
+    flops_per_token,
+    load_model,
+    load_tokenizer,
+    logits_of,
+    weights_in_memory,
+)
 from hfprune.models.units import PARTS, Part, Scores, parts, read_scores
 from hfprune.pruning.criteria import CRITERIA, LIGHT_CUT, GradientCriterion, Moments, Positions, StaticCriterion
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import checkpointed, is_short
 from hfprune.runtime.progress import progress
-from hfprune.runtime.signals import Stopped, noting
+from hfprune.runtime.signals import Stopped, sigterm_deferred
 from hfprune.store.filenames import RESUME, SCORES, SUMS
 
 TOKENS_PER_BATCH = 1024
@@ -50,46 +57,46 @@ def score(
         folder: the artifact's; the pass keeps its partial sums in its `.resume`, to go on after a kill.
         model: folder of the checkpoint.
         text: folder of the calibration text.
-        criteria: names in `CRITERIA`, all of one `light_cut`.
-        samples: sequences, see `texts.sample_sequences`.
-        length: tokens of each.
+        criteria: names in `CRITERIA`, all with the same `light_cut`.
+        samples: number of sequences, see `sampling.sample_sequences`.
+        length: tokens of each sequence.
         seed: draws the sequences, the labels of sampled criteria, and `random`.
         draws: labels per position for sampled criteria.
-        dtype: of the model's arithmetic; scores are summed in float32 and float64 whatever it is.
-        light_cut: folder of the scores by which neurons are silenced first, for criteria that ask for it.
+        dtype: of the model's arithmetic. Scores are summed in float32 and float64 whatever it is.
+        light_cut: folder of the scores by which neurons are silenced first, for criteria that need it.
 
     Returns:
         The scores by criterion, on the CPU; and `tokens` and `flops` of the pass, see `cost`.
     """
-    network, tokens = _subject(model, text, samples, length, seed, dtype)
-    found = unit_scores(network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME)
-    return found, cost(network, tokens.numel(), criteria, draws, light_cut is not None)
+    network, tokens = _model_and_tokens(model, text, samples, length, seed, dtype)
+    scores = unit_scores(network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME)
+    return scores, cost(network, tokens.numel(), criteria, draws, light_cut is not None)
 
 
 def shard(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
     dtype: str, shard: int, shards: int, light_cut: Path | None = None,
 ) -> tuple[dict[str, Sums], dict[str, int]]:  # fmt: skip
-    """Stage `shard`: what `score` adds up, over share `shard` of `shards` of its sequences; other arguments alike.
+    """Stage `shard`: the sums of `score` over one share of its sequences, number `shard` of `shards`.
 
     Returns:
-        The sums that each criterion reads, to be saved in its own artifact; and what the share cost, see `cost`.
+        The sums that each criterion needs, for an artifact each; and `tokens` and `flops` of the share, see `cost`.
     """
-    network, tokens = _subject(model, text, samples, length, seed, dtype)
+    network, tokens = _model_and_tokens(model, text, samples, length, seed, dtype)
     share = shard_range(samples, length, shard, shards)
     sums = add_up(network, tokens, criteria, seed, draws, _light_cut(light_cut), folder / RESUME, share)
-    done = cost(network, len(share) * length, criteria, draws, light_cut is not None)
-    return {name: sums.of(name) for name in criteria}, done
+    share_cost = cost(network, len(share) * length, criteria, draws, light_cut is not None)
+    return {name: sums.of(name) for name in criteria}, share_cost
 
 
 def cost(model: PreTrainedModel, tokens: int, criteria: Sequence[str], draws: int, light_cut: bool) -> dict[str, int]:
-    """`tokens` and `flops` of a pass: a backward pass, to activations alone, counts as much as a forward pass."""
+    """`tokens` and `flops` of a pass. A backward pass to activations alone costs as much as a forward pass."""
     times = 1 + light_cut + len(_backward_passes(criteria, draws))
     return {"tokens": tokens, "flops": tokens * flops_per_token(model) * times}
 
 
 def _backward_passes(criteria: Sequence[str], draws: int) -> list[tuple[list[str], LogitGradient, int]]:
-    """The backward passes over one forward pass: the criteria that read it, its gradient, the number of its draw."""
+    """The backward passes after one forward pass: the criteria that use each, its gradient, the number of its draw."""
     by_gradient: dict[tuple[LogitGradient, int], list[str]] = defaultdict(list)
     for name in criteria:
         if isinstance(criterion := CRITERIA[name], GradientCriterion):
@@ -109,7 +116,7 @@ def merge(
 
 
 def shard_range(samples: int, length: int, shard: int, shards: int) -> range:
-    """The sequences of one shard: whole batches where there are enough, so that its sums are what one job would add."""
+    """The sequences of one shard. Whole batches if there are enough, so that the sums equal those of a single job."""
     unit = _batch_size(length)
     if -(-samples // unit) < shards:
         unit = 1
@@ -118,10 +125,10 @@ def shard_range(samples: int, length: int, shard: int, shards: int) -> range:
 
 
 class Sums:
-    """What a pass adds up, in float64.
+    """The sums of a pass over the calibration text, in float64.
 
     Attributes:
-        sequences: how many sequences it has seen.
+        sequences: number of sequences that the sums contain.
         tensors: `<name>.<part>.<layer>` -> (units,) for names of gradient criteria, (columns,) for `MOMENTS`.
     """
 
@@ -130,22 +137,22 @@ class Sums:
         self.tensors: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add `value`, wherever it is, to the sum of that name."""
-        held = self.tensors.get(name)
-        self.tensors[name] = value.double() if held is None else held.to(value.device) + value
+        """Add `value`, on any device, to the sum of that name."""
+        total = self.tensors.get(name)
+        self.tensors[name] = value.double() if total is None else total.to(value.device) + value
 
     def of(self, criterion: str) -> Sums:
-        """Those that one criterion reads."""
+        """The sums that one criterion needs."""
         names = (criterion,) if isinstance(CRITERIA[criterion], GradientCriterion) else MOMENTS
-        found = Sums()
-        found.sequences = self.sequences
-        found.tensors = {name: tensor for name, tensor in self.tensors.items() if name.split(".")[0] in names}
-        return found
+        subset = Sums()
+        subset.sequences = self.sequences
+        subset.tensors = {name: tensor for name, tensor in self.tensors.items() if name.split(".")[0] in names}
+        return subset
 
     def layers(self, name: str, part: str) -> list[Tensor]:
-        """The sums of that name and part on the CPU, by layer."""
-        found = {key: tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}.{part}.")}
-        return [found[f"{name}.{part}.{layer}"].cpu() for layer in range(len(found))]
+        """The sums of that name and part, on the CPU, in the order of the layers."""
+        by_key = {key: tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}.{part}.")}
+        return [by_key[f"{name}.{part}.{layer}"].cpu() for layer in range(len(by_key))]
 
     def save(self, file: Path) -> None:
         """Write all sums to `file`, whole or not at all."""
@@ -173,20 +180,20 @@ def unit_scores(
 ) -> dict[str, Scores]:
     """The importance of every unit of every part by each criterion.
 
-    One forward pass serves all; each gradient function costs one backward pass, times `draws` where it is sampled.
-    Only activations carry gradients. A gradient criterion's score is the mean over sequences (and draws) of its summed
-    products divided by the length; S is summed over a sequence's positions.
+    All criteria share one forward pass. Each gradient function costs one backward pass, times `draws` if it is sampled.
+    Only activations carry gradients. The score of a gradient criterion is the mean over sequences (and draws) of its
+    summed products, divided by the length. S is summed over a sequence's positions.
 
     Args:
-        model: on its device or spread over several, no parameter requiring a gradient.
+        model: on one device or spread over several; no parameter requires a gradient.
         tokens: (sequences, length) int64.
-        criteria: names in `CRITERIA`, all of one `light_cut`.
-        seed: of sampled labels and of `random`.
+        criteria: names in `CRITERIA`, all with the same `light_cut`.
+        seed: draws sampled labels and `random`.
         draws: labels per position for sampled criteria.
-        light_cut: (neurons,) scores per layer by which the lowest `LIGHT_CUT` of the MLPs' neurons are silenced; then
-            the intact model runs too, one forward pass more. Silenced neurons score 0.
-        batch: sequences at once; by default as many as make `TOKENS_PER_BATCH`. It does not change the scores.
-        resume: folder for partial sums, saved every few minutes and read at the start.
+        light_cut: (neurons,) scores per layer. The lowest `LIGHT_CUT` of the MLPs' neurons are silenced and score 0.
+            The intact model then runs as well, which costs one more forward pass.
+        batch: sequences per batch; by default `TOKENS_PER_BATCH` tokens. It does not change the scores.
+        resume: folder for partial sums, which are saved every few minutes and read at the start.
 
     Returns:
         The scores by criterion, on the CPU.
@@ -199,53 +206,61 @@ def unit_scores(
 
 
 def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreTrainedModel | None) -> Scores:
-    """One criterion's scores from the sums over `count` tokens; only static criteria need the model."""
+    """One criterion's scores from the sums over `count` tokens. Only static criteria need the model."""
     criterion = CRITERIA[name]
-    found: Scores = {}
+    by_part: Scores = {}
     for kind in PARTS:
         if isinstance(criterion, GradientCriterion):
             times = count * (draws if criterion.sampled else 1)
-            found[kind] = [(layer / times).float() for layer in sums.layers(name, kind)]
+            by_part[kind] = [(layer / times).float() for layer in sums.layers(name, kind)]
         else:
             assert model is not None
             moments = zip(parts(model, kind), *(sums.layers(moment, kind) for moment in MOMENTS), strict=True)
-            found[kind] = [
+            by_part[kind] = [
                 _static(criterion, part, count, total, squares, generator(seed, name, kind, layer))
                 for layer, (part, total, squares) in enumerate(moments)
             ]
-        for layer, scores in enumerate(found[kind]):
+        for layer, scores in enumerate(by_part[kind]):
             if not scores.isfinite().all():
                 raise UserError(f"layer {layer}: scores by {name} are not finite; compute in float32 or bfloat16.")
             if not scores.any():
                 raise UserError(f"layer {layer}, {kind}: all scores by {name} are zero: nothing reached it.")
-    return found
+    return by_part
 
 
 def _static(
-    criterion: StaticCriterion, part: Part, count: int, total: Tensor, squares: Tensor, drawn: torch.Generator
+    criterion: StaticCriterion, part: Part, count: int, total: Tensor, squares: Tensor, random: torch.Generator
 ) -> Tensor:
-    with at_hand(*part.linears):
-        place = part.output.weight.device
-        return criterion.score(part, Moments(count, total.to(place), squares.to(place)), drawn).float().cpu()
+    with weights_in_memory(*part.linears):
+        device = part.output.weight.device
+        return criterion.score(part, Moments(count, total.to(device), squares.to(device)), random).float().cpu()
 
 
-class Watch:
-    """What happens at the units, the inputs of every part's output layer, while the model runs.
+class UnitRecorder:
+    """Reads the units' activations and gradients while the model runs, at the input of every part's output layer.
 
     Attributes:
-        criteria: those whose gradient the running backward pass carries.
-        phase: `dense`, the units are left alone; `scored`, they are silenced, summed and differentiated; `again`, a
-            layer of a scored pass is computed anew, which must be the same computation but is not summed again.
+        criteria: criteria whose gradient the current backward pass carries.
+        phase: "dense": units pass through unchanged. "scored": units are silenced, summed and differentiated.
+            "recompute": the backward pass computes a layer of a scored pass a second time; the computation must be the
+            same, but nothing is summed again.
+        recompute: whether the backward pass computes layers a second time. Then no activation is kept in between: the
+            backward pass reads what the second computation leaves in `recomputed`.
+        recomputed: by part and layer, activations (batch, length, columns).
     """
 
-    def __init__(self, sums: Sums, moments: bool, differentiate: bool, silent: list[Tensor] | None) -> None:
+    def __init__(
+        self, sums: Sums, moments: bool, differentiate: bool, silent: list[Tensor] | None, recompute: bool
+    ) -> None:
         self.sums, self.moments, self.differentiate, self.silent = sums, moments, differentiate, silent
+        self.recompute = recompute
         self.criteria: list[str] = []
+        self.recomputed: dict[str, Tensor] = {}
         self.phase = "scored"
 
-    def during(self, phase: str) -> During:
-        """A context in which the phase is another."""
-        return During(self, phase)
+    def in_phase(self, phase: str) -> Phase:
+        """A context with another phase."""
+        return Phase(self, phase)
 
     def hook(self, kind: str, layer: int, part: Part) -> Callable:
         """The forward pre-hook of a part's output layer."""
@@ -256,40 +271,45 @@ class Watch:
                 return (activation,)
             if self.silent and kind == "mlp":
                 activation = activation * self.silent[layer].to(activation)
-            if self.differentiate and not activation.requires_grad:  # layer 0: nothing before it needs a gradient
+            if self.differentiate and not activation.requires_grad:  # layer 0: no layer before it needs a gradient
                 activation = activation.detach().requires_grad_()
             if self.phase == "scored":
-                self._sum(f"{kind}.{layer}", part, activation)
+                self._add_to_sums(f"{kind}.{layer}", part, activation)
+            else:
+                self.recomputed[f"{kind}.{layer}"] = activation.detach()
             return (activation,)
 
         return before_output
 
-    def _sum(self, where: str, part: Part, activation: Tensor) -> None:
+    def _add_to_sums(self, location: str, part: Part, activation: Tensor) -> None:
         values = activation.detach()
         if self.moments:
-            self.sums.add(f"total.{where}", values.float().sum((0, 1)))
-            self.sums.add(f"squares.{where}", vector_norm(values.float(), dim=(0, 1)).double().square())
+            self.sums.add(f"total.{location}", values.float().sum((0, 1)))
+            self.sums.add(f"squares.{location}", vector_norm(values.float(), dim=(0, 1)).double().square())
+
+        kept = None if self.recompute else values
 
         def add(gradient: Tensor) -> None:
-            products = part.per_unit(gradient.float() * values.float())
+            activations = self.recomputed.pop(location) if kept is None else kept
+            products = part.per_unit(gradient.float() * activations.float())
             for name in self.criteria:
-                self.sums.add(f"{name}.{where}", PRODUCTS[CRITERIA[name].products](products))
+                self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
 
         if self.differentiate:
             activation.register_hook(add)
 
 
-class During:
-    """See `Watch.during`. Several backward passes enter the same one, which a generator's context does not allow."""
+class Phase:
+    """See `UnitRecorder.in_phase`. Several backward passes enter one context, which a generator does not allow."""
 
-    def __init__(self, watch: Watch, phase: str) -> None:
-        self.watch, self.phase, self.before = watch, phase, watch.phase
+    def __init__(self, recorder: UnitRecorder, phase: str) -> None:
+        self.recorder, self.phase, self.previous = recorder, phase, recorder.phase
 
     def __enter__(self) -> None:
-        self.before, self.watch.phase = self.watch.phase, self.phase
+        self.previous, self.recorder.phase = self.recorder.phase, self.phase
 
     def __exit__(self, *_error: object) -> None:
-        self.watch.phase = self.before
+        self.recorder.phase = self.previous
 
 
 def add_up(
@@ -303,58 +323,77 @@ def add_up(
     share: range | None = None,
     batch: int | None = None,
 ) -> Sums:
-    """One pass over the sequences `share` of `tokens`, all by default; other arguments as for `unit_scores`."""
+    """The sums of one pass over the sequences `share` of `tokens` (default: all). Arguments: see `unit_scores`."""
     share = share if share is not None else range(len(tokens))
-    everywhere = [(kind, layer, part) for kind in PARTS for layer, part in enumerate(parts(model, kind))]
+    all_parts = [(kind, layer, part) for kind in PARTS for layer, part in enumerate(parts(model, kind))]
     passes = _backward_passes(criteria, draws)
     moments = any(isinstance(CRITERIA[name], StaticCriterion) for name in criteria)
     sums = Sums()
-    # The file's name says what it sums: a pass over other criteria, or with other draws, does not go on with it.
+    # The file is named after what it sums: a pass over other criteria, or with other draws, must not continue it.
     times = Counter(name for names, _, _ in passes for name in names)
     summed = [f"{name}x{count}" for name, count in times.items()]
     state = resume / f"{'-'.join(['sums', *sorted(summed), *['moments'] * moments])}.safetensors" if resume else None
     if state and state.exists():
         sums.load(state)
     size = batch or _batch_size(tokens.shape[1])
-    watch = Watch(sums, moments, bool(passes), silenced(light_cut) if light_cut else None)
+    recompute = bool(passes) and is_short(model, size * tokens.shape[1])
+    recorder = UnitRecorder(sums, moments, bool(passes), silenced(light_cut) if light_cut else None, recompute)
     output = model.get_output_embeddings()
-    left = tokens[share.start + sums.sequences : share.stop]
+    remaining = tokens[share.start + sums.sequences : share.stop]
     saved = time.monotonic()
     with ExitStack() as stack:
-        for kind, layer, part in everywhere:
-            stack.callback(part.output.register_forward_pre_hook(watch.hook(kind, layer, part)).remove)
-        stack.enter_context(at_hand(output))
+        for kind, layer, part in all_parts:
+            stack.callback(part.output.register_forward_pre_hook(recorder.hook(kind, layer, part)).remove)
+        stack.enter_context(weights_in_memory(output))
         stack.enter_context(fast_products(model.device))
-        if passes and is_short(model, size * tokens.shape[1]):
-            print("memory is short: each layer is computed once more in the backward pass", flush=True)
-            stack.enter_context(checkpointed(model, lambda: watch.during("again")))
+        if recompute:
+            print("memory is short: the backward pass computes each layer a second time", flush=True)
+            stack.enter_context(checkpointed(model, lambda: recorder.in_phase("recompute")))
         head = output.weight
-        sigterm = stack.enter_context(noting())
-        for rows in progress(left.split(size) if len(left) else (), "score", left.numel(), " tokens", torch.numel):
+        sigterm = stack.enter_context(sigterm_deferred())
+        for rows in progress(
+            remaining.split(size) if len(remaining) else (), "score", remaining.numel(), " tokens", torch.numel
+        ):
             dense = None
             if light_cut:
-                with watch.during("dense"), torch.no_grad():
+                with recorder.in_phase("dense"), torch.no_grad():
                     dense = final_hidden(model, rows)
             with torch.set_grad_enabled(bool(passes)):
                 hidden = final_hidden(model, rows)
             for number, (names, logit_gradient, draw) in enumerate(passes):
-                watch.criteria = names
+                recorder.criteria = names
                 positions = positions_of(rows, share.start + sums.sequences, seed, draw, head.device)
                 gradient = hidden_gradient(hidden.detach(), head, logit_gradient, positions, dense)
                 hidden.backward(gradient, retain_graph=number + 1 < len(passes))
+            dense = hidden = gradient = None  # frees the graph before the next forward pass builds another
+            if not sums.sequences:
+                _refuse_not_finite(sums)  # at once, not after hours
             sums.sequences += len(rows)
-            leave = sigterm.stop and sums.sequences < len(share)
-            if state and (leave or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
+            stop = sigterm.received and sums.sequences < len(share)
+            if state and (stop or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
                 state.parent.mkdir(exist_ok=True)
                 sums.save(state)
                 saved = time.monotonic()
-            if leave:
+            if stop:
                 raise Stopped(f"the sums over {sums.sequences} of {len(share)} sequences are kept")
     for name in {*times, *(MOMENTS if moments else ())}:
-        for kind, layer, _ in everywhere:
+        for kind, layer, _ in all_parts:
             if share and f"{name}.{kind}.{layer}" not in sums.tensors:
                 raise UserError(f"layer {layer}, {kind}: nothing reached it, neither activations nor gradients.")
     return sums
+
+
+def _refuse_not_finite(sums: Sums) -> None:
+    """Refuse sums that cannot become finite again.
+
+    Raises:
+        UserError: with the layer, the part and the criterion of the first.
+    """
+    by_layer = sorted(sums.tensors.items(), key=lambda item: int(item[0].rpartition(".")[2]))
+    for name, tensor in by_layer:
+        if not tensor.isfinite().all():
+            criterion, _, layer = name.split(".")
+            raise UserError(f"layer {layer}: scores by {criterion} are not finite; compute in float32 or bfloat16.")
 
 
 def silenced(scores: list[Tensor]) -> list[Tensor]:
@@ -368,15 +407,15 @@ def silenced(scores: list[Tensor]) -> list[Tensor]:
 
 
 def generator(*names: object) -> torch.Generator:
-    """A generator on the CPU whose numbers depend on `names` alone, the same on every machine."""
+    """A generator on the CPU that depends on `names` alone: the same numbers on every machine."""
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def positions_of(tokens: Tensor, first: int, seed: int, draw: int, device: torch.device) -> Positions:
-    """The positions of (batch, length) `tokens`, of which the first sequence is number `first`.
+    """The positions of (batch, length) `tokens`, whose first sequence has number `first`.
 
-    A sequence's random numbers depend on its own number, not on the batch that it is in.
+    The random numbers of a sequence depend on its number, not on its batch.
     """
     ends = torch.full((len(tokens), 1), -1)
     following = torch.cat([tokens[:, 1:], ends], dim=1).flatten()
@@ -393,14 +432,14 @@ def hidden_gradient(
     positions: Positions,
     dense: Tensor | None = None,
 ) -> Tensor:
-    """Carry a criterion's gradient from the logits to the final hidden states, a chunk of tokens at a time.
+    """Carry a criterion's gradient from the logits to the final hidden states, one chunk of tokens at a time.
 
     Args:
         hidden: (batch, length, hidden) final hidden states.
         head: (vocabulary, hidden) output projection.
         logit_gradient: see `criteria.GradientCriterion`.
-        positions: what it may read beside the logits, batch * length of them.
-        dense: the intact model's final hidden states, where the criterion compares with it.
+        positions: what the gradient may read beside the logits, for batch * length positions.
+        dense: the intact model's final hidden states, if the criterion compares with them.
 
     Returns:
         dS/dhidden of the shape, dtype and device of `hidden`, S summed over all positions.
@@ -421,7 +460,7 @@ def _batch_size(length: int) -> int:
     return max(1, TOKENS_PER_BATCH // length)
 
 
-def _subject(model: Path, text: Path, samples: int, length: int, seed: int, dtype: str):
+def _model_and_tokens(model: Path, text: Path, samples: int, length: int, seed: int, dtype: str):
     network = load_model(model, dtype)
     return network, sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
 

@@ -1,4 +1,4 @@
-"""Cut a model to the units that stay."""
+"""Cut a model to the units to keep."""
 
 import json
 from collections.abc import Mapping
@@ -52,41 +52,41 @@ def prune(
     network = load_model(model, dtype, spread=False)
     ranked = read_scores(scores / SCORES)
     shape = shape_of(network)
-    asked = units_to_keep(
+    budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
     kept = {
         name: allocate(allocation, ranked[name], keep, round_to if name == "mlp" else 1)
-        for name, keep in asked.keep.items()
+        for name, keep in budget.keep.items()
     }
-    before, after = ({name: sum(map(len, each[name])) for name in kept} for each in (ranked, kept))
-    refitted = {}
+    units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
+    refit_details = {}
     if refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
         tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, **sampling)
         with fast_products(network.device):
-            refitted = refit_kept(network, kept, tokens, refit, ridge)
+            refit_details = refit_kept(network, kept, tokens, refit, ridge)
     cut(network, kept)
     padding = checkpoint.pad(network) if pad else 0
-    left = count_parameters(network)
+    parameters = count_parameters(network)
     expected = checkpoint.write(network, folder, model)
-    del network  # one copy in memory at a time: the reload is the next
+    del network  # the reload needs the memory: one copy at a time
     reload = checkpoint.prove(folder, expected)
-    done = {
+    details = {
         "structure": structure,
         "allocation": allocation,
         "refit": refit,
-        **refitted,
+        **refit_details,
         # Both shares are of all parameters, however the budget was given.
-        "ratio": ratio if ratio and ratio_of == "all" else asked.share,
-        "ratio_achieved": 1 - left / shape.total,
-        "parameters": left,
+        "ratio": ratio if ratio and ratio_of == "all" else budget.share,
+        "ratio_achieved": 1 - parameters / shape.total,
+        "parameters": parameters,
         "parameters_dense": shape.total,
-        "units": after,
-        "units_dense": before,
+        "units": units_after,
+        "units_dense": units_before,
     }
     report = {
-        **done,
+        **details,
         "round_to": round_to,
         "criterion": calibration["criterion"],
         "calibration": dict(calibration),
@@ -96,26 +96,26 @@ def prune(
         "kept": {name: [layer.tolist() for layer in layers] for name, layers in kept.items()},
     }
     (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
-    return done
+    return details
 
 
 @torch.no_grad()
 def cut(model: PreTrainedModel, kept: Kept) -> None:
-    """Remove, in place, every unit that is not in `kept`; config and class then say the widths left.
+    """Remove, in place, every unit that is not in `kept`. The config and class then state the new widths.
 
     Args:
         model: a model of a supported family.
-        kept: by part the int64 indices that stay, per layer; a part that is not named stays whole.
+        kept: for each part, the int64 indices to keep, per layer. Other parts stay whole.
     """
     for name, layers in kept.items():
-        for part, stay in zip(parts(model, name), layers, strict=True):
-            cut_part(part, stay.to(part.output.weight.device))
+        for part, units in zip(parts(model, name), layers, strict=True):
+            cut_part(part, units.to(part.output.weight.device))
     checkpoint.declare_widths(model)
 
 
-def cut_part(part: Part, stay: Tensor) -> None:
-    """Remove the rows and columns of the units that are not in `stay`."""
+def cut_part(part: Part, units: Tensor) -> None:
+    """Remove the rows and columns of the units that are not in `units`, (count,) int64."""
     for linear in part.inputs:
-        rows = spread(stay, linear.out_features // part.units)
+        rows = spread(units, linear.out_features // part.units)
         set_linear(linear, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
-    set_linear(part.output, part.output.weight[:, part.columns_of(stay)], part.output.bias)
+    set_linear(part.output, part.output.weight[:, part.columns_of(units)], part.output.bias)

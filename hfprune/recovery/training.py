@@ -37,7 +37,7 @@ from hfprune.recovery.losses import chunked, cross_entropy, distillation
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import checkpointed, is_short
 from hfprune.runtime.progress import bar
-from hfprune.runtime.signals import Noted, Stopped, noting
+from hfprune.runtime.signals import Sigterm, Stopped, sigterm_deferred
 from hfprune.store.filenames import ADAPTER, LOSSES, PRUNING, RECOVERY, RESUME
 
 MAX_GRADIENT = 1.0  # norm that a step's gradient is clipped to, the Trainer's default
@@ -144,9 +144,9 @@ def recover(
         stack.callback(network.model.register_forward_hook(trainer.take).remove)
         stack.enter_context(fast_products(arguments.device))
         if short:
-            print("memory is short: each layer is computed once more in the backward pass", flush=True)
+            print("memory is short: the backward pass computes each layer a second time", flush=True)
             stack.enter_context(checkpointed(network, nullcontext))
-        sigterm = stack.enter_context(noting())
+        sigterm = stack.enter_context(sigterm_deferred())
         trainer.add_callback(Leave(sigterm, trainer.accelerator))
         try:
             trainer.train(resume_from_checkpoint=last)
@@ -444,12 +444,12 @@ class Steps(TrainerCallback):
 class Leave(TrainerCallback):
     """After the step in which SIGTERM came to any of the processes, all of them save and end their training."""
 
-    def __init__(self, sigterm: Noted, accelerator: Accelerator) -> None:
+    def __init__(self, sigterm: Sigterm, accelerator: Accelerator) -> None:
         self.sigterm, self.accelerator = sigterm, accelerator
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_others: object) -> None:
         """Ask each process."""
-        if self.sigterm.stop:
+        if self.sigterm.received:
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger():
             control.should_save = control.should_training_stop = True

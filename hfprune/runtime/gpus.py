@@ -1,6 +1,7 @@
-"""The GPUs of one machine among several jobs: each takes free ones, by locks that die with it.
+"""Share the GPUs of one machine among several jobs. Each job locks free GPUs; the locks end with the job.
 
-Snakemake counts GPUs and names none. A job that is granted some runs as `hfprune on-gpus N COMMAND`, and sees those.
+Snakemake counts GPUs but does not say which ones a job gets. So a job runs as `hfprune on-gpus N COMMAND`, which takes
+N free GPUs and shows only those to the command.
 """
 
 import csv
@@ -20,10 +21,10 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def visible() -> dict[str, str]:
-    """The GPUs that this process may use: what CUDA calls each, and its name for people.
+    """The GPUs that this process may use: CUDA's identifier of each, and a name for people.
 
-    They are those of `CUDA_VISIBLE_DEVICES`, as users and batch systems set it, or else all that `nvidia-smi` lists. A
-    number in it counts as in `nvidia-smi`, and becomes the GPU's UUID, which means the same in every process.
+    These are the GPUs of `CUDA_VISIBLE_DEVICES`, or else all that `nvidia-smi` lists. A number in the variable counts
+    as in `nvidia-smi`. It becomes the GPU's UUID, which means the same in every process.
     """
     listed = _listed()
     known = {uuid: f"{uuid} ({name})" for _, uuid, name in listed}
@@ -32,57 +33,57 @@ def visible() -> dict[str, str]:
         return known
     words = [word.strip() for word in chosen.split(",")]
     ids = [numbers.get(word, word) for word in words if word not in ("", "-1", "NoDevFiles")]
-    return {each: known.get(each, each) for each in ids}
+    return {identifier: known.get(identifier, identifier) for identifier in ids}
 
 
 def _listed() -> list[list[str]]:
-    """Number, UUID and name of every GPU of this machine; none where there is no driver."""
+    """Number, UUID and name of every GPU of this machine. Empty without a driver."""
     command = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        listing = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [row for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True) if len(row) == 3]
+    return [row for row in csv.reader(listing.stdout.splitlines(), skipinitialspace=True) if len(row) == 3]
 
 
 def take(count: int) -> list[str]:
-    """Wait until so many of the visible GPUs are free, and hold them until this process ends, however it ends.
+    """Wait until `count` of the visible GPUs are free, then lock them until this process ends, however it ends.
 
-    They stay held through `exec`. Locks are of one user's processes: see `_folder`.
+    The locks survive `exec`. They count among the processes of one user, see `_folder`.
 
     Returns:
-        What CUDA calls each.
+        CUDA's identifier of each.
 
     Raises:
-        UserError: fewer are visible.
+        UserError: fewer GPUs are visible.
     """
-    found = visible()
-    if len(found) < count:
+    gpus = visible()
+    if len(gpus) < count:
         raise UserError(
-            f"{count} GPUs are asked for, {len(found)} visible here ({VISIBLE}={os.environ.get(VISIBLE, 'unset')}). "
+            f"{count} GPUs are asked for, {len(gpus)} visible here ({VISIBLE}={os.environ.get(VISIBLE, 'unset')}). "
             "Ask for fewer (`--resources gpu=N`, `--set-resources RULE:gpu=N`), or show more."
         )
-    told = False
+    waiting = False
     while True:
-        held: dict[str, int] = {}
-        for each in found:
-            if len(held) < count and (lock := _lock(each)) is not None:
-                held[each] = lock
-        if len(held) == count:
-            for lock in held.values():
+        locks: dict[str, int] = {}
+        for gpu in gpus:
+            if len(locks) < count and (lock := _lock(gpu)) is not None:
+                locks[gpu] = lock
+        if len(locks) == count:
+            for lock in locks.values():
                 os.set_inheritable(lock, True)
-            print(f"on {', '.join(found[each] for each in held)}", file=sys.stderr, flush=True)
-            return list(held)
-        for lock in held.values():  # holding some while waiting for others could wait for ever
+            print(f"on {', '.join(gpus[gpu] for gpu in locks)}", file=sys.stderr, flush=True)
+            return list(locks)
+        for lock in locks.values():  # two jobs that each keep some and wait for more would wait forever
             os.close(lock)
-        if not told:
-            print(f"{count} of {len(found)} GPUs are asked for, {len(held)} free: waiting", file=sys.stderr, flush=True)
-            told = True
+        if not waiting:
+            print(f"{count} of {len(gpus)} GPUs are asked for, {len(locks)} free: waiting", file=sys.stderr, flush=True)
+            waiting = True
         time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def _lock(device: str) -> int | None:
-    """The file descriptor that holds a device, or None if another process does."""
+    """The file descriptor of a device's lock, or None if another process holds it."""
     name = "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in device)
     lock = os.open(_folder() / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -94,17 +95,17 @@ def _lock(device: str) -> int | None:
 
 
 def _folder() -> Path:
-    """Of this user's locks on this machine. Others cannot open them: /tmp protects its files so."""
+    """The folder of this user's locks on this machine. Other users cannot open it."""
     folder = Path(tempfile.gettempdir()) / f"hfprune-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
 def run_on(count: int, command: Sequence[str]) -> None:
-    """Become `command`, with so many free GPUs visible to it.
+    """Replace this process by `command`, which sees `count` free GPUs.
 
     Raises:
-        UserError: fewer are visible, or there is no such command.
+        UserError: fewer GPUs are visible, or there is no such command.
     """
     os.environ[VISIBLE] = ",".join(take(count))
     try:

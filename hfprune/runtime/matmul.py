@@ -1,7 +1,7 @@
-"""Matrix products of float32 on a CPU by oneDNN.
+"""Float32 matrix products on a CPU by oneDNN.
 
-PyTorch hands them to MKL, which on the AMD EPYC with AVX-512 that we have reaches a half to nine tenths of oneDNN's
-rate, by shape (`benchmarks/scoring.py` measures a large one). Both compute in float32; results differ by rounding.
+PyTorch uses MKL for them. On an AMD EPYC with AVX-512, MKL reached 0.5 to 0.9 of oneDNN's rate, depending on the shape
+(`benchmarks/scoring.py` measures a large one). Both compute in float32; results differ by rounding.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,10 +15,10 @@ aten = torch.ops.aten
 
 
 class OneDNN(TorchDispatchMode):
-    """While it is active, `mm` and `addmm` of float32 matrices, forward and backward, are oneDNN's."""
+    """While active, oneDNN computes `mm` and `addmm` of float32 matrices, forward and backward."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Replace what oneDNN can do; pass on everything else."""
+        """Use oneDNN where it fits; pass on everything else."""
         kwargs = kwargs or {}
         if function is aten.mm.default and _fits(*args):
             return _product(*args)
@@ -33,17 +33,17 @@ def fast_products(device: torch.device) -> AbstractContextManager:
 
 
 def _fits(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN takes these operands and is fast: float32 on the CPU, `b` and the row `bias` without gaps.
+    """Whether oneDNN is fast for these operands: float32 on the CPU, `b` and the row `bias` contiguous.
 
-    Of a `b` that is a part of a wider matrix it makes, by its reference code, a product hundreds of times slower.
+    For a `b` that is a slice of a wider matrix, oneDNN falls back to reference code, hundreds of times slower.
     """
-    given = (a, b) if bias is None else (a, b, bias)
+    operands = (a, b) if bias is None else (a, b, bias)
     dense = b.is_contiguous() or b.T.is_contiguous()
     row = bias is None or (bias.shape == b.shape[1:] and bias.is_contiguous())
-    plain = all(each.dtype == torch.float32 and each.device.type == "cpu" and each.numel() for each in given)
+    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in operands)
     return plain and dense and row
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b + bias: the linear layer by which inductor compiles for CPUs, with `b` transposed by its strides alone."""
+    """a @ b + bias by the linear layer that inductor uses on CPUs. `b` is transposed by its strides, without a copy."""
     return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")

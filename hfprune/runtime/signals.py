@@ -1,7 +1,7 @@
-"""A time limit's SIGTERM: long work ends the step that it is at, saves what is done, and leaves.
+"""SIGTERM at a time limit: long work finishes its step, saves what is done, and ends.
 
 SLURM sends SIGTERM when a job's time is up or the job is cancelled, and SIGKILL half a minute later. A stage that has
-nothing to save before its end dies of it at once, as any process.
+nothing to save before its end does not use this: the signal ends it at once, like any process.
 """
 
 import signal
@@ -9,37 +9,37 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STATUS = 128 + signal.SIGTERM  # of the process that has left, as shells say it
+STATUS = 128 + signal.SIGTERM  # exit status of the process, as shells report it
 
 
 class Stopped(BaseException):
-    """Work was left because of SIGTERM; the message says what is saved. No `except Exception` may swallow it."""
+    """SIGTERM ended the work; the message says what is saved. `except Exception` must not swallow it."""
 
 
-class Noted:
-    """Whether SIGTERM has come.
+class Sigterm:
+    """Whether SIGTERM has arrived.
 
     Attributes:
-        stop: it has: save, and raise `Stopped`.
+        received: it has. The work must save and raise `Stopped`.
     """
 
     def __init__(self) -> None:
-        self.stop = False
+        self.received = False
 
 
 @contextmanager
-def noting() -> Iterator[Noted]:
-    """Within it SIGTERM is noted, for the work to look at when it can be left, and ends nothing by itself."""
-    noted = Noted()
+def sigterm_deferred() -> Iterator[Sigterm]:
+    """A context in which SIGTERM only sets `received`. The work looks at it whenever it can stop."""
+    sigterm = Sigterm()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield noted
+        yield sigterm
         return
 
     def note(*_: object) -> None:
-        noted.stop = True
+        sigterm.received = True
 
-    before = signal.signal(signal.SIGTERM, note)
+    previous = signal.signal(signal.SIGTERM, note)
     try:
-        yield noted
+        yield sigterm
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
