@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,10 +47,33 @@ def check_vocabulary(largest: int, vocabulary: int) -> None:
 def sample_sequences(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: Path, samples: int, length: int, seed: int
 ) -> Tensor:
+    """Token sequences of a downloaded text, see `draw_sequences`."""
+    documents = read_documents(folder)
+    return draw_sequences(tokenizer, vocabulary, documents, samples, length, seed, str(folder / DOCUMENTS))
+
+
+def draw_sequences(
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    documents: Sequence[str],
+    samples: int,
+    length: int,
+    seed: int,
+    origin: str,
+) -> Tensor:
     """One stretch of `length` tokens out of each of `samples` documents.
 
     Documents come in an order shuffled by the seed; those shorter than `length` tokens are passed over; the stretch
     begins at a random token. Nothing is padded, no special token is added, nothing crosses a document's end.
+
+    Args:
+        tokenizer: the model's.
+        vocabulary: how many token ids the model knows.
+        documents: the text.
+        samples: how many sequences.
+        length: tokens of each.
+        seed: decides which.
+        origin: what messages call the text.
 
     Returns:
         (samples, length) int64 token ids.
@@ -57,7 +81,6 @@ def sample_sequences(
     Raises:
         UserError: too few documents are long enough, or the tokenizer is not the model's.
     """
-    documents = read_documents(folder)
     choose = random.Random(seed)  # Mersenne Twister: the same on every machine and version
     order = list(range(len(documents)))
     choose.shuffle(order)
@@ -71,7 +94,7 @@ def sample_sequences(
             found.append(ids[start : start + length])
     if len(found) < samples:
         raise UserError(
-            f"{folder / DOCUMENTS}: only {len(found)} of its {len(documents)} documents have {length} tokens, and "
+            f"{origin}: only {len(found)} of its {len(documents)} documents have {length} tokens, and "
             f"{samples} are asked for. Set a smaller `samples` or `length`, or give a longer text."
         )
     sequences = torch.tensor(found)

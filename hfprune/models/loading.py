@@ -48,7 +48,20 @@ def check_family(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not a checkpoint that transformers can read: {_reason(error)}") from None
-    file = folder / "config.json"
+    check_config(config, str(folder / "config.json"))
+    return config
+
+
+def check_config(config: PreTrainedConfig, file: str) -> None:
+    """Refuse a model that scoring or surgery would get wrong.
+
+    Args:
+        config: the model's.
+        file: what messages call it.
+
+    Raises:
+        UserError: it is such a model.
+    """
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(
             f"{file}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
@@ -62,7 +75,6 @@ def check_family(folder: Path) -> PreTrainedConfig:
         raise UserError(
             f"{file}: final_logit_softcapping = {config.final_logit_softcapping}: capped logits are not supported."
         )
-    return config
 
 
 def load_model(folder: Path, dtype: str, spread: bool = True) -> PreTrainedModel:
