@@ -1,5 +1,6 @@
 """Which neurons stay: the budget exactly, the best ones, nothing below the floor."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -62,3 +63,18 @@ def test_a_layer_that_loses_everywhere_keeps_the_floor():
 
 def test_among_equal_scores_the_first_layers_and_the_lower_indices_stay():
     assert [kept.tolist() for kept in allocate("global", [torch.ones(4)] * 2, 5, 1)] == [[0, 1, 2, 3], [0]]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("below", [0.4, 3, 30])
+def test_a_budget_below_the_fewest_keeps_the_fewest(allocation, below):
+    """Not almost everything, as a negative slice of the ranking would."""
+    scores = random_scores(40, 40, 40)
+    fewest = fewest_kept(allocation, [40, 40, 40], 1)
+    assert [len(layer) for layer in allocate(allocation, scores, sum(fewest) - below, 1)] == fewest
+
+
+def test_an_allocation_that_misses_the_budget_is_a_fault(monkeypatch):
+    monkeypatch.setitem(ALLOCATIONS, "uniform", replace(ALLOCATIONS["uniform"], widths=lambda *_: [40, 40, 40]))
+    with pytest.raises(AssertionError, match="keeps 120 units of 60"):
+        allocate("uniform", random_scores(40, 40, 40), 60, 1)

@@ -1,5 +1,6 @@
 """Scores against an independent float64 computation, and what must not change them."""
 
+import gc
 import signal
 from functools import partial
 
@@ -224,6 +225,23 @@ def test_layers_computed_anew_leave_less_to_keep(monkeypatch):
     assert kept() < 0.7 * before
 
 
+def test_layers_computed_anew_leave_no_activations_behind(monkeypatch):
+    """Neither the activations of all layers until the backward pass, nor the old graph during the next forward pass."""
+    monkeypatch.setattr("hfprune.runtime.memory.free_bytes", lambda _device: 1)
+    model, held = make_model(), []
+    width = model.config.intermediate_size
+
+    def count(*_):
+        gc.collect()
+        alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape[-1:] == (width,)]
+        held.append(len({each.untyped_storage().data_ptr() for each in alive if each.dim() == 3}))
+
+    model.model.norm.register_forward_hook(count)  # all layers have run forward
+    unit_scores(model, tokens(), ["entropy"], batch=3)
+    assert len(held) == 2
+    assert max(held) == 0
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_offloaded_by_accelerate_give_the_same_scores(tied, tmp_path):
     folder = save_checkpoint(tmp_path / "model", tie_word_embeddings=tied)
@@ -231,7 +249,14 @@ def test_weights_offloaded_by_accelerate_give_the_same_scores(tied, tmp_path):
     places |= {"model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "cpu" if tied else "disk"}
     spread = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "off")
     assert spread.model.layers[1].mlp.down_proj.weight.is_meta
+
+    def in_memory():
+        return [name for name, weight in spread.named_parameters() if not weight.is_meta]
+
+    before = in_memory()
     found = unit_scores(spread.eval().requires_grad_(False), tokens(), INTACT)
+    unit_scores(spread, tokens(), ["entropy"])
+    assert in_memory() == before, "offloaded weights are put away again after the last backward pass"
     whole = unit_scores(load_model(folder, "float32"), tokens(), INTACT)
     for name in INTACT:
         assert_close(found[name], whole[name], 1e-6)
@@ -371,3 +396,14 @@ def test_too_little_text_says_how_much_there_is(checkpoint, tmp_path):
 def test_another_models_tokenizer_is_refused(checkpoint, texts):
     with pytest.raises(UserError, match="the tokenizer is another model's"):
         sample_sequences(load_tokenizer(checkpoint), 200, texts, 4, 16, 0)
+
+
+def test_scores_that_are_not_finite_stop_at_the_first_batch():
+    model, batches = make_model(), []
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0] = float("inf")
+    model.register_forward_hook(lambda *_: batches.append(1))
+    model.model.register_forward_hook(lambda *_: batches.append(1))
+    with pytest.raises(UserError, match="are not finite"):
+        unit_scores(model, tokens(), ["entropy"], batch=1)
+    assert len(batches) == 1

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from accelerate.utils import align_module_device
@@ -21,6 +20,7 @@ from transformers import (
 
 from hfprune.errors import UserError
 from hfprune.models.modeling_per_layer import CLASSES
+from hfprune.runtime.memory import available_bytes
 
 # `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -90,7 +90,7 @@ def _placement() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
     free = {gpu: torch.cuda.mem_get_info(gpu)[0] - BYTES_BESIDE_WEIGHTS for gpu in range(torch.cuda.device_count())}
-    room = {place: max(0, size) for place, size in free.items()} | {"cpu": psutil.virtual_memory().available}
+    room = {place: max(0, size) for place, size in free.items()} | {"cpu": available_bytes()}
     return {"device_map": "sequential", "max_memory": room}
 
 

@@ -54,7 +54,7 @@ def ranked_together(scores: list[Tensor], keep: float, fewest: list[int], step: 
         blocks += [(gain, number) for gain in best_first.view(-1, step).sum(1).tolist()]
     blocks.sort(key=lambda block: -block[0])  # stable: among equals the first layer's
     widths = list(fewest)
-    for _, number in blocks[: round(keep / step) - sum(fewest) // step]:
+    for _, number in blocks[: max(0, round(keep / step) - sum(fewest) // step)]:
         widths[number] += step
     return widths
 
@@ -81,9 +81,17 @@ def allocate(allocation: str, scores: list[Tensor], keep: float, step: int) -> l
 
     Returns:
         Per layer the int64 indices that stay, ascending. Among equal scores the lower index stays.
+
+    Raises:
+        AssertionError: the allocation keeps more or fewer than was asked for, by more than rounding to `step` explains.
     """
     fewest = fewest_kept(allocation, [len(layer) for layer in scores], step)
     widths = ALLOCATIONS[allocation].widths(scores, keep, fewest, step)
+    widest = sum(len(layer) // step * step for layer in scores)
+    target = min(max(keep, sum(fewest)), widest)  # nearest to the budget that whole steps can come
+    assert abs(sum(widths) - target) <= step * len(scores), (
+        f"allocation {allocation!r} keeps {sum(widths)} units of {target:.1f}: a fault of the allocation"
+    )
     return [
         layer.sort(dim=-1, descending=True, stable=True).indices[:width].sort().values
         for layer, width in zip(scores, widths, strict=True)

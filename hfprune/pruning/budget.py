@@ -147,7 +147,7 @@ def units_to_keep(
         of = total if ratio_of == "all" else sum(rooms["mlp"].units) * rooms["mlp"].parameters
         asked, remove = f"ratio {ratio} of {ratio_of} parameters", ratio * of
         possible = f"largest ratio that allows is {math.floor(most / of * 10_000) / 10_000}"
-    if remove > most + max(each.parameters for each in rooms.values()) / 2:  # what is allowed is a rounded number
+    if remove > most + min(each.parameters for each in rooms.values()) / 2:  # half of the smallest unit: rounding
         least = " and ".join(
             f"{sum(each.fewest):,} of {sum(each.units):,} {UNITS[name]}" for name, each in rooms.items()
         )

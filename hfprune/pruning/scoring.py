@@ -244,11 +244,15 @@ class Watch:
         criteria: those whose gradient the running backward pass carries.
         phase: `dense`, the units are left alone; `scored`, they are silenced, summed and differentiated; `again`, a
             layer of a scored pass is computed anew, which must be the same computation but is not summed again.
+        anew: whether layers are computed anew. Then no activation is kept between the passes: the backward pass reads
+            those that the second computation of its layer leaves in `recomputed`.
+        recomputed: by part and layer, activations (batch, length, columns).
     """
 
-    def __init__(self, sums: Sums, moments: bool, differentiate: bool, silent: list[Tensor] | None) -> None:
-        self.sums, self.moments, self.differentiate, self.silent = sums, moments, differentiate, silent
+    def __init__(self, sums: Sums, moments: bool, differentiate: bool, silent: list[Tensor] | None, anew: bool) -> None:
+        self.sums, self.moments, self.differentiate, self.silent, self.anew = sums, moments, differentiate, silent, anew
         self.criteria: list[str] = []
+        self.recomputed: dict[str, Tensor] = {}
         self.phase = "scored"
 
     def during(self, phase: str) -> During:
@@ -268,6 +272,8 @@ class Watch:
                 activation = activation.detach().requires_grad_()
             if self.phase == "scored":
                 self._sum(f"{kind}.{layer}", part, activation)
+            else:
+                self.recomputed[f"{kind}.{layer}"] = activation.detach()
             return (activation,)
 
         return before_output
@@ -278,8 +284,11 @@ class Watch:
             self.sums.add(f"total.{where}", values.float().sum((0, 1)))
             self.sums.add(f"squares.{where}", vector_norm(values.float(), dim=(0, 1)).double().square())
 
+        kept = None if self.anew else values
+
         def add(gradient: Tensor) -> None:
-            products = part.per_unit(gradient.float() * values.float())
+            met = self.recomputed.pop(where) if kept is None else kept
+            products = part.per_unit(gradient.float() * met.float())
             for name in self.criteria:
                 self.sums.add(f"{name}.{where}", PRODUCTS[CRITERIA[name].products](products))
 
@@ -324,7 +333,8 @@ def add_up(
     if state and state.exists():
         sums.load(state)
     size = batch or _batch_size(tokens.shape[1])
-    watch = Watch(sums, moments, bool(passes), silenced(light_cut) if light_cut else None)
+    anew = bool(passes) and is_short(model, size * tokens.shape[1])
+    watch = Watch(sums, moments, bool(passes), silenced(light_cut) if light_cut else None, anew)
     output = model.get_output_embeddings()
     left = tokens[share.start + sums.sequences : share.stop]
     saved = time.monotonic()
@@ -333,7 +343,7 @@ def add_up(
             stack.callback(part.output.register_forward_pre_hook(watch.hook(kind, layer, part)).remove)
         stack.enter_context(at_hand(output))
         stack.enter_context(fast_products(model.device))
-        if passes and is_short(model, size * tokens.shape[1]):
+        if anew:
             print("memory is short: each layer is computed once more in the backward pass", flush=True)
             stack.enter_context(checkpointed(model, lambda: watch.during("again")))
         head = output.weight
@@ -350,6 +360,9 @@ def add_up(
                 positions = positions_of(rows, share.start + sums.sequences, seed, draw, head.device)
                 gradient = hidden_gradient(hidden.detach(), head, logit_gradient, positions, dense)
                 hidden.backward(gradient, retain_graph=number + 1 < len(passes))
+            dense = hidden = gradient = None  # the graph goes before the next forward pass builds another
+            if not sums.sequences:
+                _refuse_not_finite(sums)  # now, not after hours
             sums.sequences += len(rows)
             leave = sigterm.stop and sums.sequences < len(share)
             if state and (leave or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES):
@@ -363,6 +376,19 @@ def add_up(
             if share and f"{name}.{kind}.{layer}" not in sums.tensors:
                 raise UserError(f"layer {layer}, {kind}: nothing reached it, neither activations nor gradients.")
     return sums
+
+
+def _refuse_not_finite(sums: Sums) -> None:
+    """Refuse sums that no further token makes finite.
+
+    Raises:
+        UserError: with the layer, the part and the criterion of the first.
+    """
+    by_layer = sorted(sums.tensors.items(), key=lambda item: int(item[0].rpartition(".")[2]))
+    for name, tensor in by_layer:
+        if not tensor.isfinite().all():
+            criterion, _, layer = name.split(".")
+            raise UserError(f"layer {layer}: scores by {criterion} are not finite; compute in float32 or bfloat16.")
 
 
 def silenced(scores: list[Tensor]) -> list[Tensor]:

@@ -5,8 +5,9 @@ rows at a time as fit.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
@@ -60,12 +61,48 @@ def empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory of this machine that this process can still take: what the system has, within the limits of its cgroups.
+
+    A container or a cluster's job may hold far less than the machine. Its limit less its use counts, cached files that
+    the kernel would drop counted as free; every group around it limits too (cgroup v2; of v1 the memory controller).
+
+    Args:
+        root: where `proc` and `sys` stand, for tests.
+    """
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory"):
+                base = root / "sys/fs/cgroup" / controllers
+                for folder in (base / group.lstrip("/"), *(base / group.lstrip("/")).parents):
+                    if folder == base.parent:
+                        break
+                    free = min(free, _left_in(folder, free))
+    return max(0, free)
+
+
+def _left_in(group: Path, otherwise: int) -> int:
+    """Bytes that a cgroup may still take; `otherwise` where it sets no limit."""
+    for limit_name, use_name in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limit = int((group / limit_name).read_text(encoding="utf-8"))
+            used = int((group / use_name).read_text(encoding="utf-8"))
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+            return limit - used + int(statistics.get("inactive_file", 0))
+    return otherwise
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory of `device` that can still be allocated."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available
+    return available_bytes()
 
 
 def is_short(model: PreTrainedModel, tokens: int, reserved: int = 0) -> bool:
@@ -81,10 +118,11 @@ def is_short(model: PreTrainedModel, tokens: int, reserved: int = 0) -> bool:
 def checkpointed(model: PreTrainedModel, recomputing: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Keep only what enters each layer; its forward pass runs once more, within `recomputing()`, in the backward pass.
 
-    Non-reentrant checkpointing: several backward passes over one graph are possible, each computes a layer anew.
+    Non-reentrant checkpointing: several backward passes over one graph are possible, each computes a layer anew. It
+    runs each layer to its end: stopped early, accelerate would not take offloaded weights off the device again.
     """
     forwards = [layer.forward for layer in model.model.layers]
-    again = partial(checkpoint, use_reentrant=False)  # the same dropout again
+    again = partial(checkpoint, use_reentrant=False, early_stop=False)  # the same dropout again
     for layer, forward in zip(model.model.layers, forwards, strict=True):
         layer.forward = partial(again, forward, context_fn=lambda: (nullcontext(), recomputing()))
     try:
