@@ -27,7 +27,9 @@ def metrics(*settings):
         for group, task, metric in METRICS:
             made = {"stage": stage, "criterion": criterion, "allocation": allocation, "refit": refit, "ratio": ratio}
             model = made | {"model": "m", "structure": "mlp" if number else "none", "recovery": "none", "seed": 0}
-            value = {"group": group, "task": task, "metric": metric, "value": float(number), "stderr": 0.1, "n": 4}
+            size = {"acc": 0.5 + number / 100, "perplexity": 20.0 + number, "top1_agreement": 1 - number / 100}
+            value = {"group": group, "task": task, "metric": metric, "value": size.get(metric, float(number))}
+            value |= {"stderr": 0.1, "n": 4}
             rows.append(model | value | {"ratio_achieved": ratio, "parameters": 100 - number, "key": str(number)})
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -248,7 +250,16 @@ def test_profiles_are_a_line_a_model_over_both_kinds_of_bins_for_each_text():
 def test_without_tasks_there_is_no_accuracy(tmp_path):
     found = metrics(*WAYS)
     found = found[found["group"] != "task"]
-    assert list(summary(found))[len(MODEL) :: 2] == ["Removed (%)", "Perplexity", "KL (nats/token)", "Top-1 agreement"]
+    columns = [name for name in summary(found) if not name.endswith((" low", " high"))]
+    assert columns == [
+        *MODEL,
+        "seeds",
+        "Removed (%)",
+        "Parameters (M)",
+        "Perplexity",
+        "KL (nats/token)",
+        "Top-1 agreement",
+    ]
     write_tables(found, tmp_path)
     assert "Perplexity" in (tmp_path / "summary.md").read_text()
     assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}
