@@ -646,7 +646,7 @@ def _score(args: argparse.Namespace) -> None:
         )
         cost = {
             name: sum(each.manifest["details"][name] for each in shards)
-            for name in ("seconds_together", "tokens", "flops")
+            for name in ("seconds_together", "tokens", "flops", "flops_together")
         }
         return {"text": inputs.text, "shards": len(shards), **cost}
 
@@ -715,16 +715,16 @@ def _one_pass(
         missing = {name: each for name, each in others.items() if not store.has(each.stage, each.key)}
         together = [asked.criterion, *missing]
         started = time.monotonic()
-        found, cost = compute(folder, criteria=together, **inputs.folders, **asked.model_dump(exclude={"criterion"}))
+        found, costs = compute(folder, criteria=together, **inputs.folders, **asked.model_dump(exclude={"criterion"}))
         seconds = round(time.monotonic() - started, 3)
-        details = {"text": inputs.text, "together": together, "seconds_together": seconds, **cost}
+        details = {"text": inputs.text, "together": together, "seconds_together": seconds}
 
         def save_one(criterion: str, into: Path) -> dict:
             if whole:
                 save_scores(into / SCORES, found[criterion])
             else:
                 found[criterion].save(into / SUMS)
-            return details
+            return details | costs[criterion]
 
         for name, each in missing.items():
             store.offer(each, partial(save_one, name))

@@ -1,5 +1,6 @@
 """What a checkpoint costs to run: counted exactly; timed without a test looking at the clock."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -99,7 +100,9 @@ def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, tmp_
     model = stage("download", "model", "--path", checkpoint)
     text = stage("download", "text", "--path", data / "calibration.jsonl")
     sampling = ("--samples", 4, "--length", 32)
-    cut = stage("score", "--model", model, "--text", text, "--criterion", "cross_entropy", *sampling)
+    of = ("score", "--model", model, "--text", text, *sampling, "--criterion")
+    cut = stage(*of, "cross_entropy", "--together", "entropy", "wanda")
+    pass_of = {name: json.loads((stage(*of, name) / "manifest.json").read_text()) for name in ("entropy", "wanda")}
     out = tmp_path / "scoring_cost.csv"
     asked = ["scoring-cost", "--model", model, "--text", text, *sampling, "--rounds", 1, "--output", out, "--criteria"]
     asked = list(map(str, asked))
@@ -112,6 +115,8 @@ def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, tmp_
     rows = pd.read_csv(out, keep_default_na=False).set_index("criterion")
     forward = 4 * 32 * flops_per_token(load_model(checkpoint, "float32"))
     assert rows["flops"].to_dict() == {"wanda": forward, "self_distillation": 3 * forward}
+    costs = {name: (each["details"]["flops"], each["details"]["flops_together"]) for name, each in pass_of.items()}
+    assert costs == {"entropy": (2 * forward, 3 * forward), "wanda": (forward, 3 * forward)}, "each alone; all in one"
     assert rows["light_cut"].to_dict() == {"wanda": "none", "self_distillation": "cross_entropy"}
     assert (rows["tokens"] == 4 * 32).all() and (rows["seconds"] > 0).all() and (rows["n"] == 1).all()
     assert (rows["peak_bytes"] > 1e8).all() and set(rows["key"]) == {model.name}

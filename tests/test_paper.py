@@ -197,7 +197,9 @@ def test_further_models_stand_in_one_table(tmp_path):
             about = {"model": model, "stage": stage, "criterion": criterion, "ratio": ratio, "recovery": "none"}
             about["key"] = f"{model}{ratio}"
             for task in ("boolq", "piqa"):
-                rows.append(about | {"group": "task", "task": task, "metric": "acc", "value": value, "stderr": 0.01})
+                rows.append(
+                    about | {"group": "task", "task": task, "metric": "acc", "value": value, "stderr": 0.01, "n": 2500}
+                )
     metrics = pd.DataFrame(rows, columns=COLUMNS).assign(
         allocation="none", refit="none", structure="none", parameters=1, ratio_achieved=0
     )
@@ -209,10 +211,53 @@ def test_further_models_stand_in_one_table(tmp_path):
     assert [(row["Model"], row["Removed (%)"], float(row["Mean (%)"])) for row in found] == [
         ("a", "0", 50), ("a", "20", 40), ("b", "0", 50), ("b", "20", 40),
     ]  # fmt: skip
-    assert float(found[0]["Mean (%) high"]) == pytest.approx(50 + 1.96 / np.sqrt(2))
+    assert float(found[0]["Mean (%) high"]) == pytest.approx(50 + 1.96 / np.sqrt(2), abs=0.01)
+    assert "Experiment" not in found[0]
     metrics[metrics["task"] == "boolq"].to_csv(sources[2], index=False)
     with pytest.raises(UserError, match="the same tasks in each"):
         further_sheet(sources, PUBLISHED / "table3.csv")
+
+
+def trained(name, seeds, value, rate):
+    """Task rows of an experiment: the dense model, and one cut and trained at a learning rate that no name says."""
+    about = {"model": "m", "group": "task", "metric": "acc", "stderr": 0.01, "n": 99, "parameters": 9}
+    about |= dict.fromkeys(("allocation", "refit", "structure"), "none")
+    models = [
+        {"stage": "dense", "criterion": "none", "ratio": 0.0, "recovery": "none", "key": "dense", "value": 0.5},
+        *(
+            {"stage": "recovered", "criterion": "entropy", "ratio": 0.2, "recovery": "lora", "value": value}
+            | {"seed": seed, "key": f"{rate} {seed}"}
+            for seed in seeds
+        ),
+    ]
+    found = [about | model | {"task": task, "ratio_achieved": model["ratio"]} for model in models for task in "ab"]
+    return name, pd.DataFrame(found, columns=COLUMNS)
+
+
+def joined(tmp_path, *experiments):
+    """(experiment, method, value) of table 3's rows; "" where it has no column of experiments."""
+    paths = []
+    for name, metrics in experiments:
+        paths.append(tmp_path / name / "metrics.csv")
+        paths[-1].parent.mkdir(exist_ok=True)
+        metrics.to_csv(paths[-1], index=False)
+    list(further_sheet(paths, tmp_path / "none.csv").write(tmp_path, "table3"))
+    found = cells(tmp_path / "table3.csv")
+    return [(row.get("Experiment", ""), row["Method"], float(row["Mean (%)"])) for row in found]
+
+
+def test_trainings_of_one_name_in_two_experiments_are_not_averaged(tmp_path):
+    slow = trained("slow", [0, 1], 0.4, rate=0.1)
+    for seeds in ([0, 1], [2], [1, 2, 3]):
+        fast = trained("fast", seeds, 0.3, rate=0.2)
+        rows = joined(tmp_path, slow, fast)
+        assert sorted(rows[1:]) == [("fast", "entropy", pytest.approx(30)), ("slow", "entropy", pytest.approx(40))]
+    for same in (trained("same", [0], 0.4, rate=0.1), trained("same", [0, 1], 0.4, rate=0.1)):
+        assert joined(tmp_path, slow, same) == [("", "dense", 50), ("", "entropy", pytest.approx(40))]
+        assert joined(tmp_path, same, slow) == joined(tmp_path, slow, same)
+    other = slow[1].assign(key=lambda rows: rows["key"].replace("dense", "on other documents"))
+    with pytest.raises(UserError, match=r"the dense model m has other results in each: it was evaluated in two ways"):
+        joined(tmp_path, slow, ("other", other))
 
 
 def test_a_table_by_hand_shows_only_what_it_compares_and_one_dense_model():
@@ -303,7 +348,39 @@ def test_what_a_model_is_worth_stands_against_its_time_and_its_cost(tmp_path):
         [tuple(line.get_xydata()[0]) for line in axis.lines if len(line.get_xydata()) == 1] for axis in (left, right)
     ]
     assert drawn[0] == [(100.0, 50.0), (80.0, 40.0)]
-    assert drawn[1][1] == (3.0, 40.0), "scoring and cutting together"
+    assert drawn[1] == [(0.0, 50.0), (3.0, 40.0)], "nothing was made of the dense one; scoring and cutting together"
+    plt.close(figure)
+
+
+def test_both_panels_have_every_model_of_the_legend_or_say_which_they_lack(tmp_path):
+    settings = [  # criterion, allocation, recovery, parameters; what was cut to 80 by entropy alone is timed
+        ("none", "none", "none", 100), ("none", "none", "lora", 100),
+        ("entropy", "uniform", "none", 80), ("entropy", "uniform", "lora", 80), ("wanda", "uniform", "none", 80),
+        ("random", "uniform", "none", 81), ("entropy", "global", "none", 80), ("wanda", "global", "none", 80),
+    ]  # fmt: skip
+    rows = []
+    for number, (criterion, allocation, recovery, parameters) in enumerate(settings):
+        stage = "recovered" if recovery != "none" else "dense" if criterion == "none" else "pruned"
+        cut = criterion != "none"
+        model = {"model": "m", "stage": stage, "criterion": criterion, "allocation": allocation, "recovery": recovery}
+        model |= {"refit": "none", "structure": "mlp" if cut else "none", "ratio": 0.2 * cut, "parameters": parameters}
+        model |= {"ratio_achieved": 0.2 * cut, "seed": 0 if cut else np.nan, "n": 9, "stderr": 0.1}
+        rows.append(model | {"group": "fidelity", "task": "text", "metric": "kl", "value": float(number)})
+        if stage != "dense":
+            rows.append(model | {"group": "cost", "task": "score", "metric": "flops", "value": number * 1e12})
+    metrics = pd.DataFrame(rows, columns=COLUMNS)
+    timed = metrics[metrics["value"].isin([0, 2, 6])].assign(metric="prefill_seconds", task="prefill 256")
+    seconds = {0.0: 0.1, 2.0: 0.08, 6.0: 0.07}
+    figure = pareto(metrics, timed.assign(value=timed["value"].map(seconds)))
+    left, right = figure.axes
+    points = [{line.get_ydata()[0]: line.get_xdata()[0] for line in axis.lines} for axis in (left, right)]
+    expected = {0.0: 100, 1.0: 100, 2.0: 80, 3.0: 80, 4.0: 80, 6.0: 70}
+    assert points[0] == pytest.approx(expected), "models of one shape have one time; two rankings cut to two shapes"
+    said = " ".join(left.get_title(loc="left").split())
+    assert said == "Not timed: random, uniform, no recovery, 20%; wanda, global, no recovery, 20%"
+    assert points[1] == pytest.approx({float(number): number for number in range(8)})
+    assert right.get_title(loc="left") == ""
+    assert len(figure.legends[0].get_texts()) == 8
     plt.close(figure)
 
 

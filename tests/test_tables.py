@@ -8,8 +8,9 @@ import pandas as pd
 
 from hfprune.reporting import figures
 from hfprune.reporting.statistics import MODEL, varying
-from hfprune.reporting.tables import COLUMNS, cost, recovery_names, summary, write_tables
+from hfprune.reporting.tables import COLUMNS, collect, cost, recovery_names, summary, write_tables
 from hfprune.store.artifacts import Store
+from tests.test_comparison import Fabricated
 
 METRICS = [
     ("task", "boolq", "acc"),
@@ -27,7 +28,9 @@ def metrics(*settings):
         for group, task, metric in METRICS:
             made = {"stage": stage, "criterion": criterion, "allocation": allocation, "refit": refit, "ratio": ratio}
             model = made | {"model": "m", "structure": "mlp" if number else "none", "recovery": "none", "seed": 0}
-            value = {"group": group, "task": task, "metric": metric, "value": float(number), "stderr": 0.1, "n": 4}
+            size = {"acc": 0.5 + number / 100, "perplexity": 20.0 + number, "top1_agreement": 1 - number / 100}
+            value = {"group": group, "task": task, "metric": metric, "value": size.get(metric, float(number))}
+            value |= {"stderr": 0.1, "n": 4}
             rows.append(model | value | {"ratio_achieved": ratio, "parameters": 100 - number, "key": str(number)})
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -160,6 +163,35 @@ def test_costs_are_those_of_all_stages_and_mean_over_seeds(tmp_path):
     assert "nan" not in (tmp_path / "cost.md").read_text()
 
 
+def test_each_criterion_is_charged_what_it_costs_alone_and_the_scores_that_it_needs_first(tmp_path):
+    made = Fabricated(tmp_path)
+    cut = {"allocation": "uniform", "refit": "none", "structure": "mlp", "ratio": 0.2, "ratio_achieved": 0.2}
+    in_one_pass = {"seconds_together": 40.0, "tokens": 8, "flops_together": 4e12}
+    for key, criterion, inputs, details in (
+        ("one", "entropy", {}, in_one_pass | {"flops": 2e12}),
+        ("first", "cross_entropy", {}, in_one_pass | {"flops": 1e12}),
+        ("two", "self_distillation", {"light_cut": "first"}, {"seconds_together": 30.0, "flops": 3e12}),
+    ):
+        made.put("score", key, inputs=inputs, parameters={"criterion": criterion, "seed": 0}, details=details)
+        made.put("prune", f"by {key}", inputs={"model": "dense", "scores": key}, details=cut)
+        measured = made.artifacts[0]
+        inputs = {"model": f"by {key}", "reference": "ontext1"}
+        files = {"results.json": (measured.folder / "results.json").read_text()}
+        details = measured.manifest["details"]
+        made.artifacts.append(made.put("measure", f"of {key}", inputs=inputs, details=details, files=files))
+    metrics = collect(made.artifacts, made.store)
+    costs = metrics[metrics["metric"].isin(["seconds", "flops"]) & metrics["task"].isin(["score", "light_cut"])]
+    found = {tuple(row[:3]): row[3] for row in costs[["criterion", "task", "metric", "value"]].to_numpy()}
+    assert found["entropy", "score", "seconds"] == 20 and found["entropy", "score", "flops"] == 2e12
+    assert found["self_distillation", "score", "seconds"] == 30
+    assert found["self_distillation", "light_cut", "seconds"] == 10
+    assert found["self_distillation", "light_cut", "flops"] == 1e12
+    assert ("cross_entropy", "light_cut", "flops") not in found
+    table = cost(metrics).set_index("criterion")
+    assert table["TFLOP"].dropna().to_dict() == {"entropy": 2, "cross_entropy": 1, "self_distillation": 4}
+    assert table.loc[["entropy", "self_distillation"], "Scoring (s)"].tolist() == [20, 40]
+
+
 def test_trainings_are_called_by_what_tells_them_apart(tmp_path):
     store = Store(tmp_path)
 
@@ -248,7 +280,16 @@ def test_profiles_are_a_line_a_model_over_both_kinds_of_bins_for_each_text():
 def test_without_tasks_there_is_no_accuracy(tmp_path):
     found = metrics(*WAYS)
     found = found[found["group"] != "task"]
-    assert list(summary(found))[len(MODEL) :: 2] == ["Removed (%)", "Perplexity", "KL (nats/token)", "Top-1 agreement"]
+    columns = [name for name in summary(found) if not name.endswith((" low", " high"))]
+    assert columns == [
+        *MODEL,
+        "seeds",
+        "Removed (%)",
+        "Parameters (M)",
+        "Perplexity",
+        "KL (nats/token)",
+        "Top-1 agreement",
+    ]
     write_tables(found, tmp_path)
     assert "Perplexity" in (tmp_path / "summary.md").read_text()
     assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}

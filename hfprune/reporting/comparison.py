@@ -1,14 +1,9 @@
 """Which differences between models are more than chance: intervals, paired differences and their tests.
 
-What is resampled. Documents: a task's, or a held-out text's, are drawn with replacement, the same draw for every model
-and seed, each task by itself. Calibration seeds: they too are drawn with replacement, the same draw for every method
-and task; a model that has no seed (the dense one) stays as it is. So a replicate is what a further sample of documents
-and of seeds might have given, with all models seen on the same ones; an interval holds the middle 95 % of `RESAMPLES`
-replicates. Tasks are not resampled: a mean is one over these tasks.
-
-What is tested. McNemar's exact test for answers that are right or wrong, where there is one seed. Else a paired t test,
-whose variance is that over documents (of a mean over tasks: each task's share of it) plus that over seeds, with Welch
-and Satterthwaite's degrees of freedom.
+Two models are compared on the same documents and the same calibration seeds: what varies is their difference on each
+document, and at each seed. `statistics.Spread` makes of these variances an interval, and the p-value of the t test that
+agrees with it. Where answers are right or wrong and there is one seed, the test is McNemar's exact one. Tasks are
+fixed: a mean is one over these tasks.
 """
 
 from collections.abc import Hashable, Iterator
@@ -19,16 +14,12 @@ import pandas as pd
 from scipy import stats
 
 from hfprune.errors import UserError
-from hfprune.reporting.statistics import MODEL
+from hfprune.reporting.statistics import LEVEL, MEASURE, MODEL, Spread, estimates, mean_accuracy
 
-RESAMPLES = 2000
-LEVEL = 0.95
-SEED = 0
 PAIRS_AT_ONCE = 1000
 LOWER_IS_BETTER = ("perplexity", "kl", "js")
 NO_SEED = -1
 CROWS = "crows_pairs"  # tasks whose metric is no accuracy: also left out of a second mean
-MEASURE = ["group", "task", "metric"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +28,7 @@ class Measure:
 
     Attributes:
         group, task, metric: as in metrics.csv; `mean` or `mean_without_crows` for a task.
-        documents: for each task, (models, documents) means over seeds.
-        by_seed: (models, seeds) means over documents, before `value`.
-        replicates: (models, RESAMPLES) of `value`.
-        value: (models,) the estimates.
+        documents: for each task, (models, seeds, documents) values; of a perplexity: losses.
         binary: its documents are right or wrong.
     """
 
@@ -48,32 +36,36 @@ class Measure:
     task: str
     metric: str
     documents: list[np.ndarray]
-    by_seed: np.ndarray
-    replicates: np.ndarray
-    value: np.ndarray
     binary: bool = False
 
     @property
-    def n(self) -> int:
-        """The number of documents."""
-        return sum(each.shape[1] for each in self.documents)
+    def scaled(self) -> list[np.ndarray]:
+        """`documents` on the scale of the measure: their means are its values.
 
-    def welch(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """(pairs,) p-values of the t test between models (pairs,) and (pairs,); of a perplexity: of its loss."""
-        tasks, seeds = len(self.documents), self.by_seed.shape[1]
-        by_seed = self.by_seed[one] - self.by_seed[other]
-        parts = [((each[one] - each[other]), each.shape[1]) for each in self.documents]
-        variances = [(values.var(1, ddof=1) / n / tasks**2, n - 1) for values, n in parts if n > 1]
-        if len(variances) < tasks:  # one document says nothing of its error
-            return np.full(len(one), np.nan)
-        if seeds > 1:
-            variances.append((by_seed.var(1, ddof=1) / seeds, seeds - 1))
-        total = np.sum([variance for variance, _ in variances], 0)
-        difference = by_seed.mean(1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            freedom = total**2 / np.sum([variance**2 / free for variance, free in variances], 0)
-            p = 2 * stats.t.sf(np.abs(difference) / np.sqrt(total), freedom)
-        return np.where(total > 0, p, np.where(difference == 0, 1.0, 0.0))
+        A perplexity is exp of the mean loss; its documents are those of the tangent there (delta method).
+        """
+        if self.metric != "perplexity":
+            return self.documents
+        (losses,) = self.documents
+        means = losses.mean(2, keepdims=True)
+        return [np.exp(means) * (1 + losses - means)]
+
+    def compare(self, one: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:
+        """Models (pairs,) against models (pairs,).
+
+        Returns:
+            (pairs,) each: `value`, `other_value`, `difference`, `low` and `high` of its interval, and `p` of the t
+            test; that of a perplexity is of its loss.
+        """
+        value = np.mean([values.mean((1, 2)) for values in self.scaled], 0)
+        difference, spread = _difference(self.scaled, one, other)
+        low, high = difference - spread.half(), difference + spread.half()
+        if self.group == "task":
+            low, high = np.maximum(low, -1), np.minimum(high, 1)
+        found = {"value": value[one], "other_value": value[other], "difference": value[one] - value[other]}
+        if self.metric == "perplexity":
+            difference, spread = _difference(self.documents, one, other)
+        return found | {"low": low, "high": high, "p": spread.p(difference)}
 
     def mcnemar(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """(pairs,) p-values of McNemar's exact test; NaN where answers are not right or wrong.
@@ -82,10 +74,30 @@ class Measure:
         """
         if not self.binary:
             return np.full(len(one), np.nan)
-        difference = self.documents[0][one] - self.documents[0][other]
+        right = self.documents[0].mean(1)
+        difference = right[one] - right[other]
         better, worse = (difference > 0).sum(1), (difference < 0).sum(1)
         # The binomial distribution with p = 1/2 is symmetric, so this is the two-sided exact test (binomtest).
         return np.minimum(1, 2 * stats.binom.cdf(np.minimum(better, worse), better + worse, 0.5))
+
+
+def _difference(documents: list[np.ndarray], one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, Spread]:
+    """(pairs,) differences of the means over tasks, seeds and documents, and their spread.
+
+    Over documents it is that of each one's mean over the seeds: two models' answers to one document, at one seed, are
+    at hand together.
+    """
+    by_seed = np.mean([values.mean(2) for values in documents], 0)
+    by_seed = by_seed[one] - by_seed[other]
+    variances = [_variance_of_mean(values.mean(1)[one] - values.mean(1)[other]) for values in documents]
+    n = np.array([values.shape[2] for values in documents])
+    return by_seed.mean(1), Spread.of(by_seed, np.stack(variances, -1), n)
+
+
+def _variance_of_mean(values: np.ndarray) -> np.ndarray:
+    """(...) of the mean over the last axis; NaN where that is of one value, which says nothing of it."""
+    n = values.shape[-1]
+    return values.var(-1, ddof=1) / n if n > 1 else np.full(values.shape[:-1], np.nan)
 
 
 class Comparison:
@@ -93,8 +105,10 @@ class Comparison:
 
     Attributes:
         models: the settings, columns of `MODEL`; the dense model first.
-        seeds: how many calibration seeds they have.
-        measures: every task's, the means over tasks, and every held-out text's.
+        seeds: the calibration seeds.
+        unseeded: (models,) whether a model was made without one; its documents then stand for every seed.
+        measures: every task's and every held-out text's.
+        means: over tasks; without CrowS-Pairs too where that is one of them.
     """
 
     def __init__(self, documents: pd.DataFrame) -> None:
@@ -105,72 +119,49 @@ class Comparison:
         Raises:
             UserError: models were not measured on the same documents and seeds.
         """
-        seeds = sorted(documents["seed"].dropna().unique())
-        self.seeds = max(1, len(seeds))
+        self.seeds = sorted(documents["seed"].dropna().unique())
         self.models = documents[MODEL].drop_duplicates()
         self.models = self.models.sort_values("stage", key=lambda stage: stage != "dense", kind="stable")
         self.models = self.models.reset_index(drop=True)
-        self.measures: list[Measure] = []
         numbers = pd.MultiIndex.from_frame(self.models).get_indexer(pd.MultiIndex.from_frame(documents[MODEL]))
+        self.unseeded = np.isin(self.models.index, numbers[documents["seed"].isna()])
         documents = documents[[*MEASURE, "seed", "document", "value"]].assign(model=numbers)
         documents["seed"] = documents["seed"].fillna(NO_SEED)
-        share = np.random.default_rng(SEED).multinomial(self.seeds, [1 / self.seeds] * self.seeds, RESAMPLES)
-        drawn_seeds = share / self.seeds
-        for (_, task), found in documents.groupby([documents["group"] == "task", "task"], sort=False):
-            drawn = None  # one draw for all measures on a text
-            for (group, metric), rows in found.groupby(["group", "metric"], sort=False):
-                values = _arranged(rows, f"{metric} on {task}", len(self.models), seeds)
-                count = values.shape[2]
-                if drawn is None:
-                    draws = np.random.default_rng([SEED, *str(task).encode()])
-                    drawn = draws.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
-                by_seed = values.mean(2)
-                replicates = (values.reshape(-1, count) @ drawn.T).reshape(*by_seed.shape, RESAMPLES)
-                perplexity = metric == "loss"
-                if perplexity:
-                    replicates = np.exp(replicates)
-                self.measures.append(
-                    Measure(
-                        group,
-                        task,
-                        "perplexity" if perplexity else metric,
-                        documents=[values.mean(1)],
-                        by_seed=by_seed,
-                        replicates=np.einsum("msb,bs->mb", replicates, drawn_seeds),
-                        value=(np.exp(by_seed) if perplexity else by_seed).mean(1),
-                        binary=group == "task" and bool(np.isin(values, (0, 1)).all()),
-                    )
-                )
-        self.measures = [*self._means(), *self.measures]
-
-    def _means(self) -> Iterator[Measure]:
-        """The mean over tasks, and that without CrowS-Pairs where that is one of them."""
-        tasks = [each for each in self.measures if each.group == "task"]
-        others = [each for each in tasks if not each.task.startswith(CROWS)]
-        for name, chosen in {"mean": tasks, "mean_without_crows": others if len(others) < len(tasks) else []}.items():
-            if chosen:
-                yield Measure(
-                    "task",
-                    name,
-                    "accuracy",
-                    documents=[each.documents[0] for each in chosen],
-                    by_seed=np.mean([each.by_seed for each in chosen], 0),
-                    replicates=np.mean([each.replicates for each in chosen], 0),
-                    value=np.mean([each.value for each in chosen], 0),
-                )
+        self.measures: list[Measure] = []
+        for (group, task, metric), rows in documents.groupby(MEASURE, sort=False):
+            values = _arranged(rows, f"{metric} on {task}", len(self.models), self.seeds)
+            binary = group == "task" and bool(np.isin(values, (0, 1)).all())
+            self.measures.append(Measure(group, task, "perplexity" if metric == "loss" else metric, [values], binary))
+        self.means: dict[str, list[Measure]] = {}
+        if tasks := [each for each in self.measures if each.group == "task"]:
+            self.means["mean"] = tasks
+            others = [each for each in tasks if not each.task.startswith(CROWS)]
+            if 0 < len(others) < len(tasks):
+                self.means["mean_without_crows"] = others
 
     def intervals(self) -> pd.DataFrame:
-        """Each model's estimates, with their 95 % bootstrap intervals.
+        """Each model's estimates, with their 95 % intervals, as from metrics.csv.
 
         Returns:
-            Columns of `MODEL`, group, task, metric, value, low, high, n (documents), seeds.
+            Columns as of `statistics.estimates`; `mean` and `mean_without_crows` are tasks too.
         """
-        parts = []
-        for each in self.measures:
-            low, high = _interval(each.replicates)
-            estimate = {"value": each.value, "low": low, "high": high, "n": each.n, "seeds": self.seeds}
-            parts.append(self.models.assign(**{name: getattr(each, name) for name in MEASURE}, **estimate))
-        return pd.concat(parts, ignore_index=True)
+        parts = [
+            mean_accuracy(pd.concat(map(self._rows, measures))).assign(task=name)
+            for name, measures in self.means.items()
+        ]
+        return pd.concat([*parts, *(estimates(self._rows(each)) for each in self.measures)], ignore_index=True)
+
+    def _rows(self, measure: Measure) -> pd.DataFrame:
+        """A measure of one task or text as rows of metrics.csv."""
+        (documents,) = measure.scaled
+        given = ~self.unseeded[:, None] | (np.arange(documents.shape[1]) == 0)
+        model, place = np.nonzero(given)
+        seed = np.where(self.unseeded[model], np.nan, np.array([*self.seeds, np.nan])[place])
+        stderr = np.sqrt(_variance_of_mean(documents))
+        columns = {"value": documents.mean(2)[given], "stderr": stderr[given], "n": documents.shape[2]}
+        return self.models.iloc[model].assign(
+            **{name: getattr(measure, name) for name in MEASURE}, seed=seed, **columns
+        )
 
     def differences(self) -> pd.DataFrame:
         """Every pair of models of one ratio, every model against the dense one and against the dense one trained alike.
@@ -184,28 +175,21 @@ class Comparison:
         one, other = self._pairs()
         here = self.models.iloc[one].reset_index(drop=True)
         there = self.models.iloc[other].drop(columns="model").add_prefix("other_").reset_index(drop=True)
+        seeds = max(1, len(self.seeds))
+        means = [
+            Measure("task", name, "accuracy", [each.documents[0] for each in measures])
+            for name, measures in self.means.items()
+        ]
+        lots = np.split(np.arange(len(one)), range(PAIRS_AT_ONCE, len(one), PAIRS_AT_ONCE))
         parts = []
-        for each in self.measures:
-            exact = each.mcnemar(one, other)
-            test = "mcnemar" if each.binary and self.seeds == 1 else "t"
-            p = exact if test == "mcnemar" else each.welch(one, other)
-            chunks = [slice(first, first + PAIRS_AT_ONCE) for first in range(0, len(one), PAIRS_AT_ONCE)]
-            bounds = [_interval(each.replicates[one[chunk]] - each.replicates[other[chunk]]) for chunk in chunks]
-            low, high = np.concatenate(bounds, 1) if bounds else np.empty((2, 0))
-            found = {
-                **{name: getattr(each, name) for name in MEASURE},
-                "n": each.n,
-                "seeds": self.seeds,
-                "value": each.value[one],
-                "other_value": each.value[other],
-                "difference": each.value[one] - each.value[other],
-                "low": low,
-                "high": high,
-                "test": test,
-                "p": p,
-                "p_mcnemar": exact,
-                "p_holm": holm(p),
-            }
+        for each in (*means, *self.measures):
+            compared = pd.concat([pd.DataFrame(each.compare(one[lot], other[lot])) for lot in lots], ignore_index=True)
+            t, exact = compared.pop("p").to_numpy(), each.mcnemar(one, other)
+            test = "mcnemar" if each.binary and seeds == 1 else "t"
+            p = exact if test == "mcnemar" else t
+            found = {name: getattr(each, name) for name in MEASURE}
+            found |= {"n": sum(values.shape[2] for values in each.documents), "seeds": seeds}
+            found |= dict(compared) | {"test": test, "p": p, "p_mcnemar": exact, "p_holm": holm(p)}
             parts.append(pd.concat([here, there], axis=1).assign(**found))
         table = pd.concat(parts, ignore_index=True)
         return table.assign(distinguishable=table["p_holm"] < 1 - LEVEL)
@@ -240,11 +224,6 @@ def _arranged(rows: pd.DataFrame, what: str, models: int, seeds: list) -> np.nda
             "artifacts of one experiment."
         )
     return table.loc[index].to_numpy().reshape(models, -1, table.shape[1])
-
-
-def _interval(replicates: np.ndarray) -> np.ndarray:
-    """(2, ...) the ends of the middle 95 % of (..., RESAMPLES) replicates."""
-    return np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1)
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 
@@ -16,8 +17,8 @@ from scipy.stats import rankdata, spearmanr
 
 from hfprune.models.units import UNITS
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
-from hfprune.reporting.statistics import MODEL, WAYS, WITHIN, mean_accuracy, over_seeds, varying
-from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text
+from hfprune.reporting.statistics import MODEL, WAYS, estimates, mean_accuracy, varying, with_sizes
+from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text, operations
 from hfprune.store.artifacts import Artifact
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
@@ -94,25 +95,24 @@ def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> Iterator[Pa
 
 def accuracy(metrics: pd.DataFrame) -> Figure:
     """Zero-shot accuracy against the share of parameters removed: every task, and their mean."""
-    tasks = over_seeds(headline(metrics))
-    names = list(dict.fromkeys(tasks["task"]))
-    panels = {"Mean of tasks": mean_accuracy(tasks)} | {
-        TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
-    }
+    found = headline(metrics)
+    names = list(dict.fromkeys(found["task"]))
     if not names:
         figure, axis = plt.subplots(figsize=(3.8, 1), layout="constrained")
         axis.set_axis_off()
         axis.text(0.5, 0.5, "No task has an accuracy.", ha="center")
         return figure
+    tasks = with_sizes(estimates(found), found)
+    panels = {"Mean of tasks": with_sizes(mean_accuracy(found), found)} | {
+        TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
+    }
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.3 * columns, 1.9 * rows), sharex=True, squeeze=False, layout="constrained"
     )
-    achieved = tasks.drop_duplicates(MODEL).set_index(MODEL)["ratio_achieved"]
-    for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
-        found = found.assign(ratio_achieved=achieved.reindex(pd.MultiIndex.from_frame(found[MODEL])).to_numpy())
-        _curves(axis, found, scale=100)
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        _curves(axis, panel, scale=100)
         axis.set_title(title, fontsize=9)
     for place, axis in enumerate(axes.flat):
         axis.tick_params(labelbottom=place + columns >= len(panels))  # the lowest panel of each column
@@ -131,7 +131,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
     one first. Where it still would be too many: in a panel for each structure and allocation.
     """
     heldout = on_headline_text(metrics)
-    found = over_seeds(heldout[heldout["metric"] == "kl"])
+    found = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
     title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
     pruned = found[found["criterion"] != "none"]
     ways = pruned.groupby(["criterion", *WAYS])["ratio"]
@@ -203,9 +203,7 @@ def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
     models = models.sort_values("value", ascending=False)
     for row, (_, model) in enumerate(models.iterrows()):
         color = COLORS[criteria.index(model["criterion"]) % len(COLORS)]
-        axis.errorbar(
-            model["value"], row, xerr=WITHIN * model["stderr"], color=color, marker="o", markersize=4, capsize=2
-        )
+        axis.errorbar(model["value"], row, xerr=_bars(model), color=color, marker="o", markersize=4, capsize=2)
     labels = [", ".join(_words(model, ways)) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
@@ -384,39 +382,47 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
 def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     """What a model is worth against what it saves and what it took to make: fidelity or, of tasks, accuracy.
 
+    A model that was not timed stands at the time of one of the same shape. Above a panel stand those models that it
+    cannot show.
+
     Args:
         metrics: rows of metrics.csv.
-        timings: see `paper.read_timings`.
+        timings: see `paper_tables.read_timings`.
     """
-    if len(headline(metrics)):
-        worth, title, scale = mean_accuracy(over_seeds(headline(metrics))), "Mean accuracy (%)", 100
+    if len(rows := headline(metrics)):
+        worth, title, scale = mean_accuracy(rows), "Mean accuracy (%)", 100
     else:
         heldout = on_headline_text(metrics)
-        worth, title, scale = over_seeds(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+        worth, title, scale = estimates(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+    worth = with_sizes(worth, metrics)
     prefill = timings[timings["metric"] == "prefill_seconds"]
-    flops = metrics[(metrics["group"] == "cost") & (metrics["metric"] == "flops")]
-    made = flops.groupby([*MODEL, "seed"], dropna=False)["value"].sum().groupby(MODEL).mean() / 1e12
+    tokens = prefill["task"].iloc[0].split()[-1]
+    flops = pd.MultiIndex.from_frame(worth[MODEL]).map(operations(metrics).groupby(MODEL, dropna=False).mean())
+    flops = flops.to_series(worth.index).astype(float).mask(worth["stage"] == "dense", 0.0)  # nothing was made
+    panels = {
+        f"Prefill of {tokens} tokens (ms)": ("timed", 1e3 * prefill_seconds(worth, prefill)),
+        "Scoring, cutting and training (TFLOP)": ("counted", flops / 1e12),
+    }
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
     ways = varying(worth)
     labels = [", ".join(_words(row, ways)) for _, row in worth.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    tokens = prefill["task"].iloc[0].split()[-1]
-    panels = {
-        f"Prefill of {tokens} tokens (ms)": prefill.set_index(MODEL)["value"] * 1000,
-        "Scoring, cutting and training (TFLOP)": made,
-    }
-    for axis, (name, cost) in zip(axes, panels.items(), strict=True):
-        for (_, row), label in zip(worth.iterrows(), labels, strict=True):
-            setting, look = tuple(row[MODEL]), looks[label]
-            x = cost.get(setting, np.nan)
+    for axis, (name, (measured, costs)) in zip(axes, panels.items(), strict=True):
+        left_out = []
+        for (_, row), label, x in zip(worth.iterrows(), labels, costs, strict=True):
+            removed = [f"{row['ratio']:.0%}"] if row["ratio"] else []
+            if not np.isfinite(x):
+                left_out.append(", ".join([label, *removed]))
+                continue
+            look, y = looks[label], scale * row["value"]
             color, marker = COLORS[look % len(COLORS)], markers[look % len(markers)]
-            half = scale * WITHIN * row["stderr"]
-            axis.errorbar(x, scale * row["value"], yerr=half, color=color, marker=marker, markersize=5, lw=0.8)
-            if row["ratio"] and np.isfinite(x):
-                said = (x, scale * row["value"])
-                axis.annotate(f"{row['ratio']:.0%}", said, (4, 4), textcoords="offset points", fontsize=6)
+            axis.errorbar(x, y, yerr=_bars(row, scale), color=color, marker=marker, markersize=5, lw=0.8)
+            for text in removed:
+                axis.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=6)
         axis.set_xlabel(name)
+        if left_out:
+            axis.set_title(fill(f"Not {measured}: {'; '.join(left_out)}", 60), fontsize=6, loc="left")
     axes[0].set_ylabel(title)
     handles = [
         plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=markers[n % len(markers)], ls="", label=label)
@@ -424,6 +430,27 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     ]
     figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center", ncols=2)
     return figure
+
+
+def prefill_seconds(models: pd.DataFrame, timings: pd.DataFrame) -> pd.Series:
+    """The time of each model, or of a timed one of the same shape; NaN where there is none.
+
+    One model is timed for each cut. Others have its shape: what was trained after the cut, and, where every layer is as
+    wide as the next, what other criteria cut to as many parameters.
+
+    Args:
+        models: columns of `MODEL`, `parameters`.
+        timings: rows of `prefill_seconds`.
+
+    Returns:
+        Seconds, with the index of `models`.
+    """
+    own = timings.groupby(MODEL)["value"].mean()
+    seconds = pd.MultiIndex.from_frame(models[MODEL]).map(own).to_series(models.index).astype(float)
+    shape = models[["model", "structure", "allocation", "ratio", "parameters"]].assign(
+        criterion=models["criterion"].where(models["allocation"] != "uniform", "")
+    )
+    return seconds.fillna(seconds.groupby([shape[name] for name in shape]).transform("mean"))
 
 
 def agreement(found: pd.DataFrame) -> Figure:
@@ -483,10 +510,17 @@ def _line(
 ) -> None:
     """Values against the share of parameters removed, in a band of 95 %."""
     models = models.sort_values("ratio_achieved")
-    removed, value, half = 100 * models["ratio_achieved"], models["value"], WITHIN * models["stderr"].fillna(0)
+    removed, value = 100 * models["ratio_achieved"], models["value"]
+    low, high = (scale * models[end].fillna(value) for end in ("low", "high"))
     look = {"color": COLORS[color % len(COLORS)], "linestyle": LINES[line % len(LINES)], "lw": 1.2}
     axis.plot(removed, scale * value, label=label, marker=MARKERS[marker % len(MARKERS)], markersize=4, **look)
-    axis.fill_between(removed, scale * (value - half), scale * (value + half), color=look["color"], alpha=0.15, lw=0)
+    axis.fill_between(removed, low, high, color=look["color"], alpha=0.15, lw=0)
+
+
+def _bars(model: pd.Series, scale: float = 1) -> np.ndarray:
+    """(2, 1) how far a model's interval reaches below and above its value; 0 where it has none."""
+    reach = [[model["value"] - model["low"]], [model["high"] - model["value"]]]
+    return scale * np.nan_to_num(np.array(reach, float)).clip(min=0)
 
 
 def _legend(figure: Figure, axis: plt.Axes) -> None:

@@ -7,16 +7,14 @@ from pathlib import Path
 import pandas as pd
 
 from hfprune.errors import UserError
-from hfprune.reporting.comparison import MEASURE, Comparison, best_of, indistinguishable_from_best
-from hfprune.reporting.statistics import MODEL, WITHIN, mean_accuracy, over_seeds, varying
-from hfprune.reporting.tables import STANDARD_ERRORS, TASK_TITLES, headline, read_metrics
+from hfprune.reporting import statistics
+from hfprune.reporting.comparison import Comparison, best_of, indistinguishable_from_best
+from hfprune.reporting.statistics import MEASURE, MODEL, mean_accuracy, note, varying
+from hfprune.reporting.tables import TASK_TITLES, headline, read_metrics
 from hfprune.reporting.targets import Setting, compared
 from hfprune.reporting.typeset import NOT_WORSE, Cell, Row, Sheet
 
-INTERVAL = (
-    "± is half of the 95 % bootstrap interval, over documents and, where there are several, calibration seeds; "
-    f"the csv has both ends. Bold: the best of its size; {NOT_WORSE}: not distinguishable from it (5 %, Holm)."
-)
+BEST = f"Bold: the best of its size; {NOT_WORSE}: not distinguishable from it (5 %, Holm)."
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def _published_cells(found: pd.DataFrame, metrics: Mapping[str, str | None]) -> 
 
 
 def _notes(estimates: pd.DataFrame, theirs: pd.DataFrame) -> list[str]:
-    return [INTERVAL, f"Calibration seeds: {estimates['seeds'].max()}.", *_published_notes(theirs)]
+    return [f"{note(estimates)} {BEST}", *_published_notes(theirs)]
 
 
 def _published_notes(theirs: pd.DataFrame) -> list[str]:
@@ -207,33 +205,54 @@ def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
     """Table 3: the tasks' accuracy of several dense models and of what was made of them.
 
     Args:
-        sources: the metrics.csv of several experiments.
+        sources: the metrics.csv of several experiments, each in a folder of the experiment's name.
         published: not read: the published table contradicts itself, see results/published/README.md.
+
+    Raises:
+        UserError: the experiments have other tasks, or other results for the dense model of one name.
     """
     found = [headline(read_metrics(path)) for path in sources]
     if len(asked := {tuple(sorted(each["task"].unique())) for each in found}) > 1 or not any(asked):
         raise UserError(f"{', '.join(map(str, sources))}: expected accuracy of the same tasks in each.")
-    # Experiments on one dense model share artifacts: each counts once.
-    metrics = pd.concat(found, ignore_index=True).drop_duplicates(["key", "task"])
-    if metrics.duplicated([*MODEL, "seed", "task"]).any():
+    folders = [path.parent.name for path in sources]
+    names = folders if len(set(folders)) == len(sources) else [str(path) for path in sources]
+    rows = _each_once([each.assign(experiment=name) for each, name in zip(found, names, strict=True)])
+    # Names tell models apart within an experiment. Across experiments they do not: each is estimated by itself.
+    parts = []
+    for name, metrics in rows.groupby("experiment", sort=False):
+        parts.append(pd.concat([statistics.estimates(metrics), mean_accuracy(metrics)]).assign(experiment=name))
+    both = pd.concat(parts)
+    both = both.assign(metric=both["task"], best=False, tied=False)
+    by = [*MODEL, "experiment"]
+    models = both[[*by, "seeds"]].drop_duplicates(by)
+    alike = models[models.duplicated(MODEL, keep=False)]
+    if (alike["stage"] == "dense").any():
         raise UserError(
-            f"{', '.join(map(str, sources))}: one model was evaluated in two ways, such as other documents."
+            f"{', '.join(map(str, sources))}: the dense model {alike['model'].iloc[0]} has other results in each: it "
+            "was evaluated in two ways, such as on other documents, or there are two of that name."
         )
-    tasks = over_seeds(metrics)
-    both = pd.concat([tasks, mean_accuracy(tasks).assign(task="mean")])
-    names = list(dict.fromkeys(tasks["task"]))
-    columns = [*(Column(TASK_TITLES.get(name, name), name, scale=100) for name in names), MEANS[0]]
-    half = WITHIN * both["stderr"]
-    both = both.assign(metric=both["task"], low=both["value"] - half, high=both["value"] + half)
-    ways = varying(both)
-    rows = []
-    for setting, found in both.groupby(MODEL, sort=False):
-        model = dict(zip(MODEL, setting, strict=True))
-        heads = [model["model"], f"{100 * model['ratio']:.4g}", _method(model), *(model[way] for way in ways)]
-        rows.append(Row(heads, _cells(found.assign(best=False, tied=False), columns)))
-    heads = ["Model", "Removed (%)", "Method", *map(str.capitalize, ways)]
-    digits = {each.title: 1 for each in columns}
-    return Sheet("Zero-shot accuracy (%) of further models.", heads, digits, rows, [STANDARD_ERRORS])
+    ways, tasks = varying(both), list(dict.fromkeys(rows["task"]))
+    columns = [*(Column(TASK_TITLES.get(name, name), name, scale=100) for name in tasks), MEANS[0]]
+    sheet_rows = []
+    for setting, found in both.groupby(by, sort=False):
+        model = dict(zip(by, setting, strict=True))
+        heads = [model["model"], *([model["experiment"]] if len(alike) else []), f"{100 * model['ratio']:.4g}"]
+        sheet_rows.append(Row([*heads, _method(model), *(model[way] for way in ways)], _cells(found, columns)))
+    heads = ["Model", *(["Experiment"] if len(alike) else []), "Removed (%)", "Method", *map(str.capitalize, ways)]
+    digits = {each.title: each.digits for each in columns}
+    return Sheet("Zero-shot accuracy (%) of further models.", heads, digits, sheet_rows, [note(models)])
+
+
+def _each_once(experiments: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of several experiments, without the models that another one has too: the same artifacts, or more seeds."""
+    rows = pd.concat(experiments, ignore_index=True)
+    by = ["experiment", *MODEL]
+    keys = rows.groupby(by, dropna=False, sort=False)["key"].agg(frozenset)
+    kept: dict[tuple, frozenset] = {}
+    for setting, artifacts in sorted(keys.items(), key=lambda item: -len(item[1])):  # stable: the first of equals stays
+        if not any(artifacts <= others for others in kept.values()):
+            kept[setting] = artifacts
+    return rows[[setting in kept for setting in rows[by].itertuples(index=False, name=None)]]
 
 
 TIMINGS = {  # title: task and metric of efficiency.csv, metric of the published table, factor, digits

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from hfprune.errors import UserError
-from hfprune.reporting.statistics import MODEL, WITHIN, mean_accuracy, over_seeds, varying
+from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, note, varying, with_sizes
 from hfprune.reporting.typeset import Cell, Row, Sheet
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import LOSSES, PRUNING, RESULTS
@@ -24,7 +24,10 @@ HELDOUT = ("perplexity", "fidelity")  # groups whose task is a held-out text
 REMOVED, PARAMETERS = "Removed (%)", "Parameters (M)"
 SCALES = {REMOVED: 100, PARAMETERS: 1e-6}
 DIGITS = {"KL (nats/token)": 3, "Top-1 agreement": 3}
-STANDARD_ERRORS = f"± is {WITHIN} standard errors, over documents and calibration seeds."
+OWN_COST = (
+    "Criteria that were scored in one pass have its seconds by their shares of its operations, and its memory. A "
+    "criterion that needs another's scores first is charged for them too."
+)
 PLAIN = ("uniform", "mlp", "none")  # ways of pruning that need no words
 # The metric that the paper reports for a task, the first that it has.
 HEADLINE = ("pct_stereotype", "acc_norm", "acc", "exact_match,strict-match")
@@ -77,7 +80,10 @@ def collect(artifacts: list[Artifact], store: Store, called: Mapping[str, str] |
             value = {"group": group, "task": task, "metric": metric, **estimate, "key": artifact.key}
             rows.append(models[model] | value)
     for key, columns in models.items():
-        rows += [columns | cost for cost in _costs(lineage(key, store))]
+        made = lineage(key, store)
+        if cut := made.get("score", {"inputs": {}})["inputs"].get("light_cut"):
+            made["light_cut"] = store.manifest("score", cut)
+        rows += [columns | cost for cost in _costs(made)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
     names = list(texts.values())
@@ -261,17 +267,23 @@ def _model_columns(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _costs(made: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What it cost to make a model, of its `lineage`: seconds, peak bytes, tokens and FLOPs of each stage."""
+    """What it cost to make a model: seconds, peak bytes, tokens and FLOPs of each stage.
+
+    Args:
+        made: its `lineage`; `light_cut`, the scores that its criterion needed first, where it did.
+    """
     rows = []
-    for stage in ("score", "prune", "recover"):
+    for stage in ("light_cut", "score", "prune", "recover"):
         if stage not in made:
             continue
         manifest = made[stage]
+        details = {name.removeprefix("refit_"): value for name, value in manifest["details"].items()}
         # Criteria scored in one pass share its time; their artifacts' own seconds are those of writing a file. A
         # training that was killed and went on has the seconds of all attempts.
-        seconds = manifest["details"].get("seconds_together", manifest["seconds"])
+        seconds = details.get("seconds_together", manifest["seconds"])
+        if "flops_together" in details:
+            seconds *= details["flops"] / details["flops_together"]
         found = {"seconds": seconds, "peak_bytes": manifest["peak_memory_bytes"]}
-        details = {name.removeprefix("refit_"): value for name, value in manifest["details"].items()}
         found |= {name: details[name] for name in ("tokens", "flops") if name in details}
         for metric, value in found.items():
             estimate = {"metric": metric, "value": value, "stderr": None, "n": 1}
@@ -313,78 +325,86 @@ def on_headline_text(metrics: pd.DataFrame) -> pd.DataFrame:
 def summary(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row per model: size, accuracy of each task and their mean in per cent, perplexity, KL, top-1 agreement.
 
-    The last three are of the headline text. Each value stands beside its standard error, `value` and `value ±`.
+    The last three are of the headline text. Beside each `value` stand the ends of its interval, `value low` and
+    `value high`; `seeds` is the number of calibration seeds.
     """
     others = {"perplexity": "Perplexity", "kl": "KL (nats/token)", "top1_agreement": "Top-1 agreement"}
     heldout = on_headline_text(metrics)
-    measures = over_seeds(heldout[heldout["metric"].isin(others)])
+    measures = estimates(heldout[heldout["metric"].isin(others)])
     measures["task"] = measures["metric"].map(others)
     accuracy = _accuracy(metrics)
-    both = pd.concat([accuracy, measures])
-    columns = [*dict.fromkeys(accuracy["task"]), *others.values()]
-    size = measures.drop_duplicates(MODEL).set_index(MODEL)[["ratio_achieved", "parameters"]]
-    table = pd.DataFrame(index=size.index)
-    table[REMOVED] = size["ratio_achieved"]
-    table[PARAMETERS] = size["parameters"]
-    for column in columns:
+    both = pd.concat([accuracy, measures]) if len(accuracy) else measures
+    table = with_sizes(measures.drop_duplicates(MODEL)[[*MODEL, "seeds"]], metrics)
+    table = table.rename(columns={"ratio_achieved": REMOVED, "parameters": PARAMETERS}).set_index(MODEL)
+    for column in [*dict.fromkeys(accuracy["task"]), *others.values()]:
         found = both[both["task"] == column].set_index(MODEL)
-        table[column] = found["value"]
-        table[f"{column} ±"] = found["stderr"]
+        for name, end in zip(_with_ends(column), ("value", "low", "high"), strict=True):
+            table[name] = found[end]
     return table.reset_index()
+
+
+def _with_ends(column: str) -> list[str]:
+    return [column, f"{column} low", f"{column} high"]
 
 
 def _accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
     """The accuracy of each task and their mean, in per cent; nothing where no task was evaluated."""
-    if not len(headline(metrics)):
-        return pd.DataFrame(columns=[*MODEL, "task", "value", "stderr"])
-    accuracy = over_seeds(headline(metrics))
-    mean = mean_accuracy(accuracy).assign(task="Mean")
-    accuracy = pd.concat([accuracy.assign(task=accuracy["task"].map(lambda name: TASK_TITLES.get(name, name))), mean])
-    accuracy[["value", "stderr"]] *= 100
+    rows = headline(metrics)
+    accuracy = estimates(rows)
+    if len(rows):
+        accuracy["task"] = accuracy["task"].map(lambda name: TASK_TITLES.get(name, name))
+        accuracy = pd.concat([accuracy, mean_accuracy(rows).assign(task="Mean")])
+        accuracy[["value", "low", "high"]] *= 100
     return accuracy
 
 
 def cost(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row per model: what making it took, beside what it is worth.
 
-    Seconds of scoring, of cutting with its refit, and of training; the FLOPs counted for the passes of all three (see
-    docs/recovery.md), and the most memory that one of them took. Criteria scored together have one pass's cost each.
+    Seconds of scoring (of the scores that its criterion needs first, too), of cutting with its refit, and of training;
+    the FLOPs counted for the passes of all three (see docs/recovery.md), and the most memory that one of them took.
     """
     rows = metrics[metrics["group"] == "cost"]
     by = [*MODEL, "seed"]
-    table = summary(metrics).set_index(MODEL)[[REMOVED, PARAMETERS, "KL (nats/token)", "KL (nats/token) ±"]]
+    kept = [REMOVED, PARAMETERS, "seeds", *_with_ends("KL (nats/token)")]
+    table = summary(metrics).set_index(MODEL)[kept]
+    stages = {"Scoring (s)": ["light_cut", "score"], "Cutting (s)": ["prune"], "Training (s)": ["recover"]}
     found = {
-        f"{title} (s)": rows[(rows["task"] == stage) & (rows["metric"] == "seconds")]
-        .groupby(by, dropna=False)["value"]
-        .sum()
-        for stage, title in (("score", "Scoring"), ("prune", "Cutting"), ("recover", "Training"))
+        title: rows[rows["task"].isin(names) & (rows["metric"] == "seconds")].groupby(by, dropna=False)["value"].sum()
+        for title, names in stages.items()
     }
-    found["TFLOP"] = rows[rows["metric"] == "flops"].groupby(by, dropna=False)["value"].sum() / 1e12
+    found["TFLOP"] = operations(metrics) / 1e12
     found["Peak memory (GiB)"] = rows[rows["metric"] == "peak_bytes"].groupby(by, dropna=False)["value"].max() / 2**30
     for name, values in found.items():
         table[name] = values.groupby(MODEL, dropna=False).mean()
     return table.reset_index()
 
 
+def operations(metrics: pd.DataFrame) -> pd.Series:
+    """FLOPs that making each model took, by its setting and seed: of all stages together."""
+    flops = metrics[(metrics["group"] == "cost") & (metrics["metric"] == "flops")]
+    return flops.groupby([*MODEL, "seed"], dropna=False)["value"].sum()
+
+
 def write_tables(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     """Write `summary` and `cost`, each as csv (full precision), md and tex, into `folder`; their paths."""
-    captions = {"summary": "Every model.", "cost": "What each model took to make."}
-    paths: list[Path] = []
-    for (name, caption), table in zip(captions.items(), (summary(metrics), cost(metrics)), strict=True):
-        paths += _sheet(caption, table).write(folder, name)
-    return paths
+    sheets = {
+        "summary": _sheet("Every model.", summary(metrics)),
+        "cost": _sheet("What each model took to make.", cost(metrics), OWN_COST),
+    }
+    return [path for name, sheet in sheets.items() for path in sheet.write(folder, name)]
 
 
-def _sheet(caption: str, table: pd.DataFrame) -> Sheet:
+def _sheet(caption: str, table: pd.DataFrame, *notes: str) -> Sheet:
     ways = varying(table)
-    columns = [name for name in table if name not in MODEL and "±" not in name]
+    ends = {name for column in table for name in _with_ends(column)[1:]}
+    columns = [name for name in table if name not in (*MODEL, "seeds", *ends)]
     rows = []
     for _, model in table.iterrows():
         cells = {}
         for name in columns:
-            half = WITHIN * model.get(f"{name} ±", math.nan)
             scale = SCALES.get(name, 1)
-            cells[name] = Cell(*(scale * (model[name] + end) for end in (0, -half, half)))
+            cells[name] = Cell(*(scale * model.get(each, math.nan) for each in _with_ends(name)))
         rows.append(Row([model["stage"], model["criterion"], *(model[way] for way in ways)], cells))
     digits = {name: DIGITS.get(name, 1) for name in columns}
-    return Sheet(caption, ["Model", "Criterion", *map(str.capitalize, ways)], digits, rows, [STANDARD_ERRORS])
+    return Sheet(caption, ["Model", "Criterion", *map(str.capitalize, ways)], digits, rows, [note(table), *notes])
