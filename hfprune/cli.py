@@ -527,6 +527,15 @@ def _parser() -> argparse.ArgumentParser:
     on_gpus.add_argument("count", type=_positive, help="of those that CUDA_VISIBLE_DEVICES lists, or else of all")
     on_gpus.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="what to run")
 
+    for each in (collect, differences, profile, table, widths, losses, efficiency):
+        each.add_argument(
+            "--method",
+            action="append",
+            default=[],
+            metavar="NAME=KEY",
+            help="what the method is called that cut a model; repeat it (default: the preset of its recipe)",
+        )
+
     makers = (model, text, task, score, shard, prune, recover, reference, measure, evaluate)
     for each in (*makers, collect, differences, profile, table, widths, losses, efficiency, export, push, provenance):
         each.add_argument("--store", type=Path, default=store_root(Path("store")), help="default: %(default)s")
@@ -876,19 +885,26 @@ def _collect(args: argparse.Namespace) -> None:
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
-    metrics = collect(found, Store(args.store), _called(args))
+    metrics = collect(found, Store(args.store), _names(args))
     metrics.to_csv(args.output, index=False)
     record([args.output], found)
     print(f"{args.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
 
 
-def _called(args: argparse.Namespace) -> dict[str, str]:
-    """Names of held-out texts by their keys."""
+def _names(args: argparse.Namespace) -> Any:
+    """What methods, and held-out texts where the command reads any, are called: `tables.Names`."""
+    from hfprune.reporting.tables import Names
+
+    return Names(_by_key("method", args.method), _by_key("text", getattr(args, "text", [])))
+
+
+def _by_key(option: str, words: list[str]) -> dict[str, str]:
+    """Names by keys, of words NAME=KEY."""
     called = {}
-    for word in args.text:
+    for word in words:
         name, equals, key = word.rpartition("=")
         if not (name and equals and key):
-            raise UserError(f"--text {word}: expected NAME=KEY, a name and the key of a text in the store.")
+            raise UserError(f"--{option} {word}: expected NAME=KEY, a name and the key of an artifact in the store.")
         called[key] = name
     return called
 
@@ -899,7 +915,7 @@ def _differences(args: argparse.Namespace) -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
-    compared = Comparison(read_documents(found, Store(args.store), _called(args)))
+    compared = Comparison(read_documents(found, Store(args.store), _names(args)))
     tables = {"intervals": compared.intervals(), "differences": compared.differences()}
     files = {args.output / f"{name}.csv": table for name, table in tables.items()}
     for file, table in files.items():
@@ -912,7 +928,7 @@ def _profile(args: argparse.Namespace) -> None:
     from hfprune.reporting.figures import draw_profile
 
     found = [_open(path, "measure") for path in args.manifests]
-    bins = read_profiles(found, Store(args.store), _called(args))
+    bins = read_profiles(found, Store(args.store), _names(args))
     _write_and_draw(args.output, "profile", bins, draw_profile, found)
 
 
@@ -970,7 +986,7 @@ def _table(args: argparse.Namespace) -> None:
         from hfprune.reporting.documents import read_documents
 
         sources = [_open(path, "measure", "evaluate") for path in args.sources]
-        documents = paper_tables.shown(args.name, read_documents(sources, Store(args.store), _called(args)))
+        documents = paper_tables.shown(args.name, read_documents(sources, Store(args.store), _names(args)))
         made = paper_tables.sheet(args.name, paper_tables.estimates(documents), published)
     _written(made.write(args.output, args.name), [*sources, *([published] if published.exists() else [])])
 
@@ -980,7 +996,9 @@ def _widths(args: argparse.Namespace) -> None:
     from hfprune.reporting.tables import kept_widths
 
     models = [_open(path, "prune") for path in args.manifests]
-    _write_and_draw(args.output, "widths", kept_widths(models, Store(args.store)), draw_widths, models)
+    _write_and_draw(
+        args.output, "widths", kept_widths(models, Store(args.store), _names(args).methods), draw_widths, models
+    )
 
 
 def _pareto(args: argparse.Namespace) -> None:
@@ -998,7 +1016,9 @@ def _losses(args: argparse.Namespace) -> None:
     from hfprune.reporting.tables import training_curves
 
     models = [_open(path, "recover") for path in args.manifests]
-    _write_and_draw(args.output, "losses", training_curves(models, Store(args.store)), draw_losses, models)
+    _write_and_draw(
+        args.output, "losses", training_curves(models, Store(args.store), _names(args).methods), draw_losses, models
+    )
 
 
 def _named(word: str) -> tuple[str, Path]:
@@ -1071,13 +1091,13 @@ def _efficiency(args: argparse.Namespace) -> None:
 
     dtype = _parameters(args, MeasureParameters).dtype
     models = [_open(path, *CHECKPOINTS) for path in args.models]
-    known = described([each.key for each in models], Store(args.store))
+    known = described([each.key for each in models], Store(args.store), _names(args).methods)
     timed = pd.DataFrame(time_models({each.key: each.folder for each in models}, dtype, args.rounds, args.tokens))
     rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(dtype=dtype, **surroundings())
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(args.output, index=False)
     record([args.output], models)
-    print(rows[["stage", "criterion", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
+    print(rows[["stage", "method", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
 
 
 def _scoring_cost(args: argparse.Namespace) -> None:

@@ -51,6 +51,7 @@ def test_one_target_makes_every_table_and_figure_of_the_paper(paper, experiment)
         assert (results / "tables" / f"table{number}.tex").exists()
     metrics = pd.read_csv(results / "metrics.csv", keep_default_na=False)
     pruned = metrics[(metrics["stage"] == "pruned") & (metrics["metric"] == "kl")]
+    assert set(pruned["method"]) == {"HFPrune", "LLM-Pruner", "HFPrune global", "HFPrune global + attention"}
     assert sorted(pruned["structure"]) == ["mlp", "mlp", "mlp", "mlp+attention"]
     assert pruned["value"].nunique() == 4
     assert (pruned["ratio_achieved"].astype(float) - 0.2).abs().max() < 3 * 96 / pruned["parameters"].astype(int).min()
@@ -117,12 +118,14 @@ def test_a_grid_of_refits_stands_side_by_side_in_the_results(paper, experiment, 
     assert model_stages(ran(output)) == {"prune": 2, "measure": 2, "evaluate": 2}
     results = elsewhere.folder / "results" / "tiny"
     metrics = pd.read_csv(results / "metrics.csv", keep_default_na=False)
-    kl = metrics[(metrics["metric"] == "kl") & (metrics["stage"] == "pruned")].set_index("refit")["value"].astype(float)
-    assert kl.index.tolist() == ["least_squares", "none", "sequential"]
+    kl = (
+        metrics[(metrics["metric"] == "kl") & (metrics["stage"] == "pruned")].set_index("method")["value"].astype(float)
+    )
+    assert kl.index.tolist() == ["HFPrune", "least_squares", "sequential"], "in the config's order"
     assert kl.nunique() == 3
     summary = (results / "tables" / "summary.md").read_text().splitlines()
     pruned = [line.split("|") for line in summary if line.startswith("| pruned |")]
-    assert [cells[3].strip() for cells in pruned] == ["least_squares", "none", "sequential"]
+    assert [cells[2].strip() for cells in pruned] == ["HFPrune", "least_squares", "sequential"]
     for made in elsewhere.manifests("prune"):
         manifest = json.loads(made.read_text())
         assert ("text" in manifest["inputs"]) == (manifest["parameters"]["refit"] != "none")
@@ -144,13 +147,13 @@ def test_recovery_stands_beside_its_controls(paper, experiment, data, tmp_path):
     results = elsewhere.folder / "results" / "tiny"
     metrics = pd.read_csv(results / "metrics.csv", keep_default_na=False)
     found = metrics[metrics["metric"] == "kl"]
-    assert [tuple(row) for row in found[["stage", "criterion", "ratio", "recovery"]].to_numpy()] == [
-        ("dense", "none", 0.0, "none"),
-        ("pruned", "cross_entropy", 0.2, "none"),
-        ("pruned", "entropy", 0.2, "none"),
-        ("recovered", "entropy", 0.2, "lora"),
-        ("recovered", "entropy", 0.2, "lora+distillation"),
-        ("recovered", "none", 0.0, "lora"),
+    assert [tuple(row) for row in found[["stage", "method", "criterion", "ratio", "recovery"]].to_numpy()] == [
+        ("dense", "dense", "none", 0.0, "none"),
+        ("pruned", "LLM-Pruner", "cross_entropy", 0.2, "none"),
+        ("pruned", "HFPrune", "entropy", 0.2, "none"),
+        ("recovered", "HFPrune", "entropy", 0.2, "lora"),
+        ("recovered", "HFPrune", "entropy", 0.2, "lora+distillation"),
+        ("recovered", "dense", "none", 0.0, "lora"),
     ]
     assert found["value"].nunique() == 6
     costs = metrics[(metrics["group"] == "cost") & (metrics["recovery"] == "lora+distillation")]
@@ -161,7 +164,7 @@ def test_recovery_stands_beside_its_controls(paper, experiment, data, tmp_path):
     )
     assert (costs["value"].astype(float) > 0).all()
     curves = pd.read_csv(results / "tables" / "losses.csv")
-    assert set(curves["model"]) == {"dense, lora", "entropy, lora", "entropy, lora+distillation"}
+    assert set(curves["model"]) == {"dense, lora", "HFPrune, lora", "HFPrune, lora+distillation"}
     assert (results / "figures" / "losses.svg").exists()
     assert "Recovery" in (results / "tables" / "summary.md").read_text()
     assert "Training (s)" in (results / "tables" / "cost.md").read_text()

@@ -17,10 +17,10 @@ from hfprune.reporting.statistics import Spread, estimates, interval, mean_accur
 
 PRUNED = {
     "model": "m", "stage": "pruned", "criterion": "entropy", "allocation": "uniform", "refit": "none",
-    "structure": "mlp", "ratio": 0.2, "recovery": "none",
+    "structure": "mlp", "ratio": 0.2, "recovery": "none", "method": "HFPrune",
 }  # fmt: skip
 DENSE = PRUNED | {
-    "stage": "dense", "criterion": "none", "allocation": "none", "structure": "none", "ratio": 0.0
+    "stage": "dense", "criterion": "none", "allocation": "none", "structure": "none", "ratio": 0.0, "method": "dense",
 }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_what_was_varied_is_said():
 
 def test_values_that_do_not_belong_together_are_not_averaged():
     found = rows({"a": [0.5, 0.6], "b": [0.5, 0.6]})
-    with pytest.raises(UserError, match=r"a: m, pruned, entropy, .*20%.* given twice for one calibration seed"):
+    with pytest.raises(UserError, match=r"a: m, HFPrune, 20 %.* given twice for one calibration seed"):
         estimates(pd.concat([found, found.iloc[:1]]))
     with pytest.raises(UserError, match="not every calibration seed has every task"):
         mean_accuracy(found.iloc[:3])

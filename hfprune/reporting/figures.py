@@ -1,6 +1,6 @@
 """The figures: drawn from `metrics.csv` and from scores, one look throughout."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from textwrap import fill
@@ -16,8 +16,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import rankdata, spearmanr
 
 from hfprune.models.units import UNITS
+from hfprune.pruning.methods import DENSE
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
-from hfprune.reporting.statistics import MODEL, WAYS, estimates, mean_accuracy, varying, with_sizes
+from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, recoveries_vary, with_sizes
 from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text, operations
 from hfprune.store.artifacts import Artifact
 
@@ -128,20 +129,20 @@ def kl(metrics: pd.DataFrame) -> Figure:
 
     Against the share of parameters removed. Where that would be too many lines in one panel: those of the ways that
     were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the dense
-    one first. Where it still would be too many: in a panel for each structure and allocation.
+    one first. Where it still would be too many: in several panels.
     """
     heldout = on_headline_text(metrics)
     found = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
     title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
-    pruned = found[found["criterion"] != "none"]
-    ways = pruned.groupby(["criterion", *WAYS])["ratio"]
+    pruned = found[found["method"] != DENSE]
+    ways = pruned.groupby(["method", "recovery"])["ratio"]
     several = pruned[ways.transform("nunique") > 1]
     if ways.ngroups <= MOST_LINES:
         height = 3.1 + 0.2 * ways.ngroups  # the legend stands above
         figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
         _against_ratio(axis, found)
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
-    elif several.groupby(["criterion", *WAYS]).ngroups <= MOST_LINES:
+    elif several.groupby(["method", "recovery"]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
         rows = pruned[pruned["ratio"] == ratio]
         height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
@@ -149,7 +150,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
             figure, (left, right) = plt.subplots(
                 1, 2, figsize=(8.4, height), layout="constrained", width_ratios=[1, 1.1]
             )
-            _against_ratio(right, pd.concat([found[found["criterion"] == "none"], several]))
+            _against_ratio(right, pd.concat([found[found["method"] == DENSE], several]))
             right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
             figure, left = plt.subplots(figsize=(7.5, height), layout="constrained")
@@ -171,40 +172,37 @@ def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
 
 
 def _panels(found: pd.DataFrame) -> Figure:
-    """A panel for each structure and allocation; the same look for the same criterion and refit. Logarithmic."""
-    pruned = found[found["criterion"] != "none"]
-    split = [way for way in varying(found) if way != "refit"]
-    panels = list(pruned.groupby(split, sort=False)) if split else [((), pruned)]
+    """Panels of at most `MOST_LINES` methods each. Logarithmic."""
+    pruned = found[found["method"] != DENSE]
+    lines = [line for _, line in pruned.groupby(["method", "recovery"], sort=False)]
+    panels = [lines[first : first + MOST_LINES] for first in range(0, len(lines), MOST_LINES)]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.1 * columns, 0.8 + 2.1 * rows), sharex=True, sharey=True, squeeze=False,
+        rows, columns, figsize=(3.6 * columns, 0.5 + 3.2 * rows), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    criteria, refits = (list(dict.fromkeys(pruned[name])) for name in ("criterion", "refit"))
-    for axis, (chosen, panel) in zip(axes.flat, panels, strict=False):
-        for (criterion, refit), line in panel.groupby(["criterion", "refit"], sort=False):
-            look = (criteria.index(criterion), criteria.index(criterion), refits.index(refit))
-            label = f"{criterion}, {'no refit' if refit == 'none' else refit}" if len(refits) > 1 else criterion
-            _line(axis, line, label, *look)
+    trained = recoveries_vary(found)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for number, line in enumerate(panel):
+            _line(axis, line, _name(line.iloc[0], trained), number, number, 0)
         axis.set_yscale("log")
-        axis.set_title(", ".join(chosen), fontsize=9)
+        axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel("Parameters removed (%)", fontsize=9)
     figure.supylabel(KL_LABEL, fontsize=9)
-    _legend(figure, axes[0, 0])
     return figure
 
 
 def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
-    """A row for each model, the lowest value first, with bars of 95 %."""
-    criteria, ways = list(dict.fromkeys(models["criterion"])), varying(models)
+    """A row for each model, the lowest value first, with bars of 95 %; one colour for each training."""
+    recoveries, trained = list(dict.fromkeys(models["recovery"])), recoveries_vary(models)
     models = models.sort_values("value", ascending=False)
     for row, (_, model) in enumerate(models.iterrows()):
-        color = COLORS[criteria.index(model["criterion"]) % len(COLORS)]
+        color = COLORS[recoveries.index(model["recovery"]) % len(COLORS)]
         axis.errorbar(model["value"], row, xerr=_bars(model), color=color, marker="o", markersize=4, capsize=2)
-    labels = [", ".join(_words(model, ways)) for _, model in models.iterrows()]
+    labels = [_name(model, trained) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
     axis.set_xlim(left=0)
@@ -252,7 +250,7 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
     first = kl[(kl["text"] == kl["text"].iloc[0]) & (kl["by"] == "entropy")]  # its bins are about equally full
     models = first.groupby(MODEL, sort=False)["value"].mean().reset_index()
     if len(models) > MOST_LINES:
-        models = models[models["ratio"] == models.loc[models["criterion"] != "none", "ratio"].mode().iloc[0]]
+        models = models[models["ratio"] == models.loc[models["method"] != DENSE, "ratio"].mode().iloc[0]]
     models = models.sort_values("value")
     if len(models) > MOST_LINES:
         models = models.iloc[np.linspace(0, len(models) - 1, MOST_LINES).round().astype(int)]
@@ -261,12 +259,11 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
         len(texts), 2, figsize=(6.6, 0.8 + 2.1 * len(texts)), sharex="col", sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    ways = varying(models)
+    trained = recoveries_vary(models)
     several = models["ratio"].nunique() > 1
     for number, (_, model) in enumerate(models.iterrows()):
-        method, *others = _words(model, ways)
         size = [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
-        label = ", ".join([method, *size, *others])
+        label = ", ".join([_name(model, trained), *size])
         lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
         for row, text in zip(axes, texts, strict=True):
@@ -404,8 +401,8 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
         "Scoring, cutting and training (TFLOP)": ("counted", flops / 1e12),
     }
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
-    ways = varying(worth)
-    labels = [", ".join(_words(row, ways)) for _, row in worth.iterrows()]
+    trained = recoveries_vary(worth)
+    labels = [_name(row, trained) for _, row in worth.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     for axis, (name, (measured, costs)) in zip(axes, panels.items(), strict=True):
@@ -481,28 +478,21 @@ def agreement(found: pd.DataFrame) -> Figure:
 
 
 def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
-    """One line per criterion and way of pruning, in a band of 95 %.
+    """One line per method and training, in a band of 95 %.
 
     It starts at the dense model, trained in the same way: the control.
     """
-    dense, pruned = found[found["criterion"] == "none"], found[found["criterion"] != "none"]
-    ways = varying(found)
-    for number, ((criterion, *chosen), line) in enumerate(pruned.groupby(["criterion", *ways], sort=False)):
-        label = ", ".join([criterion, *_said(ways, chosen)])
+    dense, pruned = found[found["method"] == DENSE], found[found["method"] != DENSE]
+    trained = recoveries_vary(found)
+    for number, (_, line) in enumerate(pruned.groupby(["method", "recovery"], sort=False)):
         control = dense[dense["recovery"] == line["recovery"].iloc[0]]
+        label = _name(line.iloc[0], trained)
         _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
 
 
-def _words(model: pd.Series, ways: list[str]) -> list[str]:
-    """A model in words: its criterion and how it was made; of the dense one, which has no ways, how it was trained."""
-    if model["criterion"] == "none":
-        return ["dense", *([] if model["recovery"] == "none" else [model["recovery"]])]
-    return [model["criterion"], *_said(ways, model[ways])]
-
-
-def _said(ways: list[str], chosen: Iterable[str]) -> list[str]:
-    """How a model was made, in words."""
-    return [f"no {way}" if value == "none" else value for way, value in zip(ways, chosen, strict=True)]
+def _name(model: pd.Series, trained: bool) -> str:
+    """A model's method, and its training where it had one and models differ in it."""
+    return ", ".join([model["method"], *([model["recovery"]] if trained and model["recovery"] != "none" else [])])
 
 
 def _line(

@@ -9,7 +9,7 @@ import pandas as pd
 from hfprune.errors import UserError
 from hfprune.reporting import statistics
 from hfprune.reporting.comparison import Comparison, best_of, indistinguishable_from_best
-from hfprune.reporting.statistics import MEASURE, MODEL, mean_accuracy, note, varying
+from hfprune.reporting.statistics import MEASURE, MODEL, mean_accuracy, note, recoveries_vary
 from hfprune.reporting.tables import TASK_TITLES, headline, read_metrics
 from hfprune.reporting.targets import Setting, compared
 from hfprune.reporting.typeset import NOT_WORSE, Cell, Row, Sheet
@@ -131,8 +131,8 @@ def sheet(name: str, estimates: pd.DataFrame, published: Path) -> Sheet:
         texts = [text for text in dict.fromkeys(ours["text"]) if text]
         ours = ours[ours["text"].isin(["", *texts[:1]])].assign(text="")
     theirs = theirs[theirs["ratio"].isin(ours["ratio"])]
-    ways = varying(ours)
-    heads = ["Removed (%)", *(["Text"] if table.texts else []), "Method", *map(str.capitalize, ways)]
+    trained = ["recovery"] if recoveries_vary(ours) else []
+    heads = ["Removed (%)", *(["Text"] if table.texts else []), "Method", *map(str.capitalize, trained)]
     rows = []
     places = pd.concat([ours, theirs])[["ratio", "text"]].drop_duplicates().sort_values("ratio", kind="stable")
     for ratio, text in places.itertuples(index=False):
@@ -140,12 +140,12 @@ def sheet(name: str, estimates: pd.DataFrame, published: Path) -> Sheet:
         here = ours[(ours["ratio"] == ratio) & (ours["text"] == text)]
         for setting, found in here.groupby(MODEL, sort=False):
             model = dict(zip(MODEL, setting, strict=True))
-            rows.append(Row([*where, _method(model), *(model[way] for way in ways)], _cells(found, columns)))
+            rows.append(Row([*where, model["method"], *(model[name] for name in trained)], _cells(found, columns)))
         there = theirs[(theirs["ratio"] == ratio) & (theirs["text"] == text)]
         for (model, method), found in there.groupby(["model", "method"], sort=False):
             known = [*where, f"{method}, {model}, published"]
             cells = _published_cells(found, {column.title: column.metric for column in columns})
-            rows.append(Row([*known, *[""] * len(ways)], cells, published=True))
+            rows.append(Row([*known, *[""] * len(trained)], cells, published=True))
     digits = {column.title: column.digits for column in columns}
     return Sheet(table.caption, heads, digits, rows, _notes(estimates, theirs))
 
@@ -197,10 +197,6 @@ def _published_notes(theirs: pd.DataFrame) -> list[str]:
     return [" ".join([f"Published: {'; '.join(dict.fromkeys(theirs['source']))}.", *errata])] if len(theirs) else []
 
 
-def _method(model: Mapping[str, str]) -> str:
-    return "dense" if model["criterion"] == "none" else model["criterion"]
-
-
 def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
     """Table 3: the tasks' accuracy of several dense models and of what was made of them.
 
@@ -231,14 +227,14 @@ def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
             f"{', '.join(map(str, sources))}: the dense model {alike['model'].iloc[0]} has other results in each: it "
             "was evaluated in two ways, such as on other documents, or there are two of that name."
         )
-    ways, tasks = varying(both), list(dict.fromkeys(rows["task"]))
+    trained, tasks = ["recovery"] if recoveries_vary(both) else [], list(dict.fromkeys(rows["task"]))
     columns = [*(Column(TASK_TITLES.get(name, name), name, scale=100) for name in tasks), MEANS[0]]
     sheet_rows = []
     for setting, found in both.groupby(by, sort=False):
         model = dict(zip(by, setting, strict=True))
         heads = [model["model"], *([model["experiment"]] if len(alike) else []), f"{100 * model['ratio']:.4g}"]
-        sheet_rows.append(Row([*heads, _method(model), *(model[way] for way in ways)], _cells(found, columns)))
-    heads = ["Model", *(["Experiment"] if len(alike) else []), "Removed (%)", "Method", *map(str.capitalize, ways)]
+        sheet_rows.append(Row([*heads, model["method"], *(model[name] for name in trained)], _cells(found, columns)))
+    heads = ["Model", *(["Experiment"] if len(alike) else []), "Removed (%)", "Method", *map(str.capitalize, trained)]
     digits = {each.title: each.digits for each in columns}
     return Sheet("Zero-shot accuracy (%) of further models.", heads, digits, sheet_rows, [note(models)])
 
@@ -271,7 +267,7 @@ def timing_sheet(sources: Sequence[Path], published: Path) -> Sheet:
         published: the csv of published values, which may be missing.
     """
     timings = read_timings(sources)
-    ways, rows = varying(timings), []
+    rows = []
     theirs = read_published(published)
     theirs = theirs[theirs["ratio"].isin(timings["ratio"])]
     for ratio in dict.fromkeys(timings["ratio"]):
@@ -279,11 +275,11 @@ def timing_sheet(sources: Sequence[Path], published: Path) -> Sheet:
         for _, found in timings[timings["ratio"] == ratio].groupby("key", sort=False):
             model, values = found.iloc[0], found.set_index(["task", "metric"])["value"]
             cells = {name: Cell(scale * values[task, metric]) for name, (task, metric, _, scale, _) in TIMINGS.items()}
-            rows.append(Row([removed, *("" if model["criterion"] == "none" else model[way] for way in ways)], cells))
+            rows.append(Row([removed, model["method"]], cells))
         for name, found in theirs[theirs["ratio"] == ratio].groupby("model", sort=False):
             cells = _published_cells(found, {title: metric for title, (_, _, metric, _, _) in TIMINGS.items()})
-            rows.append(Row([f"{removed}, {name}, published", *[""] * len(ways)], cells, published=True))
-    heads = ["Removed (%)", *map(str.capitalize, ways)]
+            rows.append(Row([removed, f"{name}, published"], cells, published=True))
+    heads = ["Removed (%)", "Method"]
     caption = "Prefill of 256 tokens, and decoding."
     digits = {title: digits for title, (*_, digits) in TIMINGS.items()}
     return Sheet(caption, heads, digits, rows, [_machine(timings), *_published_notes(theirs)])

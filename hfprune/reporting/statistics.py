@@ -15,24 +15,18 @@ from scipy import stats
 
 from hfprune.errors import UserError
 
-MODEL = ["model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "recovery"]
+MODEL = ["model", "stage", "method", "criterion", "allocation", "refit", "structure", "ratio", "recovery"]
 MEASURE = ["group", "task", "metric"]
 
 LEVEL = 0.95
-WAYS = ["allocation", "refit", "structure", "recovery"]  # how a model was made, beside criterion and ratio
 RANGES = {"kl": (0, np.inf), "js": (0, 1), "top1_agreement": (0, 1), "top15_jaccard": (0, 1)}
 SMALLEST_P = 1e-100
 HALVINGS = 45  # of log(SMALLEST_P): p-values to eleven digits
 
 
-def varying(models: pd.DataFrame) -> list[str]:
-    """Those of `WAYS` in which the models differ: what a table or a legend has to say beside the criterion.
-
-    Args:
-        models: rows with the columns of `MODEL`. How models were cut is read of those that were.
-    """
-    cut = models[models["criterion"] != "none"]
-    return [way for way in WAYS if (models if way == "recovery" else cut)[way].nunique() > 1]
+def recoveries_vary(models: pd.DataFrame) -> bool:
+    """Whether the models, rows with the columns of `MODEL`, differ in their training: then tables have to show it."""
+    return models["recovery"].nunique() > 1
 
 
 @dataclass(frozen=True)
@@ -197,7 +191,14 @@ def _estimate(found: pd.DataFrame, group: str) -> dict[str, float]:
 
 def _words(setting) -> str:
     """A model for people, by its values of `MODEL`."""
-    return ", ".join(f"{value:.0%}" if isinstance(value, float) else str(value) for value in setting)
+    model = dict(zip(MODEL, setting, strict=True))
+    said = [
+        model["model"],
+        model["method"],
+        f"{100 * model['ratio']:g} %" if model["ratio"] else "none",
+        model["recovery"],
+    ]
+    return ", ".join(word for word in said if word != "none")
 
 
 def with_sizes(found: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:

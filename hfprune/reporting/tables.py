@@ -4,21 +4,24 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
 from hfprune.errors import UserError
-from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, note, varying, with_sizes
+from hfprune.pruning.methods import DENSE, method_name
+from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, note, recoveries_vary, with_sizes
 from hfprune.reporting.typeset import Cell, Row, Sheet
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import LOSSES, PRUNING, RESULTS
 
 # One value a row; other people's scripts read these.
 COLUMNS = [
-    "model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved", "parameters",
-    "recovery", "seed", "group", "task", "metric", "value", "stderr", "n", "key",
+    "model", "stage", "method", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved",
+    "parameters", "recovery", "seed", "group", "task", "metric", "value", "stderr", "n", "key",
 ]  # fmt: skip
 HELDOUT = ("perplexity", "fidelity")  # groups whose task is a held-out text
 REMOVED, PARAMETERS = "Removed (%)", "Parameters (M)"
@@ -28,7 +31,22 @@ OWN_COST = (
     "Criteria that were scored in one pass have its seconds by their shares of its operations, and its memory. A "
     "criterion that needs another's scores first is charged for them too."
 )
-PLAIN = ("uniform", "mlp", "none")  # ways of pruning that need no words
+
+
+@dataclass(frozen=True)
+class Names:
+    """What an experiment calls what its artifacts were made by and from.
+
+    Attributes:
+        methods: names of methods by the keys of the pruned models, in the experiment's order.
+        texts: names of held-out texts by their keys, the headline's first.
+    """
+
+    methods: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_NAMES = Names()
 # The metric that the paper reports for a task, the first that it has.
 HEADLINE = ("pct_stereotype", "acc_norm", "acc", "exact_match,strict-match")
 TASK_TITLES = {
@@ -45,19 +63,20 @@ TASK_TITLES = {
 }
 
 
-def collect(artifacts: list[Artifact], store: Store, called: Mapping[str, str] | None = None) -> pd.DataFrame:
+def collect(artifacts: list[Artifact], store: Store, names: Names = NO_NAMES) -> pd.DataFrame:
     """The rows of `metrics.csv`: what the artifacts say, and what they were made from according to their manifests.
 
     Args:
         artifacts: of the stages `measure` and `evaluate`, in any order.
         store: where everything that they were made from has its manifests.
-        called: see `heldout_texts`. A model's rows have the texts in its order, so the first is the headline's.
+        names: what methods and texts are called. Models, and a model's texts, come in their order, so the first text is
+            the headline's.
 
     Raises:
         UserError: a model was evaluated but not measured (the measurement counts its parameters).
     """
-    models = measured_models(artifacts, store)
-    texts = heldout_texts(artifacts, store, called or {})
+    models = measured_models(artifacts, store, names.methods)
+    texts = heldout_texts(artifacts, store, names.texts)
     rows: list[dict[str, Any]] = []
     counted: set[str] = set()  # models whose efficiency has its rows
     for artifact in artifacts:
@@ -86,18 +105,23 @@ def collect(artifacts: list[Artifact], store: Store, called: Mapping[str, str] |
         rows += [columns | cost for cost in _costs(made)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
-    names = list(texts.values())
-    table["text"] = [names.index(task) if group in HELDOUT else 0 for group, task in table[["group", "task"]].values]
-    by = ["order", "criterion", "allocation", "refit", "ratio", "recovery", "seed", "group", "text", "task", "metric"]
+    listed = list(dict.fromkeys(names.methods.values()))
+    table["place"] = [listed.index(name) if name in listed else len(listed) for name in table["method"]]
+    order = list(texts.values())
+    table["text"] = [order.index(task) if group in HELDOUT else 0 for group, task in table[["group", "task"]].values]
+    by = ["order", "place", "method", "ratio", "recovery", "seed", "group", "text", "task", "metric"]
     return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
 
 
-def measured_models(artifacts: list[Artifact], store: Store) -> dict[str, dict[str, Any]]:
+def measured_models(
+    artifacts: list[Artifact], store: Store, methods: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
     """By key, the columns that say which model it is: those of `MODEL`, seed, ratio_achieved, parameters.
 
     Args:
         artifacts: of the stages `measure` and `evaluate`.
         store: where everything that they were made from has its manifests.
+        methods: see `described`.
 
     Raises:
         UserError: a model was evaluated but not measured (the measurement counts its parameters).
@@ -106,7 +130,7 @@ def measured_models(artifacts: list[Artifact], store: Store) -> dict[str, dict[s
     for artifact in artifacts:
         if (model := artifact.manifest["inputs"]["model"]) not in measured:
             raise UserError(f"{artifact.folder}: model {model} has no measure among the artifacts given.")
-    models = described(list(measured), store).astype(object).where(lambda each: each.notna(), None)
+    models = described(list(measured), store, methods).astype(object).where(lambda each: each.notna(), None)
     return {
         model.pop("key"): model | {"parameters": measure.manifest["details"]["parameters"]}
         for model, measure in zip(models.to_dict("records"), measured.values(), strict=True)
@@ -138,18 +162,19 @@ def text_names(texts: Iterable[str], store: Store) -> dict[str, str]:
     return {text: f"{name} {text[:6]}" if name in alike else name for text, name in files.items()}
 
 
-def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+def training_curves(artifacts: list[Artifact], store: Store, methods: Mapping[str, str]) -> pd.DataFrame:
     """Every step of every training, in the order of the artifacts.
 
     Args:
         artifacts: of the stage `recover`.
         store: where what they were made from has its manifests.
+        methods: see `described`.
 
     Returns:
-        Columns `model` (how it was made, for people), `loss_name`, `key`, those of `losses.jsonl`, and
+        Columns `model` (its method, for people), `loss_name`, `key`, those of `losses.jsonl`, and
         `tokens_per_second`.
     """
-    models = described([artifact.key for artifact in artifacts], store)
+    models = described([artifact.key for artifact in artifacts], store, methods)
     curves = []
     for artifact, label, way in zip(artifacts, _labels(models, ("ratio", "seed")), models["recovery"], strict=True):
         label = f"{label}, {way}"
@@ -160,18 +185,19 @@ def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
     return pd.concat(curves, ignore_index=True)
 
 
-def kept_widths(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+def kept_widths(artifacts: list[Artifact], store: Store, methods: Mapping[str, str]) -> pd.DataFrame:
     """How much every layer of every pruned model keeps.
 
     Args:
         artifacts: of the stage `prune`, in any order.
         store: where what they were made from has its manifests.
+        methods: see `described`.
 
     Returns:
-        Columns `model` (how it was made, for people), `ratio`, `part`, `layer`, `kept` and `dense` (units; see
+        Columns `model` (its method, for people), `ratio`, `part`, `layer`, `kept` and `dense` (units; see
         `structures.UNITS`), `key`.
     """
-    models = described([artifact.key for artifact in artifacts], store)
+    models = described([artifact.key for artifact in artifacts], store, methods)
     rows = []
     for artifact, label, ratio in zip(artifacts, _labels(models, ("seed",)), models["ratio"], strict=True):
         pruning = json.loads((artifact.folder / PRUNING).read_text(encoding="utf-8"))
@@ -184,18 +210,13 @@ def kept_widths(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
 
 
 def _labels(models: pd.DataFrame, others: tuple[str, ...]) -> list[str]:
-    """How models were cut, in few words: the criterion, and what tells them apart of the ways and of `others`."""
-    cut = models[models["criterion"] != "none"]
-    shown = [name for name in varying(models) if name != "recovery"]
-    shown += [name for name in others if cut[name].nunique() > 1]
+    """Models' methods, and of `others`, "ratio" and "seed", those in which the models differ."""
+    cut = models[models["method"] != DENSE]
+    shown = [name for name in others if cut[name].nunique() > 1]
     labels = []
     for _, model in models.iterrows():
-        if model["criterion"] == "none":
-            labels.append("dense")
-            continue
         words = {"ratio": f"{model['ratio']:.0%}", "seed": f"seed {model['seed']:.0f}"}
-        said = [words.get(name, model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
-        labels.append(", ".join(said))
+        labels.append(", ".join([model["method"], *(words[name] for name in shown if model["method"] != DENSE)]))
     return labels
 
 
@@ -241,29 +262,36 @@ def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str
     return names
 
 
-def described(keys: list[str], store: Store) -> pd.DataFrame:
+def described(keys: list[str], store: Store, methods: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:
     """Which models some checkpoints are, a row each: columns of `MODEL`, seed, ratio_achieved and the checkpoint's key.
 
     Args:
         keys: of artifacts of `model`, `prune` and `recover`.
         store: where everything that they were made from has its manifests.
+        methods: names of methods by the keys of artifacts of `prune`. One that has none is called after its recipe, see
+            `methods.method_name`.
     """
     made = {key: lineage(key, store) for key in keys}
     trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
-    rows = [_model_columns(stages) | {"recovery": trained.get(key, "none"), "key": key} for key, stages in made.items()]
+    rows = [
+        _model_columns(stages, methods) | {"recovery": trained.get(key, "none"), "key": key}
+        for key, stages in made.items()
+    ]
     return pd.DataFrame(rows, columns=[*MODEL, "seed", "ratio_achieved", "key"])
 
 
-def _model_columns(made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _model_columns(made: dict[str, dict[str, Any]], methods: Mapping[str, str]) -> dict[str, Any]:
     """The columns that say which model it is, of its `lineage`, without `recovery` and `parameters`."""
     columns = {"model": made["model"]["details"]["name"], "stage": "recovered" if "recover" in made else "pruned"}
     if "prune" not in made:
         none = dict.fromkeys(("criterion", "allocation", "refit", "structure"), "none")
         stage = "recovered" if "recover" in made else "dense"
-        return columns | {"stage": stage, **none, "ratio": 0.0, "ratio_achieved": 0.0, "seed": None}
+        return columns | {"stage": stage, "method": DENSE, **none, "ratio": 0.0, "ratio_achieved": 0.0, "seed": None}
     details, scores = made["prune"]["details"], made["score"]["parameters"]
     cut = {name: details[name] for name in ("allocation", "refit", "structure", "ratio", "ratio_achieved")}
-    return columns | {"criterion": scores["criterion"], **cut, "seed": scores["seed"]}
+    recipe = made["prune"]["parameters"] | details | {"criterion": scores["criterion"]}
+    method = methods.get(made["prune"]["key"]) or method_name(recipe)
+    return columns | {"method": method, "criterion": scores["criterion"], **cut, "seed": scores["seed"]}
 
 
 def _costs(made: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -396,7 +424,7 @@ def write_tables(metrics: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _sheet(caption: str, table: pd.DataFrame, *notes: str) -> Sheet:
-    ways = varying(table)
+    trained = ["recovery"] if recoveries_vary(table) else []
     ends = {name for column in table for name in _with_ends(column)[1:]}
     columns = [name for name in table if name not in (*MODEL, "seeds", *ends)]
     rows = []
@@ -405,6 +433,6 @@ def _sheet(caption: str, table: pd.DataFrame, *notes: str) -> Sheet:
         for name in columns:
             scale = SCALES.get(name, 1)
             cells[name] = Cell(*(scale * model.get(each, math.nan) for each in _with_ends(name)))
-        rows.append(Row([model["stage"], model["criterion"], *(model[way] for way in ways)], cells))
+        rows.append(Row([model["stage"], model["method"], *model[trained]], cells))
     digits = {name: DIGITS.get(name, 1) for name in columns}
-    return Sheet(caption, ["Model", "Criterion", *map(str.capitalize, ways)], digits, rows, [note(table), *notes])
+    return Sheet(caption, ["Model", "Method", *map(str.capitalize, trained)], digits, rows, [note(table), *notes])

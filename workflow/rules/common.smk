@@ -29,6 +29,7 @@ except UserError as error:
 STORE = plan.store.root
 RESULTS = Path("results") / plan.experiment.experiment
 HELDOUT = [word for name, text in plan.documents["fidelity"].items() for word in ("--text", f"{name}={text.key}")]
+METHODS = [word for key, name in plan.methods.items() for word in ("--method", f"{name}={key}")]
 
 # Rules call `python -m hfprune`: the interpreter that runs this, the package beside this Snakefile.
 os.environ.update(

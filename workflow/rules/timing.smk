@@ -19,7 +19,7 @@ rule efficiency:
         models=manifests(plan.timed),
         dtype=plan.experiment.model.dtype,
         # Of where it runs, for which nothing is timed again. The paper decodes 256 tokens.
-        place=lambda wildcards, resources: ["--tokens", 256 if GPU else 64, "--store", STORE],
+        place=lambda wildcards, resources: ["--tokens", 256 if GPU else 64, "--store", STORE, *METHODS],
     message:
         "time models"
     shell:
