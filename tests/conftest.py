@@ -54,6 +54,20 @@ def make_tokenizer():
     )
 
 
+TEMPLATES = {"none": "$A", "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>"}  # what a tokenizer adds to a text
+
+
+def make_adding_tokenizer(template: str):
+    """The same tokenizer, which adds special tokens by itself; between two texts an end-of-text token."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, pair=f"{template} </s> $B:1", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return tokenizer
+
+
 def make_model(family: str = "llama", **changes):
     """A random float32 model of three layers, 48 neurons each, with grouped-query attention."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -26,7 +26,7 @@ def model(criterion, **changes):
     """A setting: the columns of `MODEL`."""
     cut = {"stage": "pruned", "criterion": criterion, "structure": "mlp", "allocation": "uniform", "ratio": 0.2}
     cut["method"] = "dense" if criterion == "none" else criterion
-    return {"model": "m", "refit": "none", "recovery": "none", **cut, **changes}
+    return {"model": "m", "refit": "none", "recovery": "none", "parent": "none", **cut, **changes}
 
 
 def rows(setting, values, seed=None, group="task", task="boolq", metric="acc"):
@@ -246,11 +246,12 @@ class Fabricated:
         self.store = Store(root)
         self.put("model", "dense", details={"name": "m"})
         self.put("score", "score", parameters={"criterion": "a", "seed": 0})
-        cut = {"allocation": "uniform", "refit": "none", "structure": "mlp", "ratio": 0.2, "ratio_achieved": 0.2}
+        cut = {"allocation": "uniform", "refit": "none", "structure": "mlp", "ratio": 0.2}
+        cut |= {"ratio_achieved": 0.2, "ratio_achieved_parent": 0.2}
         self.put("prune", "cut", inputs={"model": "dense", "scores": "score"}, details=cut)
         for text in ("text1", "text2"):
             self.put("text", text, details={"name": "one file"})
-            self.put("reference", f"on{text}", inputs={"text": text})
+            self.put("reference", f"on{text}", inputs={"text": text, "model": "dense"})
         self.artifacts = []
         for place, key in enumerate(("dense", "cut")):
             for text in ("text1", "text2"):

@@ -90,8 +90,8 @@ def documents(**accuracy):
         dense = name == "none"
         model = {"model": "m", "stage": "dense" if dense else "pruned", "criterion": name, "ratio": 0 if dense else 0.2}
         model["method"] = "dense" if dense else name
-        model |= dict.fromkeys(("allocation", "refit", "structure", "recovery"), "none")
-        about = model | {"seed": np.nan if dense else 0}
+        model |= dict.fromkeys(("allocation", "refit", "structure", "recovery", "parent"), "none")
+        about = model | {"parent": "none", "seed": np.nan if dense else 0}
         for task in ("boolq", "crows_pairs_english"):
             right = (rng.permutation(400) < 400 * share).astype(float)
             rows += [
@@ -195,14 +195,21 @@ def test_further_models_stand_in_one_table(tmp_path):
     rows = []
     for model in ("a", "b"):
         for stage, criterion, ratio, value in (("dense", "none", 0.0, 0.5), ("pruned", "entropy", 0.2, 0.4)):
-            about = {"model": model, "stage": stage, "criterion": criterion, "ratio": ratio, "recovery": "none"}
+            about = {
+                "model": model,
+                "stage": stage,
+                "criterion": criterion,
+                "ratio": ratio,
+                "recovery": "none",
+                "parent": "none",
+            }
             about |= {"method": "dense" if criterion == "none" else criterion, "key": f"{model}{ratio}"}
             for task in ("boolq", "piqa"):
                 rows.append(
                     about | {"group": "task", "task": task, "metric": "acc", "value": value, "stderr": 0.01, "n": 2500}
                 )
     metrics = pd.DataFrame(rows, columns=COLUMNS).assign(
-        allocation="none", refit="none", structure="none", parameters=1, ratio_achieved=0
+        allocation="none", refit="none", structure="none", parent="none", parameters=1, ratio_achieved=0
     )
     sources = [tmp_path / f"{model}.csv" for model in ("a", "b", "again")]
     for path in sources:  # the last has the first one's models too
@@ -222,7 +229,7 @@ def test_further_models_stand_in_one_table(tmp_path):
 def trained(name, seeds, value, rate):
     """Task rows of an experiment: the dense model, and one cut and trained at a learning rate that no name says."""
     about = {"model": "m", "group": "task", "metric": "acc", "stderr": 0.01, "n": 99, "parameters": 9}
-    about |= dict.fromkeys(("allocation", "refit", "structure"), "none")
+    about |= dict.fromkeys(("allocation", "refit", "structure", "parent"), "none")
     models = [
         {"stage": "dense", "criterion": "none", "ratio": 0.0, "recovery": "none", "key": "dense", "value": 0.5},
         *(
@@ -288,7 +295,7 @@ def timings(path):
             )
         )
         about = MACHINE | model | {"key": key, "ratio": ratio, "allocation": "none", "refit": "none"}
-        about |= {"structure": "none", "recovery": "none"}
+        about |= {"structure": "none", "recovery": "none", "parent": "none"}
         measured = [("prefill 256", "prefill_seconds", seconds), ("inference", "peak_bytes", 2**30)]
         measured += [(f"decode batch {batch}", "decode_tokens_per_second", batch / seconds) for batch in (1, 8)]
         rows += [about | {"task": task, "metric": metric, "value": value} for task, metric, value in measured]
@@ -338,8 +345,16 @@ def test_a_csv_of_something_else_is_refused(tmp_path):
 
 
 def test_what_a_model_is_worth_stands_against_its_time_and_its_cost(tmp_path):
-    about = {"model": "m", "allocation": "none", "refit": "none", "structure": "none", "recovery": "none", "n": 1}
-    about |= {"ratio_achieved": 0, "parameters": 1}
+    about = {
+        "model": "m",
+        "allocation": "none",
+        "refit": "none",
+        "structure": "none",
+        "recovery": "none",
+        "parent": "none",
+        "n": 1,
+    }
+    about |= {"ratio_achieved": 0, "parameters": 1, "parent": "none"}
     rows = []
     for stage, criterion, ratio, value in (("dense", "none", 0.0, 0.5), ("pruned", "entropy", 0.2, 0.4)):
         model = about | {"stage": stage, "criterion": criterion, "ratio": ratio}
@@ -369,6 +384,7 @@ def test_both_panels_have_every_model_of_the_legend_or_say_which_they_lack(tmp_p
         stage = "recovered" if recovery != "none" else "dense" if criterion == "none" else "pruned"
         cut = criterion != "none"
         model = {"model": "m", "stage": stage, "criterion": criterion, "allocation": allocation, "recovery": recovery}
+        model["parent"] = "none"
         model["method"] = f"{criterion} {allocation}" if cut else "dense"
         model |= {"refit": "none", "structure": "mlp" if cut else "none", "ratio": 0.2 * cut, "parameters": parameters}
         model |= {"ratio_achieved": 0.2 * cut, "seed": 0 if cut else np.nan, "n": 9, "stderr": 0.1}

@@ -17,7 +17,7 @@ from hfprune.reporting.statistics import Spread, estimates, interval, mean_accur
 
 PRUNED = {
     "model": "m", "stage": "pruned", "criterion": "entropy", "allocation": "uniform", "refit": "none",
-    "structure": "mlp", "ratio": 0.2, "recovery": "none", "method": "HFPrune",
+    "structure": "mlp", "ratio": 0.2, "recovery": "none", "parent": "none", "method": "HFPrune",
 }  # fmt: skip
 DENSE = PRUNED | {
     "stage": "dense", "criterion": "none", "allocation": "none", "structure": "none", "ratio": 0.0, "method": "dense",

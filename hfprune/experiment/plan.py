@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hfprune.errors import UserError
 from hfprune.experiment.schema import (
     Experiment,
     PruneParameters,
@@ -16,6 +17,7 @@ from hfprune.experiment.schema import (
     Source,
 )
 from hfprune.experiment.stages import DOWNLOADS, recipe, source_parameters
+from hfprune.models.context import check_checkpoint
 from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
 from hfprune.reporting.targets import Setting
@@ -105,6 +107,8 @@ class Plan:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.store = Store(store_root(experiment.store))
+        if {"{", "}"} & set(str(self.store.root)):
+            raise UserError(f"store = {self.store.root}: Snakemake takes braces in paths for wildcards. Name another.")
         self.jobs: dict[str, dict[str, Job]] = defaultdict(dict)
         self.scores: list[Job] = []
         self.models: list[Model] = []
@@ -165,14 +169,24 @@ class Plan:
         asked = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, _, cut in self.experiment.cuts())
         return [dict(zip(names, values, strict=True)) for values in asked]
 
-    def refuse_budgets(self) -> None:
-        """Refuse cuts that the dense model cannot give, where it is in the store already.
+    @property
+    def lengths(self) -> dict[str, int]:
+        """How long the sequences are that go through models, in tokens, by the config's keys."""
+        found = {"calibration.length": self.experiment.calibration.length}
+        found["fidelity.length"] = self.experiment.fidelity.length
+        for name in sorted({model.recovery for model in self.models} - {"none"}):
+            found[f"recovery.{name}.length"] = self.experiment.recovery[name].length
+        return found
+
+    def refuse_misfits(self) -> None:
+        """Refuse cuts that the dense model cannot give and sequences that it cannot read, where it is in the store.
 
         Raises:
             UserError: one line for each.
         """
         (model,) = self.jobs["model"].values()
         if self.has(model):
+            check_checkpoint(self.store.folder(model.recipe), self.lengths)
             check(self.store.folder(model.recipe), self.budgets)
 
     def manifest(self, job: Job) -> str:

@@ -29,6 +29,7 @@ from pydantic import (
 
 from hfprune.data.download import template_fields
 from hfprune.data.lm_eval_tasks import CONVERSIONS
+from hfprune.data.readers import decoded
 from hfprune.errors import UserError
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.pruning.methods import (
@@ -720,17 +721,42 @@ def load(path: Path) -> Experiment:
     Raises:
         UserError: the file is missing, not YAML, or not an experiment.
     """
+    return parse(Experiment, read(path), str(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        UserError: the file is missing, not UTF-8 or not YAML, or has a key twice.
+    """
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
-    except yaml.YAMLError as error:
+        content = decoded(path)
+        values = yaml.safe_load(content)
+        _refuse_repeated_keys(yaml.compose(content, yaml.SafeLoader), path)
+    except OSError as error:
+        said = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise UserError(f"{path}: {said}.") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}.")
-    return parse(Experiment, values, str(path))
+    return values
+
+
+def _refuse_repeated_keys(node: Any, path: Path) -> None:
+    """Refuse a key that stands twice in one section of a composed YAML file: of two values YAML drops one silently."""
+    seen = {}
+    for child in node.value if isinstance(getattr(node, "value", None), list) else []:
+        if isinstance(child, tuple):
+            key, child = child
+            first = seen.setdefault(str(key.value), key)
+            if first is not key:
+                lines = key.start_mark.line + 1, first.start_mark.line + 1
+                raise UserError(f"{path}: line {lines[0]}: {key.value!r} stands in line {lines[1]} already. Keep one.")
+        _refuse_repeated_keys(child, path)
 
 
 def schema() -> str:

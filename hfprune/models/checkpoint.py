@@ -20,13 +20,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad as pad_with_zeros
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from hfprune.errors import UserError
+from hfprune.models.files import model_files
 from hfprune.models.loading import count_parameters, set_linear
 from hfprune.models.modeling_per_layer import CLASSES
 from hfprune.models.units import PARTS, parts
-from hfprune.store.filenames import COMPANIONS
+from hfprune.store.filenames import MANIFEST, is_companion
 
 # What a fresh process does with the folder: nothing of hfprune in it, only what anyone with transformers has.
 RELOAD = """\
@@ -34,7 +36,7 @@ import json, sys
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 folder, expected, device, trust = sys.argv[1:]
 expected = load_file(expected, device=device)
@@ -44,8 +46,8 @@ tokens = expected["tokens"]
 with torch.no_grad():
     logits = model(tokens).logits
 prompt = tokens[:, :8]
-greedy = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
-written = model.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
+model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=8)  # not the checkpoint's
+written = model.generate(prompt, attention_mask=torch.ones_like(prompt))
 print(json.dumps({
     "dtype": str(logits.dtype).removeprefix("torch."),
     "max_difference": (logits.float() - expected["logits"].float()).abs().max().item(),
@@ -159,18 +161,28 @@ def pad(model: PreTrainedModel) -> int:
 def write(model: PreTrainedModel, folder: Path, source: Path) -> Expected:
     """Save `model` into `folder`, with what stands beside the weights in `source`, the checkpoint it was cut from.
 
-    Weights in the model's dtype, in shards where they are large (transformers' default). Returns what `prove` needs;
-    drop the model before, so that memory holds one copy at a time.
+    Weights in the model's dtype, in shards where they are large (transformers' default); the config says what is in the
+    file. Returns what `prove` needs; drop the model before, so that memory holds one copy at a time.
     """
+    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.generation_config = GenerationConfig()  # saving would judge, and rewrite, the source's
     tokens = torch.linspace(0, model.config.vocab_size - 1, 64).long().view(2, 32)
     logits = model(tokens.to(model.device)).logits.cpu()
     model.save_pretrained(folder)
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+    for name in _companions(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
     return Expected(
         tokens, logits, count_parameters(model), hasattr(model.config, "intermediate_sizes"), str(model.device)
     )
+
+
+def _companions(folder: Path) -> list[str]:
+    """The companions in a checkpoint's folder; of an artifact's, those that its manifest has."""
+    manifest = folder / MANIFEST
+    names = json.loads(manifest.read_text(encoding="utf-8"))["files"] if manifest.is_file() else model_files(folder)
+    return sorted(filter(is_companion, names))
 
 
 def prove(folder: Path, expected: Expected) -> dict[str, Any]:

@@ -470,7 +470,7 @@ def _batch_size(length: int) -> int:
 
 def _model_and_tokens(model: Path, text: Path, samples: int, length: int, seed: int, dtype: str):
     network = load_model(model, dtype)
-    return network, sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
+    return network, sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
 
 
 def _light_cut(folder: Path | None) -> list[Tensor] | None:

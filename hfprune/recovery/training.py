@@ -32,6 +32,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from hfprune.data.packing import NO_LABEL, Packed, read_examples
 from hfprune.errors import UserError
 from hfprune.models import checkpoint
+from hfprune.models.context import check_checkpoint
+from hfprune.models.history import BEFORE, read_step, since_the_last_cut, steps
 from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
 from hfprune.recovery.losses import chunked, cross_entropy, distillation
 from hfprune.runtime.matmul import fast_products
@@ -80,11 +82,12 @@ def recover(
         attempts' steps, first and last loss.
 
     Raises:
-        UserError: nothing to train on, settings that do not fit one another, a loss that is not finite or rises, a
-            checkpoint that does not reload.
+        UserError: nothing to train on, sequences longer than the model's context, settings that do not fit one
+            another, a loss that is not finite or rises, a checkpoint that does not reload.
     """
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UserError(f"report_to = {report_to!r}: not installed. Run `pip install {report_to}`, or leave it out.")
+    check_checkpoint(model, {"length": length})
     network = load_model(model, dtype, spread=False)
     own_dtype = network.dtype
     use_cache = network.config.use_cache
@@ -180,10 +183,11 @@ def recover(
     report = done | about | {
         "epochs": epochs, "length": length, "batch_tokens": batch_tokens, "learning_rate": learning_rate,
         "processes": processes, "reload": checkpoint.prove(folder, expected),
+        BEFORE: since_the_last_cut(steps(model)),
     }  # fmt: skip
     (folder / RECOVERY).write_text(json.dumps(report) + "\n", encoding="utf-8")
     shutil.copyfile(work / LOSSES, folder / LOSSES)
-    if (model / PRUNING).exists():
+    if read_step(model / PRUNING) is not None:
         shutil.copyfile(model / PRUNING, folder / PRUNING)
     return done
 

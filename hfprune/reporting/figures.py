@@ -18,7 +18,7 @@ from scipy.stats import rankdata, spearmanr
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
-from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, recoveries_vary, with_sizes
+from hfprune.reporting.statistics import MODEL, WAYS, estimates, mean_accuracy, varying, with_sizes
 from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text, operations
 from hfprune.store.artifacts import Artifact
 
@@ -135,14 +135,14 @@ def kl(metrics: pd.DataFrame) -> Figure:
     found = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
     title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
     pruned = found[found["method"] != DENSE]
-    ways = pruned.groupby(["method", "recovery"])["ratio"]
+    ways = pruned.groupby(["method", *WAYS])["ratio"]
     several = pruned[ways.transform("nunique") > 1]
     if ways.ngroups <= MOST_LINES:
         height = 3.1 + 0.2 * ways.ngroups  # the legend stands above
         figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
         _against_ratio(axis, found)
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
-    elif several.groupby(["method", "recovery"]).ngroups <= MOST_LINES:
+    elif several.groupby(["method", *WAYS]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
         rows = pruned[pruned["ratio"] == ratio]
         height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
@@ -174,7 +174,7 @@ def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
 def _panels(found: pd.DataFrame) -> Figure:
     """Panels of at most `MOST_LINES` methods each. Logarithmic."""
     pruned = found[found["method"] != DENSE]
-    lines = [line for _, line in pruned.groupby(["method", "recovery"], sort=False)]
+    lines = [line for _, line in pruned.groupby(["method", *WAYS], sort=False)]
     panels = [lines[first : first + MOST_LINES] for first in range(0, len(lines), MOST_LINES)]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -182,10 +182,10 @@ def _panels(found: pd.DataFrame) -> Figure:
         rows, columns, figsize=(3.6 * columns, 0.5 + 3.2 * rows), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    trained = recoveries_vary(found)
+    ways = varying(found)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for number, line in enumerate(panel):
-            _line(axis, line, _name(line.iloc[0], trained), number, number, 0)
+            _line(axis, line, _name(line.iloc[0], ways), number, number, 0)
         axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     for axis in axes.flat[len(panels) :]:
@@ -197,12 +197,12 @@ def _panels(found: pd.DataFrame) -> Figure:
 
 def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
     """A row for each model, the lowest value first, with bars of 95 %; one colour for each training."""
-    recoveries, trained = list(dict.fromkeys(models["recovery"])), recoveries_vary(models)
+    recoveries, ways = list(dict.fromkeys(models["recovery"])), varying(models)
     models = models.sort_values("value", ascending=False)
     for row, (_, model) in enumerate(models.iterrows()):
         color = COLORS[recoveries.index(model["recovery"]) % len(COLORS)]
         axis.errorbar(model["value"], row, xerr=_bars(model), color=color, marker="o", markersize=4, capsize=2)
-    labels = [_name(model, trained) for _, model in models.iterrows()]
+    labels = [_name(model, ways) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
     axis.set_xlim(left=0)
@@ -259,11 +259,11 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
         len(texts), 2, figsize=(6.6, 0.8 + 2.1 * len(texts)), sharex="col", sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    trained = recoveries_vary(models)
+    ways = varying(models)
     several = models["ratio"].nunique() > 1
     for number, (_, model) in enumerate(models.iterrows()):
         size = [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
-        label = ", ".join([_name(model, trained), *size])
+        label = ", ".join([_name(model, ways), *size])
         lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
         for row, text in zip(axes, texts, strict=True):
@@ -401,8 +401,8 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
         "Scoring, cutting and training (TFLOP)": ("counted", flops / 1e12),
     }
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
-    trained = recoveries_vary(worth)
-    labels = [_name(row, trained) for _, row in worth.iterrows()]
+    ways = varying(worth)
+    labels = [_name(row, ways) for _, row in worth.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     for axis, (name, (measured, costs)) in zip(axes, panels.items(), strict=True):
@@ -483,16 +483,18 @@ def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
     It starts at the dense model, trained in the same way: the control.
     """
     dense, pruned = found[found["method"] == DENSE], found[found["method"] != DENSE]
-    trained = recoveries_vary(found)
-    for number, (_, line) in enumerate(pruned.groupby(["method", "recovery"], sort=False)):
+    ways = varying(found)
+    for number, (_, line) in enumerate(pruned.groupby(["method", *WAYS], sort=False)):
         control = dense[dense["recovery"] == line["recovery"].iloc[0]]
-        label = _name(line.iloc[0], trained)
+        label = _name(line.iloc[0], ways)
         _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
 
 
-def _name(model: pd.Series, trained: bool) -> str:
-    """A model's method, and its training where it had one and models differ in it."""
-    return ", ".join([model["method"], *([model["recovery"]] if trained and model["recovery"] != "none" else [])])
+def _name(model: pd.Series, ways: list[str]) -> str:
+    """A model's method and, where models differ in them, what it was cut by before, and its training."""
+    before = [f"after {model['parent']}"] if "parent" in ways and model["parent"] != "none" else []
+    trained = [model["recovery"]] if "recovery" in ways and model["recovery"] != "none" else []
+    return ", ".join([model["method"], *before, *trained])
 
 
 def _line(

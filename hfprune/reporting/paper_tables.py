@@ -9,7 +9,7 @@ import pandas as pd
 from hfprune.errors import UserError
 from hfprune.reporting import statistics
 from hfprune.reporting.comparison import Comparison, best_of, indistinguishable_from_best
-from hfprune.reporting.statistics import MEASURE, MODEL, mean_accuracy, note, recoveries_vary
+from hfprune.reporting.statistics import MEASURE, MODEL, mean_accuracy, note, varying
 from hfprune.reporting.tables import TASK_TITLES, headline, read_metrics
 from hfprune.reporting.targets import Setting, compared
 from hfprune.reporting.typeset import NOT_WORSE, Cell, Row, Sheet
@@ -131,8 +131,8 @@ def sheet(name: str, estimates: pd.DataFrame, published: Path) -> Sheet:
         texts = [text for text in dict.fromkeys(ours["text"]) if text]
         ours = ours[ours["text"].isin(["", *texts[:1]])].assign(text="")
     theirs = theirs[theirs["ratio"].isin(ours["ratio"])]
-    trained = ["recovery"] if recoveries_vary(ours) else []
-    heads = ["Removed (%)", *(["Text"] if table.texts else []), "Method", *map(str.capitalize, trained)]
+    ways = varying(ours)
+    heads = ["Removed (%)", *(["Text"] if table.texts else []), "Method", *map(str.capitalize, ways)]
     rows = []
     places = pd.concat([ours, theirs])[["ratio", "text"]].drop_duplicates().sort_values("ratio", kind="stable")
     for ratio, text in places.itertuples(index=False):
@@ -140,12 +140,12 @@ def sheet(name: str, estimates: pd.DataFrame, published: Path) -> Sheet:
         here = ours[(ours["ratio"] == ratio) & (ours["text"] == text)]
         for setting, found in here.groupby(MODEL, sort=False):
             model = dict(zip(MODEL, setting, strict=True))
-            rows.append(Row([*where, model["method"], *(model[name] for name in trained)], _cells(found, columns)))
+            rows.append(Row([*where, model["method"], *(model[way] for way in ways)], _cells(found, columns)))
         there = theirs[(theirs["ratio"] == ratio) & (theirs["text"] == text)]
         for (model, method), found in there.groupby(["model", "method"], sort=False):
             known = [*where, f"{method}, {model}, published"]
             cells = _published_cells(found, {column.title: column.metric for column in columns})
-            rows.append(Row([*known, *[""] * len(trained)], cells, published=True))
+            rows.append(Row([*known, *[""] * len(ways)], cells, published=True))
     digits = {column.title: column.digits for column in columns}
     return Sheet(table.caption, heads, digits, rows, _notes(estimates, theirs))
 
@@ -227,14 +227,14 @@ def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
             f"{', '.join(map(str, sources))}: the dense model {alike['model'].iloc[0]} has other results in each: it "
             "was evaluated in two ways, such as on other documents, or there are two of that name."
         )
-    trained, tasks = ["recovery"] if recoveries_vary(both) else [], list(dict.fromkeys(rows["task"]))
+    ways, tasks = varying(both), list(dict.fromkeys(rows["task"]))
     columns = [*(Column(TASK_TITLES.get(name, name), name, scale=100) for name in tasks), MEANS[0]]
     sheet_rows = []
     for setting, found in both.groupby(by, sort=False):
         model = dict(zip(by, setting, strict=True))
         heads = [model["model"], *([model["experiment"]] if len(alike) else []), f"{100 * model['ratio']:.4g}"]
-        sheet_rows.append(Row([*heads, model["method"], *(model[name] for name in trained)], _cells(found, columns)))
-    heads = ["Model", *(["Experiment"] if len(alike) else []), "Removed (%)", "Method", *map(str.capitalize, trained)]
+        sheet_rows.append(Row([*heads, model["method"], *(model[way] for way in ways)], _cells(found, columns)))
+    heads = ["Model", *(["Experiment"] if len(alike) else []), "Removed (%)", "Method", *map(str.capitalize, ways)]
     digits = {each.title: each.digits for each in columns}
     return Sheet("Zero-shot accuracy (%) of further models.", heads, digits, sheet_rows, [note(models)])
 

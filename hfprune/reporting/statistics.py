@@ -15,8 +15,10 @@ from scipy import stats
 
 from hfprune.errors import UserError
 
-MODEL = ["model", "stage", "method", "criterion", "allocation", "refit", "structure", "ratio", "recovery"]
+MODEL = ["model", "stage", "method", "criterion", "allocation", "refit", "structure", "ratio", "recovery", "parent"]
 MEASURE = ["group", "task", "metric"]
+
+WAYS = ["recovery", "parent"]  # what a method's name does not say of a model
 
 LEVEL = 0.95
 RANGES = {"kl": (0, np.inf), "js": (0, 1), "top1_agreement": (0, 1), "top15_jaccard": (0, 1)}
@@ -24,9 +26,13 @@ SMALLEST_P = 1e-100
 HALVINGS = 45  # of log(SMALLEST_P): p-values to eleven digits
 
 
-def recoveries_vary(models: pd.DataFrame) -> bool:
-    """Whether the models, rows with the columns of `MODEL`, differ in their training: then tables have to show it."""
-    return models["recovery"].nunique() > 1
+def varying(models: pd.DataFrame) -> list[str]:
+    """Those of `WAYS` in which the models differ: what a table or a legend has to say beside the method.
+
+    Args:
+        models: rows with the columns of `MODEL`.
+    """
+    return [way for way in WAYS if models[way].nunique() > 1]
 
 
 @dataclass(frozen=True)

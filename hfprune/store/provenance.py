@@ -134,7 +134,7 @@ class Trail:
         try:
             with path.open(encoding="utf-8", newline="") as lines:
                 rows = list(csv.DictReader(lines))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"{path}: cannot be read as csv: {error}.") from None
         if not rows or "key" not in rows[0]:
             raise UserError(f"{path}: no csv whose rows name their artifact in a column `key`, as metrics.csv does.")

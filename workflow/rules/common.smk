@@ -20,9 +20,11 @@ from hfprune.experiment.plan import Plan
 DEVICE = config.pop("gpu") if "gpu" in workflow.config_settings.config else None
 
 try:
+    for file in workflow.overwrite_configfiles or ["config.yaml"]:
+        experiments.read(Path(file))  # Snakemake takes the last of two keys of one name
     origin = ", ".join(map(str, workflow.overwrite_configfiles)) or "config.yaml"
     plan = Plan(experiments.parse(experiments.Experiment, config, origin))
-    plan.refuse_budgets()
+    plan.refuse_misfits()
 except UserError as error:
     raise WorkflowError(str(error))
 
@@ -38,6 +40,7 @@ os.environ.update(
     # For the model's download, which refuses at once what it cannot give. An option would make Snakemake download again
     # whenever a ratio changes.
     HFPRUNE_BUDGETS=json.dumps(plan.budgets),
+    HFPRUNE_LENGTHS=json.dumps(plan.lengths),
 )
 
 # Of every table and figure, for the report.

@@ -1,0 +1,225 @@
+"""Records of one local file, one after the other: JSON lines, JSON, CSV, Parquet and plain text, also gzipped.
+
+A path is a path, never a pattern. Nothing is guessed: `NA` is a text, a blank cell of a CSV is nothing (None), and what
+is not asked for is not judged. Of a file only what is being read is in memory, but of a JSON array all.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from hfprune.errors import UserError
+from hfprune.store.filenames import DOCUMENTS
+
+Row = tuple[str, dict[str, Any]]  # where a record stands, for people; its fields
+# The marks by which a file says how it is encoded; those of UTF-32 first, which begin as UTF-16's do.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character, perhaps alone
+NUMBERS: dict[re.Pattern, Callable[[str], Any]] = {
+    re.compile(r"-?(0|[1-9]\d*)", re.ASCII): int,
+    re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", re.ASCII): float,
+    re.compile(r"True|False"): {"True": True, "False": False}.__getitem__,
+}
+
+
+def read(file: Path, name: str, fields: Collection[str] | None = None) -> Iterator[Row]:
+    """The records of a file, in order.
+
+    Args:
+        file: its suffix says what it is.
+        name: what messages call it.
+        fields: those that are wanted; others may be left out. None: all, and a column of a CSV whose cells are all
+            whole numbers, all numbers, or all True or False, is read as such.
+
+    Raises:
+        UserError: the file cannot be read, or a record of it, with the line or row.
+    """
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    kind = (suffixes[:-1] if packed else suffixes)[-1:]
+    if not kind or kind[0] not in READERS:
+        raise UserError(f"{name}: cannot read {file.name!r}; known: {', '.join(READERS)}, also .gz.")
+    try:
+        with gzip.open(file) if packed else file.open("rb") as opened:
+            yield from READERS[kind[0]](opened, name, fields)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{name}: cut short, or not gzip: {error}. Get the file again.") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}.") from None
+
+
+def read_records(folder: Path, name: str = DOCUMENTS) -> list[dict[str, Any]]:
+    """The records of a download, in order: of a text all with `text`, or all with `instruction` and `response`."""
+    with (folder / name).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def decoded(file: Path) -> str:
+    """The whole of a file of text, without a byte order mark.
+
+    Raises:
+        UserError: it is not UTF-8 (nor, by its mark, UTF-16 or UTF-32), with the line and the byte.
+    """
+    with file.open("rb") as opened, text(opened, str(file)) as lines:
+        return lines.read()
+
+
+@contextmanager
+def text(opened: BinaryIO, name: str, newline: str | None = None) -> Iterator[TextIO]:
+    """Text of an opened file, without a byte order mark.
+
+    Raises:
+        UserError: as for `decoded`.
+    """
+    start = opened.read(4)
+    opened.seek(0)
+    encoding = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), "utf-8-sig")
+    try:
+        yield io.TextIOWrapper(opened, encoding=encoding, newline=newline)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: {_undecodable(opened, encoding, error)}") from None
+
+
+def _undecodable(opened: BinaryIO, encoding: str, error: UnicodeDecodeError) -> str:
+    """Which byte is wrong. The decoder knows its place in a chunk only, so the lines are decoded one by one."""
+    if encoding == "utf-8-sig":
+        opened.seek(0)
+        for number, line in enumerate(opened, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as found:
+                return (
+                    f"line {number}, byte {found.start + 1}: {line[found.start]:#04x} is not UTF-8. Save the file as "
+                    "UTF-8, such as by `iconv -f latin1 -t utf-8`."
+                )
+    return f"its byte order mark says {encoding.upper()}, but it is not: {error.reason}. Get the file again."
+
+
+def _json(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Iterator[Row]:
+    """An object a line, or one array of objects."""
+    with text(opened, name) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            if line.lstrip().startswith("["):
+                records = _parsed(line + lines.read(), name, number)
+                yield from ((f"record {i}", _object(each, f"{name}: record {i}")) for i, each in enumerate(records, 1))
+                return
+            place = f"line {number}"
+            yield place, _object(_parsed(line, name, number), f"{name}: {place}")
+
+
+def _parsed(written: str, name: str, number: int) -> Any:
+    try:
+        value = json.loads(written)
+        if SURROGATE.search(written):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        raise UserError(
+            f"{name}: line {line}, column {error.colno}: cannot be read: not JSON, or cut short: {error.msg}. Expected "
+            "an object in every line, or one array of objects."
+        ) from None
+    except UnicodeEncodeError:
+        raise UserError(f"{name}: line {number}: half a character: an escape of a surrogate, alone.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: line {number}: cannot be read: {error}.") from None
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: holds {type(value).__name__}; expected an object with fields, {{...}}.")
+    return value
+
+
+def _csv(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Iterator[Row]:
+    rows = _cells(opened, name, fields)
+    if fields is not None:
+        return rows
+    found = list(rows)
+    for column in found[0][1] if found else ():
+        cells = {row[column] for _, row in found} - {None}
+        convert = next((way for form, way in NUMBERS.items() if all(map(form.fullmatch, cells))), str)
+        for _, row in found:
+            if row[column] is not None:
+                row[column] = convert(row[column])
+    return iter(found)
+
+
+def _cells(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Iterator[Row]:
+    """A row of cells as text, by the names in the first row; a blank cell is None."""
+    csv.field_size_limit(sys.maxsize)
+    with text(opened, name, newline="") as lines:
+        rows = csv.reader(lines, strict=True)
+        line = 1  # where a row begins: it may hold several
+        try:
+            header = next(rows, [])
+            for field in header if fields is None else fields:
+                if header.count(field) > 1:
+                    raise UserError(f"{name}: line 1: two columns are called {field!r}. Rename one.")
+            line = rows.line_num + 1
+            for cells in rows:
+                if cells and len(cells) != len(header):
+                    raise UserError(
+                        f"{name}: line {line}: {len(cells)} cells, but {len(header)} columns. Put a cell that holds a "
+                        "comma into quotes."
+                    )
+                if cells:
+                    yield f"line {line}", {key: cell or None for key, cell in zip(header, cells, strict=True)}
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{name}: line {line}: cannot be read: cut short, or not CSV: {error}.") from None
+
+
+def _parquet(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with tempfile.TemporaryFile() as unpacked:
+        if isinstance(opened, gzip.GzipFile):  # its columns stand apart: they are sought
+            shutil.copyfileobj(opened, unpacked)
+            opened = unpacked
+        try:
+            table = pyarrow.parquet.ParquetFile(opened)
+            there = set(fields or ()) <= set(table.schema_arrow.names)
+            batches = table.iter_batches(1024, columns=list(fields) if fields and there else None)
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(
+                f"{name}: cannot be read: cut short, or not Parquet: {str(error).splitlines()[0]} Get the file again."
+            ) from None
+
+
+def _text(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Iterator[Row]:
+    """A document a line."""
+    with text(opened, name) as lines:
+        for number, line in enumerate(lines, 1):
+            yield f"line {number}", {"text": line.removesuffix("\n")}
+
+
+READERS: dict[str, Callable[[BinaryIO, str, Collection[str] | None], Iterator[Row]]] = {
+    ".jsonl": _json,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".txt": _text,
+}
