@@ -184,6 +184,7 @@ def test_costs_are_those_of_all_stages_and_mean_over_seeds(tmp_path):
 def test_each_criterion_is_charged_what_it_costs_alone_and_the_scores_that_it_needs_first(tmp_path):
     made = Fabricated(tmp_path)
     cut = {"allocation": "uniform", "refit": "none", "structure": "mlp", "ratio": 0.2, "ratio_achieved": 0.2}
+    cut["ratio_achieved_parent"] = 0.2
     in_one_pass = {"seconds_together": 40.0, "tokens": 8, "flops_together": 4e12}
     for key, criterion, inputs, details in (
         ("one", "entropy", {}, in_one_pass | {"flops": 2e12}),
