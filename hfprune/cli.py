@@ -7,7 +7,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,12 +36,13 @@ from hfprune.experiment.schema import (
 )
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.reporting import targets
+from hfprune.runtime.paths import expanded
 from hfprune.runtime.signals import STATUS, Stopped
 from hfprune.store import artifacts
 from hfprune.store.artifacts import Artifact, Store
-from hfprune.store.filenames import MANIFEST, SCORES, SUMS
+from hfprune.store.filenames import LOSSES, MANIFEST, PRUNING, SCORES, SUMS
 from hfprune.store.keys import Recipe
-from hfprune.store.provenance import record
+from hfprune.store.results import Aside, withdraw, written
 
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
 ONLINE = ("download", "push", "plan", "on-gpus")
@@ -87,11 +89,10 @@ def _run(args: argparse.Namespace) -> None:
     """Run a subcommand; that the disk or the memory is full is a user's to mend, whatever it was that met it."""
     try:
         args.run(args)
-    except OSError as error:  # of results: the store has words of its own
+    except OSError as error:  # of what is printed, or of locks: the store and results have words of their own
         if error.errno not in artifacts.FULL:
             raise
-        file = error.filename or getattr(args, "output", "the disk")
-        raise UserError(f"{file}: {error.strerror}. Free space there and run again.") from None
+        raise UserError(f"{error.filename or 'output'}: {error.strerror}. Free space there and run again.") from None
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -129,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.set_defaults(run=run)
+        made.register("type", Path, expanded)  # no shell expands `--store=~/store`
         return made
 
     download = commands.add_parser("download", help="get a model, a text or a task's documents: the only stage online")
@@ -450,6 +452,7 @@ def _parser() -> argparse.ArgumentParser:
         "hfprune config config.yaml",
     )
     config.add_argument("file", nargs="?", type=Path, default=Path("config.yaml"), help="default: config.yaml")
+    config.add_argument("--output", type=Path, help="the yaml to write it into, instead of printing it")
     config.add_argument(
         "--schema",
         type=Path,
@@ -859,31 +862,33 @@ def _evaluate(args: argparse.Namespace) -> None:
     }
     whole = stages.recipe("evaluate", {}, model=model.key, **{name: each.key for name, each in recipes.items()})
 
+    store = Store(args.store)
+    loaded: list[Any] = []  # the model, once a task needs it
+
+    def produce_task(name: str, folder: Path) -> dict:
+        from hfprune.evaluation.lm_eval_runner import evaluate_task, language_model
+
+        if not loaded:
+            loaded.append(language_model(model.folder, asked["dtype"], asked["batching"]))
+        examples = tasks[name].parameters.get("num_fewshot", 0)
+        return evaluate_task(folder, loaded[0], name, tasks[name].folder, **sampling, num_fewshot=examples)
+
     def produce(folder: Path) -> dict:
-        from hfprune.evaluation.lm_eval_runner import evaluate, evaluate_task, language_model
+        from hfprune.evaluation.lm_eval_runner import evaluate
 
-        loaded: list[Any] = []  # the model, once a task needs it
-
-        def produce_task(name: str) -> Callable[[Path], dict]:
-            def produce_one(task_folder: Path) -> dict:
-                if not loaded:
-                    loaded.append(language_model(model.folder, asked["dtype"], asked["batching"]))
-                examples = tasks[name].parameters.get("num_fewshot", 0)
-                return evaluate_task(task_folder, loaded[0], name, tasks[name].folder, **sampling, num_fewshot=examples)
-
-            return produce_one
-
-        store = Store(args.store)
-        done = {name: store.make(recipe, produce_task(name)) for name, recipe in recipes.items()}
+        done = {name: store.make(recipe, partial(produce_task, name)) for name, recipe in recipes.items()}
         evaluate(folder, {name: each.folder for name, each in done.items()})
         return {"tasks": {name: each.manifest["details"] for name, each in done.items()}}
 
     _make(args, whole, produce)
+    for name, recipe in recipes.items():
+        if not store.has(recipe.stage, recipe.key):  # removed since the whole was made
+            store.make(recipe, partial(produce_task, name))
 
 
-def _open(path: Path, *expected: str) -> Artifact:
-    """The artifact at `path`, which must be of one of the `expected` stages."""
-    found = artifacts.read(path)
+def _open(path: Path, *expected: str, files: Sequence[str] = ()) -> Artifact:
+    """The artifact at `path`, which must be of one of the `expected` stages; `files` are all that is read of it."""
+    found = artifacts.read(path, *files)
     if found.manifest["stage"] not in expected:
         raise UserError(f"{path}: an artifact of {found.manifest['stage']!r}; expected one of {' or '.join(expected)}.")
     return found
@@ -892,12 +897,20 @@ def _open(path: Path, *expected: str) -> Artifact:
 def _collect(args: argparse.Namespace) -> None:
     from hfprune.reporting.tables import collect
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
     metrics = collect(found, Store(args.store), _names(args))
-    metrics.to_csv(args.output, index=False)
-    record([args.output], found)
+    with written(found) as aside:
+        metrics.to_csv(aside.path(args.output), index=False)
     print(f"{args.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
+
+
+@contextmanager
+def _results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[Aside]:
+    """`written`, which prints the paths of the results."""
+    with written(sources) as aside:
+        yield aside
+    for path in aside.places:
+        print(path)
 
 
 def _names(args: argparse.Namespace) -> Any:
@@ -922,14 +935,11 @@ def _differences(args: argparse.Namespace) -> None:
     from hfprune.reporting.comparison import Comparison
     from hfprune.reporting.documents import read_documents
 
-    args.output.mkdir(parents=True, exist_ok=True)
     found = [_open(path, "measure", "evaluate") for path in args.manifests]
     compared = Comparison(read_documents(found, Store(args.store), _names(args)))
-    tables = {"intervals": compared.intervals(), "differences": compared.differences()}
-    files = {args.output / f"{name}.csv": table for name, table in tables.items()}
-    for file, table in files.items():
-        table.to_csv(file, index=False)
-    _written(files, found)
+    with _results(found) as aside:
+        for name, table in {"intervals": compared.intervals(), "differences": compared.differences()}.items():
+            table.to_csv(aside.folder(args.output) / f"{name}.csv", index=False)
 
 
 def _profile(args: argparse.Namespace) -> None:
@@ -944,16 +954,16 @@ def _profile(args: argparse.Namespace) -> None:
 def _tables(args: argparse.Namespace) -> None:
     from hfprune.reporting.tables import read_metrics, write_tables
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    _written(write_tables(read_metrics(args.metrics), args.output), [args.metrics])
+    with _results([args.metrics]) as aside:
+        write_tables(read_metrics(args.metrics), aside.folder(args.output))
 
 
 def _figures(args: argparse.Namespace) -> None:
     from hfprune.reporting.figures import draw
     from hfprune.reporting.tables import read_metrics
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    _written(draw(read_metrics(args.metrics), args.output), [args.metrics])
+    with _results([args.metrics]) as aside:
+        draw(read_metrics(args.metrics), aside.folder(args.output))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -967,47 +977,38 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _write_and_draw(
-    output: Path, name: str, table: Any, draw: Callable[[Any, Path], Iterable[Path]], sources: list[Artifact]
+    output: Path, name: str, table: Any, draw: Callable[[Any, Path], object], sources: list[Artifact]
 ) -> None:
     """Write a table (a DataFrame) made from `sources` as tables/`name`.csv, and draw its figures into figures/."""
-    for folder in ("tables", "figures"):
-        (output / folder).mkdir(parents=True, exist_ok=True)
-    file = output / "tables" / f"{name}.csv"
-    table.to_csv(file, index=False)
-    _written([file, *draw(table, output / "figures")], sources)
-
-
-def _written(paths: Iterable[Path], sources: Sequence[Artifact | Path]) -> None:
-    """Print the paths of results, and leave with each a record of what it was made from."""
-    for path in record(paths, sources):
-        print(path)
+    with _results(sources) as aside:
+        table.to_csv(aside.folder(output / "tables") / f"{name}.csv", index=False)
+        draw(table, aside.folder(output / "figures"))
 
 
 def _table(args: argparse.Namespace) -> None:
     from hfprune.reporting import paper_tables
 
-    args.output.mkdir(parents=True, exist_ok=True)
     published = args.published / f"{args.name}.csv"
-    if args.name in targets.OF_FILES:
-        sources = args.sources
-        made = paper_tables.OF_FILES[args.name](sources, published)
-    else:
-        from hfprune.reporting.documents import read_documents
+    is_of_files = args.name in targets.OF_FILES
+    sources = args.sources if is_of_files else [_open(path, "measure", "evaluate") for path in args.sources]
+    with _results([*sources, *([published] if published.exists() else [])]) as aside:
+        if is_of_files:
+            sheet = paper_tables.OF_FILES[args.name](sources, published)
+        else:
+            from hfprune.reporting.documents import read_documents
 
-        sources = [_open(path, "measure", "evaluate") for path in args.sources]
-        documents = paper_tables.shown(args.name, read_documents(sources, Store(args.store), _names(args)))
-        made = paper_tables.sheet(args.name, paper_tables.estimates(documents), published)
-    _written(made.write(args.output, args.name), [*sources, *([published] if published.exists() else [])])
+            documents = paper_tables.shown(args.name, read_documents(sources, Store(args.store), _names(args)))
+            sheet = paper_tables.sheet(args.name, paper_tables.estimates(documents), published)
+        sheet.write(aside.folder(args.output), args.name)
 
 
 def _widths(args: argparse.Namespace) -> None:
     from hfprune.reporting.figures import draw_widths
     from hfprune.reporting.tables import kept_widths
 
-    models = [_open(path, "prune") for path in args.manifests]
-    _write_and_draw(
-        args.output, "widths", kept_widths(models, Store(args.store), _names(args).methods), draw_widths, models
-    )
+    models = [_open(path, "prune", files=[PRUNING]) for path in args.manifests]
+    table = kept_widths(models, Store(args.store), _names(args).methods)
+    _write_and_draw(args.output, "widths", table, draw_widths, models)
 
 
 def _pareto(args: argparse.Namespace) -> None:
@@ -1015,19 +1016,17 @@ def _pareto(args: argparse.Namespace) -> None:
     from hfprune.reporting.paper_tables import read_timings
     from hfprune.reporting.tables import read_metrics
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    drawn = draw_pareto(read_metrics(args.metrics), read_timings([args.timings]), args.output)
-    _written(drawn, [args.metrics, args.timings])
+    with _results([args.metrics, args.timings]) as aside:
+        draw_pareto(read_metrics(args.metrics), read_timings([args.timings]), aside.folder(args.output))
 
 
 def _losses(args: argparse.Namespace) -> None:
     from hfprune.reporting.figures import draw_losses
     from hfprune.reporting.tables import training_curves
 
-    models = [_open(path, "recover") for path in args.manifests]
-    _write_and_draw(
-        args.output, "losses", training_curves(models, Store(args.store), _names(args).methods), draw_losses, models
-    )
+    models = [_open(path, "recover", files=[LOSSES]) for path in args.manifests]
+    table = training_curves(models, Store(args.store), _names(args).methods)
+    _write_and_draw(args.output, "losses", table, draw_losses, models)
 
 
 def _named(word: str) -> tuple[str, Path]:
@@ -1035,7 +1034,7 @@ def _named(word: str) -> tuple[str, Path]:
     name, _, path = word.partition("=")
     if not name or not path:
         raise argparse.ArgumentTypeError(f"{word!r}: expected NAME=PATH")
-    return name, Path(path)
+    return name, expanded(path)
 
 
 def _overlap(args: argparse.Namespace) -> None:
@@ -1047,22 +1046,26 @@ def _overlap(args: argparse.Namespace) -> None:
     }
     found = {use: [Documents(use, name, each.folder) for name, each in named] for use, named in opened.items()}
     pairs = compare(found["calibration"] + found["recovery"], found["fidelity"] + found["task"])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write(pairs, args.output)
-    _written([args.output], [each for named in opened.values() for _, each in named])
-    if args.strict and (message := refusal(pairs)):
-        raise UserError(message)
+    # The table at `--output` is the verdict: where a strict experiment has an overlap, there is none.
+    refused = args.output.with_name(f"{args.output.stem}.refused.csv")
+    message = refusal(pairs) if args.strict else ""
+    place, other = (refused, args.output) if message else (args.output, refused)
+    withdraw(other)
+    with _results([each for named in opened.values() for _, each in named]) as aside:
+        write(pairs, aside.path(place))
+    if message:
+        raise UserError(f"{message} {place} is the whole table.")
 
 
 def _page(args: argparse.Namespace) -> None:
     from hfprune.reporting.pages import page
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        made = page(args.title, args.caption, args.files)
+        content = page(args.title, args.caption, args.files)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}.") from None
-    args.output.write_text(made, encoding="utf-8")
+    with written() as aside:
+        aside.path(args.output).write_text(content, encoding="utf-8")
 
 
 def _list_artifacts(args: argparse.Namespace) -> None:
@@ -1070,15 +1073,14 @@ def _list_artifacts(args: argparse.Namespace) -> None:
 
     from hfprune.reporting.pages import list_artifacts
 
-    args.output.mkdir(parents=True, exist_ok=True)
     # The manifests alone: whoever used the artifacts has verified their files.
     try:
         files = [path / MANIFEST if path.is_dir() else path for path in args.manifests]
         manifests = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     except (OSError, ValueError) as error:
         raise UserError(f"{error}: expected the manifests, or the folders, of artifacts.") from None
-    for path in list_artifacts(manifests, args.output):
-        print(path)
+    with _results() as aside:
+        list_artifacts(manifests, aside.folder(args.output))
 
 
 def _provenance(args: argparse.Namespace) -> None:
@@ -1089,7 +1091,9 @@ def _provenance(args: argparse.Namespace) -> None:
     if args.crate:
         from hfprune.store.ro_crate import write
 
-        print(write(found, args.crate))
+        with written() as aside:
+            metadata = write(found, aside.folder(args.crate))
+        print(args.crate / metadata.name)
 
 
 def _efficiency(args: argparse.Namespace) -> None:
@@ -1103,9 +1107,8 @@ def _efficiency(args: argparse.Namespace) -> None:
     known = described([each.key for each in models], Store(args.store), _names(args).methods)
     timed = pd.DataFrame(time_models({each.key: each.folder for each in models}, dtype, args.rounds, args.tokens))
     rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(dtype=dtype, **surroundings())
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(args.output, index=False)
-    record([args.output], models)
+    with written(models) as aside:
+        rows.to_csv(aside.path(args.output), index=False)
     print(rows[["stage", "method", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
 
 
@@ -1130,10 +1133,9 @@ def _scoring_cost(args: argparse.Namespace) -> None:
         criteria[name] = needed and cuts[needed]
     sampling = asked.model_dump(exclude={"criterion"})
     rows = pd.DataFrame(time_scoring(model.folder, text.folder, criteria, **sampling, rounds=args.rounds))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     rows = rows.assign(key=model.key, dtype=asked.dtype, **surroundings())
-    rows.to_csv(args.output, index=False)
-    record([args.output], [model, text, *scores])
+    with written([model, text, *scores]) as aside:
+        rows.to_csv(aside.path(args.output), index=False)
     print(rows[["criterion", "light_cut", "seconds", "peak_bytes", "tokens", "flops", "n"]].to_string(index=False))
 
 
@@ -1144,7 +1146,8 @@ def _export(args: argparse.Namespace) -> None:
     files = contents(model, results, Store(args.store), args.output.resolve().name)
     check_new(args.output)
     print(listing(files))
-    export(files, args.output)
+    with written() as aside:
+        export(files, aside.path(args.output.resolve()))
     print(args.output)
 
 
@@ -1166,14 +1169,18 @@ def _config(args: argparse.Namespace) -> None:
     import json
 
     if args.schema:
-        args.schema.parent.mkdir(parents=True, exist_ok=True)
-        args.schema.write_text(schema(), encoding="utf-8")
-        print(args.schema)
+        with _results() as aside:
+            aside.path(args.schema).write_text(schema(), encoding="utf-8")
         return
     experiment: Experiment = load(args.file)
     import yaml
 
-    print(yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False), end="")
+    text = yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False)
+    if not args.output:
+        print(text, end="")
+        return
+    with _results() as aside:
+        aside.path(args.output).write_text(text, encoding="utf-8")
 
 
 def _new(args: argparse.Namespace) -> None:

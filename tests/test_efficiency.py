@@ -23,16 +23,17 @@ from tests.conftest import FAMILIES, make_model, run_hfprune
 WIDTHS = (40, 17, 29)
 
 
+@pytest.mark.parametrize("length", [16, PREFILL])
 @pytest.mark.parametrize("cut_too", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_operations_are_those_that_torch_counts(family, cut_too):
+def test_operations_are_those_that_torch_counts(family, cut_too, length):
     model = make_model(family, head_dim=12, tie_word_embeddings=True, attn_implementation="eager")
     if cut_too:
         groups = [torch.tensor([1]), torch.arange(2), torch.tensor([0])]
         cut(model, {"mlp": [torch.arange(width) for width in WIDTHS], "attention": groups})
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.arange(PREFILL)[None], use_cache=False)
-    assert flops_per_token(model) * PREFILL == counter.get_total_flops()
+        model(torch.arange(length)[None], use_cache=False)
+    assert flops_per_token(model, length) * length == counter.get_total_flops()
 
 
 def test_a_measurement_counts_operations_and_bytes(checkpoint, texts, tmp_path):
@@ -40,7 +41,7 @@ def test_a_measurement_counts_operations_and_bytes(checkpoint, texts, tmp_path):
     reference(tmp_path / "reference", checkpoint, texts, samples=2, length=16, seed=0, dtype="float32")
     details = measure(tmp_path, checkpoint, tmp_path / "reference", "float32")
     model = load_model(checkpoint, "float32")
-    assert details["flops_per_token"] == flops_per_token(model)
+    assert details["flops_per_token"] == flops_per_token(model, PREFILL)
     assert details["bytes"] == weight_bytes(checkpoint) == (checkpoint / "model.safetensors").stat().st_size
     assert details["bytes"] >= 4 * details["parameters"]
 
@@ -113,7 +114,7 @@ def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, tmp_
     assert "criterion = 'fisherman'" in capsys.readouterr().err
     assert main([*asked, "wanda", "self_distillation", "--light-cut", str(cut)]) == 0
     rows = pd.read_csv(out, keep_default_na=False).set_index("criterion")
-    forward = 4 * 32 * flops_per_token(load_model(checkpoint, "float32"))
+    forward = 4 * 32 * flops_per_token(load_model(checkpoint, "float32"), 32)
     assert rows["flops"].to_dict() == {"wanda": forward, "self_distillation": 3 * forward}
     costs = {name: (each["details"]["flops"], each["details"]["flops_together"]) for name, each in pass_of.items()}
     assert costs == {"entropy": (2 * forward, 3 * forward), "wanda": (forward, 3 * forward)}, "each alone; all in one"

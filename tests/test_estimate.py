@@ -82,8 +82,9 @@ def test_operations_are_those_that_the_stages_record(tried):
     assert manifest["details"]["flops"] / 2 <= cost.flops <= 2 * manifest["details"]["flops"], "lengths are assumed"
     cost, manifest = found["measure"]
     details = manifest["details"]
-    tokens, dense_logits = 4 * 32, 2 * 32 * 320
-    assert cost.flops == tokens * (details["flops_per_token"] + dense_logits)
+    tokens, dense_logits, head_dimensions = 4 * 32, 2 * 32 * 320, 3 * 4 * 8
+    per_token = details["flops_per_token"] - 4 * head_dimensions * (256 - 32)  # of sequences of 32 tokens, not of 256
+    assert cost.flops == tokens * (per_token + dense_logits)
 
 
 def test_a_cut_is_as_large_as_it_will_be_and_disk_as_full(tried):
@@ -132,7 +133,7 @@ def test_a_pass_over_several_criteria_is_counted_once(experiment, tmp_path):
         rows = {row["stage"]: row["flops"] for row in estimate(Plan(asked), asked).stages()}
         return rows["score"]
 
-    forward = 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True))
+    forward = 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True), 32)
     assert flops(["magnitude"]) == forward
     assert flops(["entropy", "wanda"]) == 2 * forward
     assert flops(["entropy", "self_distillation"]) == 3 * forward + 3 * forward
@@ -150,7 +151,7 @@ def test_of_a_pass_whose_first_scores_are_there_the_first_that_is_missing_makes_
     _, entropy, wanda = plan.scores
     assert (entropy.after, wanda.after) == (None, entropy)
     (flops,) = (row["flops"] for row in estimate(plan, asked).stages() if row["stage"] == "score")
-    assert flops == 2 * 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True))
+    assert flops == 2 * 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True), 32)
 
 
 def test_where_a_gpu_is_small_layers_are_computed_anew(experiment, tmp_path):

@@ -124,17 +124,6 @@ def test_a_full_disk_is_named_and_the_next_run_finds_no_trace_of_it(stage, pipel
     check_same(mount / stage / job.key, whole)
 
 
-def test_results_on_a_full_disk_are_named(pipeline, mount):
-    (mount / "filler").write_bytes(bytes(4 * 2**20))
-    measured = pipeline.make(pipeline.jobs["measure"]).folder
-    words = ["collect", measured, "--store", pipeline.whole, "--output", mount / "metrics.csv"]
-    assert pipeline.forks(*words) == (
-        2,
-        "",
-        f"hfprune collect: {mount}/metrics.csv: No space left on device. Free space there and run again.\n",
-    )
-
-
 def test_a_store_that_is_only_read_gives_what_it_has_and_says_what_it_cannot_take(pipeline, mount):
     text, score = pipeline.jobs["text"], pipeline.jobs["score"]
     made = pipeline.make(text)

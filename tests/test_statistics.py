@@ -130,7 +130,7 @@ def test_what_was_varied_is_said():
         models = [{"criterion": "none", "seeds": 1}, *({"criterion": "entropy", "seeds": count} for count in seeds)]
         return note(pd.DataFrame(models))
 
-    assert said() == "± is half of the 95% interval, over documents. The csv has both ends."
+    assert said() == "± is half of the 95 % interval, over documents. The csv has both ends."
     assert "over documents and 3 calibration seeds." in said(3, 3)
     assert "over documents alone: one calibration seed does not show what others would give." in said(1)
     assert "over documents and 3 calibration seeds; of models with one seed, over documents alone." in said(1, 3)
@@ -144,15 +144,15 @@ def test_values_that_do_not_belong_together_are_not_averaged():
         mean_accuracy(found.iloc[:3])
     with pytest.raises(UserError, match="documents is not the same for every calibration seed"):
         estimates(found.assign(n=[100, 50, 100, 100]))
-    with pytest.raises(UserError, match=r"m, dense.* was not evaluated on b, as others were"):
+    with pytest.raises(UserError, match=r"m, dense was not evaluated on b, as others were"):
         mean_accuracy(pd.concat([found, rows({"a": 0.5}, DENSE)]))
 
 
 def experiment(seeds):
-    """What every document says of a dense model and a pruned one, and the metrics.csv of the same."""
+    """What every document says of a dense model and of two pruned ones, and the metrics.csv of the same."""
     rng = np.random.default_rng(0)
     documents, metrics = [], []
-    for setting, shift in ((DENSE, 0), (PRUNED, 1)):
+    for setting, shift in ((DENSE, 0), (PRUNED | {"ratio": 0.1}, 1), (PRUNED, 2)):
         for group, task, metric in (
             ("task", "boolq", "acc"), ("task", "piqa", "acc"), ("fidelity", "text", "kl"),
             ("fidelity", "text", "top1_agreement"), ("perplexity", "text", "loss"),
@@ -175,12 +175,12 @@ def experiment(seeds):
 def test_one_number_has_one_interval_everywhere(seeds, tmp_path):
     documents, metrics = experiment(seeds)
     intervals = Comparison(documents).intervals()
-    intervals = intervals[intervals["criterion"] == "entropy"].set_index(["task", "metric"])
+    intervals = intervals[intervals["ratio"] == 0.2].set_index(["task", "metric"])
 
     def ends(task, metric, scale=1):
         return pytest.approx([scale * intervals.loc[(task, metric), end] for end in ("value", "low", "high")])
 
-    shown = tables.summary(metrics).set_index("criterion").loc["entropy"]
+    shown = tables.summary(metrics).set_index("ratio").loc[0.2]
     columns = {
         "BoolQ": ends("boolq", "acc", 100), "Mean": ends("mean", "accuracy", 100),
         "Perplexity": ends("text", "perplexity"), "KL (nats/token)": ends("text", "kl"),
@@ -211,4 +211,13 @@ def test_one_number_has_one_interval_everywhere(seeds, tmp_path):
         at_20 = points[np.isclose(points[:, 0], 20)][:, 1]
         low, high = (scale * intervals.loc[(task, metric), end] for end in ("low", "high"))
         assert [at_20.min(), at_20.max()] == pytest.approx([low, high])
+        plt.close(drawn)
+    of_one_size = metrics[metrics["ratio"] != 0.1]
+    for drawn, task, metric, scale in (
+        (figures.accuracy(of_one_size), "mean", "accuracy", 100),
+        (figures.kl(of_one_size), "text", "kl", 1),
+    ):
+        labels = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+        bar = drawn.axes[0].collections[labels.index("HFPrune")].get_segments()[0]
+        assert list(bar[:, 0]) == pytest.approx([scale * intervals.loc[(task, metric), end] for end in ("low", "high")])
         plt.close(drawn)

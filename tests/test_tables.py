@@ -113,7 +113,7 @@ def test_ways_tried_at_several_sizes_are_lines_beside_all_models_of_one_size():
     figure = figures.kl(found[~(only_once & (found["ratio"] == 0.1))])
     left, right = figure.axes
     assert len(left.get_yticklabels()) == 8
-    assert left.get_title() == "20% of all parameters removed"
+    assert left.get_title() == "Cut models: 20% of all parameters removed"
     assert right.get_legend_handles_labels()[1] == ["entropy", "entropy global"]
     plt.close(figure)
 

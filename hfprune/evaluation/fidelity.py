@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.models.loading import (
+    PREFILL,
     count_parameters,
     final_hidden,
     flops_per_token,
@@ -65,7 +66,8 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
     The dense model compared with itself gives kl = js = entropy_change = 0 and top1_agreement = top15_jaccard = 1.
 
     Returns:
-        Of the model: `parameters`, `flops_per_token` of a forward pass, `bytes` of the weights on disk.
+        Of the model: `parameters`, `flops_per_token` of a forward pass over `PREFILL` tokens, `bytes` of its weights
+        on disk.
     """
     network = load_model(model, dtype)
     documents: list[dict[str, float]] = []
@@ -84,7 +86,7 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
     (folder / SAMPLES).write_text("".join(lines), encoding="utf-8")
     return {
         "parameters": count_parameters(network),
-        "flops_per_token": flops_per_token(network),
+        "flops_per_token": flops_per_token(network, PREFILL),
         "bytes": weight_bytes(model),
     }
 

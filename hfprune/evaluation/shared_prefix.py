@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hfprune.data.sampling import added_tokens
+from hfprune.data.sampling import added_tokens, check_vocabulary
 from hfprune.errors import UserError
 from hfprune.models.loading import logits_of, weights_in_memory
 from hfprune.runtime.memory import empty_cache, forward_bytes, free_bytes, is_out_of_memory
@@ -49,6 +49,16 @@ class Stock(HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
             self.add_bos_token = None
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        """As lm-eval's own.
+
+        Raises:
+            UserError: the tokenizer gives an id that the model does not know.
+        """
+        tokens = super().tok_encode(string, *args, **options)
+        check_vocabulary(max(tokens, default=0), self.model.config.vocab_size)
+        return tokens
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
         compute = super()._loglikelihood_tokens

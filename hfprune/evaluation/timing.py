@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
+from hfprune.errors import UserError
 from hfprune.models.context import check_checkpoint
 from hfprune.models.loading import PREFILL, load_model, load_tokenizer
 from hfprune.models.units import read_scores
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.pruning.scoring import TOKENS_PER_BATCH, cost, unit_scores
+from hfprune.runtime.memory import is_offloaded
 from hfprune.store.artifacts import device_name, peak_memory
 from hfprune.store.filenames import SCORES
 from hfprune.store.keys import versions
@@ -42,10 +44,13 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
         Rows `model`, `task`, `metric`, `value`, `n`: medians over `n` rounds of `prefill_seconds` (one sequence of
         `PREFILL` tokens) and `decode_tokens_per_second` (of all sequences together, for each of `BATCHES`), and
         `peak_bytes` of a process that loads the model and does all this once: of GPU memory, or else resident.
+
+    Raises:
+        UserError: a model does not stand on GPUs with all its weights, where there are any.
     """
     for folder in folders.values():
         check_checkpoint(folder, {"prefill": PREFILL, f"tokens, after a prompt of {PROMPT},": PROMPT + new_tokens})
-    models = {name: load_model(folder, dtype) for name, folder in folders.items()}
+    models = {name: _on_gpu(load_model(folder, dtype), name) for name, folder in folders.items()}
     found: dict[tuple[str, str, str], list[float]] = {}
     for number in range(rounds + 1):
         for name, model in models.items():
@@ -61,6 +66,20 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
     return [dict(zip(("model", "task", "metric", "value", "n"), row, strict=True)) for row in rows]
 
 
+def _on_gpu(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The model, which must not fetch weights from elsewhere while it computes: that is what a clock would measure.
+
+    Raises:
+        UserError: the GPUs do not hold all of it.
+    """
+    if is_offloaded(model):
+        raise UserError(
+            f"model {name}: not all of its weights have room on the GPUs, so its time would be that of moving them. "
+            "All models that are timed stand there at once: time fewer together, or take more GPUs or larger ones."
+        )
+    return model
+
+
 def _process_of_its_own() -> ProcessPoolExecutor:
     """For each call; not spawned from this one: Linux counts the spawning process's peak as the child's."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"), max_tasks_per_child=1)
@@ -68,7 +87,7 @@ def _process_of_its_own() -> ProcessPoolExecutor:
 
 def peak_of(folder: Path, dtype: str, new_tokens: int) -> int:
     """Peak bytes of this process after `run_once` of a checkpoint."""
-    run_once(load_model(folder, dtype), new_tokens)
+    run_once(_on_gpu(load_model(folder, dtype), folder.name), new_tokens)
     return peak_memory()
 
 
@@ -88,8 +107,11 @@ def time_scoring(
         Rows `criterion`, `light_cut` (the criterion that has to be scored before, "none"); `seconds`, the median over
         `n` rounds of a pass over all sequences, without loading; `peak_bytes` of a process that loads the model and
         scores one batch, of GPU memory, or else resident; `tokens` and `flops` of the pass; `n`.
+
+    Raises:
+        UserError: the model does not stand on GPUs with all its weights, where there are any.
     """
-    network = load_model(model, dtype)
+    network = _on_gpu(load_model(model, dtype), model.name)
     tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
     cuts = {name: None if cut is None else read_scores(cut / SCORES)["mlp"] for name, cut in criteria.items()}
     seconds: dict[str, list[float]] = {name: [] for name in criteria}
@@ -99,7 +121,7 @@ def time_scoring(
             unit_scores(network, tokens if number else tokens[:1], [name], seed, draws, cut)
             if number:
                 seconds[name].append(_now() - started)
-    counted = {name: cost(network, tokens.numel(), [name], draws, cut is not None) for name, cut in cuts.items()}
+    counted = {name: cost(network, tokens.shape, [name], draws, cut is not None) for name, cut in cuts.items()}
     del network
     batch = tokens[: max(1, TOKENS_PER_BATCH // length)]
     rows = []

@@ -29,7 +29,7 @@ from hfprune.errors import UserError
 from hfprune.evaluation import fidelity
 from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import DType, Experiment, Source
-from hfprune.models.loading import check_family, count_parameters, flops_per_token, load_tokenizer
+from hfprune.models.loading import PREFILL, check_family, count_parameters, flops_per_token, load_tokenizer
 from hfprune.models.units import PARTS, part_of, parts
 from hfprune.pruning import refit, scoring
 from hfprune.pruning.allocation import allocate
@@ -90,6 +90,13 @@ SPARE = 1.5  # times the memory counted
 START_SECONDS = 15 * 60  # imports, tokenising, whatever has no operations
 SECONDS_PER_GIB = 60  # of what a job reads and writes
 SLOW_SHARE = 0.2  # of the peak: half of what `hfprune plan` counts by
+
+# What timing takes beside operations.
+TIMED_ROUNDS = 7  # of `hfprune efficiency`: those measured, one before, and one in a process that measures memory
+SCORED_ROUNDS = 5  # of `hfprune scoring-cost`: likewise, though those beside take part of the text
+PROCESS_SECONDS = 60  # until a process of its own, one for each model or criterion, has its libraries
+STEP_SECONDS = 0.05  # of a decoded token, whatever the model's size; put, not measured
+BYTES_PER_SECOND = {"cpu": 10e9, "cuda": 300e9}  # of the memory that weights are read from, for each decoded token
 
 # Of lm-eval's definitions: documents, requests a document, tokens a request (context and continuation). Counted with
 # the embedded model's tokenizer; the tokens of arc_challenge and race, which were not at hand, are put.
@@ -229,13 +236,7 @@ def _read_config(file: Path) -> PreTrainedConfig:
         raise UserError(f"--shape {file}: not a model's config.json: {lacks}.")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        try:
-            return check_family(Path(folder))
-        except UserError as error:
-            said = " ".join(str(error).split())
-            raise UserError(
-                said.replace(str(Path(folder) / "config.json"), str(file)).replace(folder, str(file))
-            ) from None
+        return check_family(Path(folder), str(file))
 
 
 class Models:
@@ -335,6 +336,59 @@ class Estimate:
             gpus = 1 if stage in ("prune", "recover") else math.ceil(cost.memory_bytes / self.device.memory)
         return Request(round(SPARE * memory), seconds, gpus)
 
+    def efficiency(self, new_tokens: int) -> Request:
+        """What `hfprune efficiency` of the plan's models asks of a cluster: all of them stand in memory at once."""
+        from hfprune.evaluation.timing import BATCHES, PROMPT
+
+        models = [self.models.of(job) for job in self.plan.timed]
+        length, rows = PROMPT + new_tokens, sum(BATCHES)
+        weights, flops, seconds = sum(map(_weights, models)), 0, 0.0
+        for model in models:
+            flops += PREFILL * flops_per_token(model, PREFILL) + rows * length * flops_per_token(model, length)
+            step = STEP_SECONDS + _weights(model) / BYTES_PER_SECOND[self.kind]
+            seconds += TIMED_ROUNDS * len(BATCHES) * new_tokens * step
+        seconds += self.seconds(TIMED_ROUNDS * flops, SLOW_SHARE)
+        beside = max(forward_bytes(model, PREFILL, whole=True) for model in models)  # more than keys, values
+        return self._timing(weights + max(BATCHES) * beside, weights, len(models), seconds)
+
+    def scoring_cost(self) -> Request:
+        """What `hfprune scoring-cost` of the plan's criteria asks of a cluster."""
+        asked, criteria = self.plan.experiment.calibration, self.plan.experiment.criteria
+        dense, shape = self.models.dense, (asked.samples, asked.length)
+        passes = [scoring.cost(dense, shape, [name], asked.draws, bool(CRITERIA[name].light_cut)) for name in criteria]
+        seconds = self.seconds(SCORED_ROUNDS * sum(each["flops"] for each in passes), SLOW_SHARE)
+        memory = max(self._scoring_memory([name], asked.length) for name in criteria)
+        return self._timing(memory, _weights(dense), len(criteria), seconds)
+
+    def _timing(self, memory: int, files: int, processes: int, seconds: float) -> Request:
+        """What a job that times asks for: bytes that it computes in, bytes of files, processes beside its own."""
+        seconds += START_SECONDS + PROCESS_SECONDS * processes + SECONDS_PER_GIB * files / GIB
+        on_cpu, process = bool(self.device.process), self.device.process or HOST_PROCESS_BYTES
+        gpus = 0 if on_cpu else math.ceil(memory / self.device.memory)
+        return Request(round(SPARE * (2 * process + SNAKEMAKE_BYTES + (memory if on_cpu else files))), seconds, gpus)
+
+    def refuse_trainings(self) -> None:
+        """Refuse trainings that are still to be made and find no room: several GPUs each hold all of a training.
+
+        Raises:
+            UserError: one line for each.
+        """
+        if lines := self.trainings_without_room():
+            raise UserError("\n".join(lines))
+
+    def trainings_without_room(self) -> list[str]:
+        """One line for each training that is still to be made and that the device has no room for."""
+        lines = []
+        for job in self.plan.recoveries:
+            if self.plan.has(job) or (needed := self.cost(job).memory_bytes) <= self.device.memory:
+                continue
+            lines.append(
+                f"{job.label}: its training takes about {needed / GIB:,.1f} GiB on every GPU, {self.device.name} has "
+                f"{self.device.memory / GIB:,.1f}. Each of several GPUs holds all of it: train less (method lora or "
+                "norms), with a smaller micro_batch or length, or on a larger GPU."
+            )
+        return lines
+
     def stages(self) -> list[dict[str, Any]]:
         """A row for each stage: its name, its jobs, how many of them the store has, and of the others what they take.
 
@@ -369,28 +423,31 @@ class Estimate:
         disk = sum(4 * sum(units) for units in self.models.shape.units.values())
         if "shards" in job.inputs:  # sums are put together
             return Cost(0, self.device.process + _weights(dense), disk)
-        return self._pass(job, asked["samples"] * asked["length"], disk)
+        return self._pass(job, (asked["samples"], asked["length"]), disk)
 
     def _shard(self, job: Job) -> Cost:
         asked = job.recipe.parameters
         share = scoring.shard_range(asked["samples"], asked["length"], asked["shard"], asked["shards"])
         sums = sum(8 * part.output.in_features for name in PARTS for part in parts(self.models.dense, name))
-        return self._pass(job, len(share) * asked["length"], sums)
+        return self._pass(job, (len(share), asked["length"]), sums)
 
-    def _pass(self, job: Job, tokens: int, disk: int) -> Cost:
-        """Of criteria that are scored together; `disk` is one criterion's."""
+    def _pass(self, job: Job, shape: tuple[int, int], disk: int) -> Cost:
+        """Of criteria that are scored together on (sequences, length) tokens; `disk` is one criterion's."""
         asked, dense = job.recipe.parameters, self.models.dense
         given = _options(job)
         criteria, draws = [asked["criterion"], *given.get("together", [])], int(given["draws"][0])
-        flops = scoring.cost(dense, tokens, criteria, draws, "light_cut" in job.inputs)["flops"]
-        batch = max(scoring.TOKENS_PER_BATCH, asked["length"])
+        flops = scoring.cost(dense, shape, criteria, draws, "light_cut" in job.inputs)["flops"]
+        memory = self._scoring_memory(criteria, asked["length"])
+        return Cost(0 if job.after else flops, self.device.process + memory, disk)
+
+    def _scoring_memory(self, criteria: list[str], length: int) -> int:
+        """Bytes that scoring by these criteria together computes in."""
+        dense, batch = self.models.dense, max(scoring.TOKENS_PER_BATCH, length)
         logits = min(batch * dense.config.vocab_size, scoring.LOGITS_PER_CHUNK[self.kind])
         memory = _weights(dense) + 3 * 4 * logits
         if any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria):
-            memory += self._graph(dense, batch, reserved=memory)
-        else:
-            memory += graph_bytes(dense, batch) // dense.config.num_hidden_layers
-        return Cost(0 if job.after else flops, self.device.process + memory, disk)
+            return memory + self._graph(dense, batch, reserved=memory)
+        return memory + graph_bytes(dense, batch) // dense.config.num_hidden_layers
 
     def _prune(self, job: Job) -> Cost:
         asked, dense, made = job.recipe.parameters, self.models.dense, self.models.of(job)
@@ -399,7 +456,7 @@ class Estimate:
             scored = job.inputs["scores"].recipe.parameters
             tokens = scored["samples"] * scored["length"]
             sequential = asked["refit"] == "sequential"
-            flops = tokens * flops_per_token(dense) * (1 + sequential)
+            flops = tokens * flops_per_token(dense, scored["length"]) * (1 + sequential)
             kept = self.models.kept(job)
             for number, layer in enumerate(dense.model.layers):
                 for name in PARTS:
@@ -417,7 +474,7 @@ class Estimate:
     def _recover(self, job: Job) -> Cost:
         asked, given = job.recipe.parameters, _options(job)
         network = copy.deepcopy(self.models.of(job.inputs["model"]))
-        disk, forward = _weights(network), flops_per_token(network)
+        disk, forward = _weights(network), flops_per_token(network, asked["length"])
         adapters = {name: asked[name] for name in ("rank", "alpha", "dropout", "targets") if name in asked}
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers' own, of adapters
             trained, _ = METHODS[asked["method"]](network, **adapters)
@@ -427,7 +484,7 @@ class Estimate:
         memory += 4 * 4 * min(batch * network.config.vocab_size, losses.LOGITS_PER_CHUNK[self.kind])
         teacher = 0
         if "teacher" in job.inputs:
-            teacher = flops_per_token(self.models.dense)
+            teacher = flops_per_token(self.models.dense, asked["length"])
             memory += _weights(self.models.dense)
         if asked["method"] == "lora":  # of what enters an adapter, the part that dropout leaves
             memory += 8 * batch * sum(each.in_features for each in network.modules() if _adapted(each))
@@ -444,13 +501,15 @@ class Estimate:
         kept = (tokens + dense.config.vocab_size) * dense.config.hidden_size * _itemsize(dense)
         layer = graph_bytes(dense, asked["length"]) // dense.config.num_hidden_layers
         memory = _weights(dense) + kept + layer
-        return Cost(tokens * flops_per_token(dense), self.device.process + memory, kept + 8 * tokens)
+        flops = tokens * flops_per_token(dense, asked["length"])
+        return Cost(flops, self.device.process + memory, kept + 8 * tokens)
 
     def _measure(self, job: Job) -> Cost:
         model, reference = self.models.of(job.inputs["model"]), self._reference(job.inputs["reference"])
         asked = job.inputs["reference"].recipe.parameters
         tokens, config = asked["samples"] * asked["length"], model.config
-        flops = tokens * (flops_per_token(model) + 2 * config.hidden_size * config.vocab_size)  # the dense logits too
+        dense_logits = 2 * config.hidden_size * config.vocab_size
+        flops = tokens * (flops_per_token(model, asked["length"]) + dense_logits)
         layer = graph_bytes(model, asked["length"]) // config.num_hidden_layers
         chunk = min(asked["length"] * config.vocab_size, fidelity.LOGITS_PER_CHUNK)
         memory = _weights(model) + reference.disk_bytes + layer + 8 * 4 * chunk
@@ -459,19 +518,19 @@ class Estimate:
     def _evaluate(self, job: Job) -> Cost:
         model, given = self.models.of(job.inputs["model"]), _options(job)
         limit = int(given["limit"][0]) if "limit" in given else math.inf
-        tokens = longest = documents = 0
+        flops = longest = documents = 0
         for task in job.inputs["tasks"]:
             count, requests, length = self._task(task)
             documents += min(count, limit)
-            tokens += min(count, limit) * requests * length
+            tokens = min(count, limit) * requests * length
+            flops += tokens * flops_per_token(model, round(length))
             longest = max(longest, LONGEST_REQUEST * length)
         from hfprune.evaluation.shared_prefix import LOGITS, ROWS, TOKENS  # lm-eval with it, which takes seconds
 
         stock = given["batching"] == ["stock"]
         rows = ROWS if stock else max(1, TOKENS["cpu" if self.device.process else "cuda"] // longest)
         memory = _weights(model) + rows * forward_bytes(model, longest, whole=stock) + 2 * 4 * LOGITS
-        flops = round(tokens * flops_per_token(model))
-        return Cost(flops, self.device.process + memory, BYTES_PER_SAMPLE * documents)
+        return Cost(round(flops), self.device.process + memory, BYTES_PER_SAMPLE * documents)
 
     # What stages share.
 
@@ -606,6 +665,7 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
     large = [row["stage"] for row in rows[:-1] if row["memory_bytes"] > device.memory]
     if large:
         lines.append(f"more than the {device.memory / GIB:.3g} GiB of {device.name}: {', '.join(large)}")
+    lines += counted.trainings_without_room()
     if counted.assumed:
         lines += ["assumed:", *(f"  {each}" for each in sorted(counted.assumed))]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,19 @@ from hfprune.models.context import check_checkpoint
 from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
 from hfprune.reporting.targets import Setting
+from hfprune.runtime.paths import expanded
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
 from hfprune.store.keys import Recipe
+
+# By stage, the inputs whose manifests say which model an artifact is of and on what: see `reporting.tables`.
+DESCRIBING = {
+    "evaluate": ("model",),
+    "measure": ("model", "reference"),
+    "prune": ("model", "scores"),
+    "recover": ("model", "text"),
+    "reference": ("text",),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,11 @@ class Job:
     def sources(self) -> list["Job"]:
         """The jobs of `inputs`, in one list."""
         return [job for made in self.inputs.values() for job in (made if isinstance(made, list) else [made])]
+
+    @property
+    def waits_for(self) -> list["Job"]:
+        """All jobs that must have ended before."""
+        return [*self.sources, *([self.after] if self.after else [])]
 
     @property
     def key(self) -> str:
@@ -96,6 +111,7 @@ class Plan:
     Attributes:
         store: the folder of all artifacts.
         jobs: stage -> key -> job.
+        parts: by key, the results of one task each; the job that evaluates all tasks, `after`, makes them.
         scores: the jobs that score.
         models: what results are collected of.
         cuts: the pruned models of the first calibration seed, before any training.
@@ -110,6 +126,7 @@ class Plan:
         if {"{", "}"} & set(str(self.store.root)):
             raise UserError(f"store = {self.store.root}: Snakemake takes braces in paths for wildcards. Name another.")
         self.jobs: dict[str, dict[str, Job]] = defaultdict(dict)
+        self.parts: dict[str, Job] = {}
         self.scores: list[Job] = []
         self.models: list[Model] = []
         self.cuts: list[Model] = []
@@ -125,18 +142,23 @@ class Plan:
     @property
     def needed(self) -> list[Job]:
         """Every job that the results rest on, each after those that it is made from."""
-        found: dict[tuple[str, str], Job] = {}
+        results = [*self.scores, *(job for model in self.models for job in model.results)]
+        return _with_sources(results, lambda job: job.sources)
 
-        def add(job: Job) -> None:
-            if (job.recipe.stage, job.key) in found:
-                return
-            for source in job.sources:
-                add(source)
-            found[job.recipe.stage, job.key] = job
+    def described(self, jobs: Iterable[Job]) -> list[Job]:
+        """Those jobs after the ones that say which models they are of: all that a table or figure of them reads."""
+        return _with_sources(jobs, lambda job: [job.inputs[name] for name in DESCRIBING.get(job.recipe.stage, ())])
 
-        for job in [*self.scores, *(job for model in self.models for job in model.results)]:
-            add(job)
-        return list(found.values())
+    def lost_parts(self, jobs: Iterable[Job]) -> list[Job]:
+        """Of those jobs that evaluate and are done, the results of single tasks that the store has no longer."""
+        done = {job.key for job in jobs if self.has(job)}
+        return [part for part in self.parts.values() if part.after.key in done and not self.has(part)]
+
+    def waited_for(self, stage: str) -> list[str]:
+        """The keys of those jobs of a stage that others of the same stage wait for."""
+        ahead = [job for waiting in self.jobs[stage].values() for job in waiting.waits_for]
+        behind = _with_sources(ahead, lambda job: job.waits_for)
+        return [job.key for job in behind if job.recipe.stage == stage]
 
     @property
     def timed(self) -> list[Job]:
@@ -274,12 +296,13 @@ class Plan:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
         sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
         parts = {
-            name: recipe("evaluate-task", sampling, model=model.job.key, task=task.key).key
-            for name, task in tasks.items()
+            name: recipe("evaluate-task", sampling, model=model.job.key, task=task.key) for name, task in tasks.items()
         }
-        made = recipe("evaluate", {}, model=model.job.key, **parts)
+        made = recipe("evaluate", {}, model=model.job.key, **{name: part.key for name, part in parts.items()})
         inputs = {"model": model.job, "tasks": list(tasks.values())}
-        return self._put(Job(made, inputs, options(sampling), model.label))
+        whole = self._put(Job(made, inputs, options(sampling), model.label))
+        self.parts |= {part.key: replace(whole, recipe=part, after=whole) for part in parts.values()}
+        return whole
 
     def _score(self, model: Job, text: Job, seed: int) -> dict[str, Job]:
         """By criterion asked for, the job that makes its scores."""
@@ -334,13 +357,35 @@ class Plan:
         return self.jobs[job.recipe.stage].setdefault(job.key, job)
 
 
+def _with_sources(jobs: Iterable[Job], sources: Callable[[Job], list[Job]]) -> list[Job]:
+    """Jobs and all that lies behind them, each once, after its sources."""
+    found: dict[tuple[str, str], Job] = {}
+
+    def add(job: Job) -> None:
+        if (job.recipe.stage, job.key) not in found:
+            for source in sources(job):
+                add(source)
+            found[job.recipe.stage, job.key] = job
+
+    for job in jobs:
+        add(job)
+    return list(found.values())
+
+
 def _keys(inputs: Mapping[str, Job]) -> dict[str, str]:
     return {name: job.key for name, job in inputs.items()}
 
 
 def store_root(configured: Path) -> Path:
-    """The folder of all artifacts: HFPRUNE_STORE, or else what is configured."""
-    return Path(os.environ.get("HFPRUNE_STORE") or configured)
+    """The folder of all artifacts: HFPRUNE_STORE, or else what is configured.
+
+    Raises:
+        UserError: HFPRUNE_STORE begins with the home of nobody.
+    """
+    try:
+        return expanded(os.environ.get("HFPRUNE_STORE") or configured)
+    except ValueError as error:
+        raise UserError(f"HFPRUNE_STORE = {error}.") from None
 
 
 def options(parameters: Mapping[str, Any]) -> tuple[str, ...]:

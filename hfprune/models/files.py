@@ -6,7 +6,13 @@ from pathlib import Path
 from hfprune.errors import UserError
 from hfprune.store.filenames import HISTORY, TOKENIZER, is_companion, is_one_of
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+MODEL = (*WEIGHTS, "config.json", *HISTORY)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, or says which file holds which."""
+    return is_one_of(WEIGHTS, name)
 
 
 def is_model_file(name: str) -> bool:
@@ -15,7 +21,7 @@ def is_model_file(name: str) -> bool:
     Args:
         name: its path below the folder.
     """
-    return is_one_of((*WEIGHTS, *HISTORY), name) or is_companion(name)
+    return is_one_of(MODEL, name) or is_companion(name)
 
 
 def is_out_of_folder(file: Path, folder: Path) -> bool:
@@ -46,7 +52,7 @@ def model_files(folder: Path) -> list[str]:
             names.append(name)
             continue
         leads = f"a link that leads {'out of the folder' if file.exists() else 'nowhere'}, to {file.resolve()}"
-        if is_one_of((*WEIGHTS, *HISTORY, *TOKENIZER), name):
+        if is_one_of((*MODEL, *TOKENIZER), name):
             raise UserError(f"{file}: {leads}. Put the file itself in its place, or remove the link.")
         print(f"{file}: {leads}: left out", file=sys.stderr)
     return names

@@ -1,5 +1,6 @@
 """Loading checkpoints of the families that are supported, running them, and counting what they hold."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,9 +22,12 @@ from transformers import (
 from hfprune.errors import UserError
 from hfprune.models.modeling_per_layer import CLASSES
 from hfprune.runtime.memory import available_bytes
+from hfprune.store.keys import versions
 
 # `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+QUANTISED = ("quantization_config", "compression_config", "quantization")  # keys of config.json that say so
+SENTENCEPIECE = ("sentencepiece", "protobuf")  # what transformers reads tokenizer.model with
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # nothing is fetched, no code of a checkpoint's runs
 PREFILL = 256  # tokens of the sequence that efficiency is counted and timed on
 
@@ -38,43 +42,80 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_family(folder: Path) -> PreTrainedConfig:
+def check_family(folder: Path, named: str = "") -> PreTrainedConfig:
     """The config of the checkpoint in `folder`, which must be one that can be pruned here.
+
+    Args:
+        folder: of the checkpoint.
+        named: what messages call its `config.json`; by default its path.
 
     Raises:
         UserError: no readable `config.json`, or a model that scoring or surgery would get wrong.
     """
+    file = folder / "config.json"
+    named = named or str(file)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{named}: cannot be read as JSON: {_reason(error, folder, named)}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise UserError(f"{named}: names no model_type. Supported families: {', '.join(FAMILIES)}.")
+    for key in QUANTISED:
+        if method := values.get(key):
+            how = method.get("quant_method", key) if isinstance(method, dict) else method
+            raise UserError(
+                f"{named}: {key}: the weights are quantised ({how}). Take the original checkpoint that they were made "
+                "from, in float32, bfloat16 or float16; its model card names it."
+            )
+    kind = values["model_type"]
+    if "text_config" in values and kind not in FAMILIES:
+        raise UserError(
+            f"{named}: model_type {kind!r} wraps a language model in another, such as one that reads images. Take the "
+            f"language model alone. Supported families: {', '.join(FAMILIES)}."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a checkpoint that transformers can read: {_reason(error)}") from None
-    check_config(config, str(folder / "config.json"))
+    except Exception as error:  # any: an unknown model_type, values of wrong types, code of its own
+        raise UserError(
+            f"{named}: not of a checkpoint that transformers can read: {_reason(error, folder, named)}"
+        ) from None
+    check_config(config, named)
     return config
 
 
-def check_config(config: PreTrainedConfig, file: str) -> None:
+def check_config(config: PreTrainedConfig, named: str) -> None:
     """Refuse a model that scoring or surgery would get wrong.
 
     Args:
         config: the model's.
-        file: what messages call it.
+        named: what messages call it.
 
     Raises:
         UserError: it is such a model.
     """
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(
-            f"{file}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
+            f"{named}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
         )
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"{file}: model_type {config.model_type!r} is not supported: its blocks may not have the MLP "
+            f"{named}: model_type {config.model_type!r} is not supported: its blocks may not have the MLP "
             f"down_proj(act(gate_proj(x)) * up_proj(x)). Supported families: {', '.join(FAMILIES)}."
+        )
+    if others := [name for name in config.architectures or [] if not name.endswith(("ForCausalLM", "Model"))]:
+        raise UserError(
+            f"{named}: architectures {others[0]!r} is no language model, so that there are no predictions to keep. "
+            "Take the language model (...ForCausalLM) that it was made from."
         )
     if getattr(config, "final_logit_softcapping", None):
         raise UserError(
-            f"{file}: final_logit_softcapping = {config.final_logit_softcapping}: capped logits are not supported."
+            f"{named}: final_logit_softcapping = {config.final_logit_softcapping}: capped logits are not supported."
         )
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """What builds the model of a config: a class of this package's where layers have widths of their own."""
+    return CLASSES[config.model_type] if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
 
 
 def load_model(folder: Path, dtype: str, spread: bool = True) -> PreTrainedModel:
@@ -91,8 +132,7 @@ def load_model(folder: Path, dtype: str, spread: bool = True) -> PreTrainedModel
         spread: whether several places may share it; else it stands on the CPU where one GPU does not hold it.
     """
     config = check_family(folder)
-    made_by = CLASSES[config.model_type] if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
-    model = made_by.from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
+    model = model_class(config).from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
     if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - BYTES_BESIDE_WEIGHTS:
         model = model.to(device())
     return model.eval().requires_grad_(False)
@@ -110,22 +150,33 @@ def _bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the checkpoint in `folder`.
+def load_tokenizer(folder: Path, named: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer beside the checkpoint in `folder`, which messages call `named`; by default by its path.
 
     Raises:
         UserError: there is none, or none that transformers can make without code of its own.
     """
+    named = named or str(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer that transformers can read: {_reason(error)}") from None
+    except Exception as error:  # any: the tokenizers library raises it bare
+        alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+        if alone and (absent := [name for name in SENTENCEPIECE if name not in versions(SENTENCEPIECE)]):
+            raise UserError(
+                f"{named}: its tokenizer is tokenizer.model, of SentencePiece, which needs {' and '.join(absent)}: "
+                "`pip install sentencepiece protobuf`."
+            ) from None
+        raise UserError(
+            f"{named}: no tokenizer that transformers {transformers.__version__} can read: "
+            f"{_reason(error, folder, named)}"
+        ) from None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, folder: Path, named: str) -> str:
     if "custom code" in str(error):  # transformers would have it switched on
         return "it comes with code of its own, which never runs here."
-    return str(error).partition("\n")[0]
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first.replace(str(folder), named)
 
 
 def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
@@ -140,8 +191,8 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_token(model: PreTrainedModel) -> int:
-    """Floating-point operations of a forward pass over one sequence of `PREFILL` tokens, divided by its tokens.
+def flops_per_token(model: PreTrainedModel, length: int) -> int:
+    """Floating-point operations of a forward pass over a sequence of `length` tokens, divided by its tokens.
 
     2 (a product and a sum) for each weight of each linear layer, the output projection among them; and 4 for each
     dimension of each attention head and each token of the sequence: 2 for the scores, 2 for the sum of values, counted
@@ -150,7 +201,7 @@ def flops_per_token(model: PreTrainedModel) -> int:
     """
     linear = sum(2 * each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear))
     heads = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
-    return linear + 4 * heads * PREFILL
+    return linear + 4 * heads * length
 
 
 def weight_bytes(folder: Path) -> int:

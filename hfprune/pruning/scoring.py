@@ -70,7 +70,7 @@ def score(
     """
     network, tokens = _model_and_tokens(model, text, samples, length, seed, dtype)
     scores = unit_scores(network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME)
-    return scores, costs(network, tokens.numel(), criteria, draws, light_cut is not None)
+    return scores, costs(network, tokens.shape, criteria, draws, light_cut is not None)
 
 
 def shard(
@@ -85,22 +85,28 @@ def shard(
     network, tokens = _model_and_tokens(model, text, samples, length, seed, dtype)
     share = shard_range(samples, length, shard, shards)
     sums = add_up(network, tokens, criteria, seed, draws, _light_cut(light_cut), folder / RESUME, share)
-    share_costs = costs(network, len(share) * length, criteria, draws, light_cut is not None)
+    share_costs = costs(network, (len(share), length), criteria, draws, light_cut is not None)
     return {name: sums.of(name) for name in criteria}, share_costs
 
 
-def cost(model: PreTrainedModel, tokens: int, criteria: Sequence[str], draws: int, light_cut: bool) -> dict[str, int]:
-    """`tokens` and `flops` of a pass. A backward pass to activations alone costs as much as a forward pass."""
-    times = 1 + light_cut + len(_backward_passes(criteria, draws))
-    return {"tokens": tokens, "flops": tokens * flops_per_token(model) * times}
+def cost(
+    model: PreTrainedModel, shape: Sequence[int], criteria: Sequence[str], draws: int, light_cut: bool
+) -> dict[str, int]:
+    """`tokens` and `flops` of a pass over `shape` (sequences, length) tokens.
+
+    A backward pass to activations alone costs as much as a forward pass.
+    """
+    sequences, length = shape
+    tokens, times = sequences * length, 1 + light_cut + len(_backward_passes(criteria, draws))
+    return {"tokens": tokens, "flops": tokens * flops_per_token(model, length) * times}
 
 
 def costs(
-    model: PreTrainedModel, tokens: int, criteria: Sequence[str], draws: int, light_cut: bool
+    model: PreTrainedModel, shape: Sequence[int], criteria: Sequence[str], draws: int, light_cut: bool
 ) -> dict[str, dict[str, int]]:
     """By criterion, its `cost` alone, and `flops_together` of the pass in which all of them were scored."""
-    together = cost(model, tokens, criteria, draws, light_cut)["flops"]
-    return {name: cost(model, tokens, [name], draws, light_cut) | {"flops_together": together} for name in criteria}
+    together = cost(model, shape, criteria, draws, light_cut)["flops"]
+    return {name: cost(model, shape, [name], draws, light_cut) | {"flops_together": together} for name in criteria}
 
 
 def _backward_passes(criteria: Sequence[str], draws: int) -> list[tuple[list[str], LogitGradient, int]]:

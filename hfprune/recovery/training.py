@@ -94,7 +94,7 @@ def recover(
     rows = Packed(read_examples(load_tokenizer(model), network.config.vocab_size, text, length), length, epochs, seed)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     per_step = _rows_per_step(rows, batch_tokens, micro_batch, processes)
-    per_token = flops_per_token(network)
+    per_token = flops_per_token(network, length)
     set_seed(seed)  # of the adapters' first weights
     network.name_or_path = model.name  # what an adapter says it belongs to: a key, not a path on this machine
     trained, finish = METHODS[method](network, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
@@ -130,7 +130,7 @@ def recover(
     dense = load_model(teacher, dtype, spread=False).to(arguments.device) if teacher else None
     learned = sum(each.numel() for each in trained.parameters() if each.requires_grad)
     short = is_short(network, micro_batch * length, reserved=BYTES_PER_TRAINED * learned)
-    flops = training_flops(trained, method, per_token, short, flops_per_token(dense) if dense else 0)
+    flops = training_flops(trained, method, per_token, short, flops_per_token(dense, length) if dense else 0)
     trainer = RecoveryTrainer(
         model=trained,
         network=network,

@@ -1,6 +1,6 @@
 """The figures: drawn from `metrics.csv` and from scores, one look throughout."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from textwrap import fill
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 from scipy.stats import rankdata, spearmanr
 
 from hfprune.models.units import UNITS
@@ -26,6 +27,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vP*"
 LINES = ("-", "--", ":")  # for more lines than there are colours
 MOST_LINES = 6  # in one panel
+BESIDE = 4  # points between models of one cost
 KL_LABEL = "KL(dense || pruned), nats per token"
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
 STYLE = {
@@ -44,15 +46,15 @@ PAIR = ("entropy", "cross_entropy")  # the paper argues for the one over the oth
 NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
-def draw(metrics: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the figures of `metrics.csv` into `folder`, of accuracy where tasks were evaluated; their paths."""
     figures = {"kl": lambda: kl(metrics)}
     if (metrics["group"] == "task").any():
         figures["accuracy"] = lambda: accuracy(metrics)
-    yield from _save(figures, folder)
+    return _save(figures, folder)
 
 
-def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the figures of the scores and, where there are several, of their agreement into `folder`; their paths."""
     figures = {"importance": lambda: importance(scores)}
     first = _first_of_each(scores)
@@ -60,38 +62,40 @@ def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> It
         figures["entropy_cross_entropy"] = lambda: against_each_other(*(layers(first[name]) for name in PAIR))
     if len(scores) > 1:
         figures["agreement"] = lambda: agreement(found)
-    yield from _save(figures, folder)
+    return _save(figures, folder)
 
 
-def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw what models are worth against their speed and their cost into `folder`; their paths."""
-    yield from _save({"pareto": lambda: pareto(metrics, timings)}, folder)
+    return _save({"pareto": lambda: pareto(metrics, timings)}, folder)
 
 
-def draw_widths(widths: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_widths(widths: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw what every layer keeps into `folder`; their paths."""
-    yield from _save({"widths": lambda: kept_widths(widths)}, folder)
+    return _save({"widths": lambda: kept_widths(widths)}, folder)
 
 
-def draw_losses(curves: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_losses(curves: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the loss curves of recovery into `folder`; their paths."""
-    yield from _save({"losses": lambda: losses(curves)}, folder)
+    return _save({"losses": lambda: losses(curves)}, folder)
 
 
-def draw_profile(bins: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def draw_profile(bins: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw where models differ from the dense one into `folder`; their paths."""
-    yield from _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
+    return _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
 
 
-def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> Iterator[Path]:
+def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
+    paths = []
     with plt.rc_context(STYLE):
         for name, make in figures.items():
             figure = make()
             for suffix, metadata in NO_DATE.items():
                 path = folder / f"{name}.{suffix}"
                 figure.savefig(path, metadata=metadata)
-                yield path
+                paths.append(path)
             plt.close(figure)
+    return paths
 
 
 def accuracy(metrics: pd.DataFrame) -> Figure:
@@ -107,6 +111,8 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
     panels = {"Mean of tasks": with_sizes(mean_accuracy(found), found)} | {
         TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
     }
+    if (ratio := _one_size(tasks)) is not None:
+        return _ranked_tasks(panels, ratio)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
@@ -124,12 +130,32 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
     return figure
 
 
+def _ranked_tasks(panels: dict[str, pd.DataFrame], ratio: float) -> Figure:
+    """A panel for each task, a row for each model, by the first panel's value, the highest on top."""
+    order = next(iter(panels.values())).sort_values("value")[MODEL].itertuples(index=False, name=None)
+    order = list(order)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.6 + 1.9 * columns, 0.6 + rows * (0.5 + 0.17 * len(order))), sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        _ranked(axis, panel.set_index(MODEL).loc[order].reset_index(), scale=100)
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.suptitle(f"Cut models: {ratio:.0%} of all parameters removed", fontsize=9)
+    figure.supxlabel("Accuracy (%)", fontsize=9)
+    return figure
+
+
 def kl(metrics: pd.DataFrame) -> Figure:
     """KL divergence from the dense model on held-out text, by how models were made.
 
-    Against the share of parameters removed. Where that would be too many lines in one panel: those of the ways that
-    were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the dense
-    one first. Where it still would be too many: in several panels.
+    Against the share of parameters removed. Where there is one size, or too many lines for a panel: lines for the ways
+    that were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the
+    dense one first. Where there are still too many lines: several panels.
     """
     heldout = on_headline_text(metrics)
     found = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
@@ -137,14 +163,15 @@ def kl(metrics: pd.DataFrame) -> Figure:
     pruned = found[found["method"] != DENSE]
     ways = pruned.groupby(["method", *WAYS])["ratio"]
     several = pruned[ways.transform("nunique") > 1]
-    if ways.ngroups <= MOST_LINES:
+    if ways.ngroups <= MOST_LINES and _one_size(found) is None:
         height = 3.1 + 0.2 * ways.ngroups  # the legend stands above
         figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
         _against_ratio(axis, found)
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     elif several.groupby(["method", *WAYS]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
-        rows = pruned[pruned["ratio"] == ratio]
+        controls = (found["method"] == DENSE) & (found["stage"] != "dense")
+        rows = found[controls | ((found["method"] != DENSE) & (found["ratio"] == ratio))]
         height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
         if len(several):
             figure, (left, right) = plt.subplots(
@@ -154,9 +181,10 @@ def kl(metrics: pd.DataFrame) -> Figure:
             right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
             figure, left = plt.subplots(figsize=(7.5, height), layout="constrained")
-        _ranked(left, rows)
+        _ranked(left, rows.sort_values("value", ascending=False))
+        left.set_xlim(left=0)
         left.set_xlabel(KL_LABEL)
-        left.set_title(f"{ratio:.0%} of all parameters removed", fontsize=9)
+        left.set_title(f"Cut models: {ratio:.0%} of all parameters removed", fontsize=9)
     else:
         figure = _panels(found)
     figure.suptitle(title, fontsize=9)
@@ -168,7 +196,7 @@ def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
     _curves(axis, found)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("Parameters removed (%)")
-    axis.set_ylabel(KL_LABEL)
+    axis.set_ylabel(KL_LABEL.replace(", ", ",\n"))
 
 
 def _panels(found: pd.DataFrame) -> Figure:
@@ -195,17 +223,22 @@ def _panels(found: pd.DataFrame) -> Figure:
     return figure
 
 
-def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
-    """A row for each model, the lowest value first, with bars of 95 %; one colour for each training."""
-    recoveries, ways = list(dict.fromkeys(models["recovery"])), varying(models)
-    models = models.sort_values("value", ascending=False)
+def _one_size(models: pd.DataFrame) -> float | None:
+    """The ratio of all cut models where it is one: a line from the dense model to them would say what is not known."""
+    ratios = models[models["method"] != DENSE]["ratio"].unique()
+    return ratios[0] if len(ratios) == 1 else None
+
+
+def _ranked(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
+    """A row for each model, the last on top, with bars of 95 %; one colour for each training."""
+    recoveries, ways = list(dict.fromkeys(sorted(models["recovery"]))), varying(models)
     for row, (_, model) in enumerate(models.iterrows()):
         color = COLORS[recoveries.index(model["recovery"]) % len(COLORS)]
-        axis.errorbar(model["value"], row, xerr=_bars(model), color=color, marker="o", markersize=4, capsize=2)
+        look = {"color": color, "marker": "o", "markersize": 4, "capsize": 2}
+        axis.errorbar(scale * model["value"], row, xerr=_bars(model, scale), **look)
     labels = [_name(model, ways) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
-    axis.set_xlim(left=0)
 
 
 def losses(curves: pd.DataFrame) -> Figure:
@@ -400,27 +433,40 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
         f"Prefill of {tokens} tokens (ms)": ("timed", 1e3 * prefill_seconds(worth, prefill)),
         "Scoring, cutting and training (TFLOP)": ("counted", flops / 1e12),
     }
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
-    ways = varying(worth)
+    ways, sizes = varying(worth), worth[worth["method"] != DENSE]["ratio"]
+    common = sizes.mode().max()  # NaN where nothing was cut
     labels = [_name(row, ways) for _, row in worth.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    height = 3.1 + 0.18 * (-(-len(looks) // 2))  # the legend stands below
+    figure, axes = plt.subplots(1, 2, figsize=(7, height), sharey=True, layout="constrained")
     for axis, (name, (measured, costs)) in zip(axes, panels.items(), strict=True):
         left_out = []
-        for (_, row), label, x in zip(worth.iterrows(), labels, costs, strict=True):
-            removed = [f"{row['ratio']:.0%}"] if row["ratio"] else []
+        places, counts = costs.groupby(costs).cumcount(), costs.groupby(costs).transform("size")
+        for (index, row), label, x in zip(worth.iterrows(), labels, costs, strict=True):
+            removed = f"{row['ratio']:.0%}" if row["ratio"] else ""
             if not np.isfinite(x):
-                left_out.append(", ".join([label, *removed]))
+                left_out.append(f"{label}, {removed}" if removed else label)
                 continue
             look, y = looks[label], scale * row["value"]
             color, marker = COLORS[look % len(COLORS)], markers[look % len(markers)]
-            axis.errorbar(x, y, yerr=_bars(row, scale), color=color, marker=marker, markersize=5, lw=0.8)
-            for text in removed:
-                axis.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=6)
+            aside = BESIDE * (places[index] - (counts[index] - 1) / 2)
+            moved = axis.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+            bar = {"color": color, "marker": marker, "markersize": 5, "lw": 0.8, "transform": moved}
+            bars = _bars(row, scale)
+            axis.errorbar(x, y, yerr=bars, **bar)
+            axis.update_datalim([(x, y - bars[0, 0]), (x, y + bars[1, 0])])  # what is moved does not count by itself
+            if removed and row["ratio"] != common:
+                axis.annotate(removed, (x, y), (4 + aside, 4), textcoords="offset points", fontsize=6)
+        axis.margins(x=0.15)
+        axis.autoscale_view()
         axis.set_xlabel(name)
         if left_out:
             axis.set_title(fill(f"Not {measured}: {'; '.join(left_out)}", 60), fontsize=6, loc="left")
-    axes[0].set_ylabel(title)
+    axes[0].set_ylabel(title.replace(", ", ",\n"))
+    if len(sizes):
+        elsewhere = ", where nothing else is written" if sizes.nunique() > 1 else ""
+        figure.suptitle(f"Cut models: {common:.0%} of all parameters removed{elsewhere}", fontsize=9)
     handles = [
         plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=markers[n % len(markers)], ls="", label=label)
         for label, n in looks.items()
@@ -444,7 +490,7 @@ def prefill_seconds(models: pd.DataFrame, timings: pd.DataFrame) -> pd.Series:
     """
     own = timings.groupby(MODEL)["value"].mean()
     seconds = pd.MultiIndex.from_frame(models[MODEL]).map(own).to_series(models.index).astype(float)
-    shape = models[["model", "structure", "allocation", "ratio", "parameters"]].assign(
+    shape = models[["model", "structure", "allocation", "ratio", "parent", "parameters"]].assign(
         criterion=models["criterion"].where(models["allocation"] != "uniform", "")
     )
     return seconds.fillna(seconds.groupby([shape[name] for name in shape]).transform("mean"))

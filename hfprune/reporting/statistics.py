@@ -6,7 +6,7 @@ first, and the variance over seeds is that of these means. The squares of both h
 quantile of its own degrees of freedom; see docs/statistics.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,8 @@ from hfprune.errors import UserError
 MODEL = ["model", "stage", "method", "criterion", "allocation", "refit", "structure", "ratio", "recovery", "parent"]
 MEASURE = ["group", "task", "metric"]
 
-WAYS = ["recovery", "parent"]  # what a method's name does not say of a model
-
 LEVEL = 0.95
+WAYS = ["recovery", "parent"]  # what a method's name does not say of a model
 RANGES = {"kl": (0, np.inf), "js": (0, 1), "top1_agreement": (0, 1), "top15_jaccard": (0, 1)}
 SMALLEST_P = 1e-100
 HALVINGS = 45  # of log(SMALLEST_P): p-values to eleven digits
@@ -137,7 +136,7 @@ def estimates(metrics: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UserError: a value is given twice, or rests on other documents at another seed.
     """
-    return _estimates(metrics, [*MODEL, *MEASURE], lambda first: {})
+    return _estimates(metrics, [*MODEL, *MEASURE], {})
 
 
 def mean_accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -152,7 +151,7 @@ def mean_accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UserError: see `estimates`; or a model, or a seed of it, lacks a task that others have.
     """
-    found = _estimates(metrics, MODEL, lambda first: {"group": "task", "task": "mean", "metric": "accuracy"})
+    found = _estimates(metrics, MODEL, {"group": "task", "task": "mean", "metric": "accuracy"})
     tasks = metrics.groupby(MODEL, dropna=False, sort=False)["task"].unique()
     for setting, has in tasks.items():
         if lacking := sorted(set(metrics["task"]) - set(has)):
@@ -163,13 +162,13 @@ def mean_accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def _estimates(metrics: pd.DataFrame, by: list[str], about: Callable[[pd.Series], dict[str, str]]) -> pd.DataFrame:
-    columns = [*MODEL, *MEASURE, "value", "low", "high", "n", "seeds"]
+def _estimates(metrics: pd.DataFrame, by: list[str], about: dict[str, str]) -> pd.DataFrame:
+    """`_estimate` of each group of rows, beside its values of `by` and what is known `about` all of them."""
     rows = []
     for setting, found in metrics.groupby(by, dropna=False, sort=False):
-        known = dict(zip(by, setting, strict=True)) | about(found.iloc[0])
+        known = dict(zip(by, setting, strict=True)) | about
         rows.append(known | _estimate(found.sort_values(["seed", "task"], kind="stable"), known["group"]))
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=[*MODEL, *MEASURE, "value", "low", "high", "n", "seeds"])
 
 
 def _estimate(found: pd.DataFrame, group: str) -> dict[str, float]:
@@ -179,7 +178,7 @@ def _estimate(found: pd.DataFrame, group: str) -> dict[str, float]:
     if found.duplicated(["seed", "task"]).any():
         raise UserError(
             f"{what}: a value is given twice for one calibration seed. Give each model once; two that were made with "
-            "other settings belong into two experiments."
+            "other settings belong in two experiments."
         )
     if len(found) != seeds * tasks:
         raise UserError(f"{what}: not every calibration seed has every task. Evaluate all on the same tasks.")
@@ -195,16 +194,14 @@ def _estimate(found: pd.DataFrame, group: str) -> dict[str, float]:
     return {"value": mean, "low": low, "high": high, "n": int(count), "seeds": seeds}
 
 
-def _words(setting) -> str:
+def _words(setting: Iterable[str | float]) -> str:
     """A model for people, by its values of `MODEL`."""
     model = dict(zip(MODEL, setting, strict=True))
-    said = [
-        model["model"],
-        model["method"],
-        f"{100 * model['ratio']:g} %" if model["ratio"] else "none",
-        model["recovery"],
-    ]
-    return ", ".join(word for word in said if word != "none")
+    ratio = f"{100 * model['ratio']:g} %" if model["ratio"] else "none"
+    after = "none" if model["parent"] == "none" else f"after {model['parent']}"
+    return ", ".join(
+        word for word in (model["model"], model["method"], ratio, after, model["recovery"]) if word != "none"
+    )
 
 
 def with_sizes(found: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
@@ -231,4 +228,4 @@ def note(models: pd.DataFrame) -> str:
         varied = f"over documents and {several} calibration seeds"
     else:
         varied = f"over documents and {several} calibration seeds; of models with one seed, over documents alone"
-    return f"± is half of the {LEVEL:.0%} interval, {varied}. The csv has both ends."
+    return f"± is half of the {100 * LEVEL:.0f} % interval, {varied}. The csv has both ends."

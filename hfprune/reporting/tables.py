@@ -101,12 +101,7 @@ def collect(artifacts: list[Artifact], store: Store, names: Names = NO_NAMES) ->
             value = {"group": group, "task": task, "metric": metric, **estimate, "key": artifact.key}
             rows.append(models[model] | value)
     for key, columns in models.items():
-        steps = []
-        for manifest in lineage(key, store)[1:]:
-            if cut := manifest["inputs"].get("light_cut"):  # the scores that the criterion needed first
-                steps.append(("light_cut", store.manifest("score", cut)))
-            steps.append((manifest["stage"], manifest))
-        rows += [columns | cost for cost in _costs(steps)]
+        rows += [columns | cost for cost in _costs(lineage(key, store), store)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
     listed = list(dict.fromkeys(names.methods.values()))
@@ -328,14 +323,18 @@ def _called(made: list[dict[str, Any]], methods: Mapping[str, str]) -> str:
     return " then ".join(words) or "none"
 
 
-def _costs(steps: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What it cost to make a model: seconds, peak bytes, tokens and FLOPs of each step.
+def _costs(made: list[dict[str, Any]], store: Store) -> list[dict[str, Any]]:
+    """What it cost to make a model, of its `lineage`: seconds, peak bytes, tokens and FLOPs of each step.
 
-    Args:
-        steps: what each is called, and its manifest.
+    Step `light_cut` is the scoring by which a criterion had neurons silenced before its own.
     """
+    steps = []
+    for manifest in made[1:]:
+        if manifest["stage"] == "score" and (cut := manifest["inputs"].get("light_cut")):
+            steps.append(("light_cut", store.manifest("score", cut)))
+        steps.append((manifest["stage"], manifest))
     rows = []
-    for task, manifest in steps:
+    for stage, manifest in steps:
         details = {name.removeprefix("refit_"): value for name, value in manifest["details"].items()}
         # Criteria scored in one pass share its time; their artifacts' own seconds are those of writing a file. A
         # training that was killed and went on has the seconds of all attempts.
@@ -346,7 +345,7 @@ def _costs(steps: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
         found |= {name: details[name] for name in ("tokens", "flops") if name in details}
         for metric, value in found.items():
             estimate = {"metric": metric, "value": value, "stderr": None, "n": 1}
-            rows.append({"group": "cost", "task": task, **estimate, "key": manifest["key"]})
+            rows.append({"group": "cost", "task": stage, **estimate, "key": manifest["key"]})
     return rows
 
 

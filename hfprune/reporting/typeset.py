@@ -59,13 +59,13 @@ class Sheet:
     rows: Sequence[Row]
     notes: Sequence[str] = ()
 
-    def write(self, folder: Path, name: str) -> Iterator[Path]:
+    def write(self, folder: Path, name: str) -> list[Path]:
         """Write `name`.csv (full precision), .md and .tex into `folder`; their paths."""
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(self._records())
         (folder / f"{name}.md").write_text(self._markdown(), encoding="utf-8")
         (folder / f"{name}.tex").write_text(self._latex(), encoding="utf-8")
-        yield from (folder / f"{name}.{suffix}" for suffix in ("csv", "md", "tex"))
+        return [folder / f"{name}.{suffix}" for suffix in ("csv", "md", "tex")]
 
     def _records(self) -> Iterator[list]:
         parts = ("", " low", " high")

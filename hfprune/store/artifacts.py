@@ -20,7 +20,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,8 +59,10 @@ class DamagedError(UserError):
     """A file of an artifact differs from what the manifest says."""
 
 
-def read(path: Path) -> Artifact:
+def read(path: Path, *names: str) -> Artifact:
     """Open the artifact at `path` (its folder or its manifest) and verify every file of it.
+
+    Where files are named, only these: whoever reads no others need not wait for weights, which may take minutes.
 
     Raises:
         DamagedError: a file differs from what the manifest says. The artifact is set aside (its manifest renamed), so
@@ -69,10 +71,10 @@ def read(path: Path) -> Artifact:
     """
     folder = path.parent if path.name == MANIFEST else path
     with _reading(folder):
-        return _verified(folder)
+        return _verified(folder, names)
 
 
-def _verified(folder: Path) -> Artifact:
+def _verified(folder: Path, names: Collection[str]) -> Artifact:
     manifest_file = folder / MANIFEST
     if not manifest_file.is_file():
         hint = "it was refused earlier; " if (folder / REFUSED).exists() else ""
@@ -90,8 +92,11 @@ def _verified(folder: Path) -> Artifact:
         raise refuse(manifest_file, f"not a manifest ({type(error).__name__}: {error})") from None
     if not recipe.key == manifest.get("key") == folder.resolve().name:
         raise refuse(manifest_file, f"its content has key {recipe.key}, it says {manifest.get('key')}: edited or moved")
-    for name, (size, digest) in files.items():
+    for name in names or files:
         file = folder / name
+        if name not in files:
+            raise refuse(file, "the manifest does not have it")
+        size, digest = files[name]
         if not file.is_file():
             raise refuse(file, "missing")
         if file.stat().st_size != size:
@@ -300,14 +305,24 @@ class Store:
                 raise UserError(
                     f"{error.filename}: cannot write to the store ({error.strerror}). Mend its permissions, {remedy}"
                 ) from None
-            free = shutil.disk_usage(self.root).free if self.root.is_dir() else 0
-            if full or (free < ALMOST_FULL and not isinstance(error, UserError)):
+            if room := no_room(error, self.root):
                 raise FullDiskError(
-                    f"{self.root}: no room on the disk, {free:,} bytes are free "
-                    f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}). What was finished is kept. "
+                    f"{self.root}: {room}. What was finished is kept. "
                     f"Free space (`hfprune store prune` shows what no experiment uses), run again, {remedy}"
                 ) from None
             raise
+
+
+def no_room(error: Exception, folder: Path) -> str:
+    """What to say of an error in writing into `folder` that comes of a full disk; empty where it does not.
+
+    Libraries hide the system's error: where almost nothing is free, whatever fails is put down to that.
+    """
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    if not _says_full(error) and (free >= ALMOST_FULL or isinstance(error, UserError)):
+        return ""
+    reason = str(error).strip().partition("\n")[0]
+    return f"no room on the disk, {free:,} bytes are free ({type(error).__name__}: {reason})"
 
 
 def _says_full(error: BaseException | None) -> bool:

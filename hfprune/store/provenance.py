@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,33 +25,42 @@ KEY = re.compile("[0-9a-f]{4,16}")
 SHOWN = 8  # values of a column that an error names
 
 
-def record(made: Iterable[Path], sources: Sequence[Artifact | Path]) -> list[Path]:
-    """Leave a record of each file that was made, all of them from the same artifacts and files; their paths."""
-    made = list(made)
-    common = {"code": code_digest("hfprune.cli"), **circumstances()}
-    for path in made:
-        made_from = [_reference(source, path.parent) for source in sources]
-        said = {"sha256": file_sha256(path), "made_from": made_from, **common}
-        _record_file(path).parent.mkdir(exist_ok=True)
-        _record_file(path).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return made
+def record(made: Path, folder: Path, made_from: Sequence[Mapping[str, str]]) -> None:
+    """Leave a record of each file in the folder `made`, which is going to stand in `folder`.
+
+    Args:
+        made: where the files are; the records go there too.
+        folder: where both will stand.
+        made_from: `reference` of each artifact and file that all of them are made from.
+    """
+    ways = [each | ({"file": _way(each["file"], folder)} if "file" in each else {}) for each in made_from]
+    common = {"made_from": ways, "code": code_digest("hfprune.cli"), **circumstances()}
+    for path in sorted(path for path in made.iterdir() if path.is_file()):
+        said = {"sha256": file_sha256(path), **common}
+        record_file(path).parent.mkdir(exist_ok=True)
+        record_file(path).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _record_file(path: Path) -> Path:
+def record_file(path: Path) -> Path:
+    """Where a result's record is."""
     return path.parent / RECORDS / f"{path.name}.json"
 
 
-def _reference(source: Artifact | Path, folder: Path) -> dict[str, str]:
-    """How a record in `folder` names a source; a file by the way to it, so that results can move together."""
+def reference(source: Artifact | Path) -> dict[str, str]:
+    """What a record says of a source: an artifact's stage and key, a file's path and sha256 (empty: not there)."""
     if isinstance(source, Artifact):
         return {"stage": source.manifest["stage"], "key": source.key}
-    way = os.path.relpath(source.resolve(), folder.resolve())
-    return {"file": Path(way).as_posix(), "sha256": file_sha256(source)}
+    return {"file": str(source.resolve()), "sha256": file_sha256(source) if source.is_file() else ""}
+
+
+def _way(file: str, folder: Path) -> str:
+    """From a folder to a file: so they can move together."""
+    return Path(os.path.relpath(file, folder.resolve())).as_posix()
 
 
 def _said_of(path: Path) -> dict[str, Any]:
     """A file's record; empty where there is none."""
-    file = _record_file(path)
+    file = record_file(path)
     if not file.is_file():
         return {}
     try:
@@ -112,9 +121,9 @@ class Trail:
             self.store = Store(folder.resolve().parent.parent)
             return self._artifact(folder.resolve().name)
         if path.is_file():
-            if not _record_file(path).is_file():
+            if not record_file(path).is_file():
                 raise UserError(
-                    f"{path}: no record of how it was made (no {_record_file(path)}). Results of `hfprune` have one "
+                    f"{path}: no record of how it was made (no {record_file(path)}). Results of `hfprune` have one "
                     "beside them; make it anew, or copy the record along with the file."
                 )
             return self._file(path)
@@ -159,7 +168,10 @@ class Trail:
             return Node(str(path), path, notes=("not there",))
         found, said, notes = file_sha256(path), _said_of(path), []
         if said and said["sha256"] != found:
-            notes.append(f"edited since: it was made with sha256 {said['sha256']}")
+            notes.append(
+                f"edited since: it was made with sha256 {said['sha256']} (or the run that made it, or another at the "
+                "same time, was cut short: make it anew)"
+            )
         if used not in (None, found):
             notes.append(f"changed since it was read here: then it had sha256 {used}")
         sources = {}

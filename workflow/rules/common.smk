@@ -6,30 +6,35 @@ from pathlib import Path
 
 import yaml
 from snakemake.exceptions import WorkflowError
+from snakemake.jobs import Job
 
 sys.path.insert(0, workflow.basedir)
 
 from hfprune.experiment import schema as experiments
+from hfprune.experiment.claims import Claim
 from hfprune.runtime import gpus
 from hfprune.reporting import targets
 from hfprune.store.keys import code_digest
-from hfprune.errors import UserError
+from hfprune.errors import UserError, is_refusal
 from hfprune.experiment.plan import Plan
 
 # What jobs compute on, where a profile says so: on a cluster it is not this machine.
 DEVICE = config.pop("gpu") if "gpu" in workflow.config_settings.config else None
 
 try:
-    for file in workflow.overwrite_configfiles or ["config.yaml"]:
+    origin = workflow.overwrite_configfiles or ["config.yaml"]
+    for file in origin:
         experiments.read(Path(file))  # Snakemake takes the last of two keys of one name
-    origin = ", ".join(map(str, workflow.overwrite_configfiles)) or "config.yaml"
-    plan = Plan(experiments.parse(experiments.Experiment, config, origin))
+    plan = Plan(experiments.parse(experiments.Experiment, config, ", ".join(map(str, origin))))
     plan.refuse_misfits()
+    claim = Claim(Path("results"), [Path(file) for file in origin], plan.experiment)
+    claim.refuse()
 except UserError as error:
     raise WorkflowError(str(error))
 
 STORE = plan.store.root
 RESULTS = Path("results") / plan.experiment.experiment
+LOGS = Path("logs") / plan.experiment.experiment  # of its own: experiments that run at once may share artifacts
 HELDOUT = [word for name, text in plan.documents["fidelity"].items() for word in ("--text", f"{name}={text.key}")]
 METHODS = [word for key, name in plan.methods.items() for word in ("--method", f"{name}={key}")]
 
@@ -58,6 +63,14 @@ wildcard_constraints:
     key="[0-9a-f]{16}",
 
 
+onstart:
+    claim.record()
+
+
+# Another attempt has more memory and time, which mends no user's mistake. Snakemake tells rules apart, not failures.
+Job.restart_times = property(lambda job: 0 if is_refusal(*map(Path, job.log)) else job.rule.restart_times)
+
+
 def artifact(stage):
     """A stage's output. Its manifest stays in place until the stage itself has judged it: see `update`."""
     return update(str(STORE / stage / "{key}" / "manifest.json"))
@@ -80,9 +93,17 @@ def made_from(stage):
         job = plan.jobs[stage][wildcards.key]
         if plan.experiment.strict:
             checkpoints.overlap.get()  # waits for the verdict; no input, which would be made again where it is another's
-        return missing([*job.sources, *([job.after] if job.after else [])])
+        return missing(job.waits_for)
 
     return inputs
+
+
+def last(stage):
+    """The keys of those jobs of a stage for which no other of the same stage waits.
+
+    The others' rule has another name: `--until` releases nothing that waits for a job of a rule that it names.
+    """
+    return "".join(["".join(f"(?!{key})" for key in plan.waited_for(stage)), "[0-9a-f]{16}"])
 
 
 def command(stage):
@@ -111,14 +132,17 @@ def label(stage):
     return lambda wildcards: plan.jobs[stage][wildcards.key].label
 
 
+CORES = 16 if DEVICE else workflow.resource_settings.cores or 1  # of a job; a graph is drawn without being told of any
+
+
 def half_the_cores(wildcards):
     """Two jobs at once: the one computes while the other starts up, which takes one core."""
-    return 8 if DEVICE else max(1, workflow.cores // 2)
+    return max(1, CORES // 2)
 
 
 def every_core(wildcards):
     """Nothing runs beside what is timed."""
-    return 16 if DEVICE else workflow.cores
+    return CORES
 
 
 def results_of(models, *stages):
@@ -160,7 +184,7 @@ def table_sources():
             shown = targets.compared(table, [model.setting for model in plan.models], tasks)
             models = [model for model, is_shown in zip(plan.models, shown) if is_shown]
             jobs = results_of(models, "measure", *(["evaluate"] if target.tasks else []))
-            found[table] = missing(jobs), manifests(jobs)
+            found[table] = missing([*plan.described(jobs), *plan.lost_parts(jobs)]), manifests(jobs)
         except UserError as error:
             refused[table] = str(error)
     others = [RESULTS.parent / name / "metrics.csv" for name in plan.experiment.further]

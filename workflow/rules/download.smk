@@ -3,7 +3,7 @@ rule download:
     output:
         update(str(STORE / "{kind}" / "{key}" / "manifest.json")),
     log:
-        "logs/{kind}/{key}.log",
+        LOGS / "{kind}" / "{key}.log",
     wildcard_constraints:
         kind="model|text|task",
     priority: 100
@@ -25,7 +25,7 @@ checkpoint overlap:
     output:
         RESULTS / "tables" / "overlap.csv",
     log:
-        "logs/overlap.log",
+        LOGS / "overlap.log",
     priority: 75
     conda:
         ENVIRONMENT
@@ -41,3 +41,7 @@ checkpoint overlap:
         "look for documents of the tests in what is calibrated or trained on"
     shell:
         "python -m hfprune overlap {params.documents:q} {params.strict} --output {output:q} 2>&1 | tee {log:q}"
+
+
+# Where the experiment is strict, results wait for the verdict as well: of artifacts that are there already, none would.
+VERDICT = rules.overlap.output if plan.experiment.strict else []

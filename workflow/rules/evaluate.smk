@@ -5,7 +5,7 @@ rule reference:
     output:
         artifact("reference"),
     log:
-        "logs/reference/{key}.log",
+        LOGS / "reference" / "{key}.log",
     priority: 50  # every measure waits for it
     conda:
         ENVIRONMENT
@@ -31,7 +31,7 @@ rule measure:
     output:
         artifact("measure"),
     log:
-        "logs/measure/{key}.log",
+        LOGS / "measure" / "{key}.log",
     conda:
         ENVIRONMENT
     threads: half_the_cores
@@ -56,7 +56,7 @@ rule evaluate:
     output:
         artifact("evaluate"),
     log:
-        "logs/evaluate/{key}.log",
+        LOGS / "evaluate" / "{key}.log",
     conda:
         ENVIRONMENT
     threads: half_the_cores
@@ -70,5 +70,30 @@ rule evaluate:
         label=label("evaluate"),
     message:
         "evaluate tasks: {params.label}"
+    shell:
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+
+
+rule evaluate_task:
+    """Accuracy on one task, where it was removed after the evaluation of all."""
+    input:
+        lambda wildcards: missing(plan.parts[wildcards.key].sources),
+    output:
+        artifact("evaluate-task"),
+    log:
+        LOGS / "evaluate-task" / "{key}.log",
+    conda:
+        ENVIRONMENT
+    threads: half_the_cores
+    resources:
+        gpu=gpus("evaluate"),
+        mem=memory("evaluate"),
+        runtime=minutes("evaluate"),
+    params:
+        python=python,
+        command=lambda wildcards: plan.command(plan.parts[wildcards.key].after),
+        label=lambda wildcards: plan.parts[wildcards.key].label,
+    message:
+        "evaluate tasks again: {params.label}"
     shell:
         "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"

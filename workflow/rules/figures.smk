@@ -6,11 +6,12 @@ EVALUATED = results_of(plan.models, "measure", "evaluate")
 rule collect:
     """Every value of the experiment, one a row."""
     input:
-        missing(EVALUATED),
+        missing(plan.described(EVALUATED)),
+        VERDICT,
     output:
         RESULTS / "metrics.csv",
     log:
-        "logs/collect.log",
+        LOGS / "collect.log",
     conda:
         ENVIRONMENT
     params:
@@ -30,7 +31,7 @@ rule tables:
     output:
         [RESULTS / "tables" / f"{name}.{suffix}" for name in ("summary", "cost") for suffix in ("csv", "md", "tex")],
     log:
-        "logs/tables.log",
+        LOGS / "tables.log",
     conda:
         ENVIRONMENT
     params:
@@ -47,7 +48,7 @@ rule figures:
     output:
         drawn("kl", *(["accuracy"] if plan.experiment.evaluation.tasks else [])),
     log:
-        "logs/figures.log",
+        LOGS / "figures.log",
     conda:
         ENVIRONMENT
     params:
@@ -60,11 +61,12 @@ rule figures:
 rule differences:
     """Intervals of every estimate; every pair of models on the same documents, with tests."""
     input:
-        missing(EVALUATED),
+        missing([*plan.described(EVALUATED), *plan.lost_parts(EVALUATED)]),
+        VERDICT,
     output:
         [RESULTS / "tables" / f"{name}.csv" for name in ("intervals", "differences")],
     log:
-        "logs/differences.log",
+        LOGS / "differences.log",
     conda:
         ENVIRONMENT
     params:
@@ -81,12 +83,13 @@ rule differences:
 rule profile:
     """Fidelity by position and by the dense model's entropy."""
     input:
-        missing(MEASURED),
+        missing(plan.described(MEASURED)),
+        VERDICT,
     output:
         RESULTS / "tables" / "profile.csv",
         drawn("fidelity_profile"),
     log:
-        "logs/profile.log",
+        LOGS / "profile.log",
     conda:
         ENVIRONMENT
     params:
@@ -104,11 +107,12 @@ rule agreement:
     """Importance per layer; how far criteria and seeds agree on which neurons matter."""
     input:
         missing(plan.scores),
+        VERDICT,
     output:
         RESULTS / "tables" / "agreement.csv",
         drawn(*drawn_of_scores(plan.experiment)),
     log:
-        "logs/agreement.log",
+        LOGS / "agreement.log",
     conda:
         ENVIRONMENT
     params:
@@ -122,12 +126,13 @@ rule agreement:
 rule widths:
     """What every layer keeps, at the first calibration seed."""
     input:
-        missing([model.job for model in plan.cuts]),
+        missing(plan.described(model.job for model in plan.cuts)),
+        VERDICT,
     output:
         RESULTS / "tables" / "widths.csv",
         drawn("widths"),
     log:
-        "logs/widths.log",
+        LOGS / "widths.log",
     conda:
         ENVIRONMENT
     params:
@@ -143,12 +148,13 @@ rule widths:
 rule losses:
     """Loss and learning rate of every recovery."""
     input:
-        missing(plan.recoveries),
+        missing(plan.described(plan.recoveries)),
+        VERDICT,
     output:
         RESULTS / "tables" / "losses.csv",
         drawn("losses"),
     log:
-        "logs/losses.log",
+        LOGS / "losses.log",
     conda:
         ENVIRONMENT
     params:

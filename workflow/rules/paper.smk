@@ -11,11 +11,12 @@ for table, (inputs, results) in SOURCES.items():
             table
         input:
             inputs,
+            VERDICT,
             published=published(table),
         output:
             written(table),
         log:
-            f"logs/{table}.log",
+            LOGS / f"{table}.log",
         localrule: True
         conda:
             ENVIRONMENT
@@ -40,7 +41,7 @@ for table, reason in REFUSED.items():
         output:
             written(table),
         log:
-            f"logs/{table}.log",
+            LOGS / f"{table}.log",
         localrule: True
         conda:
             ENVIRONMENT
@@ -58,7 +59,7 @@ rule pareto:
     output:
         drawn("pareto"),
     log:
-        "logs/pareto.log",
+        LOGS / "pareto.log",
     localrule: True
     conda:
         ENVIRONMENT

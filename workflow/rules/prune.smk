@@ -5,7 +5,7 @@ rule prune:
     output:
         artifact("prune"),
     log:
-        "logs/prune/{key}.log",
+        LOGS / "prune" / "{key}.log",
     priority: 50
     conda:
         ENVIRONMENT

@@ -5,7 +5,7 @@ rule recover:
     output:
         artifact("recover"),
     log:
-        "logs/recover/{key}.log",
+        LOGS / "recover" / "{key}.log",
     priority: 50
     conda:
         ENVIRONMENT

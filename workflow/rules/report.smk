@@ -19,7 +19,7 @@ rule page:
             labels=lambda wildcards: {"Title": title(wildcards)},
         ),
     log:
-        "logs/report/{kind}-{name}.log",
+        LOGS / "report" / "{kind}-{name}.log",
     conda:
         ENVIRONMENT
     params:
@@ -38,7 +38,7 @@ rule artifacts:
     output:
         [RESULTS / "provenance" / f"{name}.csv" for name in ("artifacts", "versions")],
     log:
-        "logs/artifacts.log",
+        LOGS / "artifacts.log",
     conda:
         ENVIRONMENT
     params:
@@ -54,13 +54,13 @@ rule config:
     output:
         RESULTS / "provenance" / "config.yaml",
     log:
-        "logs/config.log",
+        LOGS / "config.log",
     conda:
         ENVIRONMENT
     params:
         experiment=lambda wildcards: plan.experiment.model_dump_json(exclude_none=True),  # its braces are no wildcards
     shell:
-        "python -m hfprune config /dev/stdin <<< {params.experiment:q} 2> {log:q} > {output:q}"
+        "python -m hfprune config /dev/stdin --output {output:q} <<< {params.experiment:q} 2>&1 | tee {log:q}"
 
 
 rule report:
@@ -72,11 +72,14 @@ rule report:
     output:
         RESULTS / "report.html",
     log:
-        "logs/report.log",
+        LOGS / "report.log",
     conda:
         ENVIRONMENT
     params:
+        folder=RESULTS,  # Snakemake writes no file aside, so a report cut short would be taken as made
         snakefile=workflow.main_snakefile,
     shell:
+        "aside=$(mktemp -d {params.folder:q}/.report-XXXXXX); trap 'rm -rf $aside' EXIT; "
         "snakemake {input.pages:q} --snakefile {params.snakefile:q} --configfile {input.config:q} --cores 1 --nolock"
-        " --report {output:q} --report-stylesheet {input.style:q} > {log:q} 2>&1 || {{ cat {log:q}; exit 1; }}"
+        " --report $aside/report.html --report-stylesheet {input.style:q} > {log:q} 2>&1 || {{ cat {log:q}; exit 1; }}; "
+        "mv $aside/report.html {output:q}"

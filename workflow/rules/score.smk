@@ -5,7 +5,9 @@ rule score:
     output:
         artifact("score"),
     log:
-        "logs/score/{key}.log",
+        LOGS / "score" / "{key}.log",
+    wildcard_constraints:
+        key=last("score"),
     priority: 50  # much waits for it
     conda:
         ENVIRONMENT
@@ -31,7 +33,9 @@ rule shard:
     output:
         artifact("shard"),
     log:
-        "logs/shard/{key}.log",
+        LOGS / "shard" / "{key}.log",
+    wildcard_constraints:
+        key=last("shard"),
     priority: 50
     conda:
         ENVIRONMENT
@@ -48,3 +52,18 @@ rule shard:
         "add up for scores: {params.label}"
     shell:
         "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+
+
+ruleorder: score > first_score
+ruleorder: shard > first_shard
+
+
+# Scores, and parts of them, that others wait for.
+use rule score as first_score with:
+    wildcard_constraints:
+        key="[0-9a-f]{16}",
+
+
+use rule shard as first_shard with:
+    wildcard_constraints:
+        key="[0-9a-f]{16}",

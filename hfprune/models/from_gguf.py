@@ -1,0 +1,258 @@
+"""A GGUF file as the checkpoint that it was written from, in float32.
+
+transformers dequantises the tensors and makes the tokenizer. The config is made here: what transformers reads of a
+header leaves out RoPE scaling, the heads' size of Qwen and special tokens, and takes defaults in their place. A header
+or a tensor that says more than is read here is refused, so that nothing that changes the model is dropped.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hfprune.errors import UserError
+from hfprune.models.integrity import shown
+
+FAMILIES = ("llama", "qwen2", "qwen3")  # a Mistral is written as a Llama
+NEEDED = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+READ = {
+    *NEEDED, "vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+}  # fmt: skip
+# Keys that change nothing where they have this value (None: any).
+WITHOUT_EFFECT = {
+    "rope.scaling.finetuned": None, "tensor_data_layout": None, "expert_count": 0, "expert_used_count": None,
+    "attention.causal": True, "use_parallel_residual": False, "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}  # fmt: skip
+BIASES = {"attention": "attn_q", "mlp": "ffn_gate"}  # the layer that tells whether a part has any
+TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+FREQUENCIES = "rope_freqs.weight"  # by what llama3's scaling divides each frequency
+SAME = 1e-5  # relative difference of frequencies that are the same but for rounding
+
+
+def dequantise(file: Path, folder: Path, where: str) -> dict[str, Any]:
+    """Write the model in a GGUF file into `folder` as a plain float32 checkpoint, with its tokenizer.
+
+    Args:
+        file: the GGUF file.
+        folder: where to write.
+        where: the user's name for the file.
+
+    Returns:
+        The values of the header, by key.
+
+    Raises:
+        UserError: the file is cut short, of another family, or says what is not read here.
+    """
+    try:
+        reader = GGUFReader(file)
+        header = {key: field.contents() for key, field in reader.fields.items()}
+        shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
+    except Exception as error:  # any: the reader takes what it finds for numbers and offsets
+        raise UserError(
+            f"{where}: cut short, or not GGUF ({type(error).__name__}: {_line(error)}). Get the file again."
+        ) from None
+    config = _config(header, shapes, where)
+    if FREQUENCIES in shapes:
+        (divisors,) = (tensor.data for tensor in reader.tensors if tensor.name == FREQUENCIES)
+        _restore_llama3(config, torch.from_numpy(divisors.astype("float32").flatten()), where)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    _check_tensors(model, shapes, where)
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
+    plain = GgufConfig(dequantize=True)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            **source, config=config, quantization_config=plain, dtype=torch.float32
+        )
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"{where}: cannot be dequantised: {_line(error)}. Take it in another type, such as Q8_0 or F16."
+        ) from None
+    # What is saved is plain: without these two, transformers takes it for a quantised model.
+    network.hf_quantizer = None
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    network.save_pretrained(folder)
+    try:
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    except Exception as error:  # any: a header without a tokenizer, or with one of a kind that is not known
+        raise UserError(f"{where}: no tokenizer that transformers can read in it: {_line(error)}") from None
+    return header
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _config(header: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: str) -> PreTrainedConfig:
+    """The config of the model that was written.
+
+    Raises:
+        UserError: the header is of another family, lacks a key, or has one that is not read here.
+    """
+    if header.get("split.count", 0) > 1:
+        raise UserError(f"{where}: one of {header['split.count']} parts. Join them first: `llama-gguf-split --merge`.")
+    kind = header.get("general.architecture")
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: architecture {kind!r} is not supported. Supported ones: {', '.join(FAMILIES)}.")
+    own = {key.removeprefix(f"{kind}."): value for key, value in header.items() if key.startswith(f"{kind}.")}
+    if own.get("expert_count"):
+        raise UserError(f"{where}: a mixture of {own['expert_count']} experts; experts are not supported yet.")
+    for key, value in own.items():
+        if key in READ:
+            continue
+        if key not in WITHOUT_EFFECT or WITHOUT_EFFECT[key] not in (None, value):
+            raise UserError(
+                f"{where}: {kind}.{key} = {value!r} is not read here, and may change the model. Take the checkpoint in "
+                "safetensors that it was made from."
+            )
+    if absent := [f"{kind}.{key}" for key in NEEDED if key not in own]:
+        raise UserError(f"{where}: the header lacks {shown(absent)}. Get the file again, or convert the model anew.")
+    for key in NEEDED:
+        if isinstance(own[key], list):
+            raise UserError(f"{where}: {kind}.{key} differs from layer to layer, which is not supported.")
+    size = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if own.get(key, size) != size:
+            raise UserError(f"{where}: {kind}.{key} = {own[key]}, heads have {size}: not supported.")
+    if "token_embd.weight" not in shapes:
+        raise UserError(f"{where}: token_embd.weight is missing. Get the file again.")
+    rows = shapes["token_embd.weight"][0]
+    biases = {f"{part}_bias": f"blk.0.{name}.bias" in shapes for part, name in BIASES.items()}
+    values = {name: own[key] for key, name in NEEDED.items()} | {
+        "vocab_size": own.get("vocab_size", rows),
+        "head_dim": size,
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "rope_parameters": _rope_parameters(own, where) | {"rope_theta": own.get("rope.freq_base", 10000.0)},
+        **{name: header.get(f"tokenizer.ggml.{key}") for name, key in TOKENS.items()},
+        **({} if kind == "qwen2" else biases if kind == "llama" else {"attention_bias": biases["attention_bias"]}),
+    }
+    return AutoConfig.for_model(kind, **values)
+
+
+def _rope_parameters(own: dict[str, Any], where: str) -> dict[str, Any]:
+    """RoPE scaling as config.json has it, but for what a tensor says.
+
+    Raises:
+        UserError: of a kind that is not supported.
+    """
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))
+    kind = own.get("rope.scaling.type", "linear")
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return {"rope_type": "default"}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn" and "rope.scaling.original_context_length" in own:
+        betas = {name: own.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": own["rope.scaling.original_context_length"],
+            **{name: value for name, value in betas.items() if value is not None},
+        }
+    raise UserError(
+        f"{where}: rope.scaling.type = {kind!r}: of the kinds of RoPE scaling only linear, yarn (with "
+        "rope.scaling.original_context_length) and llama3's can be read from GGUF. Take the checkpoint in safetensors "
+        "that it was made from."
+    )
+
+
+def _restore_llama3(config: PreTrainedConfig, divisors: torch.Tensor, where: str) -> None:
+    """Give the config the parameters of llama3's RoPE scaling that make these divisors of the frequencies, in place.
+
+    Args:
+        config: of the model, without scaling.
+        divisors: (head_dim / 2,) float32, what `FREQUENCIES` holds.
+        where: the user's name for the file.
+
+    Raises:
+        UserError: no parameters make them: they are of another kind of scaling.
+    """
+    theta = config.rope_parameters["rope_theta"]
+    plain = 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    if divisors.shape != plain.shape or not bool((divisors > 0).all()):
+        raise UserError(f"{where}: {FREQUENCIES} has shape {tuple(divisors.shape)}, expected {tuple(plain.shape)}.")
+    if config.rope_parameters["rope_type"] != "default":
+        raise UserError(f"{where}: both {FREQUENCIES} and rope.scaling.type scale RoPE: which is meant is not known.")
+    if bool((divisors == 1).all()):
+        return
+    for candidate in _llama3_candidates(plain, divisors):
+        config.rope_parameters = candidate | {"rope_type": "llama3", "rope_theta": theta}
+        made, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+        if torch.allclose(plain / divisors, made, rtol=SAME, atol=0.0):
+            return
+    raise UserError(
+        f"{where}: {FREQUENCIES} is not of llama3's RoPE scaling, the only one that is read from such a tensor. Take "
+        "the checkpoint in safetensors that it was made from."
+    )
+
+
+def _llama3_candidates(plain: torch.Tensor, divisors: torch.Tensor) -> Iterator[dict[str, float]]:
+    """Parameters that may have made the divisors: Llama's own with any length, then what the ramp itself says.
+
+    A frequency of `turns` per position is kept where length * turns is above the high factor, divided where it is below
+    the low one, and mixed in between by (length * turns - low) / (high - low): only the ratios of the three matter.
+    """
+    factor = divisors.max().item()
+    factor = round(factor) if abs(factor - round(factor)) < SAME * factor else factor
+    for length in (8192, *(2**power for power in range(4, 21))):
+        yield {
+            "factor": float(factor),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": length,
+        }
+    turns = plain.double() / (2 * math.pi)
+    mixed = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)
+    ramp = (mixed > SAME) & (mixed < 1 - SAME)
+    if ramp.sum() < 2:
+        return
+    rows = torch.stack([turns[ramp], torch.ones_like(turns[ramp])], dim=1)
+    slope, start = torch.linalg.lstsq(rows, mixed[ramp, None]).solution.flatten().tolist()
+    length = 8192  # any, see above
+    yield {
+        "factor": float(factor),
+        "low_freq_factor": -start * length / slope,
+        "high_freq_factor": (1 - start) * length / slope,
+        "original_max_position_embeddings": length,
+    }
+
+
+def _check_tensors(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    """Compare the file's tensors with those of the model, which is on the meta device.
+
+    Raises:
+        UserError: one is missing, of another shape, or without use.
+    """
+    state = model.state_dict()
+    names = get_gguf_hf_weights_map(model, TensorProcessor())
+    wanted = {name: tuple(state[inner].shape) for name, inner in names.items() if inner in state}
+    if model.config.tie_word_embeddings:
+        wanted.pop("output.weight", None)
+    whole = "Get the file again, or convert the model anew."
+    if missing := sorted(wanted.keys() - shapes.keys()):
+        raise UserError(f"{where}: {shown(missing)} is missing; transformers would take random numbers. {whole}")
+    if wrong := [name for name, shape in wanted.items() if shapes[name] != shape]:
+        raise UserError(f"{where}: {wrong[0]} is {shapes[wrong[0]]}, the header asks for {wanted[wrong[0]]}. {whole}")
+    if surplus := sorted(shapes.keys() - wanted.keys() - {FREQUENCIES}):
+        raise UserError(
+            f"{where}: it holds {shown(surplus)}, which a {model.config.model_type} of this header does not have: they "
+            "would be dropped. Take the checkpoint in safetensors that it was made from."
+        )
