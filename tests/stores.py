@@ -32,7 +32,8 @@ def _produce(folder: Path, job: Job, checkpoint: Path) -> dict:
         kept = {"kept": {"mlp": [[0, 1], [2]]}, "units_dense": {"mlp": 6}}
         (folder / "pruning.json").write_text(json.dumps(kept))
         ways = {name: job.recipe.parameters[name] for name in ("allocation", "refit", "structure", "ratio")}
-        return ways | {"ratio_achieved": job.recipe.parameters["ratio"]}
+        achieved = dict.fromkeys(("ratio_achieved", "ratio_achieved_parent"), job.recipe.parameters["ratio"])
+        return ways | achieved
     if stage == "recover":
         steps = [
             {"step": i, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 1, "seconds": 1, "tokens": i} for i in (1, 2)

@@ -77,7 +77,7 @@ def decoded(file: Path) -> str:
     Raises:
         UserError: it is not UTF-8 (nor, by its mark, UTF-16 or UTF-32), with the line and the byte.
     """
-    with file.open("rb") as opened, text(opened, str(file)) as lines:
+    with io.BytesIO(file.read_bytes()) as content, text(content, str(file)) as lines:  # /dev/stdin cannot go back
         return lines.read()
 
 

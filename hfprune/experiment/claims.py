@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hfprune.errors import UserError
 from hfprune.experiment.schema import Experiment, load
+from hfprune.store.results import written
 
 CLAIM = ".config"  # in an experiment's folder of results: its config files, one a line
 
@@ -51,8 +52,10 @@ class Claim:
     def record(self) -> None:
         """Write down that the folder is this experiment's."""
         if not self._is_among_results:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / CLAIM).write_text("".join(f"{file}\n" for file in self.files), encoding="utf-8")
+            with written() as aside:
+                aside.path(self.folder / CLAIM).write_text(
+                    "".join(f"{file}\n" for file in self.files), encoding="utf-8"
+                )
 
     @property
     def _is_among_results(self) -> bool:

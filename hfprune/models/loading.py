@@ -77,7 +77,7 @@ def check_family(folder: Path, named: str = "") -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
     except Exception as error:  # any: an unknown model_type, values of wrong types, code of its own
         raise UserError(
-            f"{named}: not of a checkpoint that transformers can read: {_reason(error, folder, named)}"
+            f"{named}: not a checkpoint that transformers can read: {_reason(error, folder, named)}"
         ) from None
     check_config(config, named)
     return config
