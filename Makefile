@@ -18,6 +18,8 @@ lint: env
 	ruff format --check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
+	lint-imports
+	deptry .
 
 env: $(STAMP)
 

@@ -14,12 +14,12 @@ import hfprune
 from hfprune import api
 from hfprune.errors import UserError
 from hfprune.evaluation import fidelity
-from hfprune.experiment.schema import PruneParameters
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.models.units import save_scores
 from hfprune.pruning import scoring, surgery
 from hfprune.pruning.criteria import passes
 from hfprune.pruning.methods import presets
+from hfprune.stages.prune import PruneParameters
 from hfprune.store.filenames import PRUNING, SCORES
 from tests.conftest import REPOSITORY, make_model, make_tokenizer, sentences
 

@@ -8,7 +8,7 @@ import pytest
 
 from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import Experiment, parse
-from hfprune.experiment.stages import DOWNLOADS
+from hfprune.stages.registry import STAGES as DECLARED
 from hfprune.store.artifacts import Artifact, read
 from tests.forks import Forks
 
@@ -30,8 +30,7 @@ class Pipeline:
 
     def run(self, job: Job, store: Path, killed: str = "") -> tuple[int, str]:
         """The stage that makes a job's artifact, from inputs in the store `whole`; its exit status and output."""
-        stage = job.recipe.stage
-        words = ["download", stage] if stage in DOWNLOADS else [stage]
+        words = [*DECLARED[job.recipe.stage].words]
         for name, made in job.inputs.items():
             inputs = [self.make(each).folder for each in (made if isinstance(made, list) else [made])]
             words += [f"--{name}", *map(str, inputs)]

@@ -211,10 +211,10 @@ def test_a_config_with_a_byte_order_mark_is_read(experiment, tmp_path):
 
 
 def test_a_file_of_the_same_name_with_other_content_has_another_key(tmp_path):
-    from hfprune.experiment.stages import source_parameters
+    from hfprune.stages.text import TextSource
 
     one, other = write_lines(tmp_path / "part1.jsonl", [{"text": "a"}]), tmp_path / "part[12].jsonl"
     write_lines(other, [{"text": "b"}])
-    assert source_parameters({"path": one}) != source_parameters({"path": other})
+    assert TextSource(path=one).read() != TextSource(path=other).read()
     shutil.copyfile(one, other)
-    assert source_parameters({"path": one}) == source_parameters({"path": other})
+    assert TextSource(path=one).read() == TextSource(path=other).read()

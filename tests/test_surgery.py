@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import token_measures
-from hfprune.experiment.schema import PruneParameters
 from hfprune.models.loading import count_parameters, load_model, load_tokenizer
 from hfprune.models.units import parts, save_scores
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import shape_of, shape_on_disk, units_to_keep
 from hfprune.pruning.scoring import unit_scores
 from hfprune.pruning.surgery import cut, prune
+from hfprune.stages.prune import PruneParameters
 from hfprune.store.filenames import PRUNING, SCORES
 from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense
 

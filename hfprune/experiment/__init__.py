@@ -1,1 +1,1 @@
-"""The experiment's config, and the artifacts that follow from it: stages, plan, estimate, what the store holds."""
+"""The experiment's config, and what follows from it: the plan of its jobs, their estimate, what the store holds."""

@@ -29,7 +29,7 @@ from hfprune.errors import UserError
 from hfprune.evaluation import fidelity
 from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import DType, Experiment, Source
-from hfprune.models.loading import PREFILL, check_family, count_parameters, flops_per_token, load_tokenizer
+from hfprune.models.loading import PREFILL, check_family, flops_per_token, load_tokenizer
 from hfprune.models.units import PARTS, part_of, parts
 from hfprune.pruning import refit, scoring
 from hfprune.pruning.allocation import allocate
@@ -39,6 +39,8 @@ from hfprune.pruning.surgery import cut
 from hfprune.recovery import losses
 from hfprune.recovery.training import BYTES_PER_TRAINED, METHODS, training_flops
 from hfprune.runtime.memory import forward_bytes, graph_bytes
+from hfprune.stages.costs import Cost
+from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import DOCUMENTS
 from hfprune.store.keys import canonical
@@ -121,15 +123,6 @@ SOME = 100  # documents, which say how many bytes a token has
 # Documents, bytes a document: of what the hub's sets hold (C4: a sample's mean; LaMini-instruction: its card's count).
 TEXTS = {"allenai/c4": (350_000, 2200), "MBZUAI/LaMini-instruction": (2_585_615, 450)}
 OTHER_TEXT = (10_000, 2000)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a job takes: floating-point operations, bytes of the device's memory at most, bytes of the store."""
-
-    flops: int
-    memory_bytes: int
-    disk_bytes: int
 
 
 @dataclass(frozen=True)
@@ -306,10 +299,8 @@ class Estimate:
 
         Of criteria scored in one pass, the first one's job has the pass's operations, the others' have none.
         """
-        stage = job.recipe.stage
-        if stage in ("text", "task"):
-            return Cost(0, self.device.process, self._data_bytes(job))
-        return getattr(self, f"_{stage}")(job)
+        stage = STAGES[job.recipe.stage]
+        return stage.cost(job, self) if stage.cost else getattr(self, f"_{stage.name}")(job)
 
     def seconds(self, flops: int, utilisation: float) -> float:
         """How long so many operations take."""
@@ -320,20 +311,20 @@ class Estimate:
 
         On a CPU the memory is what the job computes in; beside a GPU, what passes through on the way there and back.
         """
-        stage, on_cpu = job.recipe.stage, bool(self.device.process)
+        stage, on_cpu = STAGES[job.recipe.stage], bool(self.device.process)
         cost = self.cost(job.after or job)  # the first of a pass may have left nothing to do, or all
         files = sum(self._size(each) for each in [job, *job.sources])
         data = sum(self._size(each) for each in job.sources if each.recipe.stage in ("text", "task"))
         process = self.device.process or HOST_PROCESS_BYTES
         memory = cost.memory_bytes if on_cpu else process + files
         memory += SNAKEMAKE_BYTES + DATA_IN_MEMORY * data
-        if stage in ("prune", "recover"):  # what was made is loaded once more, in a process of its own
+        if stage.loads_again:
             memory += process + self._size(job)
         seconds = START_SECONDS + SECONDS_PER_GIB * files / GIB + self.seconds(cost.flops, SLOW_SHARE)
-        if on_cpu or job.is_light:
+        if on_cpu or job.is_light or stage.gpus == "none":
             gpus = 0
-        else:  # where weights may spread; to train, several GPUs would each take all of them
-            gpus = 1 if stage in ("prune", "recover") else math.ceil(cost.memory_bytes / self.device.memory)
+        else:
+            gpus = 1 if stage.gpus == "one" else math.ceil(cost.memory_bytes / self.device.memory)
         return Request(round(SPARE * memory), seconds, gpus)
 
     def efficiency(self, new_tokens: int) -> Request:
@@ -408,15 +399,7 @@ class Estimate:
             })  # fmt: skip
         return rows
 
-    # The stages, by name.
-
-    def _model(self, job: Job) -> Cost:
-        given = _options(job)
-        if "path" in given and Path(given["path"][0]).is_dir():
-            return Cost(0, self.device.process, 0)  # linked to, not copied
-        gguf = str(given.get("file", given.get("path", [""]))[0]).endswith(".gguf")
-        size = count_parameters(self.models.dense) * (4 if gguf else _itemsize(self.models.dense))
-        return Cost(0, self.device.process + (size if gguf else 0), size)
+    # The stages that do not say it themselves, by name.
 
     def _score(self, job: Job) -> Cost:
         asked, dense = job.recipe.parameters, self.models.dense
@@ -605,7 +588,7 @@ class Estimate:
         self.assumed[f"{name}: {documents:,} documents, {requests:g} requests of {length} tokens for each"] = None
         return documents, requests, length
 
-    def _data_bytes(self, job: Job) -> int:
+    def data_bytes(self, job: Job) -> int:
         """Of a text's or a task's documents."""
         if job.recipe.stage == "text":
             text = self._text(job)

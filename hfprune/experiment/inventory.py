@@ -11,8 +11,10 @@ from typing import Any
 
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
-from hfprune.experiment.stages import STAGES, recipe
 from hfprune.runtime.progress import progress
+from hfprune.stages.making import recipe
+from hfprune.stages.registry import STAGES
+from hfprune.stages.wheel import WHEEL, WheelParameters
 from hfprune.store.artifacts import Store, read
 from hfprune.store.filenames import MANIFEST
 
@@ -126,7 +128,7 @@ def _used(plan: Plan, store: Store) -> set[tuple[str, str]]:
         if made.stage == "evaluate":  # the tables read its tasks' results, one an artifact
             found |= {("evaluate-task", key) for name, key in made.inputs.items() if name != "model"}
         if "wheel" in made.parameters:
-            found.add(("wheel", recipe("wheel", {"wheel": made.parameters["wheel"]}).key))
+            found.add(("wheel", recipe(WHEEL, WheelParameters(wheel=made.parameters["wheel"]), {}).key))
     return found
 
 

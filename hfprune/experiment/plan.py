@@ -2,26 +2,24 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hfprune.errors import UserError
-from hfprune.experiment.schema import (
-    Experiment,
-    PruneParameters,
-    RecoverParameters,
-    ScoreParameters,
-    ShardParameters,
-    Source,
-)
-from hfprune.experiment.stages import DOWNLOADS, recipe, source_parameters
+from hfprune.experiment.schema import Experiment
 from hfprune.models.context import check_checkpoint
 from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
 from hfprune.reporting.targets import Setting
 from hfprune.runtime.paths import expanded
+from hfprune.stages.declaration import Parameters
+from hfprune.stages.making import recipe
+from hfprune.stages.prune import PruneParameters
+from hfprune.stages.registry import STAGES
+from hfprune.stages.score import ScoreParameters
+from hfprune.stages.sources import Source
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
 from hfprune.store.keys import Recipe
@@ -42,17 +40,29 @@ class Job:
 
     Attributes:
         recipe: what it is.
-        inputs: the jobs whose artifacts it is made from, by the stage's option for them.
-        options: the stage's command-line options beside its inputs.
+        given: the stage's parameters.
+        inputs: the jobs whose artifacts it is made from, by the stage's names for them.
         label: what it is, for people.
+        together: of several criteria that are scored in one pass, the other ones.
         after: of several criteria that are scored in one pass, the job that makes this artifact too.
     """
 
     recipe: Recipe
+    given: Parameters
     inputs: Mapping[str, "Job | list[Job]"]
-    options: tuple[str, ...]
     label: str
+    together: tuple[str, ...] = ()
     after: "Job | None" = None
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """What of its stage's parameters decides the artifact's content."""
+        return self.recipe.parameters
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The command-line options beside those of its inputs."""
+        return options(self.given.options() | ({"together": self.together} if self.together else {}))
 
     @property
     def sources(self) -> list["Job"]:
@@ -221,8 +231,7 @@ class Plan:
 
     def command(self, job: Job) -> list[str]:
         """The words after `hfprune` that make a job's artifact."""
-        stage = job.recipe.stage
-        words = ["download", stage] if stage in DOWNLOADS else [stage]
+        words = [*STAGES[job.recipe.stage].words]
         for name, made in job.inputs.items():
             jobs = made if isinstance(made, list) else [made]
             words += [f"--{name.replace('_', '-')}", *map(self.manifest, jobs)]
@@ -250,7 +259,7 @@ class Plan:
         self.documents = {use: {name: texts[name] for name in names} for use, names in used.items()} | {"task": tasks}
         sampling = config.fidelity.model_dump(exclude={"texts"}) | dtype
         references = {
-            name: self._add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
+            name: self.add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
             for name, text in self.documents["fidelity"].items()
         }
         models = [whole := Model(dense, "dense")]
@@ -265,7 +274,7 @@ class Plan:
                 if cut.refit != "none":
                     inputs["text"] = texts[config.calibration.text]
                 label = f"{cut.label} by {method}, seed {seed}"
-                pruned = Model(self._add("prune", cut.read(), inputs, label), label, method, criterion, cut, seed)
+                pruned = Model(self.add("prune", cut.read(), inputs, label), label, method, criterion, cut, seed)
                 self.methods[pruned.job.key] = method
                 if seed == config.calibration.seeds[0]:
                     self.cuts.append(pruned)
@@ -276,32 +285,27 @@ class Plan:
         for model in self.models:
             for name, reference in references.items():
                 inputs = {"model": model.job, "reference": reference}
-                model.results.append(self._add("measure", dtype, inputs, f"{model.label}, on {name}"))
+                model.results.append(self.add("measure", dtype, inputs, f"{model.label}, on {name}"))
             if tasks:
                 model.results.append(self._evaluate(model, tasks))
 
     def _recover(self, name: str, model: Model, dense: Job, texts: Mapping[str, Job]) -> Model:
         """The model trained in the way of that name."""
         way = self.experiment.recovery[name]
-        asked = RecoverParameters(**way.model_dump(exclude={"text", "dense"}), dtype=self.experiment.model.dtype)
+        asked = way.model_dump(exclude={"text", "dense"}) | {"dtype": self.experiment.model.dtype}
         inputs = {"model": model.job, "text": texts[way.text]}
         if way.loss == "distillation":
             inputs["teacher"] = dense
         label = f"{model.label}, recovery {name}"
-        made = recipe("recover", asked.read(), **_keys(inputs))
-        trained = self._put(Job(made, inputs, options(asked.model_dump()), label))
+        trained = self.add("recover", asked, inputs, label)
         return replace(model, job=trained, label=label, recovery=name, results=[])
 
     def _evaluate(self, model: Model, tasks: Mapping[str, Job]) -> Job:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
         sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
-        parts = {
-            name: recipe("evaluate-task", sampling, model=model.job.key, task=task.key) for name, task in tasks.items()
-        }
-        made = recipe("evaluate", {}, model=model.job.key, **{name: part.key for name, part in parts.items()})
-        inputs = {"model": model.job, "tasks": list(tasks.values())}
-        whole = self._put(Job(made, inputs, options(sampling), model.label))
-        self.parts |= {part.key: replace(whole, recipe=part, after=whole) for part in parts.values()}
+        whole = self.add("evaluate", sampling, {"model": model.job, "tasks": list(tasks.values())}, model.label)
+        parts = [recipe(*part) for part in STAGES["evaluate"].parts(whole.given, whole.inputs).values()]
+        self.parts |= {part.key: replace(whole, recipe=part, after=whole) for part in parts}
         return whole
 
     def _score(self, model: Job, text: Job, seed: int) -> dict[str, Job]:
@@ -312,49 +316,58 @@ class Plan:
         scores: dict[str, Job] = {}
         for cut, together in passes(criteria):
             inputs = {"model": model, "text": text} | ({"light_cut": scores[cut]} if cut else {})
-            asked = [ScoreParameters(criterion=name, **sampling) for name in together]
+            asked = {name: {"criterion": name} | sampling for name in together}
             if calibration.shards == 1:
-                scores |= self._pass("score", asked, inputs, "")
+                scores |= self._pass("score", asked, inputs, f"seed {seed}")
                 continue
             shards: dict[str, list[Job]] = defaultdict(list)
             for number in range(calibration.shards):
                 part = {"shard": number, "shards": calibration.shards}
-                parts = [ShardParameters(**one.model_dump(), **part) for one in asked]
-                for name, job in self._pass("shard", parts, inputs, f", shard {number + 1}").items():
+                parts = {name: one | part for name, one in asked.items()}
+                for name, job in self._pass("shard", parts, inputs, f"seed {seed}, shard {number + 1}").items():
                     shards[name].append(job)
-            for one in asked:
-                made = recipe("score", one.read(), **_keys(inputs))
-                done = self.store.has("score", made.key)  # finished scores do not need their shards again
-                there = all(self.store.has("shard", job.key) for job in shards[one.criterion])
-                parts = {"shards": shards[one.criterion]} if there or not done else {}
-                label = f"{one.criterion}, seed {seed}"
-                scores[one.criterion] = self._put(Job(made, inputs | parts, options(one.model_dump()), label))
+            for name, one in asked.items():
+                key = recipe(STAGES["score"], ScoreParameters(**one), inputs).key
+                done = self.store.has("score", key)  # finished scores do not need their shards again
+                there = all(self.store.has("shard", job.key) for job in shards[name])
+                parts = {"shards": shards[name]} if there or not done else {}
+                scores[name] = self.add("score", one, inputs | parts, f"{name}, seed {seed}")
         return {name: scores[name] for name in criteria}
 
     def _pass(
-        self, stage: str, asked: Sequence[ScoreParameters], inputs: Mapping[str, Job], part: str
+        self, stage: str, asked: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Job], label: str
     ) -> dict[str, Job]:
         """One job for each criterion of one pass over the text: the first makes all artifacts that are missing."""
         jobs: dict[str, Job] = {}
-        for one in asked:
-            others = [other.criterion for other in asked if other != one]
-            words = options(one.model_dump() | ({"together": others} if others else {}))
+        for name, parameters in asked.items():
+            others = tuple(other for other in asked if other != name)
             first = next((job for job in jobs.values() if not self.has(job)), None)
-            made = recipe(stage, one.read(), **_keys(inputs))
-            label = f"{one.criterion}, seed {one.seed}{part}"
-            jobs[one.criterion] = self._put(Job(made, inputs, words, label, first))
+            jobs[name] = self.add(stage, parameters, inputs, f"{name}, {label}", others, first)
         return jobs
 
     def _download(self, kind: str, source: Source, parameters: Mapping[str, Any], label: str) -> Job:
-        origin = source.origin()
-        made = recipe(kind, source_parameters(origin) | dict(parameters))
-        return self._put(Job(made, {}, options(origin | dict(parameters)), label))
+        return self.add(kind, source.origin() | dict(parameters), {}, label)
 
-    def _add(self, stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, Job], label: str) -> Job:
-        return self._put(Job(recipe(stage, parameters, **_keys(inputs)), inputs, options(parameters), label))
+    def add(
+        self,
+        stage: str,
+        parameters: Mapping[str, Any],
+        inputs: Mapping[str, Job | list[Job]],
+        label: str,
+        together: tuple[str, ...] = (),
+        after: Job | None = None,
+    ) -> Job:
+        """The job that makes a stage's artifact; one that the plan has already, where it would be the same artifact.
 
-    def _put(self, job: Job) -> Job:
-        return self.jobs[job.recipe.stage].setdefault(job.key, job)
+        Args:
+            stage: its name.
+            parameters: of the stage, those that are not the defaults.
+            inputs: by the stage's names.
+            label, together, after: see `Job`.
+        """
+        given = STAGES[stage].parameters(**parameters)
+        job = Job(recipe(STAGES[stage], given, inputs), given, inputs, label, together, after)
+        return self.jobs[stage].setdefault(job.key, job)
 
 
 def _with_sources(jobs: Iterable[Job], sources: Callable[[Job], list[Job]]) -> list[Job]:
@@ -370,10 +383,6 @@ def _with_sources(jobs: Iterable[Job], sources: Callable[[Job], list[Job]]) -> l
     for job in jobs:
         add(job)
     return list(found.values())
-
-
-def _keys(inputs: Mapping[str, Job]) -> dict[str, str]:
-    return {name: job.key for name, job in inputs.items()}
 
 
 def store_root(configured: Path) -> Path:

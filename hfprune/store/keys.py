@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
+HELP = ("description", "examples")  # arguments that only people read, of these calls
+DECLARING = ("Field", "Input", "Stage")
+OUTSIDE_KEY = "outside_key"  # a decorator, see `stages.declaration`
 LIBRARIES = (
     "torch", "transformers", "safetensors", "gguf", "huggingface_hub", "datasets", "lm_eval", "peft", "numpy",
     "pandas", "matplotlib", "snakemake",
@@ -42,8 +45,9 @@ def code_digest(module: str) -> str:
     """Digest of the code that `module` runs: itself and every module of this package that it imports, in turn.
 
     Every form of import is followed, inside functions too, and the `__init__` files of the sub-packages on the way.
-    Comments, docstrings and layout do not count, so that a better comment never costs a rerun. The package's own
-    `__init__` counts as text; its imports are not followed: it offers the Python interface, which no stage uses.
+    Comments, docstrings, layout and help texts (`description=` and `examples=` of a declaration) do not count, so that
+    a better word never costs a rerun; nor do functions that are marked `outside_key`. The package's own `__init__`
+    counts as text; its imports are not followed: it offers the Python interface, which no stage uses.
 
     Raises:
         UnresolvedImportError: an import of this package leads to nothing, or is made by a name that only running the
@@ -56,7 +60,7 @@ def code_digest(module: str) -> str:
         if name in code:
             continue
         tree = ast.parse(_module_file(name).read_text(encoding="utf-8"))
-        _strip_docstrings(tree)
+        _strip(tree)
         code[name] = ast.unparse(tree)
         if name != PACKAGE.name:
             pending += _package_imports(name, tree)
@@ -80,11 +84,21 @@ def _module_file(name: str) -> Path:
     raise UnresolvedImportError(f"{name}: no such module in {PACKAGE}")
 
 
-def _strip_docstrings(tree: ast.Module) -> None:
+def _strip(tree: ast.Module) -> None:
+    """Take out what no artifact's content depends on."""
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Module):
+            node.body = [each for each in node.body if not _is_outside_key(each)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in DECLARING:
+            node.keywords = [each for each in node.keywords if each.arg not in HELP]
+
+
+def _is_outside_key(node: ast.stmt) -> bool:
+    decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+    return any(isinstance(each, ast.Name) and each.id == OUTSIDE_KEY for each in decorators)
 
 
 def _package_imports(module: str, tree: ast.Module) -> list[str]:
@@ -109,6 +123,9 @@ def _imported(module: str, node: ast.AST) -> Iterator[str]:
         called = ast.unparse(node.func).rpartition(".")[2]
         if called in ("import_module", "__import__"):
             argument = node.args[0] if node.args else None
+            if room := _room(argument):
+                yield from room
+                return
             if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
                 raise UnresolvedImportError(
                     f"{module}, line {node.lineno}: {ast.unparse(node)}: only running it tells what it imports; "
@@ -116,6 +133,16 @@ def _imported(module: str, node: ast.AST) -> Iterator[str]:
                 )
             if _is_ours(argument.value):
                 yield argument.value
+
+
+def _room(argument: ast.expr | None) -> list[str]:
+    """Of an import by f"hfprune.room.{name}": all modules of that room."""
+    match argument:
+        case ast.JoinedStr(values=[ast.Constant(value=start), ast.FormattedValue()]) if _is_ours(start):
+            folder = PACKAGE.joinpath(*start.rstrip(".").split(".")[1:])
+            if start.endswith(".") and folder != PACKAGE and (folder / "__init__.py").is_file():
+                return [start + file.stem for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
+    return []
 
 
 def _is_ours(name: str) -> bool:

@@ -1,0 +1,289 @@
+"""Commands that make tables and figures of what was measured."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hfprune.cli.commands import POSITIONAL, Command, Option, StoreCommand
+from hfprune.errors import UserError
+from hfprune.reporting import targets
+from hfprune.stages.making import open_artifact
+from hfprune.store.artifacts import Artifact, Store
+from hfprune.store.filenames import LOSSES, PRUNING
+from hfprune.store.results import Aside, written
+
+Metrics = Annotated[Path, Field(description="a metrics.csv made by collect")]
+Folder = Annotated[Path, Field(description="the folder to write into")]
+TablesAndFigures = Annotated[Path, Field(description="the folder to write tables/ and figures/ into")]
+
+
+@contextmanager
+def results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[Aside]:
+    """`written`, which prints the paths of the results."""
+    with written(sources) as aside:
+        yield aside
+    for path in aside.places:
+        print(path)
+
+
+def write_and_draw(
+    output: Path, name: str, table: Any, draw: Callable[[Any, Path], object], sources: list[Artifact]
+) -> None:
+    """Write a table (a DataFrame) made from `sources` as tables/`name`.csv, and draw its figures into figures/."""
+    with results(sources) as aside:
+        table.to_csv(aside.folder(output / "tables") / f"{name}.csv", index=False)
+        draw(table, aside.folder(output / "figures"))
+
+
+def by_key(option: str, words: Sequence[str]) -> dict[str, str]:
+    """Names by the keys of artifacts, of words NAME=KEY.
+
+    Raises:
+        UserError: one is not of this form.
+    """
+    names = {}
+    for word in words:
+        name, equals, key = word.rpartition("=")
+        if not (name and equals and key):
+            raise UserError(f"--{option} {word}: expected NAME=KEY, a name and the key of an artifact in the store.")
+        names[key] = name
+    return names
+
+
+class OfMethods(StoreCommand):
+    """A command whose results name methods."""
+
+    method: Annotated[list[str], Option(metavar="NAME=KEY", is_repeated=True)] = Field(
+        [],
+        description="what the method is called that cut a model; repeat it (default: the preset of its recipe)",
+    )
+
+    def methods(self) -> dict[str, str]:
+        """Names of methods by the keys of the models that they cut."""
+        return by_key("method", self.method)
+
+
+class OfTexts(OfMethods):
+    """A command whose results name held-out texts too."""
+
+    text: Annotated[list[str], Option(metavar="NAME=KEY", is_repeated=True)] = Field(
+        [],
+        description="what a held-out text is called, the first of the tables first; repeat it "
+        "(default: its file's name)",
+    )
+
+    def names(self) -> Any:
+        """What methods and held-out texts are called: `tables.Names`."""
+        from hfprune.reporting.tables import Names
+
+        return Names(self.methods(), by_key("text", self.text))
+
+
+class Collect(OfTexts):
+    """Gather what was measured and evaluated into one metrics.csv."""
+
+    words = ("collect",)
+    examples = ("hfprune collect --output metrics.csv store/measure/*/manifest.json store/evaluate/*/manifest.json",)
+    output: Path = Field(description="the metrics.csv to write")
+    manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of measure and evaluate")
+
+    def run(self) -> None:
+        """Write it."""
+        from hfprune.reporting.tables import collect
+
+        artifacts = [open_artifact(path, "measure", "evaluate") for path in self.manifests]
+        metrics = collect(artifacts, Store(self.store), self.names())
+        with written(artifacts) as aside:
+            metrics.to_csv(aside.path(self.output), index=False)
+        print(f"{self.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
+
+
+class Differences(OfTexts):
+    """Compare models document by document: intervals of each, differences of each pair, and their tests."""
+
+    words = ("differences",)
+    examples = ("hfprune differences --output results/default/tables store/measure/*/ store/evaluate/*/",)
+    output: Folder
+    manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of measure and evaluate")
+
+    def run(self) -> None:
+        """Write both tables."""
+        from hfprune.reporting.comparison import Comparison
+        from hfprune.reporting.documents import read_documents
+
+        artifacts = [open_artifact(path, "measure", "evaluate") for path in self.manifests]
+        compared = Comparison(read_documents(artifacts, Store(self.store), self.names()))
+        with results(artifacts) as aside:
+            for name, table in {"intervals": compared.intervals(), "differences": compared.differences()}.items():
+                table.to_csv(aside.folder(self.output) / f"{name}.csv", index=False)
+
+
+class Profile(OfTexts):
+    """Where models fail: fidelity by position and by the dense model's entropy."""
+
+    words = ("profile",)
+    examples = ("hfprune profile --output results/default store/measure/*/",)
+    output: TablesAndFigures
+    manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of measure")
+
+    def run(self) -> None:
+        """Write the table and draw it."""
+        from hfprune.reporting.documents import read_profiles
+        from hfprune.reporting.figures import draw_profile
+
+        artifacts = [open_artifact(path, "measure") for path in self.manifests]
+        bins = read_profiles(artifacts, Store(self.store), self.names())
+        write_and_draw(self.output, "profile", bins, draw_profile, artifacts)
+
+
+class Tables(Command):
+    """Make the tables of results and of costs: csv, md and tex."""
+
+    words = ("tables",)
+    examples = ("hfprune tables --metrics results/default/metrics.csv --output results/default/tables",)
+    metrics: Metrics
+    output: Folder
+
+    def run(self) -> None:
+        """Write them."""
+        from hfprune.reporting.tables import read_metrics, write_tables
+
+        with results([self.metrics]) as aside:
+            write_tables(read_metrics(self.metrics), aside.folder(self.output))
+
+
+class Figures(Command):
+    """Draw the figures: png, pdf and svg."""
+
+    words = ("figures",)
+    examples = ("hfprune figures --metrics results/default/metrics.csv --output results/default/figures",)
+    metrics: Metrics
+    output: Folder
+
+    def run(self) -> None:
+        """Draw them."""
+        from hfprune.reporting.figures import draw
+        from hfprune.reporting.tables import read_metrics
+
+        with results([self.metrics]) as aside:
+            draw(read_metrics(self.metrics), aside.folder(self.output))
+
+
+class Pareto(Command):
+    """Draw what models are worth against their speed, and against what it took to make them."""
+
+    words = ("pareto",)
+    examples = (
+        "hfprune pareto --metrics results/default/metrics.csv --timings results/default/efficiency.csv \\\n"
+        "    --output results/default/figures",
+    )
+    timings: Path = Field(description="the csv of `hfprune efficiency`")
+    metrics: Metrics
+    output: Folder
+
+    def run(self) -> None:
+        """Draw it."""
+        from hfprune.reporting.figures import draw_pareto
+        from hfprune.reporting.paper_tables import read_timings
+        from hfprune.reporting.tables import read_metrics
+
+        with results([self.metrics, self.timings]) as aside:
+            draw_pareto(read_metrics(self.metrics), read_timings([self.timings]), aside.folder(self.output))
+
+
+class Compare(Command):
+    """Compare scores: importance per layer, agreement between criteria and between seeds."""
+
+    words = ("compare",)
+    examples = ("hfprune compare --output results/default store/score/*/manifest.json",)
+    output: TablesAndFigures
+    scores: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of score, of one model")
+
+    def run(self) -> None:
+        """Write the table and draw it."""
+        from hfprune.reporting.agreement import compare
+        from hfprune.reporting.figures import draw_scores
+
+        scores = [open_artifact(path, "score") for path in self.scores]
+        if len(models := {score.manifest["inputs"]["model"] for score in scores}) > 1:
+            raise UserError(f"scores of {len(models)} models ({', '.join(sorted(models))}); compare those of one.")
+        write_and_draw(self.output, "agreement", compare(scores), partial(draw_scores, scores), scores)
+
+
+class Table(OfTexts):
+    """Make one of the paper's tables, the published rows below ours: csv, md and tex."""
+
+    words = ("table",)
+    examples = (
+        "hfprune table table6 --output results/default/tables store/measure/*/ store/evaluate/*/",
+        "hfprune table table3 --output tables results/default/metrics.csv results/qwen2.5-0.5b/metrics.csv",
+    )
+    name: Annotated[Literal[tuple(sorted([*targets.TABLES, *targets.OF_FILES]))], POSITIONAL] = Field(
+        description=f"which: {', '.join(sorted([*targets.TABLES, *targets.OF_FILES]))}"
+    )
+    output: Folder
+    published: Path = Field(Path("results/published"), description="folder of the published values")
+    sources: Annotated[list[Path], POSITIONAL] = Field(
+        description="artifacts of measure and evaluate; of tables 3, 4 and 5 their csv files"
+    )
+
+    def run(self) -> None:
+        """Write it."""
+        from hfprune.reporting import paper_tables
+
+        published = self.published / f"{self.name}.csv"
+        is_of_files = self.name in targets.OF_FILES
+        sources = self.sources if is_of_files else [open_artifact(path, "measure", "evaluate") for path in self.sources]
+        with results([*sources, *([published] if published.exists() else [])]) as aside:
+            if is_of_files:
+                sheet = paper_tables.OF_FILES[self.name](sources, published)
+            else:
+                from hfprune.reporting.documents import read_documents
+
+                documents = read_documents(sources, Store(self.store), self.names())
+                estimates = paper_tables.estimates(paper_tables.shown(self.name, documents))
+                sheet = paper_tables.sheet(self.name, estimates, published)
+            sheet.write(aside.folder(self.output), self.name)
+
+
+class Widths(OfMethods):
+    """Draw what every layer of pruned models keeps."""
+
+    words = ("widths",)
+    examples = ("hfprune widths --output results/default store/prune/*/manifest.json",)
+    output: TablesAndFigures
+    manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of prune")
+
+    def run(self) -> None:
+        """Write the table and draw it."""
+        from hfprune.reporting.figures import draw_widths
+        from hfprune.reporting.tables import kept_widths
+
+        models = [open_artifact(path, "prune", files=[PRUNING]) for path in self.manifests]
+        table = kept_widths(models, Store(self.store), self.methods())
+        write_and_draw(self.output, "widths", table, draw_widths, models)
+
+
+class Losses(OfMethods):
+    """Draw the loss curves of recovery."""
+
+    words = ("losses",)
+    examples = ("hfprune losses --output results/default store/recover/*/manifest.json",)
+    output: TablesAndFigures
+    manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of recover")
+
+    def run(self) -> None:
+        """Write the table and draw it."""
+        from hfprune.reporting.figures import draw_losses
+        from hfprune.reporting.tables import training_curves
+
+        models = [open_artifact(path, "recover", files=[LOSSES]) for path in self.manifests]
+        table = training_curves(models, Store(self.store), self.methods())
+        write_and_draw(self.output, "losses", table, draw_losses, models)
+
+
+COMMANDS = (Collect, Differences, Profile, Tables, Figures, Pareto, Compare, Table, Widths, Losses)

@@ -1,0 +1,87 @@
+"""Zero-shot accuracy of a checkpoint on tasks of lm-eval; each task's results are an artifact of their own."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from hfprune.stages.declaration import DType, Input, Parameters, Seed, Stage
+
+Batching = Literal["shared", "stock"]
+BATCHING: Any = Field(
+    "shared", description="compute once what a question's choices have in common; stock: lm-eval's own way"
+)
+
+
+class EvaluateParameters(Parameters):
+    """What stage `evaluate` reads."""
+
+    limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; all unless given")
+    seed: Seed = 0
+    batching: Batching = BATCHING
+    dtype: DType = "auto"
+
+
+MODEL = Input(("recover", "prune", "model"), description="checkpoint")
+LIBRARIES = ("torch", "transformers", "lm_eval")
+
+
+@cache  # loaded once a task needs it
+def _language_model(folder: Path, dtype: str, batching: str) -> Any:
+    from hfprune.evaluation.lm_eval_runner import language_model
+
+    return language_model(folder, dtype, batching)
+
+
+def _one_task(folder: Path, inputs: Any, parameters: EvaluateParameters, making: Any) -> dict[str, Any]:
+    from hfprune.evaluation.lm_eval_runner import evaluate_task
+
+    task, model = inputs["task"], _language_model(inputs["model"].folder, parameters.dtype, parameters.batching)
+    name, examples = task.parameters["name"], task.parameters.get("num_fewshot", 0)
+    sampling = {"limit": parameters.limit, "seed": parameters.seed}
+    return evaluate_task(folder, model, name, task.folder, **sampling, num_fewshot=examples)
+
+
+def _parts(parameters: EvaluateParameters, inputs: Any) -> dict[str, tuple]:
+    """By task, what its own artifact is made from."""
+    return {
+        task.parameters["name"]: (EVALUATE_TASK, parameters, {"model": inputs["model"], "task": task})
+        for task in inputs["tasks"]
+    }
+
+
+def _produce(folder: Path, inputs: Any, parameters: EvaluateParameters, making: Any) -> dict[str, Any]:
+    from hfprune.evaluation.lm_eval_runner import evaluate
+
+    tasks = {name: making.make(*part) for name, part in _parts(parameters, inputs).items()}
+    evaluate(folder, {name: task.folder for name, task in tasks.items()})
+    return {"tasks": {name: task.manifest["details"] for name, task in tasks.items()}}
+
+
+EVALUATE_TASK = Stage(
+    name="evaluate-task",
+    module=__name__,
+    description="Zero-shot accuracy of a checkpoint on one task.",
+    examples=(),
+    parameters=EvaluateParameters,
+    produce=_one_task,
+    inputs={"model": MODEL, "task": Input(("task",), description="a downloaded task")},
+    libraries=LIBRARIES,
+    is_inner=True,
+)
+EVALUATE = Stage(
+    name="evaluate",
+    module=__name__,
+    description="Zero-shot accuracy of a checkpoint on tasks of lm-eval.",
+    examples=("hfprune evaluate --model store/prune/KEY --tasks store/task/KEY store/task/KEY --limit 100",),
+    parameters=EvaluateParameters,
+    produce=_produce,
+    inputs={
+        "model": MODEL,
+        "tasks": Input(("task",), description="folders of downloaded tasks", several=True, in_key=False),
+    },
+    libraries=LIBRARIES,
+    parts=_parts,
+    gpus="spread",
+)
