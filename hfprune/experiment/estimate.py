@@ -318,7 +318,7 @@ class Estimate:
         process = self.device.process or HOST_PROCESS_BYTES
         memory = cost.memory_bytes if on_cpu else process + files
         memory += SNAKEMAKE_BYTES + DATA_IN_MEMORY * data
-        if stage.loads_again:
+        if stage.reloads_checkpoint:
             memory += process + self._size(job)
         seconds = START_SECONDS + SECONDS_PER_GIB * files / GIB + self.seconds(cost.flops, SLOW_SHARE)
         if on_cpu or job.is_light or stage.gpus == "none":

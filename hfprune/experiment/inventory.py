@@ -12,8 +12,8 @@ from typing import Any
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
 from hfprune.runtime.progress import progress
-from hfprune.stages.making import recipe
 from hfprune.stages.registry import STAGES
+from hfprune.stages.run import recipe
 from hfprune.stages.wheel import WHEEL, WheelParameters
 from hfprune.store.artifacts import Store, read
 from hfprune.store.filenames import MANIFEST

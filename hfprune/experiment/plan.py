@@ -15,9 +15,9 @@ from hfprune.pruning.criteria import passes
 from hfprune.reporting.targets import Setting
 from hfprune.runtime.paths import expanded
 from hfprune.stages.declaration import Parameters
-from hfprune.stages.making import recipe
 from hfprune.stages.prune import PruneParameters
 from hfprune.stages.registry import STAGES
+from hfprune.stages.run import recipe
 from hfprune.stages.score import ScoreParameters
 from hfprune.stages.sources import Source
 from hfprune.store.artifacts import Store
@@ -40,7 +40,7 @@ class Job:
 
     Attributes:
         recipe: what it is.
-        given: the stage's parameters.
+        settings: all parameters of the stage, also those that do not affect the content.
         inputs: the jobs whose artifacts it is made from, by the stage's names for them.
         label: what it is, for people.
         together: of several criteria that are scored in one pass, the other ones.
@@ -48,7 +48,7 @@ class Job:
     """
 
     recipe: Recipe
-    given: Parameters
+    settings: Parameters
     inputs: Mapping[str, "Job | list[Job]"]
     label: str
     together: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Job:
     @property
     def options(self) -> tuple[str, ...]:
         """The command-line options beside those of its inputs."""
-        return options(self.given.options() | ({"together": self.together} if self.together else {}))
+        return options(self.settings.options() | ({"together": self.together} if self.together else {}))
 
     @property
     def sources(self) -> list["Job"]:
@@ -304,7 +304,7 @@ class Plan:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
         sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
         whole = self.add("evaluate", sampling, {"model": model.job, "tasks": list(tasks.values())}, model.label)
-        parts = [recipe(*part) for part in STAGES["evaluate"].parts(whole.given, whole.inputs).values()]
+        parts = [recipe(*part) for part in STAGES["evaluate"].parts(whole.settings, whole.inputs).values()]
         self.parts |= {part.key: replace(whole, recipe=part, after=whole) for part in parts}
         return whole
 

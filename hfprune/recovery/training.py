@@ -220,7 +220,7 @@ def _last_whole_checkpoint(work: Path) -> str | None:
     return None
 
 
-def in_step(make: Callable[[Callable[[Path], dict]], object], train: Callable[[Path], dict]) -> None:
+def distribute(make: Callable[[Callable[[Path], dict]], object], train: Callable[[Path], dict]) -> None:
     """Let the first of several processes `make` the artifact, by `train`, and the others train with it.
 
     Args:
