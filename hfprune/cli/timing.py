@@ -31,14 +31,16 @@ class Efficiency(WithMethods):
         """Write the timings, and print them."""
         import pandas as pd
 
-        from hfprune.evaluation.timing import surroundings, time_models
+        from hfprune.evaluation.timing import time_models, timing_environment
         from hfprune.reporting.tables import described
 
         models = [open_artifact(path, *CHECKPOINTS) for path in self.models]
         known = described([model.key for model in models], Store(self.store), self.methods())
         folders = {model.key: model.folder for model in models}
         timed = pd.DataFrame(time_models(folders, self.dtype, self.rounds, self.tokens))
-        rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(dtype=self.dtype, **surroundings())
+        rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(
+            dtype=self.dtype, **timing_environment()
+        )
         with written(models) as aside:
             rows.to_csv(aside.path(self.output), index=False)
         print(rows[["stage", "method", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
@@ -66,7 +68,7 @@ class ScoringCost(Sampling, Command):
         """Write the timings, and print them."""
         import pandas as pd
 
-        from hfprune.evaluation.timing import surroundings, time_scoring
+        from hfprune.evaluation.timing import time_scoring, timing_environment
 
         sampling = self.model_dump(include={"samples", "length", "seed", "draws", "dtype"})
         for name in self.criteria:
@@ -85,7 +87,7 @@ class ScoringCost(Sampling, Command):
                 raise UserError(f"criterion {name} takes --light-cut with scores of this model by {needed}.")
             criteria[name] = needed and cuts[needed]
         rows = pd.DataFrame(time_scoring(model.folder, text.folder, criteria, **sampling, rounds=self.rounds))
-        rows = rows.assign(key=model.key, dtype=self.dtype, **surroundings())
+        rows = rows.assign(key=model.key, dtype=self.dtype, **timing_environment())
         with written([model, text, *scores]) as aside:
             rows.to_csv(aside.path(self.output), index=False)
         print(rows[["criterion", "light_cut", "seconds", "peak_bytes", "tokens", "flops", "n"]].to_string(index=False))
