@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune import cli
 from hfprune.cli import main
+from hfprune.cli.commands import pair_of
 from hfprune.errors import UserError, is_refusal
 from hfprune.experiment.claims import Claim
 from hfprune.experiment.estimate import GIB, Estimate, Models, device_of, report
@@ -261,7 +261,7 @@ def test_a_home_is_expanded_wherever_a_path_is_written(experiment, checkpoint, t
     assert Plan(asked).store.root == tmp_path / "other"
     assert main(["download", "text", "--path", "~/calibration.jsonl", "--store=~/third"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_relative_to(tmp_path / "third")
-    assert cli._named("a=~/b") == ("a", tmp_path / "b")
+    assert pair_of("a=~/b") == ("a", tmp_path / "b")
     assert not (tmp_path / "~").exists()
     monkeypatch.setenv("HFPRUNE_STORE", "~nobody-of-that-name/store")
     with pytest.raises(UserError, match=r"^HFPRUNE_STORE = '~nobody-of-that-name/store': nobody here has such a home"):
