@@ -155,8 +155,8 @@ def recover(
             trainer.train(resume_from_checkpoint=last)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"out of memory with micro_batch = {micro_batch}, length = {length}: {trainable:,} weights are trained. "
-                "Set a smaller micro_batch or length, or train less (method lora or norms)."
+                f"out of memory with micro_batch = {micro_batch}, length = {length}: {trainable:,} weights are "
+                "trained. Set a smaller micro_batch or length, or train less (method lora or norms)."
             ) from None
     if trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(f"the training is kept up to step {trainer.state.global_step} of {trainer.state.max_steps}")

@@ -11,7 +11,7 @@ from snakemake.jobs import Job
 sys.path.insert(0, workflow.basedir)
 
 from hfprune.experiment import schema as experiments
-from hfprune.experiment.claims import Claim
+from hfprune.experiment.results_folder import ResultsFolder
 from hfprune.runtime import gpus
 from hfprune.reporting import targets
 from hfprune.store.keys import code_digest
@@ -27,8 +27,8 @@ try:
         experiments.read(Path(file))  # Snakemake takes the last of two keys of one name
     plan = Plan(experiments.parse(experiments.Experiment, config, ", ".join(map(str, origin))))
     plan.refuse_misfits()
-    claim = Claim(Path("results"), [Path(file) for file in origin], plan.experiment)
-    claim.refuse()
+    results_folder = ResultsFolder(Path("results"), [Path(file) for file in origin], plan.experiment)
+    results_folder.check()
 except UserError as error:
     raise WorkflowError(str(error))
 
@@ -64,7 +64,7 @@ wildcard_constraints:
 
 
 onstart:
-    claim.record()
+    results_folder.record()
 
 
 # Another attempt has more memory and time, which mends no user's mistake. Snakemake tells rules apart, not failures.
