@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hfprune.errors import UserError
 from hfprune.experiment.schema import Experiment, load
-from hfprune.store.results import written
+from hfprune.store.results import publish
 
 CLAIM = ".config"  # in an experiment's folder of results: its config files, one a line
 
@@ -52,7 +52,7 @@ class Claim:
     def record(self) -> None:
         """Write down that the folder is this experiment's."""
         if not self._is_among_results:
-            with written() as aside:
+            with publish() as aside:
                 aside.path(self.folder / CLAIM).write_text(
                     "".join(f"{file}\n" for file in self.files), encoding="utf-8"
                 )

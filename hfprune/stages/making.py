@@ -83,7 +83,7 @@ class Making:
 
     def offer(self, parameters: Parameters, produce: Callable[[Path], dict[str, Any] | None]) -> None:
         """Put into the store what came out beside the artifact, unless another process is making it."""
-        self.store.offer(self._recipe(parameters), produce)
+        self.store.make_unless_locked(self._recipe(parameters), produce)
 
     def _recipe(self, parameters: Parameters) -> Recipe:
         return recipe(self.stage, parameters, self.inputs)
