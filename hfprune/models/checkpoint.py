@@ -227,5 +227,5 @@ def prove(folder: Path, expected: Expected) -> dict[str, Any]:
 def _not_proven(folder: Path, difference: str) -> UserError:
     return UserError(
         f"{folder}: reloaded in a fresh process, the checkpoint is not the model that was saved: {difference}. It is "
-        "not kept. If the disk and the memory are sound, the model does not survive `save_pretrained`; please report it."
+        "not kept. If disk and memory are sound, the model does not survive `save_pretrained`; please report it."
     )
