@@ -12,7 +12,7 @@ from hfprune.errors import UserError
 from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
-from hfprune.store.results import withdraw, written
+from hfprune.store.results import publish, withdraw
 
 Documents = Annotated[list[NamedPath], Option(metavar="NAME=PATH")]
 USES = ("calibration", "recovery", "fidelity", "task")  # of documents
@@ -79,7 +79,7 @@ class Page(Command):
             content = page(self.title, self.caption, self.files)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}.") from None
-        with written() as aside:
+        with publish() as aside:
             aside.path(self.output).write_text(content, encoding="utf-8")
 
 
@@ -125,14 +125,14 @@ class Provenance(StoreCommand):
 
     def run(self) -> None:
         """Print the provenance."""
-        from hfprune.store.provenance import Trail, text
+        from hfprune.store.provenance import ProvenanceGraph, as_text
 
-        nodes = Trail(Store(self.store)).of(self.result, self.where)
-        print(text(nodes))
+        nodes = ProvenanceGraph(Store(self.store)).trace(self.result, self.where)
+        print(as_text(nodes))
         if self.crate:
             from hfprune.store.ro_crate import write
 
-            with written() as aside:
+            with publish() as aside:
                 metadata = write(nodes, aside.folder(self.crate))
             print(self.crate / metadata.name)
 

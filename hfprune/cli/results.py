@@ -14,7 +14,7 @@ from hfprune.reporting import targets
 from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import LOSSES, PRUNING
-from hfprune.store.results import Aside, written
+from hfprune.store.results import ScratchFolders, publish
 
 Metrics = Annotated[Path, Field(description="metrics.csv from `hfprune collect`")]
 Folder = Annotated[Path, Field(description="folder to write to")]
@@ -22,9 +22,9 @@ TablesAndFigures = Annotated[Path, Field(description="folder to write tables/ an
 
 
 @contextmanager
-def results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[Aside]:
-    """As `written`, and print the paths of the results."""
-    with written(sources) as aside:
+def results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[ScratchFolders]:
+    """`publish`, which prints the paths of the results."""
+    with publish(sources) as aside:
         yield aside
     for path in aside.places:
         print(path)
@@ -97,7 +97,7 @@ class Collect(WithTexts):
 
         artifacts = [open_artifact(path, "measure", "evaluate") for path in self.manifests]
         metrics = collect(artifacts, Store(self.store), self.names())
-        with written(artifacts) as aside:
+        with publish(artifacts) as aside:
             metrics.to_csv(aside.path(self.output), index=False)
         print(f"{self.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
 
