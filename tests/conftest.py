@@ -110,6 +110,11 @@ def save_dense(folder: Path, family: str = "llama", **changes) -> Path:
     return folder
 
 
+def by_criteria(*criteria: str) -> list[dict]:
+    """A config's methods: one for each criterion, under its name, with nothing else done."""
+    return [{name: {"criterion": name}} for name in criteria]
+
+
 def boolq_records(count: int) -> list[dict]:
     """Documents in the fields that lm-eval's boolq reads."""
     return [
@@ -152,7 +157,7 @@ def experiment(checkpoint, data) -> dict:
             "heldout": {"path": str(data / "heldout.jsonl")},
         },
         "calibration": {"text": "calibration", "samples": 6, "length": 32},
-        "pruning": {"ratios": [0.1, 0.2]},
+        "ratios": [0.1, 0.2],
         "evaluation": {"tasks": {"boolq": {"path": str(data / "boolq.jsonl")}}, "limit": 6},
         "fidelity": {"texts": ["heldout"], "samples": 4, "length": 32},
     }

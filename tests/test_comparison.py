@@ -15,7 +15,7 @@ from hfprune.reporting import comparison
 from hfprune.reporting.comparison import MEASURE, Comparison, holm, indistinguishable_from_best
 from hfprune.reporting.documents import VALUES, read_documents
 from hfprune.reporting.statistics import MODEL
-from hfprune.reporting.tables import collect
+from hfprune.reporting.tables import NO_NAMES, Names, collect
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.keys import Recipe
 
@@ -25,6 +25,7 @@ UNCUT = {"structure": "none", "allocation": "none", "ratio": 0.0}
 def model(criterion, **changes):
     """A setting: the columns of `MODEL`."""
     cut = {"stage": "pruned", "criterion": criterion, "structure": "mlp", "allocation": "uniform", "ratio": 0.2}
+    cut["method"] = "dense" if criterion == "none" else criterion
     return {"model": "m", "refit": "none", "recovery": "none", "parent": "none", **cut, **changes}
 
 
@@ -275,7 +276,7 @@ class Fabricated:
 
 def test_texts_have_the_names_and_the_order_of_the_config_and_efficiency_stands_once(tmp_path):
     made = Fabricated(tmp_path)
-    named = collect(made.artifacts, made.store, {"text2": "wiki", "text1": "news"})
+    named = collect(made.artifacts, made.store, Names(texts={"text2": "wiki", "text1": "news"}))
     kl = named[named["metric"] == "kl"]
     assert kl[["stage", "task", "value"]].values.tolist() == [
         ["dense", "wiki", 0], ["dense", "news", 0], ["pruned", "wiki", 2], ["pruned", "news", 1]
@@ -283,7 +284,7 @@ def test_texts_have_the_names_and_the_order_of_the_config_and_efficiency_stands_
     assert (named["group"] == "efficiency").sum() == 2 * 2
     plain = collect(made.artifacts, made.store)
     assert plain[plain["metric"] == "kl"]["task"].tolist() == ["one file text1", "one file text2"] * 2
-    documents = read_documents(made.artifacts, made.store, {"text2": "wiki", "text1": "news"})
+    documents = read_documents(made.artifacts, made.store, Names(texts={"text2": "wiki", "text1": "news"}))
     assert list(documents) == VALUES
     assert list(documents["task"].unique()) == ["wiki", "news"]
     assert set(map(tuple, documents[["group", "metric"]].values)) == {("fidelity", "kl"), ("perplexity", "loss")}
@@ -309,7 +310,7 @@ def test_documents_of_tasks_come_from_their_artifacts_and_what_is_no_number_is_l
     }
     keys = {task: each.key for task, each in done.items()}
     evaluated = made.put("evaluate", "evaluated", inputs={"model": "cut", **keys})
-    found = read_documents([*made.artifacts, evaluated], made.store, {})
+    found = read_documents([*made.artifacts, evaluated], made.store, NO_NAMES)
     found = found[found["group"] == "task"]
     assert found[["criterion", "seed", "task", "metric", "document", "value"]].values.tolist() == [
         ["a", 0, "boolq", "acc_norm", 3, 1], ["a", 0, "boolq", "acc_norm", 5, 0]
@@ -318,4 +319,4 @@ def test_documents_of_tasks_come_from_their_artifacts_and_what_is_no_number_is_l
     with pytest.raises(
         UserError, match=r"documents of task boolq are no longer in the store\. Remove .*evaluated and run"
     ):
-        read_documents([*made.artifacts, evaluated], made.store, {})
+        read_documents([*made.artifacts, evaluated], made.store, NO_NAMES)

@@ -94,7 +94,7 @@ def test_an_experiment_is_refused_before_it_begins_and_right_after_the_download(
     long = changed(
         experiment | {"store": str(store), "model": {"path": path, "dtype": "float32"}},
         calibration={"length": 65},
-        pruning={"recoveries": ["none", "lora"]},
+        recoveries=["none", "lora"],
     ) | {
         "recovery": {
             "lora": {"text": "calibration", "length": 128, "batch_tokens": 128},

@@ -124,14 +124,12 @@ def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, tmp_
 
 
 def test_what_is_timed_of_an_experiment(experiment):
-    grids = [
-        {"criteria": ["entropy", "self_distillation"], "ratios": [0.1, 0.2]},
-        {"criteria": ["entropy"], "ratios": [0.3], "refits": ["none", "bias"]},
-    ]
-    asked = experiment | {"pruning": grids, "calibration": experiment["calibration"] | {"seeds": [3, 4]}}
+    methods = [{"HFPrune": {"ratios": [0.1, 0.2, 0.3]}}, "SDMPrune", {"biased": {"like": "HFPrune", "refit": "bias"}}]
+    methods[2]["biased"]["ratios"] = [0.3]
+    asked = experiment | {"methods": methods, "calibration": experiment["calibration"] | {"seeds": [3, 4]}}
     plan = Plan(parse(Experiment, asked, "test"))
-    cuts = ("0.1", "0.2", "0.3", "0.3, refit bias")
-    assert [job.label for job in plan.timed[1:]] == [f"{cut} by entropy, seed 3" for cut in cuts]
+    cuts = ("0.1 by HFPrune", "0.2 by HFPrune", "0.3 by HFPrune", "0.3 by biased")
+    assert [job.label for job in plan.timed[1:]] == [f"{cut}, seed 3" for cut in cuts]
     assert plan.timed[0].recipe.stage == "model"
     (cut,) = plan.light_cuts
     assert cut.label == "cross_entropy, seed 3"

@@ -42,10 +42,7 @@ def test_a_card_says_what_was_done_in_the_hubs_form():
     assert {"pruning", "hfprune"} <= set(found.data.tags)
     for line in (
         "# Tiny-1B, 20.0% of its parameters pruned",
-        "| Structure cut | mlp+attention |",
-        "| Criterion | entropy |",
-        "| Allocation over layers | global |",
-        "| Refit | least_squares |",
+        "| Method | entropy mlp+attention global least_squares |",
         "| Share of all parameters to remove | 0.2 |",
         "| Share removed | 0.1996 |",
         "| Parameters | 800 of 1,000 |",
@@ -237,13 +234,13 @@ def test_a_model_cut_again_tells_both_cuts(made, tmp_path):
     assert row["ratio"] == 0.2
     assert row["ratio_achieved"] == pytest.approx(1 - now / dense)
     assert row["ratio_achieved_parent"] == pytest.approx(1 - now / left)
-    assert (row["stage"], row["recovery"], row["parent"]) == ("pruned", "none", "entropy 0.1 + lora")
+    assert (row["stage"], row["recovery"], row["parent"]) == ("pruned", "none", "HFPrune 0.1 then lora")
     assert set(metrics[metrics["parent"] != "none"]["parameters"]) == {now}
     costs = metrics[(metrics["parent"] != "none") & (metrics["group"] == "cost") & (metrics["metric"] == "seconds")]
     assert sorted(costs["task"]) == ["prune", "prune", "recover", "score", "score"]
     assert costs["key"].nunique() == 5
     table = summary(metrics).set_index("parent")
-    assert table.loc["entropy 0.1 + lora", "Removed (%)"] == pytest.approx(1 - now / dense)
+    assert table.loc["HFPrune 0.1 then lora", "Removed (%)"] == pytest.approx(1 - now / dense)
 
     given = ["--model", made["again"], "--results", made["measured again"], made["measured dense"]]
     run_hfprune(made["store"], "export", *given, "--output", tmp_path / "tiny")

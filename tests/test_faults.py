@@ -52,7 +52,7 @@ def pipeline(experiment, tmp_path_factory):
     made = Pipeline(
         experiment
         | {"calibration": dict(experiment["calibration"]), "recovery": {"lora": small}}
-        | {"pruning": {"ratios": [0.2], "recoveries": ["lora"]}},
+        | {"ratios": [0.2], "recoveries": ["lora"]},
         tmp_path_factory.mktemp("whole"),
     )
     yield made

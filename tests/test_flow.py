@@ -34,9 +34,9 @@ LORA = {"text": "calibration", "length": 128, "batch_tokens": 512, "rank": 2, "e
 @pytest.fixture(scope="module")
 def whole(experiment) -> dict:
     """An experiment with criteria that wait for one another, and a training."""
-    criteria = ["entropy", "wanda", "self_distillation"]
-    pruning = {"criteria": criteria, "ratios": [0.2], "recoveries": ["none", "lora"]}
-    return changed(experiment, pruning=pruning) | {"recovery": {"lora": LORA}}
+    methods = ["HFPrune", "Wanda-sp", "SDMPrune"]
+    trained = {"recoveries": ["none", "lora"], "recovery": {"lora": LORA}}
+    return changed(experiment, methods=methods, ratios=[0.2]) | trained
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def estimated(experiment: dict, tmp_path: Path, gpu: str) -> Estimate:
 
 
 def test_timing_four_models_asks_for_minutes_and_room_for_all_of_them(experiment, tmp_path):
-    asked = changed(experiment, pruning={"criteria": ["entropy", "wanda"], "ratios": [0.1, 0.2, 0.3]})
+    asked = changed(experiment, methods=["HFPrune", "Wanda-sp"], ratios=[0.1, 0.2, 0.3])
     large, small = (estimated(asked, tmp_path, gpu) for gpu in ("h100", "rtx4090"))
     request = large.efficiency(256)
     weights = sum(2 * share * 6_738_415_616 for share in (1, 0.9, 0.8, 0.7))
@@ -180,9 +180,7 @@ def test_timing_four_models_asks_for_minutes_and_room_for_all_of_them(experiment
 
 
 def test_timing_the_scoring_asks_for_the_passes_of_each_criterion_alone(experiment, tmp_path):
-    asked = changed(
-        experiment, pruning={"criteria": ["entropy", "self_distillation"]}, calibration={"seeds": [0, 1, 2]}
-    )
+    asked = changed(experiment, methods=["HFPrune", "SDMPrune"], calibration={"seeds": [0, 1, 2]})
     counted = estimated(asked, tmp_path, "cpu")
     request = counted.scoring_cost()
     once = changed(asked, calibration={"seeds": [0]})
@@ -200,13 +198,13 @@ def test_a_training_that_finds_no_room_is_refused_before_a_job_is_sent(experimen
     model = tmp_path / "seven"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(LLAMA_2_7B))
-    asked = changed(experiment, pruning={"ratios": [0.2], "recoveries": ["full", "lora"]}, model={"path": str(model)})
+    asked = changed(experiment, ratios=[0.2], recoveries=["full", "lora"], model={"path": str(model)})
     asked |= {"recovery": ways, "store": str(tmp_path / "store")}
     lines = report(parse(Experiment, asked, "test"), "h100", 0.4, None).splitlines()
     said = [line for line in lines if "its training takes about" in line]
     assert [line.partition(":")[0] for line in said] == [
         "dense, recovery full",
-        "0.2 by entropy, seed 0, recovery full",
+        "0.2 by HFPrune, seed 0, recovery full",
     ]
     (needed,) = {line.partition("about ")[2].partition(" GiB")[0] for line in said[:1]}
     assert float(needed) > 4 * 4 * 6_738_415_616 / GIB, "weights, gradients and AdamW's moments, in float32"
@@ -215,7 +213,7 @@ def test_a_training_that_finds_no_room_is_refused_before_a_job_is_sent(experimen
     output = checkout.snakemake(asked, "--config", "gpu=h100", "--dry-run", status=1)
     assert said[0] in output
     assert "Traceback" not in output
-    fits = changed(asked, pruning={"recoveries": ["lora"]})
+    fits = changed(asked, recoveries=["lora"])
     assert "its training takes" not in report(parse(Experiment, fits, "test"), "h100", 0.4, None)
 
 
@@ -282,7 +280,7 @@ def test_results_belong_to_one_config_file(experiment, tmp_path):
     one, other = (write(tmp_path / f"{name}.yaml", experiment) for name in ("one", "other"))
     claim(one).refuse()
     claim(one).record()
-    write(one, changed(experiment, pruning={"ratios": [0.3]}))
+    write(one, changed(experiment, ratios=[0.3]))
     claim(one).refuse()  # one's own config changes as it likes
     with pytest.raises(UserError, match=r"other\.yaml: experiment = 'tiny': .*results/tiny has the results") as said:
         claim(other).refuse()
@@ -291,10 +289,10 @@ def test_results_belong_to_one_config_file(experiment, tmp_path):
     claim(other).refuse()  # it states the same
     within = tmp_path / "results" / "tiny" / "provenance"
     within.mkdir()
-    inside = claim(write(within / "config.yaml", changed(experiment, pruning={"ratios": [0.4]})))
+    inside = claim(write(within / "config.yaml", changed(experiment, ratios=[0.4])))
     inside.refuse()  # what a report is made with
     inside.record()
-    write(one, changed(experiment, pruning={"ratios": [0.3]}))
+    write(one, changed(experiment, ratios=[0.3]))
     with pytest.raises(UserError):
         claim(other).refuse()
     write(one, experiment | {"experiment": "renamed"})
@@ -308,7 +306,7 @@ def test_a_second_config_of_one_name_is_told_and_logs_are_the_experiments(experi
     assert ran(checkout.snakemake(experiment, "config")) == {"config": 1}
     assert (checkout.folder / "logs" / "tiny" / "config.log").exists()
     assert not list((checkout.folder / "logs").glob("*.log"))
-    assert ran(checkout.snakemake(changed(experiment, pruning={"ratios": [0.3]}), "config")) == {"config": 1}
+    assert ran(checkout.snakemake(changed(experiment, ratios=[0.3]), "config")) == {"config": 1}
     write(checkout.folder / "copy.yaml", experiment)
     command = ["snakemake", "--cores", "1", "--configfile", "copy.yaml", "--dry-run", "config"]
     environment = os.environ | {"HFPRUNE_STORE": str(checkout.store)}

@@ -43,7 +43,7 @@ class Shelf:
         made = copy.deepcopy(self.experiment) | {"experiment": name, "store": str(self.store.root)}
         made["model"] = WHEEL | {"dtype": "float32"}
         made["calibration"]["shards"] = 2
-        made["pruning"] = {"ratios": [ratio]}
+        made["ratios"] = [ratio]
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(made))
         return file

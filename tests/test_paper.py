@@ -31,8 +31,8 @@ from tests.test_config import changed
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 
 
-def models(experiment, pruning, **recovery):
-    asked = changed(changed(experiment, "pruning", pruning), "recovery", recovery)
+def models(experiment, methods, ratios, **recovery):
+    asked = experiment | {"methods": methods, "ratios": ratios, "recovery": recovery}
     return Plan(parse(Experiment, changed(asked, "calibration.seeds", [0, 1]), "test")).models
 
 
@@ -46,12 +46,15 @@ def named(found):
 
 
 def test_each_table_asks_only_for_the_models_that_it_compares(experiment):
-    grids = [
-        {"criteria": ["entropy", "cross_entropy"], "ratios": [0.1, 0.2]},
-        {"ratios": [0.2], "refits": ["bias"], "structures": ["mlp", "mlp+attention"]},
-        {"ratios": [0.2], "recoveries": ["lora"]},
+    bias = {"like": "HFPrune", "refit": "bias", "ratios": [0.2]}
+    methods = [
+        "HFPrune",
+        "LLM-Pruner",
+        {"bias": bias},
+        {"bias + attention": bias | {"structure": "mlp+attention"}},
+        {"HFPrune": {"ratios": [0.2], "recoveries": ["lora"]}},
     ]
-    every = models(experiment, grids, lora={"text": "calibration"})
+    every = models(experiment, methods, [0.1, 0.2], lora={"text": "calibration"})
     assert chosen("table1", every, True) == chosen("table2", every, True) == every
     dense = (None, None, "none")
     criteria = [(name, ("mlp", "none"), "none") for name in ("entropy", "cross_entropy")] * 2
@@ -65,14 +68,14 @@ def test_each_table_asks_only_for_the_models_that_it_compares(experiment):
 
 @pytest.mark.parametrize("table", ["table6", "table7", "table8"])
 def test_a_table_that_the_experiment_cannot_fill_says_what_to_write(table, experiment):
-    every = models(experiment, {"ratios": [0.1, 0.2], "refits": ["none", "bias"]})
+    every = models(experiment, ["HFPrune", {"bias": {"like": "HFPrune", "refit": "bias"}}], [0.1, 0.2])
     with pytest.raises(UserError, match=f"{table} compares .*(criteria|structures)") as refused:
         chosen(table, every, True)
-    assert "pruning" in str(refused.value) or "criteria" in str(refused.value)
+    assert "methods" in str(refused.value) or "criteria" in str(refused.value)
 
 
 def test_a_table_of_accuracy_needs_tasks(experiment):
-    every = models(experiment, {"criteria": ["entropy", "wanda"], "ratios": [0.1]})
+    every = models(experiment, ["HFPrune", "Wanda-sp"], [0.1])
     assert chosen("table7", every, False)
     for table in set(TABLES) - {"table7"}:
         with pytest.raises(UserError, match=r"evaluation\.tasks"):
@@ -86,7 +89,8 @@ def documents(**accuracy):
     for name, share in {"none": 0.8, **accuracy}.items():
         dense = name == "none"
         model = {"model": "m", "stage": "dense" if dense else "pruned", "criterion": name, "ratio": 0 if dense else 0.2}
-        model |= dict.fromkeys(("allocation", "refit", "structure", "recovery"), "none")
+        model["method"] = "dense" if dense else name
+        model |= dict.fromkeys(("allocation", "refit", "structure", "recovery", "parent"), "none")
         about = model | {"parent": "none", "seed": np.nan if dense else 0}
         for task in ("boolq", "crows_pairs_english"):
             right = (rng.permutation(400) < 400 * share).astype(float)
@@ -191,8 +195,15 @@ def test_further_models_stand_in_one_table(tmp_path):
     rows = []
     for model in ("a", "b"):
         for stage, criterion, ratio, value in (("dense", "none", 0.0, 0.5), ("pruned", "entropy", 0.2, 0.4)):
-            about = {"model": model, "stage": stage, "criterion": criterion, "ratio": ratio, "recovery": "none"}
-            about["key"] = f"{model}{ratio}"
+            about = {
+                "model": model,
+                "stage": stage,
+                "criterion": criterion,
+                "ratio": ratio,
+                "recovery": "none",
+                "parent": "none",
+            }
+            about |= {"method": "dense" if criterion == "none" else criterion, "key": f"{model}{ratio}"}
             for task in ("boolq", "piqa"):
                 rows.append(
                     about | {"group": "task", "task": task, "metric": "acc", "value": value, "stderr": 0.01, "n": 2500}
@@ -227,6 +238,8 @@ def trained(name, seeds, value, rate):
             for seed in seeds
         ),
     ]
+    for model in models:
+        model["method"] = "dense" if model["stage"] == "dense" else model["criterion"]
     found = [about | model | {"task": task, "ratio_achieved": model["ratio"]} for model in models for task in "ab"]
     return name, pd.DataFrame(found, columns=COLUMNS)
 
@@ -277,7 +290,9 @@ def timings(path):
     rows = []
     for key, ratio, seconds in (("a", 0.0, 0.1), ("b", 0.2, 0.08)):
         model = dict(
-            zip(MODEL, ["m", *["dense" if not ratio else "pruned"], "none" if not ratio else "entropy"], strict=False)
+            zip(
+                MODEL, ["m", "pruned", "entropy", "entropy"] if ratio else ["m", "dense", "dense", "none"], strict=False
+            )
         )
         about = MACHINE | model | {"key": key, "ratio": ratio, "allocation": "none", "refit": "none"}
         about |= {"structure": "none", "recovery": "none", "parent": "none"}
@@ -292,11 +307,11 @@ def test_timings_stand_beside_the_published_ones_with_their_machine(tmp_path):
     made = timing_sheet([timings(tmp_path / "efficiency.csv")], PUBLISHED / "table4.csv")
     list(made.write(tmp_path, "table4"))
     found = cells(tmp_path / "table4.csv")
-    assert [(row["Removed (%)"], row["Prefill (ms)"], row["source"]) for row in found] == [
-        ("0", "100.0", "here"),
-        ("0, Llama-2-7B, published", "57.5", "published"),
-        ("20", "80.0", "here"),
-        ("20, Llama-2-7B, published", "46.3", "published"),
+    assert [(row["Removed (%)"], row["Method"], row["Prefill (ms)"], row["source"]) for row in found] == [
+        ("0", "dense", "100.0", "here"),
+        ("0", "Llama-2-7B, published", "57.5", "published"),
+        ("20", "entropy", "80.0", "here"),
+        ("20", "Llama-2-7B, published", "46.3", "published"),
     ]
     assert [row["Decoding, batch 8 (tokens/s)"] for row in found] == ["80.0", "473.9", "100.0", "553.9"]
     assert found[0]["Peak memory (GiB)"] == "1.0"
@@ -330,11 +345,20 @@ def test_a_csv_of_something_else_is_refused(tmp_path):
 
 
 def test_what_a_model_is_worth_stands_against_its_time_and_its_cost(tmp_path):
-    about = {"model": "m", "allocation": "none", "refit": "none", "structure": "none", "recovery": "none", "n": 1}
+    about = {
+        "model": "m",
+        "allocation": "none",
+        "refit": "none",
+        "structure": "none",
+        "recovery": "none",
+        "parent": "none",
+        "n": 1,
+    }
     about |= {"ratio_achieved": 0, "parameters": 1, "parent": "none"}
     rows = []
     for stage, criterion, ratio, value in (("dense", "none", 0.0, 0.5), ("pruned", "entropy", 0.2, 0.4)):
         model = about | {"stage": stage, "criterion": criterion, "ratio": ratio}
+        model["method"] = "dense" if criterion == "none" else criterion
         rows.append(model | {"group": "task", "task": "boolq", "metric": "acc", "value": value, "stderr": 0.01})
         if ratio:
             for task, flops in (("score", 1e12), ("prune", 2e12)):
@@ -360,13 +384,9 @@ def test_both_panels_have_every_model_of_the_legend_or_say_which_they_lack(tmp_p
         stage = "recovered" if recovery != "none" else "dense" if criterion == "none" else "pruned"
         cut = criterion != "none"
         model = {"model": "m", "stage": stage, "criterion": criterion, "allocation": allocation, "recovery": recovery}
-        model |= {
-            "refit": "none",
-            "parent": "none",
-            "structure": "mlp" if cut else "none",
-            "ratio": 0.2 * cut,
-            "parameters": parameters,
-        }
+        model["parent"] = "none"
+        model["method"] = f"{criterion} {allocation}" if cut else "dense"
+        model |= {"refit": "none", "structure": "mlp" if cut else "none", "ratio": 0.2 * cut, "parameters": parameters}
         model |= {"ratio_achieved": 0.2 * cut, "seed": 0 if cut else np.nan, "n": 9, "stderr": 0.1}
         rows.append(model | {"group": "fidelity", "task": "text", "metric": "kl", "value": float(number)})
         if stage != "dense":
@@ -380,7 +400,7 @@ def test_both_panels_have_every_model_of_the_legend_or_say_which_they_lack(tmp_p
     expected = {0.0: 100, 1.0: 100, 2.0: 80, 3.0: 80, 4.0: 80, 6.0: 70}
     assert points[0] == pytest.approx(expected), "models of one shape have one time; two rankings cut to two shapes"
     said = " ".join(left.get_title(loc="left").split())
-    assert said == "Not timed: random, uniform, no recovery, 20%; wanda, global, no recovery, 20%"
+    assert said == "Not timed: random uniform, 20%; wanda global, 20%"
     assert points[1] == pytest.approx({float(number): number for number in range(8)})
     assert right.get_title(loc="left") == ""
     assert len(figure.legends[0].get_texts()) == 8

@@ -47,8 +47,8 @@ def cluster():
 def sharded(experiment) -> dict:
     """The tiny experiment, scored in three shards and trained after the cut."""
     lora = {"text": "calibration", "length": 128, "batch_tokens": 512, "rank": 2, "epochs": 1, "dense": False}
-    pruning = {"ratios": [0.2], "recoveries": ["lora"]}
-    return changed(experiment, calibration={"shards": 3}, pruning=pruning) | {"recovery": {"lora": lora}}
+    asked = changed(experiment, calibration={"shards": 3}, ratios=[0.2], recoveries=["lora"])
+    return asked | {"recovery": {"lora": lora}}
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,12 @@ METRICS = [
 ]
 
 
+def named(criterion, allocation="uniform", refit="none"):
+    """The name of a method."""
+    words = [criterion, *(word for word in (allocation, refit) if word not in ("uniform", "none"))]
+    return "dense" if criterion == "none" else " ".join(words)
+
+
 def metrics(*settings):
     """A metrics.csv of the dense model and of a pruned one for each (criterion, allocation, refit), two ratios each."""
     models = [("dense", "none", "none", "none", 0.0)]
@@ -27,13 +33,9 @@ def metrics(*settings):
     for number, (stage, criterion, allocation, refit, ratio) in enumerate(models):
         for group, task, metric in METRICS:
             made = {"stage": stage, "criterion": criterion, "allocation": allocation, "refit": refit, "ratio": ratio}
-            model = made | {
-                "model": "m",
-                "structure": "mlp" if number else "none",
-                "recovery": "none",
-                "parent": "none",
-                "seed": 0,
-            }
+            made["method"] = named(criterion, allocation, refit)
+            model = made | {"model": "m", "structure": "mlp" if number else "none", "recovery": "none", "seed": 0}
+            model["parent"] = "none"
             size = {"acc": 0.5 + number / 100, "perplexity": 20.0 + number, "top1_agreement": 1 - number / 100}
             value = {"group": group, "task": task, "metric": metric, "value": size.get(metric, float(number))}
             value |= {"stderr": 0.1, "n": 4}
@@ -51,24 +53,26 @@ def test_a_summary_has_one_row_for_each_way_of_pruning(tmp_path):
     write_tables(metrics(*WAYS), tmp_path)
     printed = (tmp_path / "summary.md").read_text()
     titles = [title.strip() for title in printed.splitlines()[2].split("|")]
-    assert titles[1:6] == ["Model", "Criterion", "Allocation", "Refit", "Removed (%)"]
+    assert titles[1:4] == ["Model", "Method", "Removed (%)"]
+    assert "| pruned | entropy global least_squares |" in " ".join(printed.split())
     tex = (tmp_path / "summary.tex").read_text()
     assert r"least\_squares" in tex
-    assert r"{llllrr" in tex
+    assert r"{llrr" in tex
 
 
 def test_what_does_not_vary_is_not_said(tmp_path):
-    assert varying(metrics(WAYS[0])) == []
-    assert varying(metrics(*WAYS[:2])) == ["refit"]
-    write_tables(metrics(WAYS[0]), tmp_path)
-    assert "Refit" not in (tmp_path / "summary.md").read_text()
+    assert not varying(metrics(*WAYS))
+    write_tables(metrics(*WAYS), tmp_path)
+    assert "Recovery" not in (tmp_path / "summary.md").read_text()
+    write_tables(pd.concat([metrics(*WAYS), trained("lora")]), tmp_path)
+    assert "Recovery" in (tmp_path / "summary.md").read_text()
 
 
 def test_figures_draw_a_line_for_each_way_of_pruning():
     for settings, labels in (
         (WAYS[:1], ["entropy"]),
-        (WAYS[:2], ["entropy, no refit", "entropy, least_squares"]),
-        (WAYS, ["entropy, uniform, no refit", "entropy, uniform, least_squares", "entropy, global, least_squares"]),
+        (WAYS[:2], ["entropy", "entropy least_squares"]),
+        (WAYS, ["entropy", "entropy least_squares", "entropy global least_squares"]),
     ):
         figure = figures.kl(metrics(*settings))
         lines = figure.axes[0].get_legend_handles_labels()
@@ -77,24 +81,18 @@ def test_figures_draw_a_line_for_each_way_of_pruning():
         plt.close(figure)
 
 
-def test_many_ways_are_drawn_in_a_panel_for_each_allocation_with_one_look_throughout():
+def test_many_methods_at_several_sizes_are_drawn_in_several_panels_each_with_its_names():
     settings = list(product(["entropy", "wanda"], ["uniform", "global"], ["none", "sequential"]))
     figure = figures.kl(metrics(*settings))
     panels = [axis for axis in figure.axes if axis.get_visible()]
-    assert [axis.get_title() for axis in panels] == ["uniform", "global"]
-    looks = []
+    shown = []
     for axis in panels:
-        handles, labels = axis.get_legend_handles_labels()
-        assert sorted(labels) == [
-            "entropy, no refit", "entropy, sequential", "wanda, no refit", "wanda, sequential"
-        ]  # fmt: skip
-        lines = handles
-        assert [line.get_xdata().tolist() for line in lines] == [[10, 20]] * 4, "the dense model's 0 has no logarithm"
-        looks.append(
-            {label: (line.get_color(), line.get_linestyle()) for label, line in zip(labels, lines, strict=True)}
-        )
-    assert looks[0] == looks[1]
-    assert len(set(looks[0].values())) == 4
+        lines, labels = axis.get_legend_handles_labels()
+        assert [line.get_xdata().tolist() for line in lines] == [[10, 20]] * len(lines), "the dense 0 has no logarithm"
+        assert len({line.get_color() for line in lines}) == len(lines)
+        shown.append(labels)
+    assert [len(labels) for labels in shown] == [figures.MOST_LINES, 8 - figures.MOST_LINES]
+    assert [label for labels in shown for label in labels] == [named(*setting) for setting in settings]
     plt.close(figure)
 
 
@@ -103,8 +101,8 @@ def test_many_models_of_one_size_stand_one_below_the_other_the_nearest_last_draw
     figure = figures.kl(found[found["ratio"] != 0.1])
     (axis,) = figure.axes
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels[0] == "wanda, global, sequential"  # the largest value at the bottom
-    assert labels[-1] == "entropy, uniform, no refit"
+    assert labels[0] == "wanda global sequential"  # the largest value at the bottom
+    assert labels[-1] == "entropy"
     assert "20%" in axis.get_title()
     plt.close(figure)
 
@@ -116,7 +114,7 @@ def test_ways_tried_at_several_sizes_are_lines_beside_all_models_of_one_size():
     left, right = figure.axes
     assert len(left.get_yticklabels()) == 8
     assert left.get_title() == "Cut models: 20% of all parameters removed"
-    assert right.get_legend_handles_labels()[1] == ["entropy, uniform", "entropy, global"]
+    assert right.get_legend_handles_labels()[1] == ["entropy", "entropy global"]
     plt.close(figure)
 
 
@@ -124,6 +122,7 @@ def trained(recovery, criterion="entropy", ratio=0.2, value=0.5):
     """Rows of a model that was trained, dense where its criterion is none."""
     rows = metrics(WAYS[0])
     rows = rows[rows["ratio"] == 0.2].assign(stage="recovered", criterion=criterion, recovery=recovery, value=value)
+    rows["method"] = named(criterion)
     return (
         rows if criterion != "none" else rows.assign(ratio=0.0, ratio_achieved=0.0, structure="none", allocation="none")
     )
@@ -138,7 +137,7 @@ def test_models_cut_twice_are_told_from_those_cut_once():
     assert len(table) == 4
     assert table.loc["wanda 0.1", ["Removed (%)", "KL (nats/token)"]].tolist() == [0.28, 9]
     figure = figures.kl(found)
-    assert figure.axes[0].get_legend_handles_labels()[1] == ["entropy, no parent", "entropy, after wanda 0.1"]
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["entropy", "entropy, after wanda 0.1"]
     plt.close(figure)
 
 
@@ -149,7 +148,7 @@ def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control
     assert len(table) == 3 + 3
     figure = figures.kl(found)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    assert labels == ["entropy, no recovery", "entropy, lora", "entropy, norms"]
+    assert labels == ["entropy", "entropy, lora", "entropy, norms"]
     assert [handle.get_xdata().tolist() for handle in handles] == [[0, 10, 20], [0, 20], [20]]
     assert handles[1].get_ydata().tolist() == [0.3, 0.5]
     plt.close(figure)
@@ -275,6 +274,7 @@ def profiles(count):
         about = (
             {"criterion": f"c{number}", "ratio": 0.2, "seed": seed} if number else {"criterion": "none", "ratio": 0.0}
         )
+        about["method"] = named(about["criterion"])
         about |= {"stage": "pruned" if number else "dense", "text": text, "by": by, "metric": "kl"}
         same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery", "parent"], "none")
         if number or not seed:

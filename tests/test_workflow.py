@@ -153,7 +153,7 @@ def test_c_a_line_of_arithmetic_in_the_criteria_reruns_scoring_and_all_after_it(
 
 
 def test_d_another_ratio_costs_only_its_own_model(checkout, experiment):
-    more = changed(experiment, pruning={"ratios": [0.1, 0.2, 0.25]})
+    more = changed(experiment, ratios=[0.1, 0.2, 0.25])
     assert model_stages(checkout.planned(more)) == {"prune": 1, "measure": 1, "evaluate": 1}
     assert model_stages(ran(checkout.snakemake(more, "--until", "prune"))) == {"prune": 1}
 
@@ -165,14 +165,14 @@ def test_e_another_seed_scores_and_going_back_reuses_the_old_scores(checkout, ex
 
 
 def test_f_another_experiment_and_another_checkout_share_the_scores(checkout, experiment, tmp_path):
-    another = changed(experiment, experiment="another", pruning={"ratios": [0.1, 0.15]})
+    another = changed(experiment, experiment="another", ratios=[0.1, 0.15])
     assert model_stages(checkout.planned(another)) == {"prune": 1, "measure": 1, "evaluate": 1}
     elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
     assert model_stages(elsewhere.planned(another)) == {"prune": 1, "measure": 1, "evaluate": 1}
 
 
 def test_g_a_flipped_byte_is_named_and_refused_and_the_next_run_makes_it_again(checkout, experiment):
-    seed = changed(experiment, calibration={"seeds": [7]}, pruning={"ratios": [0.1]})
+    seed = changed(experiment, calibration={"seeds": [7]}, ratios=[0.1])
     before = set(checkout.manifests("score"))
     checkout.snakemake(seed, "--until", "score")
     (made,) = set(checkout.manifests("score")) - before
@@ -205,7 +205,7 @@ def test_h_after_kill_9_in_the_middle_of_scoring_the_next_run_finishes(checkout,
 
 
 def test_what_a_job_finishes_after_its_run_was_killed_is_kept_and_hides_nothing(checkout, experiment):
-    seed = changed(experiment, calibration={"seeds": [10]}, pruning={"ratios": [0.1]})
+    seed = changed(experiment, calibration={"seeds": [10]}, ratios=[0.1])
     before = checkout.manifests("score")
     run = checkout.start(seed)
     while not list(checkout.store.glob(".work/score-*/")) and run.poll() is None:
@@ -244,7 +244,7 @@ def test_i_two_runs_at_once_on_one_store_do_not_harm_each_other(checkout, experi
 
 
 def test_j_a_clock_that_jumps_reruns_nothing_and_hides_nothing(checkout, experiment):
-    more = changed(experiment, pruning={"ratios": [0.1, 0.15, 0.2]})
+    more = changed(experiment, ratios=[0.1, 0.15, 0.2])
     for made, drawn in ((2001, 2099), (2099, 2001)):
         for folder, year in ((checkout.store, made), (checkout.folder / "results", drawn)):
             seconds = time.mktime((year, 1, 1, 0, 0, 0, 0, 0, 0))
@@ -262,7 +262,7 @@ def test_j_a_clock_that_jumps_reruns_nothing_and_hides_nothing(checkout, experim
 
 
 def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
-    wrong = changed(experiment, pruning={"ratios": [1.5]}) | {"calibraton": {}}
+    wrong = changed(experiment, ratios=[1.5]) | {"calibraton": {}}
     output = checkout.snakemake(wrong, status=1)
     assert "tiny.yaml: pruning.ratios.0 = 1.5: Input should be less than 1." in output
     assert "tiny.yaml: calibraton: unknown key. Did you mean 'calibration'?" in output
@@ -271,7 +271,11 @@ def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
 
 
 def test_a_budget_that_the_model_cannot_meet_is_refused_before_anything_is_scored(checkout, experiment, tmp_path):
-    wrong = changed(experiment, pruning=[{"ratios": [0.1]}, {"ratios": [0.2, 0.95], "structures": ["attention"]}])
+    wrong = changed(
+        experiment,
+        methods=["HFPrune", {"heads": {"criterion": "entropy", "structure": "attention", "ratios": [0.2, 0.95]}}],
+        ratios=[0.1],
+    )
     fresh = Checkout(tmp_path / "fresh", tmp_path / "store")
     for each in (fresh, checkout):  # where the model is still to be downloaded, and where it is in the store
         output = each.snakemake(wrong, status=1)

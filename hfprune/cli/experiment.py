@@ -40,6 +40,38 @@ class Config(Command):
             aside.path(self.output).write_text(text, encoding="utf-8")
 
 
+class New(Command):
+    """Write a short config to start from."""
+
+    words = ("new",)
+    examples = ("hfprune new mine.yaml --model Qwen/Qwen2.5-0.5B",)
+    file: Annotated[Path, POSITIONAL] = Field(description="the config to write; never overwritten")
+    model: str = Field(description="owner/name on the hub, a checkpoint's folder, or a GGUF file")
+
+    def run(self) -> None:
+        """Write it."""
+        from hfprune.experiment.new import write_config
+
+        write_config(self.file, self.model)
+        print(f"{self.file}: written. Now: hfprune config {self.file}")
+
+
+class Methods(Command):
+    """List the methods that configs know by name, or explain one."""
+
+    words = ("methods",)
+    examples = ("hfprune methods hfprune-best",)
+    name: Annotated[str | None, Option(is_positional=True, metavar="NAME")] = Field(
+        None, description="the one to explain"
+    )
+
+    def run(self) -> None:
+        """Print it."""
+        from hfprune.pruning.methods import explain, overview
+
+        print(explain(self.name) if self.name else overview())
+
+
 class Plan(Command):
     """Print what an experiment will take, before anything is downloaded: jobs, operations, hours, memory, disk."""
 
@@ -79,4 +111,4 @@ class OnGpus(Command):
         run_on(self.count, self.rest)
 
 
-COMMANDS = (Config, Plan, OnGpus)
+COMMANDS = (Config, New, Methods, Plan, OnGpus)

@@ -39,8 +39,36 @@ def write_and_draw(
         draw(table, aside.folder(output / "figures"))
 
 
-class OfTexts(StoreCommand):
-    """A command whose results name held-out texts."""
+def by_key(option: str, words: Sequence[str]) -> dict[str, str]:
+    """Names by the keys of artifacts, of words NAME=KEY.
+
+    Raises:
+        UserError: one is not of this form.
+    """
+    names = {}
+    for word in words:
+        name, equals, key = word.rpartition("=")
+        if not (name and equals and key):
+            raise UserError(f"--{option} {word}: expected NAME=KEY, a name and the key of an artifact in the store.")
+        names[key] = name
+    return names
+
+
+class OfMethods(StoreCommand):
+    """A command whose results name methods."""
+
+    method: Annotated[list[str], Option(metavar="NAME=KEY", is_repeated=True)] = Field(
+        [],
+        description="what the method is called that cut a model; repeat it (default: the preset of its recipe)",
+    )
+
+    def methods(self) -> dict[str, str]:
+        """Names of methods by the keys of the models that they cut."""
+        return by_key("method", self.method)
+
+
+class OfTexts(OfMethods):
+    """A command whose results name held-out texts too."""
 
     text: Annotated[list[str], Option(metavar="NAME=KEY", is_repeated=True)] = Field(
         [],
@@ -48,15 +76,11 @@ class OfTexts(StoreCommand):
         "(default: its file's name)",
     )
 
-    def names(self) -> dict[str, str]:
-        """Names of held-out texts by their keys."""
-        names = {}
-        for word in self.text:
-            name, equals, key = word.rpartition("=")
-            if not (name and equals and key):
-                raise UserError(f"--text {word}: expected NAME=KEY, a name and the key of a text in the store.")
-            names[key] = name
-        return names
+    def names(self) -> Any:
+        """What methods and held-out texts are called: `tables.Names`."""
+        from hfprune.reporting.tables import Names
+
+        return Names(self.methods(), by_key("text", self.text))
 
 
 class Collect(OfTexts):
@@ -226,7 +250,7 @@ class Table(OfTexts):
             sheet.write(aside.folder(self.output), self.name)
 
 
-class Widths(StoreCommand):
+class Widths(OfMethods):
     """Draw what every layer of pruned models keeps."""
 
     words = ("widths",)
@@ -240,10 +264,11 @@ class Widths(StoreCommand):
         from hfprune.reporting.tables import kept_widths
 
         models = [open_artifact(path, "prune", files=[PRUNING]) for path in self.manifests]
-        write_and_draw(self.output, "widths", kept_widths(models, Store(self.store)), draw_widths, models)
+        table = kept_widths(models, Store(self.store), self.methods())
+        write_and_draw(self.output, "widths", table, draw_widths, models)
 
 
-class Losses(StoreCommand):
+class Losses(OfMethods):
     """Draw the loss curves of recovery."""
 
     words = ("losses",)
@@ -257,7 +282,8 @@ class Losses(StoreCommand):
         from hfprune.reporting.tables import training_curves
 
         models = [open_artifact(path, "recover", files=[LOSSES]) for path in self.manifests]
-        write_and_draw(self.output, "losses", training_curves(models, Store(self.store)), draw_losses, models)
+        table = training_curves(models, Store(self.store), self.methods())
+        write_and_draw(self.output, "losses", table, draw_losses, models)
 
 
 COMMANDS = (Collect, Differences, Profile, Tables, Figures, Pareto, Compare, Table, Widths, Losses)

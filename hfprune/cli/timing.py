@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from hfprune.cli.commands import Command, Count, StoreCommand
+from hfprune.cli.commands import Command, Count
+from hfprune.cli.results import OfMethods
 from hfprune.errors import UserError
 from hfprune.experiment.schema import parse
 from hfprune.pruning.criteria import CRITERIA
@@ -15,7 +16,7 @@ from hfprune.store.artifacts import Store
 from hfprune.store.results import written
 
 
-class Efficiency(StoreCommand):
+class Efficiency(OfMethods):
     """Time checkpoints side by side: prefill, decoding, peak memory."""
 
     words = ("efficiency",)
@@ -34,13 +35,13 @@ class Efficiency(StoreCommand):
         from hfprune.reporting.tables import described
 
         models = [open_artifact(path, *CHECKPOINTS) for path in self.models]
-        known = described([model.key for model in models], Store(self.store))
+        known = described([model.key for model in models], Store(self.store), self.methods())
         folders = {model.key: model.folder for model in models}
         timed = pd.DataFrame(time_models(folders, self.dtype, self.rounds, self.tokens))
         rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(dtype=self.dtype, **surroundings())
         with written(models) as aside:
             rows.to_csv(aside.path(self.output), index=False)
-        print(rows[["stage", "criterion", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
+        print(rows[["stage", "method", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
 
 
 class ScoringCost(Sampling, Command):

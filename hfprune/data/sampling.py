@@ -1,6 +1,7 @@
 """From documents to token sequences: which stretch of which document, decided by a seed alone."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -54,20 +55,42 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 def sample_sequences(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path, samples: int, length: int, seed: int
 ) -> Tensor:
+    """Token sequences of a downloaded text, see `draw_sequences`."""
+    documents = read_documents(folder)
+    return draw_sequences(tokenizer, config, documents, samples, length, seed, str(folder / DOCUMENTS))
+
+
+def draw_sequences(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    documents: Sequence[str],
+    samples: int,
+    length: int,
+    seed: int,
+    origin: str,
+) -> Tensor:
     """One stretch of `length` tokens out of each of `samples` documents.
 
     Documents come in an order shuffled by the seed; those shorter than `length` tokens are passed over; the stretch
     begins at a random token. Nothing is padded, no special token is added, nothing crosses a document's end.
 
+    Args:
+        tokenizer: the model's.
+        config: the model's.
+        documents: the text.
+        samples: how many sequences.
+        length: tokens of each.
+        seed: decides which.
+        origin: what messages call the text.
+
     Returns:
         (samples, length) int64 token ids.
 
     Raises:
-        UserError: the model, which `config` is of, has a shorter context, too few documents are long enough, or the
+        UserError: the model has a shorter context, too few documents are long enough, or the
             tokenizer is not the model's.
     """
     check_lengths(config.to_dict(), {"length": length})
-    documents = read_documents(folder)
     choose = random.Random(seed)  # Mersenne Twister: the same on every machine and version
     order = list(range(len(documents)))
     choose.shuffle(order)
@@ -81,7 +104,7 @@ def sample_sequences(
             found.append(ids[start : start + length])
     if len(found) < samples:
         raise UserError(
-            f"{folder / DOCUMENTS}: only {len(found)} of its {len(documents)} documents have {length} tokens, and "
+            f"{origin}: only {len(found)} of its {len(documents)} documents have {length} tokens, and "
             f"{samples} are asked for. Set a smaller `samples` or `length`, or give a longer text."
         )
     sequences = torch.tensor(found)

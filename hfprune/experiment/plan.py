@@ -92,13 +92,14 @@ class Model:
     Attributes:
         job: makes it.
         label: how it is made, for people.
-        criterion, cut, seed: how it was cut, all None for the dense model.
+        method, criterion, cut, seed: how it was cut, the method by its name; all None for the dense model.
         recovery: the name of its training after the cut, or "none".
         results: the jobs that measure and evaluate it.
     """
 
     job: Job
     label: str
+    method: str | None = None
     criterion: str | None = None
     cut: PruneParameters | None = None
     seed: int | None = None
@@ -124,6 +125,7 @@ class Plan:
         scores: the jobs that score.
         models: what results are collected of.
         cuts: the pruned models of the first calibration seed, before any training.
+        methods: the methods' names, by the keys of the models that they cut.
         documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
             `overlap.Documents`. Of the held-out texts the first is the tables'.
     """
@@ -138,6 +140,7 @@ class Plan:
         self.scores: list[Job] = []
         self.models: list[Model] = []
         self.cuts: list[Model] = []
+        self.methods: dict[str, str] = {}
         self.documents: dict[str, dict[str, Job]] = {}
         self._fill()
 
@@ -169,7 +172,7 @@ class Plan:
 
     @property
     def timed(self) -> list[Job]:
-        """The dense model, and one for each cut, by the first criterion that makes it, of the first seed."""
+        """The dense model, and one for each cut, by the first method that makes it, of the first seed."""
         found: dict[PruneParameters, Job] = {}
         for model in self.cuts:
             found.setdefault(model.cut, model.job)
@@ -195,7 +198,7 @@ class Plan:
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
-        asked = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, cut in self.experiment.cuts())
+        asked = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, _, cut in self.experiment.cuts())
         return [dict(zip(names, values, strict=True)) for values in asked]
 
     @property
@@ -266,12 +269,13 @@ class Plan:
         for seed in config.calibration.seeds:
             scores = self._score(dense, texts[config.calibration.text], seed)
             self.scores += scores.values()
-            for (criterion, cut), recoveries in config.cuts().items():
+            for (method, criterion, cut), recoveries in config.cuts().items():
                 inputs = {"model": dense, "scores": scores[criterion]}
                 if cut.refit != "none":
                     inputs["text"] = texts[config.calibration.text]
-                label = f"{cut.label} by {criterion}, seed {seed}"
-                pruned = Model(self.add("prune", cut.read(), inputs, label), label, criterion, cut, seed)
+                label = f"{cut.label} by {method}, seed {seed}"
+                pruned = Model(self.add("prune", cut.read(), inputs, label), label, method, criterion, cut, seed)
+                self.methods[pruned.job.key] = method
                 if seed == config.calibration.seeds[0]:
                     self.cuts.append(pruned)
                 for name in recoveries:

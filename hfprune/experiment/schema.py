@@ -7,33 +7,50 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from hfprune.data.readers import decoded
 from hfprune.errors import UserError
-from hfprune.stages.declaration import DType, Name, Sampling, Section, Seed, UserPath
-from hfprune.stages.evaluate import BATCHING, Batching
-from hfprune.stages.prune import (
+from hfprune.pruning.methods import (
+    DENSE,
     AllocationName,
-    Count,
-    Cut,
-    PruneParameters,
-    Ratio,
+    CriterionName,
+    MethodRecipe,
     RefitName,
     StructureName,
-    fits_structures,
-    one_budget,
+    presets,
+    unknown,
 )
+from hfprune.stages.declaration import DType, Name, Sampling, Section, Seed, UserPath
+from hfprune.stages.evaluate import BATCHING, Batching
+from hfprune.stages.prune import Count, PruneParameters, Ratio, RoundTo
 from hfprune.stages.recover import Training
-from hfprune.stages.score import DRAWS, CriterionName
+from hfprune.stages.score import DRAWS
 from hfprune.stages.sources import Source
 from hfprune.stages.task import TaskSource
 from hfprune.stages.text import TextSource
+
+MethodName = Annotated[
+    str,
+    Field(
+        pattern=r"^\w([\w .+()-]*[\w.+)])?$", description="letters, digits, and inside it also spaces and . + - _ ( )"
+    ),
+]
+SHAPE = ("ratio_of", "round_to", "pad")  # of a cut, beside its method and its budget
 
 
 class ModelSource(Source):
@@ -43,7 +60,7 @@ class ModelSource(Source):
 
 
 class Recovery(Training):
-    """A way to train after the cut; grids of `pruning` name it."""
+    """A way to train after the cut; `recoveries` name it."""
 
     text: Name = Field(description="a name in `texts`: instructions, of which responses are learned, or plain text")
     dense: bool = Field(True, description="train the dense model so too, the control; not for distillation")
@@ -64,46 +81,131 @@ class Calibration(Sampling):
         return self
 
 
-class Pruning(Cut):
-    """What is cut: every combination of criterion, budget, structure, allocation and refit."""
+class MethodSettings(Section):
+    """What a config says of one of its methods: a recipe, and where it differs from the experiment's own settings."""
 
-    criteria: list[CriterionName] = Field(["entropy"], min_length=1, description="how neurons are ranked")
-    target_parameters: list[Count] | None = Field(
-        None, min_length=1, description="instead of ratios: how many of all parameters to leave"
+    like: str | None = Field(None, description="a preset to start from; what else is given here differs from it")
+    criterion: CriterionName | None = Field(None, description="how units are ranked")
+    structure: StructureName | None = Field(None, description="what of a layer is cut (default: mlp)")
+    allocation: AllocationName | None = Field(None, description="how the layers share a budget (default: uniform)")
+    refit: RefitName | None = Field(None, description="what makes up for the units that go (default: none)")
+    attention_share: float | None = Field(
+        None, ge=0, le=1, description="of what mlp+attention removes (default: what one ranking of all units gives)"
     )
-    ratios: list[Ratio] | None = Field(
-        default_factory=lambda given: None if given.get("target_parameters") else [0.1, 0.2, 0.3],
-        min_length=1,
-        description="shares to remove (default: 0.1, 0.2, 0.3, where target_parameters is not given)",
+    ridge: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="how strongly a refit keeps to the old weights (default: 0.1)"
     )
-    structures: list[StructureName] = Field(["mlp"], min_length=1, description="what of a layer is cut")
-    allocations: list[AllocationName] = Field(["uniform"], min_length=1, description="how layers share a budget")
-    refits: list[RefitName] = Field(["none"], min_length=1, description="what makes up for the neurons that go")
-    recoveries: list[Name] = Field(["none"], min_length=1, description="training after the cut: names in `recovery`")
+    ratios: list[Ratio] | None = Field(None, min_length=1, description="instead of the experiment's")
+    target_parameters: list[Count] | None = Field(None, min_length=1, description="instead of the experiment's")
+    ratio_of: Literal["all", "mlp"] | None = Field(None, description="instead of the experiment's")
+    round_to: RoundTo | None = Field(None, description="instead of the experiment's")
+    pad: bool | None = Field(None, description="instead of the experiment's")
+    recoveries: list[Name] | None = Field(None, min_length=1, description="instead of the experiment's")
 
     @model_validator(mode="after")
-    def _budget(self) -> Pruning:
-        one_budget(self, "ratios", "target_parameters")
-        fits_structures(self, self.structures, "structures")
+    def _budget(self) -> MethodSettings:
+        if self.ratios and self.target_parameters:
+            raise ValueError("give at most one of ratios and target_parameters, not both")
+        self.recipe()
         return self
 
-    def cuts(self, dtype: str) -> Iterator[PruneParameters]:
-        """Every cut to make by one criterion's scores."""
-        common = {name: getattr(self, name) for name in Cut.model_fields}
-        budgets = [{"ratio": ratio} for ratio in self.ratios or []]
-        budgets += [{"target_parameters": target} for target in self.target_parameters or []]
-        for budget, structure, allocation, refit in product(budgets, self.structures, self.allocations, self.refits):
-            shared = common | ({} if structure == "mlp+attention" else {"attention_share": None})
-            way = {"structure": structure, "allocation": allocation, "refit": refit}
-            yield PruneParameters(**budget, **shared, **way, dtype=dtype)
+    def recipe(self) -> MethodRecipe | None:
+        """The recipe that is given here; None where there is none, but only settings for a preset."""
+        given = self.model_dump(include=set(MethodRecipe.model_fields), exclude_none=True)
+        if self.like is not None:
+            if self.like not in presets():
+                raise ValueError(f"like = {self.like!r}: {unknown(self.like)}")
+            given = presets()[self.like].recipe.model_dump(exclude_none=True) | given
+        elif not given:
+            return None
+        elif "criterion" not in given:
+            raise ValueError(
+                f"{next(iter(given))!r} alone: a method needs a `criterion`, or a preset to start from in `like`"
+            )
+        if "attention_share" in given and given.get("structure") != "mlp+attention":
+            raise ValueError("'attention_share' goes with structure mlp+attention alone")
+        return MethodRecipe(**given)
 
 
-# One grid or several; the tags tell pydantic which is meant, and are no keys.
-ONE, SEVERAL = "one grid", "several grids"
-Prunings = Annotated[
-    Annotated[Pruning, Tag(ONE)] | Annotated[list[Pruning], Field(min_length=1), Tag(SEVERAL)],
-    Discriminator(lambda value: SEVERAL if isinstance(value, list) else ONE),
+NAME, SETTINGS = "a name", "a name with settings"  # the tags tell pydantic which is meant, and are no keys
+
+
+def _read_entry(value: Any) -> Any:
+    """Refuse what is neither a name nor one name with its settings, before pydantic says so less clearly."""
+    if isinstance(value, dict):
+        if len(value) != 1:
+            raise ValueError(
+                f"expected one name with its settings indented below it, found {len(value)} keys: "
+                f"{', '.join(map(str, value))}. Write `- mine: {{criterion: entropy, refit: sequential}}`"
+            )
+        ((name, settings),) = value.items()
+        return name if settings is None else value
+    if not isinstance(value, str):
+        raise ValueError(f"expected a method's name, or one with its settings, found {value!r}")
+    return value
+
+
+def entry_name(entry: str | dict[str, MethodSettings]) -> str:
+    """The name of a method in the config's list."""
+    return entry if isinstance(entry, str) else next(iter(entry))
+
+
+def _read_methods(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError("expected a list of methods: [HFPrune, FLAP], each of your own as `- name: {criterion: ...}`")
+    return value
+
+
+def recipes(entries: Sequence[str | dict[str, MethodSettings]]) -> dict[str, MethodRecipe]:
+    """By name, what each preset and each method of a config's list does.
+
+    Raises:
+        ValueError: a name that has no recipe, or two; `dense`, or a preset's name, with a recipe.
+    """
+    known = {name: preset.recipe for name, preset in presets().items()}
+    for number, entry in enumerate(entries):
+        name = entry_name(entry)
+        recipe = None if isinstance(entry, str) else entry[name].recipe()
+        where = f"methods.{number} = {name!r}"
+        if name in (DENSE, "none"):
+            raise ValueError(f"{where}: stands for the model before the cut; choose another name")
+        if recipe is not None and name in presets():
+            raise ValueError(
+                f"{where}: a preset. One that differs needs a name of its own: `- my {name}: {{like: {name}, ...}}`"
+            )
+        if recipe is None and name not in known:
+            raise ValueError(
+                f"{where}: {unknown(name)}. A method of your own needs a recipe: `- {name}: {{criterion: entropy}}`"
+            )
+        if recipe is not None and known.setdefault(name, recipe).read() != recipe.read():
+            raise ValueError(f"{where}: stands there twice with different recipes. Give one of them another name")
+    return known
+
+
+def _known(entries: list[str | dict[str, MethodSettings]]) -> list[str | dict[str, MethodSettings]]:
+    recipes(entries)
+    return entries
+
+
+MethodEntry = Annotated[
+    Annotated[MethodName, Tag(NAME)] | Annotated[dict[MethodName, MethodSettings], Tag(SETTINGS)],
+    Discriminator(lambda value: SETTINGS if isinstance(value, dict) else NAME),
+    BeforeValidator(_read_entry),
 ]
+
+
+class MethodCut(NamedTuple):
+    """A method at one budget.
+
+    Attributes:
+        method: its name.
+        criterion: whose scores it reads.
+        cut: what stage `prune` reads.
+    """
+
+    method: str
+    criterion: str
+    cut: PruneParameters
 
 
 class Evaluation(Section):
@@ -135,29 +237,88 @@ class Experiment(Section):
     model: ModelSource
     texts: dict[Name, TextSource] = Field(min_length=1)
     calibration: Calibration
-    pruning: Prunings = Field(Pruning(), description="one grid of cuts, or a list of grids")
+    methods: Annotated[list[MethodEntry], BeforeValidator(_read_methods), AfterValidator(_known)] = Field(
+        ["HFPrune"],
+        min_length=1,
+        description="names of presets, see `hfprune methods`; or one name with settings, for one of your own",
+    )
+    target_parameters: list[Count] | None = Field(
+        None, min_length=1, description="instead of ratios: how many of all parameters to leave"
+    )
+    ratios: list[Ratio] | None = Field(
+        default_factory=lambda given: None if given.get("target_parameters") else [0.1, 0.2, 0.3],
+        min_length=1,
+        description="shares to remove (default: 0.1, 0.2, 0.3, where target_parameters is not given)",
+    )
+    ratio_of: Literal["all", "mlp"] = Field(
+        "all", description="what a ratio is a share of: all parameters (tied embeddings once), or the MLPs' neurons"
+    )
+    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of so many neurons")
+    pad: bool = Field(False, description="make layers of several widths one width again, with zeros that save nothing")
+    recoveries: list[Name] = Field(["none"], min_length=1, description="training after the cut: names in `recovery`")
     recovery: dict[Name, Recovery] = Field({}, description="ways to train after the cut, by a name of your own")
     evaluation: Evaluation = Evaluation()
     fidelity: Fidelity
     further: list[Name] = Field([], description="experiments that have been run, whose models table 3 shows too")
 
     @property
-    def grids(self) -> list[Pruning]:
-        """What is cut, always as a list."""
-        return self.pruning if isinstance(self.pruning, list) else [self.pruning]
-
-    @property
     def criteria(self) -> list[str]:
-        """All criteria of all grids, each once."""
-        return list(dict.fromkeys(name for grid in self.grids for name in grid.criteria))
+        """The criteria of all methods, each once."""
+        return list(dict.fromkeys(each.criterion for each in self.cuts()))
 
-    def cuts(self) -> dict[tuple[str, PruneParameters], list[str]]:
-        """Every cut of all grids with its criterion, and how the model is trained after it, each once."""
-        found: dict[tuple[str, PruneParameters], dict[str, None]] = {}
-        for grid in self.grids:
-            for name, cut in product(grid.criteria, grid.cuts(self.model.dtype)):
-                found.setdefault((name, cut), {}).update(dict.fromkeys(grid.recoveries))
-        return {each: list(recoveries) for each, recoveries in found.items()}
+    def cuts(self) -> dict[MethodCut, list[str]]:
+        """Every method at each of its budgets, and how the model is trained after the cut; each once."""
+        recoveries: dict[MethodCut, dict[str, None]] = {}
+        for entry, recipe in self._entries():
+            for cut, names in self._cuts_of(entry, recipe):
+                recoveries.setdefault(cut, {}).update(dict.fromkeys(names))
+        return {cut: list(names) for cut, names in recoveries.items()}
+
+    def _entries(self) -> list[tuple[str | dict[str, MethodSettings], MethodRecipe]]:
+        """The list of methods, each with what it does."""
+        known = recipes(self.methods)
+        return [(entry, known[entry_name(entry)]) for entry in self.methods]
+
+    def _cuts_of(
+        self, entry: str | dict[str, MethodSettings], recipe: MethodRecipe
+    ) -> Iterator[tuple[MethodCut, list[str]]]:
+        """The cuts of one method in the list, and how the model is trained after each."""
+        name = entry_name(entry)
+        settings = MethodSettings() if isinstance(entry, str) else entry[name]
+        source = settings if settings.ratios or settings.target_parameters else self
+        budgets: list[dict[str, Any]] = [{"ratio": ratio} for ratio in source.ratios or []]
+        budgets += [{"target_parameters": target} for target in source.target_parameters or []]
+        shape = {key: getattr(self, key) if (given := getattr(settings, key)) is None else given for key in SHAPE}
+        for budget in budgets:
+            parameters = {**recipe.model_dump(exclude={"criterion"}), **budget, **shape, "dtype": self.model.dtype}
+            yield (
+                MethodCut(name, recipe.criterion, PruneParameters(**parameters)),
+                settings.recoveries or self.recoveries,
+            )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_grids(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "pruning" in values:
+            raise ValueError(
+                "`pruning` grids are now `methods:`, a list of names, with `ratios` and `recoveries` beside it. A "
+                "grid's criterion, structure, allocation and refit together are one method with a name: "
+                "`- mine: {criterion: entropy, refit: sequential}`; docs/methods.md shows how"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _budgets(self) -> Experiment:
+        if (self.ratios is None) == (self.target_parameters is None):
+            given = "both" if self.ratios else "none"
+            raise ValueError(f"give exactly one of ratios and target_parameters, not {given}")
+        for number, (entry, recipe) in enumerate(self._entries()):
+            try:
+                list(self._cuts_of(entry, recipe))
+            except ValidationError as error:  # of what the entry and the experiment say together
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"methods.{number} ({entry_name(entry)}): {message}") from None
+        return self
 
     @model_validator(mode="after")
     def _texts(self) -> Experiment:
@@ -182,15 +343,19 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _named_apart(self) -> Experiment:
-        """Refuse cuts that results would call by one name."""
-        seen: dict[tuple, PruneParameters] = {}
-        for criterion, cut in self.cuts():
-            budget = (cut.ratio, cut.ratio_of, cut.target_parameters)
-            other = seen.setdefault((criterion, *budget, cut.structure, cut.allocation, cut.refit), cut)
-            if differing := [name for name in Cut.model_fields if getattr(cut, name) != getattr(other, name)]:
+        """Refuse two names for one cut, and one name for two."""
+        names: dict[str, str] = {}
+        cuts: dict[tuple, PruneParameters] = {}
+        for method, criterion, cut in self.cuts():
+            other = names.setdefault(json.dumps([criterion, cut.read()]), method)
+            if other != method:
+                raise ValueError(f"methods: {other!r} and {method!r} are the same cut ({cut.label}). Leave one out")
+            known = cuts.setdefault((method, cut.ratio, cut.ratio_of, cut.target_parameters), cut)
+            differing = [name for name in type(cut).model_fields if getattr(cut, name) != getattr(known, name)]
+            if differing:
                 raise ValueError(
-                    f"pruning: two cuts by {criterion} ({cut.label}) differ only in {differing[0]}, which results do "
-                    "not tell apart: put them into two experiments"
+                    f"methods: {method!r} stands there twice for {cut.label}, and differs in {differing[0]}. Give one "
+                    "of them another name"
                 )
         return self
 
@@ -206,12 +371,16 @@ class Experiment(Section):
     def _recoveries(self) -> Experiment:
         if "none" in self.recovery:
             raise ValueError("recovery.none: 'none' stands for no training after the cut; choose another name")
-        for number, grid in enumerate(self.grids):
-            for name in grid.recoveries:
+        named = {"recoveries": self.recoveries}
+        for number, entry in enumerate(self.methods):
+            if isinstance(entry, dict):
+                name = entry_name(entry)
+                named[f"methods.{number}.{name}.recoveries"] = entry[name].recoveries or []
+        for where, names in named.items():
+            for name in names:
                 if name != "none" and name not in self.recovery:
-                    where = f"pruning.{number}" if isinstance(self.pruning, list) else "pruning"
                     known = ", ".join(["none", *self.recovery])
-                    raise ValueError(f"{where}.recoveries = {name!r}: not one of `recovery`: {known}")
+                    raise ValueError(f"{where} = {name!r}: not one of `recovery`: {known}")
         return self
 
 
@@ -288,7 +457,7 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str) -> Any
 
 
 def _explain(model: type[Section], fault: Mapping[str, Any], origin: str) -> str:
-    location = tuple(part for part in fault["loc"] if part not in (ONE, SEVERAL))
+    location = tuple(part for part in fault["loc"] if part not in (NAME, SETTINGS))
     path = ".".join(map(str, location))
     where = f"{origin}: {path}" if path else origin
     if fault["type"] == "extra_forbidden":
@@ -313,7 +482,7 @@ def _keys_at(model: Any, loc: tuple) -> list[str]:
         if isinstance(part, int):  # an item of a list
             continue
         if isinstance(model, type) and issubclass(model, Section):
-            model = Pruning if part == "pruning" else model.model_fields[part].annotation
+            model = dict[str, MethodSettings] if part == "methods" else model.model_fields[part].annotation
         else:
             model = get_args(model)[-1]  # dict[Name, X]
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []

@@ -79,6 +79,20 @@ def check_family(folder: Path, named: str = "") -> PreTrainedConfig:
         raise UserError(
             f"{named}: not a checkpoint that transformers can read: {_reason(error, folder, named)}"
         ) from None
+    check_config(config, named)
+    return config
+
+
+def check_config(config: PreTrainedConfig, named: str) -> None:
+    """Refuse a model that scoring or surgery would get wrong.
+
+    Args:
+        config: the model's.
+        named: what messages call it.
+
+    Raises:
+        UserError: it is such a model.
+    """
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(
             f"{named}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
@@ -97,7 +111,6 @@ def check_family(folder: Path, named: str = "") -> PreTrainedConfig:
         raise UserError(
             f"{named}: final_logit_softcapping = {config.final_logit_softcapping}: capped logits are not supported."
         )
-    return config
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -13,9 +13,9 @@ from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
 from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
 from hfprune.models.loading import count_parameters, load_model, load_tokenizer, set_linear
-from hfprune.models.units import Kept, Part, parts, read_scores, spread
+from hfprune.models.units import Kept, Part, Scores, parts, read_scores, spread
 from hfprune.pruning.allocation import allocate
-from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.budget import Budget, shape_of, units_to_keep
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.runtime.matmul import fast_products
 from hfprune.store.filenames import PRUNING, SCORES
@@ -57,10 +57,7 @@ def prune(
     budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
-    kept = {
-        name: allocate(allocation, ranked[name], keep, round_to if name == "mlp" else 1)
-        for name, keep in budget.keep.items()
-    }
+    kept = best_units(budget, ranked, allocation, round_to)
     units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
     refit_details = {}
     if refit != "none":
@@ -93,6 +90,7 @@ def prune(
     }
     report = {
         **details,
+        "attention_share": attention_share,
         "round_to": round_to,
         "criterion": calibration["criterion"],
         "calibration": dict(calibration),
@@ -104,6 +102,21 @@ def prune(
     }
     (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
     return details
+
+
+def best_units(budget: Budget, scores: Scores, allocation: str, round_to: int) -> Kept:
+    """The units to keep: by part that is cut, ascending int64 indices per layer.
+
+    Args:
+        budget: how many of each part, see `budget.units_to_keep`.
+        scores: by part, (units,) per layer.
+        allocation: a name in `allocation.ALLOCATIONS`.
+        round_to: every MLP keeps a multiple of so many neurons.
+    """
+    return {
+        name: allocate(allocation, scores[name], keep, round_to if name == "mlp" else 1)
+        for name, keep in budget.keep.items()
+    }
 
 
 @torch.no_grad()

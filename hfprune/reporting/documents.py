@@ -9,7 +9,7 @@ import pandas as pd
 
 from hfprune.errors import UserError
 from hfprune.reporting.statistics import MODEL
-from hfprune.reporting.tables import headline, heldout_texts, measured_models
+from hfprune.reporting.tables import Names, headline, heldout_texts, measured_models
 from hfprune.store.artifacts import Artifact, Store, read
 from hfprune.store.filenames import PROFILE, SAMPLES
 
@@ -17,25 +17,25 @@ VALUES = [*MODEL, "seed", "group", "task", "metric", "document", "value"]
 BINS = [*MODEL, "seed", "text", "by", "bin", "low", "high", "metric", "n", "value"]
 
 
-def read_documents(artifacts: list[Artifact], store: Store, called: Mapping[str, str]) -> pd.DataFrame:
+def read_documents(artifacts: list[Artifact], store: Store, names: Names) -> pd.DataFrame:
     """What every document says of every model: of a task its headline metric, of a held-out text every measure.
 
     Args:
         artifacts: of the stages `measure` and `evaluate`, see `tables.collect`.
         store: where the tasks' results, and everything that they were made from, are.
-        called: names of held-out texts by their keys, the first of the tables first.
+        names: what methods and texts are called.
 
     Returns:
         Columns `VALUES`. Group `perplexity` has the metric `loss`, nats per token: a perplexity is exp of its mean.
         `document` is its number in the task or the held-out text, the same for all models. Texts come in the order of
-        `called`. Left out are tasks without a headline metric, and metrics that are no single number for a document
+        `names`. Left out are tasks without a headline metric, and metrics that are no single number for a document
         (a perplexity of lm-eval's).
 
     Raises:
         UserError: a task's artifact is gone, or damaged; or see `tables.measured_models`.
     """
-    models = measured_models(artifacts, store)
-    texts = heldout_texts(artifacts, store, called)
+    models = measured_models(artifacts, store, names.methods)
+    texts = heldout_texts(artifacts, store, names.texts)
     order = {key: place for place, key in enumerate(texts)}
     parts = []
     for artifact in sorted(artifacts, key=lambda each: order.get(each.key, len(order))):
@@ -71,13 +71,13 @@ def _values(file: Path, about: Mapping[str, Any], group: str, task: str) -> pd.D
     return pd.DataFrame(rows, columns=["document", "metric", "value"]).assign(**columns)
 
 
-def read_profiles(artifacts: list[Artifact], store: Store, called: Mapping[str, str]) -> pd.DataFrame:
-    """Where models fail: `fidelity.Profile` of every model and held-out text, in the order of `called`.
+def read_profiles(artifacts: list[Artifact], store: Store, names: Names) -> pd.DataFrame:
+    """Where models fail: `fidelity.Profile` of every model and held-out text, in the order of `names`.
 
     Args:
         artifacts: of the stage `measure`.
         store: where everything that they were made from has its manifests.
-        called: names of held-out texts by their keys.
+        names: what methods and texts are called.
 
     Returns:
         Columns `BINS`.
@@ -85,10 +85,10 @@ def read_profiles(artifacts: list[Artifact], store: Store, called: Mapping[str, 
     Raises:
         UserError: only the dense model was measured.
     """
-    models = measured_models(artifacts, store)
+    models = measured_models(artifacts, store, names.methods)
     if all(about["stage"] == "dense" for about in models.values()):
         raise UserError("only the dense model was measured: none to compare with it. Give others' measures too.")
-    texts = heldout_texts(artifacts, store, called)
+    texts = heldout_texts(artifacts, store, names.texts)
     by_key = {artifact.key: artifact for artifact in artifacts}
     parts = []
     for key, text in texts.items():

@@ -1,6 +1,6 @@
 """The figures: drawn from `metrics.csv` and from scores, one look throughout."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from textwrap import fill
@@ -17,6 +17,7 @@ from matplotlib.transforms import ScaledTranslation
 from scipy.stats import rankdata, spearmanr
 
 from hfprune.models.units import UNITS
+from hfprune.pruning.methods import DENSE
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
 from hfprune.reporting.statistics import MODEL, WAYS, estimates, mean_accuracy, varying, with_sizes
 from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text, operations
@@ -154,29 +155,29 @@ def kl(metrics: pd.DataFrame) -> Figure:
 
     Against the share of parameters removed. Where there is one size, or too many lines for a panel: lines for the ways
     that were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the
-    dense one first. Where there are still too many lines: a panel for each structure and allocation.
+    dense one first. Where there are still too many lines: several panels.
     """
     heldout = on_headline_text(metrics)
     found = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
     title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
-    pruned = found[found["criterion"] != "none"]
-    ways = pruned.groupby(["criterion", *WAYS])["ratio"]
+    pruned = found[found["method"] != DENSE]
+    ways = pruned.groupby(["method", *WAYS])["ratio"]
     several = pruned[ways.transform("nunique") > 1]
     if ways.ngroups <= MOST_LINES and _one_size(found) is None:
         height = 3.1 + 0.2 * ways.ngroups  # the legend stands above
         figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
         _against_ratio(axis, found)
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
-    elif several.groupby(["criterion", *WAYS]).ngroups <= MOST_LINES:
+    elif several.groupby(["method", *WAYS]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
-        controls = (found["criterion"] == "none") & (found["stage"] != "dense")
-        rows = found[controls | ((found["criterion"] != "none") & (found["ratio"] == ratio))]
+        controls = (found["method"] == DENSE) & (found["stage"] != "dense")
+        rows = found[controls | ((found["method"] != DENSE) & (found["ratio"] == ratio))]
         height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
         if len(several):
             figure, (left, right) = plt.subplots(
                 1, 2, figsize=(8.4, height), layout="constrained", width_ratios=[1, 1.1]
             )
-            _against_ratio(right, pd.concat([found[found["criterion"] == "none"], several]))
+            _against_ratio(right, pd.concat([found[found["method"] == DENSE], several]))
             right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
             figure, left = plt.subplots(figsize=(7.5, height), layout="constrained")
@@ -199,46 +200,43 @@ def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
 
 
 def _panels(found: pd.DataFrame) -> Figure:
-    """A panel for each structure and allocation; the same look for the same criterion and refit. Logarithmic."""
-    pruned = found[found["criterion"] != "none"]
-    split = [way for way in varying(found) if way != "refit"]
-    panels = list(pruned.groupby(split, sort=False)) if split else [((), pruned)]
+    """Panels of at most `MOST_LINES` methods each. Logarithmic."""
+    pruned = found[found["method"] != DENSE]
+    lines = [line for _, line in pruned.groupby(["method", *WAYS], sort=False)]
+    panels = [lines[first : first + MOST_LINES] for first in range(0, len(lines), MOST_LINES)]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.1 * columns, 0.8 + 2.1 * rows), sharex=True, sharey=True, squeeze=False,
+        rows, columns, figsize=(3.6 * columns, 0.5 + 3.2 * rows), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    criteria, refits = (list(dict.fromkeys(pruned[name])) for name in ("criterion", "refit"))
-    for axis, (chosen, panel) in zip(axes.flat, panels, strict=False):
-        for (criterion, refit), line in panel.groupby(["criterion", "refit"], sort=False):
-            look = (criteria.index(criterion), criteria.index(criterion), refits.index(refit))
-            label = f"{criterion}, {'no refit' if refit == 'none' else refit}" if len(refits) > 1 else criterion
-            _line(axis, line, label, *look)
+    ways = varying(found)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for number, line in enumerate(panel):
+            _line(axis, line, _name(line.iloc[0], ways), number, number, 0)
         axis.set_yscale("log")
-        axis.set_title(", ".join(chosen), fontsize=9)
+        axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel("Parameters removed (%)", fontsize=9)
     figure.supylabel(KL_LABEL, fontsize=9)
-    _legend(figure, axes[0, 0])
     return figure
 
 
 def _one_size(models: pd.DataFrame) -> float | None:
     """The ratio of all cut models where it is one: a line from the dense model to them would say what is not known."""
-    ratios = models[models["criterion"] != "none"]["ratio"].unique()
+    ratios = models[models["method"] != DENSE]["ratio"].unique()
     return ratios[0] if len(ratios) == 1 else None
 
 
 def _ranked(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
-    """A row for each model, the last on top, with bars of 95 %."""
-    criteria, ways = list(dict.fromkeys(sorted(models["criterion"]))), varying(models)
+    """A row for each model, the last on top, with bars of 95 %; one colour for each training."""
+    recoveries, ways = list(dict.fromkeys(sorted(models["recovery"]))), varying(models)
     for row, (_, model) in enumerate(models.iterrows()):
-        color = COLORS[criteria.index(model["criterion"]) % len(COLORS)]
+        color = COLORS[recoveries.index(model["recovery"]) % len(COLORS)]
         look = {"color": color, "marker": "o", "markersize": 4, "capsize": 2}
         axis.errorbar(scale * model["value"], row, xerr=_bars(model, scale), **look)
-    labels = [", ".join(_words(model, ways)) for _, model in models.iterrows()]
+    labels = [_name(model, ways) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
 
@@ -285,7 +283,7 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
     first = kl[(kl["text"] == kl["text"].iloc[0]) & (kl["by"] == "entropy")]  # its bins are about equally full
     models = first.groupby(MODEL, sort=False)["value"].mean().reset_index()
     if len(models) > MOST_LINES:
-        models = models[models["ratio"] == models.loc[models["criterion"] != "none", "ratio"].mode().iloc[0]]
+        models = models[models["ratio"] == models.loc[models["method"] != DENSE, "ratio"].mode().iloc[0]]
     models = models.sort_values("value")
     if len(models) > MOST_LINES:
         models = models.iloc[np.linspace(0, len(models) - 1, MOST_LINES).round().astype(int)]
@@ -297,9 +295,8 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
     ways = varying(models)
     several = models["ratio"].nunique() > 1
     for number, (_, model) in enumerate(models.iterrows()):
-        method, *others = _words(model, ways)
         size = [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
-        label = ", ".join([method, *size, *others])
+        label = ", ".join([_name(model, ways), *size])
         lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
         for row, text in zip(axes, texts, strict=True):
@@ -436,9 +433,9 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
         f"Prefill of {tokens} tokens (ms)": ("timed", 1e3 * prefill_seconds(worth, prefill)),
         "Scoring, cutting and training (TFLOP)": ("counted", flops / 1e12),
     }
-    ways, sizes = varying(worth), worth[worth["criterion"] != "none"]["ratio"]
+    ways, sizes = varying(worth), worth[worth["method"] != DENSE]["ratio"]
     common = sizes.mode().max()  # NaN where nothing was cut
-    labels = [", ".join(_words(row, ways)) for _, row in worth.iterrows()]
+    labels = [_name(row, ways) for _, row in worth.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     height = 3.1 + 0.18 * (-(-len(looks) // 2))  # the legend stands below
@@ -527,32 +524,23 @@ def agreement(found: pd.DataFrame) -> Figure:
 
 
 def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
-    """One line per criterion and way of pruning, in a band of 95 %.
+    """One line per method and training, in a band of 95 %.
 
     It starts at the dense model, trained in the same way: the control.
     """
-    dense, pruned = found[found["criterion"] == "none"], found[found["criterion"] != "none"]
+    dense, pruned = found[found["method"] == DENSE], found[found["method"] != DENSE]
     ways = varying(found)
-    for number, ((criterion, *chosen), line) in enumerate(pruned.groupby(["criterion", *ways], sort=False)):
-        label = ", ".join([criterion, *_said(ways, chosen)])
+    for number, (_, line) in enumerate(pruned.groupby(["method", *WAYS], sort=False)):
         control = dense[dense["recovery"] == line["recovery"].iloc[0]]
+        label = _name(line.iloc[0], ways)
         _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
 
 
-def _words(model: pd.Series, ways: list[str]) -> list[str]:
-    """A model in words: its criterion and how it was made; of the dense one, which has no ways, how it was trained."""
-    if model["criterion"] == "none":
-        return ["dense", *([] if model["recovery"] == "none" else [model["recovery"]])]
-    return [model["criterion"], *_said(ways, model[ways])]
-
-
-def _said(ways: list[str], chosen: Iterable[str]) -> list[str]:
-    """How a model was made, in words."""
-    told = {"parent": "after {}"}  # what was done before the last cut
-    return [
-        f"no {way}" if value == "none" else told.get(way, "{}").format(value)
-        for way, value in zip(ways, chosen, strict=True)
-    ]
+def _name(model: pd.Series, ways: list[str]) -> str:
+    """A model's method and, where models differ in them, what it was cut by before, and its training."""
+    before = [f"after {model['parent']}"] if "parent" in ways and model["parent"] != "none" else []
+    trained = [model["recovery"]] if "recovery" in ways and model["recovery"] != "none" else []
+    return ", ".join([model["method"], *before, *trained])
 
 
 def _line(

@@ -140,7 +140,7 @@ def sheet(name: str, estimates: pd.DataFrame, published: Path) -> Sheet:
         here = ours[(ours["ratio"] == ratio) & (ours["text"] == text)]
         for setting, found in here.groupby(MODEL, sort=False):
             model = dict(zip(MODEL, setting, strict=True))
-            rows.append(Row([*where, _method(model), *(model[way] for way in ways)], _cells(found, columns)))
+            rows.append(Row([*where, model["method"], *(model[way] for way in ways)], _cells(found, columns)))
         there = theirs[(theirs["ratio"] == ratio) & (theirs["text"] == text)]
         for (model, method), found in there.groupby(["model", "method"], sort=False):
             known = [*where, f"{method}, {model}, published"]
@@ -197,10 +197,6 @@ def _published_notes(theirs: pd.DataFrame) -> list[str]:
     return [" ".join([f"Published: {'; '.join(dict.fromkeys(theirs['source']))}.", *errata])] if len(theirs) else []
 
 
-def _method(model: Mapping[str, str]) -> str:
-    return "dense" if model["criterion"] == "none" else model["criterion"]
-
-
 def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
     """Table 3: the tasks' accuracy of several dense models and of what was made of them.
 
@@ -237,7 +233,7 @@ def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
     for setting, found in both.groupby(by, sort=False):
         model = dict(zip(by, setting, strict=True))
         heads = [model["model"], *([model["experiment"]] if len(alike) else []), f"{100 * model['ratio']:.4g}"]
-        sheet_rows.append(Row([*heads, _method(model), *(model[way] for way in ways)], _cells(found, columns)))
+        sheet_rows.append(Row([*heads, model["method"], *(model[way] for way in ways)], _cells(found, columns)))
     heads = ["Model", *(["Experiment"] if len(alike) else []), "Removed (%)", "Method", *map(str.capitalize, ways)]
     digits = {each.title: each.digits for each in columns}
     return Sheet("Zero-shot accuracy (%) of further models.", heads, digits, sheet_rows, [note(models)])
@@ -271,7 +267,7 @@ def timing_sheet(sources: Sequence[Path], published: Path) -> Sheet:
         published: the csv of published values, which may be missing.
     """
     timings = read_timings(sources)
-    ways, rows = varying(timings), []
+    rows = []
     theirs = read_published(published)
     theirs = theirs[theirs["ratio"].isin(timings["ratio"])]
     for ratio in dict.fromkeys(timings["ratio"]):
@@ -279,11 +275,11 @@ def timing_sheet(sources: Sequence[Path], published: Path) -> Sheet:
         for _, found in timings[timings["ratio"] == ratio].groupby("key", sort=False):
             model, values = found.iloc[0], found.set_index(["task", "metric"])["value"]
             cells = {name: Cell(scale * values[task, metric]) for name, (task, metric, _, scale, _) in TIMINGS.items()}
-            rows.append(Row([removed, *("" if model["criterion"] == "none" else model[way] for way in ways)], cells))
+            rows.append(Row([removed, model["method"]], cells))
         for name, found in theirs[theirs["ratio"] == ratio].groupby("model", sort=False):
             cells = _published_cells(found, {title: metric for title, (_, _, metric, _, _) in TIMINGS.items()})
-            rows.append(Row([f"{removed}, {name}, published", *[""] * len(ways)], cells, published=True))
-    heads = ["Removed (%)", *map(str.capitalize, ways)]
+            rows.append(Row([removed, f"{name}, published"], cells, published=True))
+    heads = ["Removed (%)", "Method"]
     caption = "Prefill of 256 tokens, and decoding."
     digits = {title: digits for title, (*_, digits) in TIMINGS.items()}
     return Sheet(caption, heads, digits, rows, [_machine(timings), *_published_notes(theirs)])

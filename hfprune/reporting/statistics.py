@@ -15,24 +15,23 @@ from scipy import stats
 
 from hfprune.errors import UserError
 
-MODEL = ["model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "recovery", "parent"]
+MODEL = ["model", "stage", "method", "criterion", "allocation", "refit", "structure", "ratio", "recovery", "parent"]
 MEASURE = ["group", "task", "metric"]
 
 LEVEL = 0.95
-WAYS = ["allocation", "refit", "structure", "recovery", "parent"]  # how a model was made, beside criterion and ratio
+WAYS = ["recovery", "parent"]  # what a method's name does not say of a model
 RANGES = {"kl": (0, np.inf), "js": (0, 1), "top1_agreement": (0, 1), "top15_jaccard": (0, 1)}
 SMALLEST_P = 1e-100
 HALVINGS = 45  # of log(SMALLEST_P): p-values to eleven digits
 
 
 def varying(models: pd.DataFrame) -> list[str]:
-    """Those of `WAYS` in which the models differ: what a table or a legend has to say beside the criterion.
+    """Those of `WAYS` in which the models differ: what a table or a legend has to say beside the method.
 
     Args:
-        models: rows with the columns of `MODEL`. How models were cut is read of those that were.
+        models: rows with the columns of `MODEL`.
     """
-    cut = models[models["criterion"] != "none"]
-    return [way for way in WAYS if (models if way == "recovery" else cut)[way].nunique() > 1]
+    return [way for way in WAYS if models[way].nunique() > 1]
 
 
 @dataclass(frozen=True)
@@ -197,8 +196,12 @@ def _estimate(found: pd.DataFrame, group: str) -> dict[str, float]:
 
 def _words(setting: Iterable[str | float]) -> str:
     """A model for people, by its values of `MODEL`."""
-    said = (f"{100 * value:g} %" if isinstance(value, float) else value for value in setting if value)
-    return ", ".join(word for word in said if word != "none")
+    model = dict(zip(MODEL, setting, strict=True))
+    ratio = f"{100 * model['ratio']:g} %" if model["ratio"] else "none"
+    after = "none" if model["parent"] == "none" else f"after {model['parent']}"
+    return ", ".join(
+        word for word in (model["model"], model["method"], ratio, after, model["recovery"]) if word != "none"
+    )
 
 
 def with_sizes(found: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:

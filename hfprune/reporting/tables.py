@@ -4,13 +4,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
 from hfprune.errors import UserError
+from hfprune.pruning.methods import DENSE, method_name
 from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, note, varying, with_sizes
 from hfprune.reporting.typeset import Cell, Row, Sheet
 from hfprune.store.artifacts import Artifact, Store
@@ -18,7 +21,7 @@ from hfprune.store.filenames import LOSSES, PRUNING, RESULTS
 
 # One value a row; other people's scripts read these.
 COLUMNS = [
-    "model", "stage", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved",
+    "model", "stage", "method", "criterion", "allocation", "refit", "structure", "ratio", "ratio_achieved",
     "ratio_achieved_parent", "parameters", "recovery", "parent", "seed", "group", "task", "metric", "value", "stderr",
     "n", "key",
 ]  # fmt: skip
@@ -30,7 +33,22 @@ OWN_COST = (
     "Criteria that were scored in one pass have its seconds by their shares of its operations, and its memory. A "
     "criterion that needs another's scores first is charged for them too."
 )
-PLAIN = ("uniform", "mlp", "none")  # ways of pruning that need no words
+
+
+@dataclass(frozen=True)
+class Names:
+    """What an experiment calls what its artifacts were made by and from.
+
+    Attributes:
+        methods: names of methods by the keys of the pruned models, in the experiment's order.
+        texts: names of held-out texts by their keys, the headline's first.
+    """
+
+    methods: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_NAMES = Names()
 # The metric that the paper reports for a task, the first that it has.
 HEADLINE = ("pct_stereotype", "acc_norm", "acc", "exact_match,strict-match")
 TASK_TITLES = {
@@ -47,19 +65,20 @@ TASK_TITLES = {
 }
 
 
-def collect(artifacts: list[Artifact], store: Store, called: Mapping[str, str] | None = None) -> pd.DataFrame:
+def collect(artifacts: list[Artifact], store: Store, names: Names = NO_NAMES) -> pd.DataFrame:
     """The rows of `metrics.csv`: what the artifacts say, and what they were made from according to their manifests.
 
     Args:
         artifacts: of the stages `measure` and `evaluate`, in any order.
         store: where everything that they were made from has its manifests.
-        called: see `heldout_texts`. A model's rows have the texts in its order, so the first is the headline's.
+        names: what methods and texts are called. Models, and a model's texts, come in their order, so the first text is
+            the headline's.
 
     Raises:
         UserError: a model was evaluated but not measured (the measurement counts its parameters).
     """
-    models = measured_models(artifacts, store)
-    texts = heldout_texts(artifacts, store, called or {})
+    models = measured_models(artifacts, store, names.methods)
+    texts = heldout_texts(artifacts, store, names.texts)
     rows: list[dict[str, Any]] = []
     counted: set[str] = set()  # models whose efficiency has its rows
     for artifact in artifacts:
@@ -85,19 +104,23 @@ def collect(artifacts: list[Artifact], store: Store, called: Mapping[str, str] |
         rows += [columns | cost for cost in _costs(lineage(key, store), store)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["order"] = table["stage"].map(["dense", "pruned", "recovered"].index)
-    names = list(texts.values())
-    table["text"] = [names.index(task) if group in HELDOUT else 0 for group, task in table[["group", "task"]].values]
-    by = ["order", "parent", "criterion", "allocation", "refit", "ratio", "recovery"]
-    by += ["seed", "group", "text", "task", "metric"]
+    listed = list(dict.fromkeys(names.methods.values()))
+    table["place"] = [listed.index(name) if name in listed else len(listed) for name in table["method"]]
+    order = list(texts.values())
+    table["text"] = [order.index(task) if group in HELDOUT else 0 for group, task in table[["group", "task"]].values]
+    by = ["order", "parent", "place", "method", "ratio", "recovery", "seed", "group", "text", "task", "metric"]
     return table.sort_values(by, kind="stable", ignore_index=True)[COLUMNS]
 
 
-def measured_models(artifacts: list[Artifact], store: Store) -> dict[str, dict[str, Any]]:
+def measured_models(
+    artifacts: list[Artifact], store: Store, methods: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
     """By key, the columns that say which model it is: those of `MODEL`, seed, both shares achieved, parameters.
 
     Args:
         artifacts: of the stages `measure` and `evaluate`.
         store: where everything that they were made from has its manifests.
+        methods: see `described`.
 
     Raises:
         UserError: a model was evaluated but not measured (the measurement counts its parameters).
@@ -114,7 +137,7 @@ def measured_models(artifacts: list[Artifact], store: Store) -> dict[str, dict[s
                 f"{measure.folder}: measured against model {other}, but {model} comes from the dense model {dense}. "
                 "Give a measure whose reference was made with that."
             )
-    models = described(list(measured), store).astype(object).where(lambda each: each.notna(), None)
+    models = described(list(measured), store, methods).astype(object).where(lambda each: each.notna(), None)
     return {
         model.pop("key"): model | {"parameters": measure.manifest["details"]["parameters"]}
         for model, measure in zip(models.to_dict("records"), measured.values(), strict=True)
@@ -146,18 +169,19 @@ def text_names(texts: Iterable[str], store: Store) -> dict[str, str]:
     return {text: f"{name} {text[:6]}" if name in alike else name for text, name in files.items()}
 
 
-def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+def training_curves(artifacts: list[Artifact], store: Store, methods: Mapping[str, str]) -> pd.DataFrame:
     """Every step of every training, in the order of the artifacts.
 
     Args:
         artifacts: of the stage `recover`.
         store: where what they were made from has its manifests.
+        methods: see `described`.
 
     Returns:
-        Columns `model` (how it was made, for people), `loss_name`, `key`, those of `losses.jsonl`, and
+        Columns `model` (its method, for people), `loss_name`, `key`, those of `losses.jsonl`, and
         `tokens_per_second`.
     """
-    models = described([artifact.key for artifact in artifacts], store)
+    models = described([artifact.key for artifact in artifacts], store, methods)
     curves = []
     for artifact, label, way in zip(artifacts, _labels(models, ("ratio", "seed")), models["recovery"], strict=True):
         label = f"{label}, {way}"
@@ -168,18 +192,19 @@ def training_curves(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
     return pd.concat(curves, ignore_index=True)
 
 
-def kept_widths(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
+def kept_widths(artifacts: list[Artifact], store: Store, methods: Mapping[str, str]) -> pd.DataFrame:
     """How much every layer of every pruned model keeps.
 
     Args:
         artifacts: of the stage `prune`, in any order.
         store: where what they were made from has its manifests.
+        methods: see `described`.
 
     Returns:
-        Columns `model` (how it was made, for people), `ratio`, `part`, `layer`, `kept` and `dense` (units; see
+        Columns `model` (its method, for people), `ratio`, `part`, `layer`, `kept` and `dense` (units; see
         `structures.UNITS`), `key`.
     """
-    models = described([artifact.key for artifact in artifacts], store)
+    models = described([artifact.key for artifact in artifacts], store, methods)
     rows = []
     for artifact, label, ratio in zip(artifacts, _labels(models, ("seed",)), models["ratio"], strict=True):
         pruning = json.loads((artifact.folder / PRUNING).read_text(encoding="utf-8"))
@@ -192,19 +217,14 @@ def kept_widths(artifacts: list[Artifact], store: Store) -> pd.DataFrame:
 
 
 def _labels(models: pd.DataFrame, others: tuple[str, ...]) -> list[str]:
-    """How models were cut, in few words: the criterion, and what tells them apart of the ways and of `others`."""
-    cut = models[models["criterion"] != "none"]
-    shown = [name for name in varying(models) if name != "recovery"]
-    shown += [name for name in others if cut[name].nunique() > 1]
+    """Models' methods, and of `others`, "ratio" and "seed", those in which the models differ."""
+    cut = models[models["method"] != DENSE]
+    shown = [name for name in others if cut[name].nunique() > 1]
     labels = []
     for _, model in models.iterrows():
-        if model["criterion"] == "none":
-            labels.append("dense")
-            continue
         words = {"ratio": f"{model['ratio']:.0%}", "seed": f"seed {model['seed']:.0f}"}
         words["parent"] = f"after {model['parent']}"
-        said = [words.get(name, model[name]) for name in ("criterion", *shown) if model[name] not in PLAIN]
-        labels.append(", ".join(said))
+        labels.append(", ".join([model["method"], *(words[name] for name in shown if model["method"] != DENSE)]))
     return labels
 
 
@@ -250,20 +270,24 @@ def recovery_names(trained: dict[str, dict[str, Any]], store: Store) -> dict[str
     return names
 
 
-def described(keys: list[str], store: Store) -> pd.DataFrame:
+def described(keys: list[str], store: Store, methods: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:
     """Which models some checkpoints are, a row each: columns of `MODEL`, seed, both shares achieved, the key.
 
     Args:
         keys: of artifacts of `model`, `prune` and `recover`.
         store: where everything that they were made from has its manifests.
+        methods: names of methods by the keys of artifacts of `prune`. One that has none is called after its recipe, see
+            `methods.method_name`.
     """
     made = {key: lineage(key, store) for key in keys}
     trained = recovery_names({key: line[-1] for key, line in made.items() if line[-1]["stage"] == "recover"}, store)
-    rows = [_model_columns(line) | {"recovery": trained.get(key, "none"), "key": key} for key, line in made.items()]
+    rows = [
+        _model_columns(line, methods) | {"recovery": trained.get(key, "none"), "key": key} for key, line in made.items()
+    ]
     return pd.DataFrame(rows, columns=[*MODEL, "seed", "ratio_achieved", "ratio_achieved_parent", "key"])
 
 
-def _model_columns(made: list[dict[str, Any]]) -> dict[str, Any]:
+def _model_columns(made: list[dict[str, Any]], methods: Mapping[str, str]) -> dict[str, Any]:
     """The columns that say which model it is, of its `lineage`, without `recovery` and `parameters`."""
     download = made[0]["details"]
     stage = {"model": "dense", "prune": "pruned", "recover": "recovered"}[made[-1]["stage"]]
@@ -272,26 +296,31 @@ def _model_columns(made: list[dict[str, Any]]) -> dict[str, Any]:
     if not last:
         none = dict.fromkeys(("criterion", "allocation", "refit", "structure"), "none")
         shares = {"ratio": 0.0, "ratio_achieved": download.get("ratio_achieved", 0.0), "ratio_achieved_parent": 0.0}
-        return columns | none | shares | {"seed": None, "parent": _called(made[1:-1])}
+        return columns | {"method": DENSE} | none | shares | {"seed": None, "parent": _called(made[1:-1], methods)}
     details, scores = made[last]["details"], made[last - 1]["parameters"]
     names = ("allocation", "refit", "structure", "ratio", "ratio_achieved", "ratio_achieved_parent")
     cut = {name: details[name] for name in names}
     trained_before = made[last + 1 : -1]
-    parent = _called([*made[1 : last - 1], *trained_before])
-    return columns | {"criterion": scores["criterion"], **cut, "seed": scores["seed"], "parent": parent}
+    parent = _called([*made[1 : last - 1], *trained_before], methods)
+    about = {"method": _method_of(made[last], made[last - 1], methods), "criterion": scores["criterion"]}
+    return columns | about | cut | {"seed": scores["seed"], "parent": parent}
 
 
-def _called(made: list[dict[str, Any]]) -> str:
+def _method_of(cut: Mapping[str, Any], scores: Mapping[str, Any], methods: Mapping[str, str]) -> str:
+    """What the method is called that made a cut, by its manifest of `prune` and that of its `score`."""
+    recipe = cut["parameters"] | cut["details"] | {"criterion": scores["parameters"]["criterion"]}
+    return methods.get(cut["key"]) or method_name(recipe)
+
+
+def _called(made: list[dict[str, Any]], methods: Mapping[str, str]) -> str:
     """Steps of a lineage in few words; without their seeds, over which models made in one way are averaged."""
     words = []
     for scores, manifest in pairwise([{}, *made]):
         if manifest["stage"] == "prune":
-            details = manifest["details"]
-            ways = [details[name] for name in ("allocation", "refit", "structure") if details[name] not in PLAIN]
-            words.append(" ".join([scores["parameters"]["criterion"], *ways, f"{details['ratio']:.4g}"]))
+            words.append(f"{_method_of(manifest, scores, methods)} {manifest['details']['ratio']:.4g}")
         elif manifest["stage"] == "recover":
             words.append(manifest["parameters"]["method"])
-    return " + ".join(words) or "none"
+    return " then ".join(words) or "none"
 
 
 def _costs(made: list[dict[str, Any]], store: Store) -> list[dict[str, Any]]:
@@ -434,6 +463,6 @@ def _sheet(caption: str, table: pd.DataFrame, *notes: str) -> Sheet:
         for name in columns:
             scale = SCALES.get(name, 1)
             cells[name] = Cell(*(scale * model.get(each, math.nan) for each in _with_ends(name)))
-        rows.append(Row([model["stage"], model["criterion"], *(model[way] for way in ways)], cells))
+        rows.append(Row([model["stage"], model["method"], *model[ways]], cells))
     digits = {name: DIGITS.get(name, 1) for name in columns}
-    return Sheet(caption, ["Model", "Criterion", *map(str.capitalize, ways)], digits, rows, [note(table), *notes])
+    return Sheet(caption, ["Model", "Method", *map(str.capitalize, ways)], digits, rows, [note(table), *notes])

@@ -76,7 +76,10 @@ def _structures(settings: Sequence[Setting]) -> list[Setting]:
 OF_FILES = ("table3", "table4", "table5")
 
 CRITERIA = "criteria, with nothing else done: structure mlp, allocation uniform, no refit, no recovery"
-STRUCTURES = "structures, the rest alike: `structures: [mlp, mlp+attention]` in a grid of `pruning`, without recovery"
+STRUCTURES = (
+    "structures, the rest alike: in `methods` also one with `structure: mlp+attention`, such as "
+    "`- HFPrune + attention: {like: HFPrune, structure: mlp+attention}`, without recovery"
+)
 TABLES = {
     "table1": Target("methods and sizes", True, list),
     "table2": Target("methods and sizes", True, list),

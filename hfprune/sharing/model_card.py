@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from hfprune.models.history import is_cut, steps
 from hfprune.models.units import UNITS
+from hfprune.pruning.methods import method_name, presets
 from hfprune.store.filenames import CARD, LICENCE
 
 TITLES = {
@@ -162,14 +163,17 @@ def _cut(step: Mapping[str, Any], again: bool) -> dict[str, str]:
             "Parameters": f"{step['parameters']:,} of {step['parameters_dense']:,}",
         }
     return {
-        "Structure cut": step["structure"],
-        "Criterion": step["criterion"],
-        "Allocation over layers": step["allocation"],
-        "Refit": step["refit"],
+        "Method": _method(step),
         **shares,
         **_widths(step),
         "Calibration": f"{drawn} of {calibration['text']}, seed {calibration['seed']}",
     }
+
+
+def _method(step: Mapping[str, Any]) -> str:
+    """The name of the method that a step cut by, and its source where it is a preset."""
+    name = method_name({**step, "pad": bool(step["padding"])})
+    return f"{name} ({presets()[name].citation})" if name in presets() else name
 
 
 def _training(step: Mapping[str, Any]) -> dict[str, str]:

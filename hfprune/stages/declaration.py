@@ -34,8 +34,10 @@ class Section(BaseModel):
         """Refuse a list that names something twice."""
         for place, item in enumerate(value if isinstance(value, list) else []):
             if (first := value.index(item)) != place:
-                what = "grids" if isinstance(item, Section) else f"{item!r} stands twice:"
-                raise ValueError(f"{what} {first} and {place}, counted from 0, are the same. Leave one out")
+                name = next(iter(item)) if isinstance(item, dict) else item  # a method with its settings
+                raise ValueError(
+                    f"{name!r} stands twice: {first} and {place}, counted from 0, are the same. Leave one out"
+                )
         return value
 
 

@@ -77,12 +77,9 @@ class PruneParameters(Cut, Parameters):
 
     @property
     def label(self) -> str:
-        """What is cut and how, for people; what is as usual is not said."""
+        """How much is cut, for people."""
         share = "" if self.ratio_of == "all" else " of the MLPs"
-        budget = f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
-        ways = {"structure": self.structure, "allocation": self.allocation, "refit": self.refit}
-        said = [f"{name} {way}" for name, way in ways.items() if way != type(self).model_fields[name].default]
-        return ", ".join([budget, *said])
+        return f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
 
     def read(self) -> dict[str, Any]:
         """The parameters that this cut reads: one budget; `ridge` only where a refit solves for weights."""

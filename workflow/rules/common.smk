@@ -36,6 +36,7 @@ STORE = plan.store.root
 RESULTS = Path("results") / plan.experiment.experiment
 LOGS = Path("logs") / plan.experiment.experiment  # of its own: experiments that run at once may share artifacts
 HELDOUT = [word for name, text in plan.documents["fidelity"].items() for word in ("--text", f"{name}={text.key}")]
+METHODS = [word for key, name in plan.methods.items() for word in ("--method", f"{name}={key}")]
 
 # Rules call `python -m hfprune`: the interpreter that runs this, the package beside this Snakefile.
 os.environ.update(

@@ -17,10 +17,10 @@ rule collect:
     params:
         results=manifests(EVALUATED),
         store=STORE,
-        texts=HELDOUT,
+        names=[*METHODS, *HELDOUT],
         code=code_digest("hfprune.reporting.tables"),
     shell:
-        "python -m hfprune collect --store {params.store:q} {params.texts:q} --output {output:q} {params.results:q} 2>&1"
+        "python -m hfprune collect --store {params.store:q} {params.names:q} --output {output:q} {params.results:q} 2>&1"
         " | tee {log:q}"
 
 
@@ -73,10 +73,10 @@ rule differences:
         results=manifests(EVALUATED),
         folder=RESULTS / "tables",
         store=STORE,
-        texts=HELDOUT,
+        names=[*METHODS, *HELDOUT],
         code=[code_digest(f"hfprune.reporting.{module}") for module in ("documents", "comparison")],
     shell:
-        "python -m hfprune differences --store {params.store:q} {params.texts:q} --output {params.folder:q} {params.results:q} 2>&1"
+        "python -m hfprune differences --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
 
 
@@ -96,10 +96,10 @@ rule profile:
         results=manifests(MEASURED),
         folder=RESULTS,
         store=STORE,
-        texts=HELDOUT,
+        names=[*METHODS, *HELDOUT],
         code=[code_digest(f"hfprune.reporting.{module}") for module in ("documents", "figures")],
     shell:
-        "python -m hfprune profile --store {params.store:q} {params.texts:q} --output {params.folder:q} {params.results:q} 2>&1"
+        "python -m hfprune profile --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
 
 
@@ -139,9 +139,10 @@ rule widths:
         results=manifests([model.job for model in plan.cuts]),
         folder=RESULTS,
         store=STORE,
+        names=METHODS,
         code=code_digest("hfprune.reporting.figures"),
     shell:
-        "python -m hfprune widths --store {params.store:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
+        "python -m hfprune widths --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
 
 
 rule losses:
@@ -160,6 +161,7 @@ rule losses:
         results=manifests(plan.recoveries),
         folder=RESULTS,
         store=STORE,
+        names=METHODS,
         code=code_digest("hfprune.reporting.figures"),
     shell:
-        "python -m hfprune losses --store {params.store:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
+        "python -m hfprune losses --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"

@@ -26,10 +26,10 @@ for table, (inputs, results) in SOURCES.items():
             folder=RESULTS / "tables",
             published=PUBLISHED,
             store=STORE,
-            texts=HELDOUT,
+            names=[*METHODS, *HELDOUT],
             code=[code_digest(f"hfprune.reporting.{module}") for module in ("paper_tables", "documents")],
         shell:
-            "python -m hfprune table {params.table} --store {params.store:q} {params.texts:q} --output {params.folder:q}"
+            "python -m hfprune table {params.table} --store {params.store:q} {params.names:q} --output {params.folder:q}"
             " --published {params.published:q} {params.results:q} 2>&1 | tee {log:q}"
 
 

@@ -20,7 +20,7 @@ rule efficiency:
         models=manifests(plan.timed),
         dtype=plan.experiment.model.dtype,
         # Of where it runs, for which nothing is timed again.
-        place=lambda wildcards, resources: ["--tokens", TOKENS, "--store", STORE],
+        place=lambda wildcards, resources: ["--tokens", TOKENS, "--store", STORE, *METHODS],
     message:
         "time models"
     shell:
