@@ -1,16 +1,19 @@
-"""The README and the pages of docs/: links lead somewhere, the commands and options that they name exist."""
+"""The README and the pages of docs/: links lead somewhere, what they name exists, configs are valid."""
 
 import argparse
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hfprune import cli
+from hfprune.experiment.schema import Experiment, parse, read
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 HEADING = re.compile(r"^#+ +(.+?)\s*$", re.MULTILINE)
@@ -91,6 +94,18 @@ def test_a_page_opens_with_its_question(page):
     title, question, *_ = page.read_text(encoding="utf-8").split("\n\n")
     assert title.startswith("# ")
     assert re.fullmatch(r"\*[^*]+\?\*", question)
+
+
+@name
+def test_methods_in_a_config_are_ones_that_a_config_may_have(page):
+    experiment = read(ROOT / "config.yaml")
+    for block in YAML.findall(page.read_text(encoding="utf-8")):
+        values = yaml.safe_load(block)
+        if "methods" in values:
+            values.pop("texts", None)
+            for training in values.get("recovery", {}).values():
+                training["text"] = "xsum_summaries"
+            parse(Experiment, experiment | values, page.name)
 
 
 def test_what_is_wrong_is_found(tmp_path, parser):
