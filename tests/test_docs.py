@@ -20,7 +20,7 @@ HEADING = re.compile(r"^#+ +(.+?)\s*$", re.MULTILINE)
 COMMAND = re.compile(r"\bhfprune +([a-z][a-z-]*)((?:\\\n|[^`\n#|])*)")
 OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
 
-name = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
 def anchors(page):
@@ -79,12 +79,12 @@ def parser():
     return cli._parser()
 
 
-@name
+@each_page
 def test_relative_links_lead_somewhere(page):
     assert broken_links(page) == []
 
 
-@name
+@each_page
 def test_commands_and_options_exist(page, parser):
     assert unknown_commands(page, parser) == []
 
@@ -96,16 +96,16 @@ def test_a_page_opens_with_its_question(page):
     assert re.fullmatch(r"\*[^*]+\?\*", question)
 
 
-@name
-def test_methods_in_a_config_are_ones_that_a_config_may_have(page):
+def test_methods_in_a_config_are_ones_that_a_config_may_have():
     experiment = read(ROOT / "config.yaml")
-    for block in YAML.findall(page.read_text(encoding="utf-8")):
+    blocks = [(page.name, block) for page in PAGES for block in YAML.findall(page.read_text(encoding="utf-8"))]
+    for page, block in blocks:
         values = yaml.safe_load(block)
         if "methods" in values:
             values.pop("texts", None)
             for training in values.get("recovery", {}).values():
                 training["text"] = "xsum_summaries"
-            parse(Experiment, experiment | values, page.name)
+            parse(Experiment, experiment | values, page)
 
 
 def test_what_is_wrong_is_found(tmp_path, parser):
