@@ -175,8 +175,9 @@ def load_tokenizer(folder: Path, named: str = "") -> PreTrainedTokenizerBase:
 def _reason(error: Exception, folder: Path, named: str) -> str:
     if "custom code" in str(error):  # transformers would have it switched on
         return "it comes with code of its own, which never runs here."
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return first.replace(str(folder), named)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1  # such a line only says which part of the config
+    return " ".join(lines[:count] or [type(error).__name__]).replace(str(folder), named)
 
 
 def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
