@@ -32,7 +32,7 @@ class Efficiency(OfMethods):
         import pandas as pd
 
         from hfprune.evaluation.timing import surroundings, time_models
-        from hfprune.reporting.tables import described
+        from hfprune.reporting.identity import described
 
         models = [open_artifact(path, *CHECKPOINTS) for path in self.models]
         known = described([model.key for model in models], Store(self.store), self.methods())
