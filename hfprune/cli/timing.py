@@ -32,7 +32,7 @@ class Efficiency(WithMethods):
         import pandas as pd
 
         from hfprune.evaluation.timing import time_models, timing_environment
-        from hfprune.reporting.tables import described
+        from hfprune.reporting.identity import described
 
         models = [open_artifact(path, *CHECKPOINTS) for path in self.models]
         known = described([model.key for model in models], Store(self.store), self.methods())
