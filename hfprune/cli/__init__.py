@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         args.run(args)
     except OSError as error:  # of what is printed, or of locks: the store and results have words of their own
-        if error.errno not in artifacts.FULL:
+        if error.errno not in artifacts.FULL_DISK:
             raise
         raise UserError(f"{error.filename or 'output'}: {error.strerror}. Free space there and run again.") from None
     except (RuntimeError, MemoryError) as error:
