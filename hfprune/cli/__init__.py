@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         args.run(args)
     except OSError as error:  # from printing or locks; the store and results have their own messages
-        if error.errno not in artifacts.FULL:
+        if error.errno not in artifacts.FULL_DISK:
             raise
         raise UserError(f"{error.filename or 'output'}: {error.strerror}. Free space there and run again.") from None
     except (RuntimeError, MemoryError) as error:
