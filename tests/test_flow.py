@@ -61,7 +61,7 @@ def opened(monkeypatch) -> dict[str, set]:
         return found
 
     monkeypatch.setattr(artifacts, "read", reading)
-    monkeypatch.setattr("hfprune.reporting.documents.read", reading)
+    monkeypatch.setattr("hfprune.reporting.samples.read", reading)
     return seen
 
 

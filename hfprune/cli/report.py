@@ -12,9 +12,9 @@ from hfprune.errors import UserError
 from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
-from hfprune.store.results import withdraw, written
+from hfprune.store.results import publish, withdraw
 
-Documents = Annotated[list[NamedPath], Option(metavar="NAME=PATH")]
+NamedTexts = Annotated[list[NamedPath], Option(metavar="NAME=PATH")]
 USES = ("calibration", "recovery", "fidelity", "task")  # of documents
 HELP = "name for the table, and the artifact's folder or manifest"
 
@@ -27,23 +27,23 @@ class Overlap(Command):
         "hfprune overlap --calibration xsum=store/text/KEY --fidelity quac=store/text/KEY \\\n"
         "    --task boolq=store/task/KEY --output overlap.csv",
     )
-    calibration: Documents = Field([], description=HELP)
-    recovery: Documents = Field([], description=HELP)
-    fidelity: Documents = Field([], description=HELP)
-    task: Documents = Field([], description=HELP)
+    calibration: NamedTexts = Field([], description=HELP)
+    recovery: NamedTexts = Field([], description=HELP)
+    fidelity: NamedTexts = Field([], description=HELP)
+    task: NamedTexts = Field([], description=HELP)
     strict: bool = Field(False, description="fail if any document overlaps")
     output: Path = Field(description="csv file to write")
 
     def run(self) -> None:
         """Write the table. With `strict`, refuse an overlap."""
-        from hfprune.data.contamination import Documents, compare, refusal, write
+        from hfprune.data.contamination import Corpus, compare, refusal, write
 
         opened = {
             use: [(name, open_artifact(path, "task" if use == "task" else "text")) for name, path in getattr(self, use)]
             for use in USES
         }
         by_use = {
-            use: [Documents(use, name, artifact.folder) for name, artifact in named] for use, named in opened.items()
+            use: [Corpus(use, name, artifact.folder) for name, artifact in named] for use, named in opened.items()
         }
         pairs = compare(by_use["calibration"] + by_use["recovery"], by_use["fidelity"] + by_use["task"])
         # The table at `--output` is the verdict: where a strict experiment has an overlap, there is none.
@@ -79,7 +79,7 @@ class Page(Command):
             content = page(self.title, self.caption, self.files)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}.") from None
-        with written() as aside:
+        with publish() as aside:
             aside.path(self.output).write_text(content, encoding="utf-8")
 
 
@@ -125,14 +125,14 @@ class Provenance(StoreCommand):
 
     def run(self) -> None:
         """Print the provenance."""
-        from hfprune.store.provenance import Trail, text
+        from hfprune.store.provenance import ProvenanceGraph, as_text
 
-        nodes = Trail(Store(self.store)).of(self.result, self.where)
-        print(text(nodes))
+        nodes = ProvenanceGraph(Store(self.store)).trace(self.result, self.where)
+        print(as_text(nodes))
         if self.crate:
             from hfprune.store.ro_crate import write
 
-            with written() as aside:
+            with publish() as aside:
                 metadata = write(nodes, aside.folder(self.crate))
             print(self.crate / metadata.name)
 

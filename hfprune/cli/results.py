@@ -10,11 +10,11 @@ from pydantic import Field
 
 from hfprune.cli.commands import POSITIONAL, Command, Option, StoreCommand
 from hfprune.errors import UserError
-from hfprune.reporting import targets
+from hfprune.reporting import paper_tables
 from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import LOSSES, PRUNING
-from hfprune.store.results import Aside, written
+from hfprune.store.results import ScratchFolders, publish
 
 Metrics = Annotated[Path, Field(description="metrics.csv from `hfprune collect`")]
 Folder = Annotated[Path, Field(description="folder to write to")]
@@ -22,9 +22,9 @@ TablesAndFigures = Annotated[Path, Field(description="folder to write tables/ an
 
 
 @contextmanager
-def results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[Aside]:
-    """As `written`, and print the paths of the results."""
-    with written(sources) as aside:
+def results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[ScratchFolders]:
+    """`publish`, which prints the paths of the results."""
+    with publish(sources) as aside:
         yield aside
     for path in aside.places:
         print(path)
@@ -77,8 +77,8 @@ class WithTexts(WithMethods):
     )
 
     def names(self) -> Any:
-        """Names of methods and held-out texts, a `tables.Names`."""
-        from hfprune.reporting.tables import Names
+        """Names of methods and held-out texts, a `identity.Names`."""
+        from hfprune.reporting.identity import Names
 
         return Names(self.methods(), by_key("text", self.text))
 
@@ -93,11 +93,11 @@ class Collect(WithTexts):
 
     def run(self) -> None:
         """Write the file."""
-        from hfprune.reporting.tables import collect
+        from hfprune.reporting.metrics import collect
 
         artifacts = [open_artifact(path, "measure", "evaluate") for path in self.manifests]
         metrics = collect(artifacts, Store(self.store), self.names())
-        with written(artifacts) as aside:
+        with publish(artifacts) as aside:
             metrics.to_csv(aside.path(self.output), index=False)
         print(f"{self.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
 
@@ -113,10 +113,10 @@ class Differences(WithTexts):
     def run(self) -> None:
         """Write both tables."""
         from hfprune.reporting.comparison import Comparison
-        from hfprune.reporting.documents import read_documents
+        from hfprune.reporting.samples import read_samples
 
         artifacts = [open_artifact(path, "measure", "evaluate") for path in self.manifests]
-        compared = Comparison(read_documents(artifacts, Store(self.store), self.names()))
+        compared = Comparison(read_samples(artifacts, Store(self.store), self.names()))
         with results(artifacts) as aside:
             for name, table in {"intervals": compared.intervals(), "differences": compared.differences()}.items():
                 table.to_csv(aside.folder(self.output) / f"{name}.csv", index=False)
@@ -132,8 +132,8 @@ class Profile(WithTexts):
 
     def run(self) -> None:
         """Write the table and its figure."""
-        from hfprune.reporting.documents import read_profiles
         from hfprune.reporting.figures import draw_profile
+        from hfprune.reporting.samples import read_profiles
 
         artifacts = [open_artifact(path, "measure") for path in self.manifests]
         bins = read_profiles(artifacts, Store(self.store), self.names())
@@ -150,7 +150,8 @@ class Tables(Command):
 
     def run(self) -> None:
         """Write the tables."""
-        from hfprune.reporting.tables import read_metrics, write_tables
+        from hfprune.reporting.metrics import read_metrics
+        from hfprune.reporting.summary import write_tables
 
         with results([self.metrics]) as aside:
             write_tables(read_metrics(self.metrics), aside.folder(self.output))
@@ -167,7 +168,7 @@ class Figures(Command):
     def run(self) -> None:
         """Draw the figures."""
         from hfprune.reporting.figures import draw
-        from hfprune.reporting.tables import read_metrics
+        from hfprune.reporting.metrics import read_metrics
 
         with results([self.metrics]) as aside:
             draw(read_metrics(self.metrics), aside.folder(self.output))
@@ -188,8 +189,8 @@ class Pareto(Command):
     def run(self) -> None:
         """Draw the figure."""
         from hfprune.reporting.figures import draw_pareto
-        from hfprune.reporting.paper_tables import read_timings
-        from hfprune.reporting.tables import read_metrics
+        from hfprune.reporting.metrics import read_metrics
+        from hfprune.reporting.paper_sheets import read_timings
 
         with results([self.metrics, self.timings]) as aside:
             draw_pareto(read_metrics(self.metrics), read_timings([self.timings]), aside.folder(self.output))
@@ -222,7 +223,7 @@ class Table(WithTexts):
         "hfprune table table6 --output results/default/tables store/measure/*/ store/evaluate/*/",
         "hfprune table table3 --output tables results/default/metrics.csv results/qwen2.5-0.5b/metrics.csv",
     )
-    name: Annotated[Literal[tuple(sorted([*targets.TABLES, *targets.OF_FILES]))], POSITIONAL] = Field(
+    name: Annotated[Literal[tuple(sorted([*paper_tables.TABLES, *paper_tables.FILE_TABLES]))], POSITIONAL] = Field(
         description="table to write"
     )
     output: Folder
@@ -233,20 +234,20 @@ class Table(WithTexts):
 
     def run(self) -> None:
         """Write the table."""
-        from hfprune.reporting import paper_tables
+        from hfprune.reporting import paper_sheets
 
         published = self.published / f"{self.name}.csv"
-        is_of_files = self.name in targets.OF_FILES
+        is_of_files = self.name in paper_tables.FILE_TABLES
         sources = self.sources if is_of_files else [open_artifact(path, "measure", "evaluate") for path in self.sources]
         with results([*sources, *([published] if published.exists() else [])]) as aside:
             if is_of_files:
-                sheet = paper_tables.OF_FILES[self.name](sources, published)
+                sheet = paper_sheets.FILE_SHEETS[self.name](sources, published)
             else:
-                from hfprune.reporting.documents import read_documents
+                from hfprune.reporting.samples import read_samples
 
-                documents = read_documents(sources, Store(self.store), self.names())
-                estimates = paper_tables.estimates(paper_tables.shown(self.name, documents))
-                sheet = paper_tables.sheet(self.name, estimates, published)
+                samples = read_samples(sources, Store(self.store), self.names())
+                estimates = paper_sheets.estimates(paper_sheets.select(self.name, samples))
+                sheet = paper_sheets.model_sheet(self.name, estimates, published)
             sheet.write(aside.folder(self.output), self.name)
 
 
@@ -260,8 +261,8 @@ class Widths(WithMethods):
 
     def run(self) -> None:
         """Write the table and its figure."""
+        from hfprune.reporting.curves import kept_widths
         from hfprune.reporting.figures import draw_widths
-        from hfprune.reporting.tables import kept_widths
 
         models = [open_artifact(path, "prune", files=[PRUNING]) for path in self.manifests]
         table = kept_widths(models, Store(self.store), self.methods())
@@ -278,8 +279,8 @@ class Losses(WithMethods):
 
     def run(self) -> None:
         """Write the table and its figure."""
+        from hfprune.reporting.curves import training_curves
         from hfprune.reporting.figures import draw_losses
-        from hfprune.reporting.tables import training_curves
 
         models = [open_artifact(path, "recover", files=[LOSSES]) for path in self.manifests]
         table = training_curves(models, Store(self.store), self.methods())

@@ -8,7 +8,7 @@ from pydantic import Field
 from hfprune.cli.commands import Option, StoreCommand
 from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Artifact, Store
-from hfprune.store.results import written
+from hfprune.store.results import publish
 
 MEASURED = "--results store/measure/*/ store/evaluate/*/"
 
@@ -42,7 +42,7 @@ class Export(SharingCommand):
         files = contents(model, results, Store(self.store), self.output.resolve().name)
         check_new(self.output)
         print(listing(files))
-        with written() as aside:
+        with publish() as aside:
             export(files, aside.path(self.output.resolve()))
         print(self.output)
 

@@ -13,7 +13,7 @@ from hfprune.stages.declaration import CHECKPOINTS, DType, Sampling, Seed
 from hfprune.stages.run import open_artifact
 from hfprune.stages.score import DRAWS, ScoreParameters
 from hfprune.store.artifacts import Store
-from hfprune.store.results import written
+from hfprune.store.results import publish
 
 
 class Efficiency(WithMethods):
@@ -32,7 +32,7 @@ class Efficiency(WithMethods):
         import pandas as pd
 
         from hfprune.evaluation.timing import time_models, timing_environment
-        from hfprune.reporting.tables import described
+        from hfprune.reporting.identity import described
 
         models = [open_artifact(path, *CHECKPOINTS) for path in self.models]
         known = described([model.key for model in models], Store(self.store), self.methods())
@@ -41,7 +41,7 @@ class Efficiency(WithMethods):
         rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(
             dtype=self.dtype, **timing_environment()
         )
-        with written(models) as aside:
+        with publish(models) as aside:
             rows.to_csv(aside.path(self.output), index=False)
         print(rows[["stage", "method", "ratio", "task", "metric", "value", "n"]].to_string(index=False))
 
@@ -88,7 +88,7 @@ class ScoringCost(Sampling, Command):
             criteria[name] = needed and cuts[needed]
         rows = pd.DataFrame(time_scoring(model.folder, text.folder, criteria, **sampling, rounds=self.rounds))
         rows = rows.assign(key=model.key, dtype=self.dtype, **timing_environment())
-        with written([model, text, *scores]) as aside:
+        with publish([model, text, *scores]) as aside:
             rows.to_csv(aside.path(self.output), index=False)
         print(rows[["criterion", "light_cut", "seconds", "peak_bytes", "tokens", "flops", "n"]].to_string(index=False))
 

@@ -31,7 +31,7 @@ WEIGHTS = np.random.default_rng(0).integers(2**63, size=WORDS, dtype=np.uint64) 
 
 
 @dataclass(frozen=True)
-class Documents:
+class Corpus:
     """Downloaded documents, and what an experiment does with them.
 
     Attributes:
@@ -80,7 +80,7 @@ class Overlap:
     example: str
 
 
-def compare(seen: Sequence[Documents], tested: Sequence[Documents]) -> list[Overlap]:
+def compare(seen: Sequence[Corpus], tested: Sequence[Corpus]) -> list[Overlap]:
     """Every pair of what is seen and what is tested on.
 
     In memory are 16 bytes for every word that is tested on, however long the other side is.
@@ -97,7 +97,7 @@ def compare(seen: Sequence[Documents], tested: Sequence[Documents]) -> list[Over
     return rows
 
 
-def _overlap(text: Documents, test: Documents, tests: np.ndarray, met: np.ndarray) -> Overlap:
+def _overlap(text: Corpus, test: Corpus, tests: np.ndarray, met: np.ndarray) -> Overlap:
     hashes, owners = test.runs
     found = np.flatnonzero(met[np.searchsorted(tests, hashes)])
     overlapping = len(np.unique(owners[found]))

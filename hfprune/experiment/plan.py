@@ -12,7 +12,7 @@ from hfprune.experiment.schema import Experiment
 from hfprune.models.context import check_checkpoint
 from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
-from hfprune.reporting.targets import Setting
+from hfprune.reporting.paper_tables import Setting
 from hfprune.runtime.paths import expanded
 from hfprune.stages.declaration import Parameters
 from hfprune.stages.prune import PruneParameters
@@ -24,7 +24,7 @@ from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
 from hfprune.store.keys import Recipe
 
-# For each stage, the inputs whose manifests name an artifact's model and text; see `reporting.tables`.
+# For each stage, the inputs whose manifests name an artifact's model and text; see `reporting.identity`.
 DESCRIBING = {
     "evaluate": ("model",),
     "measure": ("model", "reference"),
@@ -127,7 +127,7 @@ class Plan:
         cuts: the pruned models of the first calibration seed, before any training.
         methods: the methods' names, by the keys of the models that they cut.
         documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
-            `overlap.Documents`. Of the held-out texts the first is the tables'.
+            `contamination.Corpus`. Of the held-out texts the first is the tables'.
     """
 
     def __init__(self, experiment: Experiment) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hfprune.errors import UserError
 from hfprune.experiment.schema import Experiment, load
-from hfprune.store.results import written
+from hfprune.store.results import publish
 
 OWNERS = ".config"  # file in an experiment's folder of results: its config files, one per line
 
@@ -52,7 +52,7 @@ class ResultsFolder:
     def record(self) -> None:
         """Record that the folder belongs to this experiment's config files."""
         if not self._is_among_results:
-            with written() as aside:
+            with publish() as aside:
                 aside.path(self.folder / OWNERS).write_text(
                     "".join(f"{file}\n" for file in self.files), encoding="utf-8"
                 )

@@ -1,1 +1,1 @@
-"""Checkpoints: loading, the units that can be cut, saving, the proof that a saved checkpoint reloads."""
+"""Checkpoints: loading, prunable units, saving, and the check that a saved checkpoint reloads."""

@@ -81,7 +81,7 @@ class RecoverParameters(Training, Parameters):
 @outside_key
 def _dense_of(model: Any) -> str | None:
     """The key of the dense model that a model was cut from; None if the model itself is dense."""
-    from hfprune.reporting.tables import lineage
+    from hfprune.reporting.identity import lineage
     from hfprune.store.artifacts import Store
 
     dense, *later = lineage(model.key, Store(model.folder.resolve().parents[1]))

@@ -87,7 +87,7 @@ class StageRun:
 
     def add(self, parameters: Parameters, produce: Callable[[Path], dict[str, Any] | None]) -> None:
         """Write a further artifact of this run to the store, unless another process is making it."""
-        self.store.offer(self._recipe(parameters), produce)
+        self.store.make_unless_locked(self._recipe(parameters), produce)
 
     def _recipe(self, parameters: Parameters) -> Recipe:
         return recipe(self.stage, parameters, self.inputs)

@@ -37,8 +37,8 @@ class Source(Parameters):
             raise ValueError(f"{extra[0]!r} does not go with {kinds[0]!r}")
         if self.wheel and not (self.file and self.sha256):
             raise ValueError("a wheel needs `file`, the path inside it, and `sha256`, that file's digest")
-        if self.path and not self.path.exists():
-            raise ValueError(f"path {str(self.path)!r} does not exist (looked for {self.path.absolute()})")
+        if self.path:
+            _refuse_no_file(self.path)
         return self
 
     @model_serializer(mode="wrap")
@@ -72,6 +72,22 @@ class Source(Parameters):
     def label(self) -> str:
         """Its name, for display."""
         return self.hub or self.file or str(self.path)
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Refuse a path at which there is neither a file nor a folder.
+
+    Raises:
+        ValueError: nothing is there, the system refuses the name, or it is a pipe or a device, to be read once only.
+    """
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"path {str(path)!r}: {error.strerror}") from None
+    if not there:
+        raise ValueError(f"path {str(path)!r} does not exist (looked for {path.absolute()})")
+    if not (path.is_file() or path.is_dir()):
+        raise ValueError(f"path {str(path)!r} is a pipe or a device: write what it gives into a file, and name that")
 
 
 class DataSource(Source):

@@ -1,1 +1,1 @@
-"""Artifacts by hash: keys, folders, manifests, how a result came to be. Any room may import it; it imports none."""
+"""The artifact store: keys, folders, manifests, provenance. Any package may import it; it imports none of them."""

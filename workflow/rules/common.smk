@@ -13,7 +13,7 @@ sys.path.insert(0, workflow.basedir)
 from hfprune.experiment import schema as experiments
 from hfprune.experiment.results_folder import ResultsFolder
 from hfprune.runtime import gpus
-from hfprune.reporting import targets
+from hfprune.reporting import paper_tables
 from hfprune.store.keys import code_digest
 from hfprune.errors import UserError, is_refusal
 from hfprune.experiment.plan import Plan
@@ -178,12 +178,12 @@ def published(table):
 def table_sources():
     """Two dicts by table: its inputs and source files; and for tables that the experiment cannot fill, the reason."""
     sources, refused = {}, {}
-    for table, target in targets.TABLES.items():
+    for table, target in paper_tables.TABLES.items():
         try:
             tasks = bool(plan.experiment.evaluation.tasks)
-            shown = targets.compared(table, [model.setting for model in plan.models], tasks)
+            shown = paper_tables.compared(table, [model.setting for model in plan.models], tasks)
             models = [model for model, is_shown in zip(plan.models, shown) if is_shown]
-            jobs = results_of(models, "measure", *(["evaluate"] if target.tasks else []))
+            jobs = results_of(models, "measure", *(["evaluate"] if target.has_accuracy else []))
             sources[table] = missing([*plan.described(jobs), *plan.lost_parts(jobs)]), manifests(jobs)
         except UserError as error:
             refused[table] = str(error)

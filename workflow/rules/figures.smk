@@ -18,7 +18,7 @@ rule collect:
         results=manifests(EVALUATED),
         store=STORE,
         names=[*METHODS, *HELDOUT],
-        code=code_digest("hfprune.reporting.tables"),
+        code=code_digest("hfprune.reporting.metrics"),
     shell:
         "python -m hfprune collect --store {params.store:q} {params.names:q} --output {output:q} {params.results:q} 2>&1"
         " | tee {log:q}"
@@ -36,7 +36,7 @@ rule tables:
         ENVIRONMENT
     params:
         folder=RESULTS / "tables",
-        code=code_digest("hfprune.reporting.tables"),
+        code=code_digest("hfprune.reporting.summary"),
     shell:
         "python -m hfprune tables --metrics {input:q} --output {params.folder:q} 2>&1 | tee {log:q}"
 
@@ -74,7 +74,7 @@ rule differences:
         folder=RESULTS / "tables",
         store=STORE,
         names=[*METHODS, *HELDOUT],
-        code=[code_digest(f"hfprune.reporting.{module}") for module in ("documents", "comparison")],
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("samples", "comparison")],
     shell:
         "python -m hfprune differences --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
@@ -97,7 +97,7 @@ rule profile:
         folder=RESULTS,
         store=STORE,
         names=[*METHODS, *HELDOUT],
-        code=[code_digest(f"hfprune.reporting.{module}") for module in ("documents", "figures")],
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("samples", "figures")],
     shell:
         "python -m hfprune profile --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
@@ -140,7 +140,7 @@ rule widths:
         folder=RESULTS,
         store=STORE,
         names=METHODS,
-        code=code_digest("hfprune.reporting.figures"),
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("curves", "figures")],
     shell:
         "python -m hfprune widths --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
 
@@ -162,6 +162,6 @@ rule losses:
         folder=RESULTS,
         store=STORE,
         names=METHODS,
-        code=code_digest("hfprune.reporting.figures"),
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("curves", "figures")],
     shell:
         "python -m hfprune losses --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"

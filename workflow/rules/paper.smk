@@ -27,7 +27,7 @@ for table, (inputs, results) in SOURCES.items():
             published=PUBLISHED,
             store=STORE,
             names=[*METHODS, *HELDOUT],
-            code=[code_digest(f"hfprune.reporting.{module}") for module in ("paper_tables", "documents")],
+            code=[code_digest(f"hfprune.reporting.{module}") for module in ("paper_sheets", "samples")],
         shell:
             "python -m hfprune table {params.table} --store {params.store:q} {params.names:q} --output {params.folder:q}"
             " --published {params.published:q} {params.results:q} 2>&1 | tee {log:q}"
@@ -72,7 +72,7 @@ rule pareto:
 
 
 # The report's results besides `all`: the tables that the experiment can fill, and timings that already exist.
-PAPER = [file for table in (*targets.TABLES, "table3") if table in SOURCES for file in written(table)]
+PAPER = [file for table in (*paper_tables.TABLES, "table3") if table in SOURCES for file in written(table)]
 TIMED = [*written("table4"), *written("table5"), *drawn("pareto")]
 SHOWN_TOO = [*PAPER, *(file for file in TIMED if file.exists())]
 
