@@ -67,7 +67,7 @@ class Job:
     @property
     def sources(self) -> list["Job"]:
         """The jobs of `inputs`, in one list."""
-        return [job for made in self.inputs.values() for job in (made if isinstance(made, list) else [made])]
+        return [job for source in self.inputs.values() for job in (source if isinstance(source, list) else [source])]
 
     @property
     def waits_for(self) -> list["Job"]:
@@ -173,19 +173,19 @@ class Plan:
     @property
     def timed(self) -> list[Job]:
         """The dense model, and one for each cut, by the first method that makes it, of the first seed."""
-        found: dict[PruneParameters, Job] = {}
+        first_jobs: dict[PruneParameters, Job] = {}
         for model in self.cuts:
-            found.setdefault(model.cut, model.job)
-        return [*self.jobs["model"].values(), *found.values()]
+            first_jobs.setdefault(model.cut, model.job)
+        return [*self.jobs["model"].values(), *first_jobs.values()]
 
     @property
     def light_cuts(self) -> list[Job]:
         """The scores that some criteria silence neurons by first, of the first calibration seed."""
-        found: dict[str, Job] = {}
+        scores: dict[str, Job] = {}
         for job in self.scores:
             if "light_cut" in job.inputs:
-                found.setdefault(job.inputs["light_cut"].recipe.parameters["criterion"], job.inputs["light_cut"])
-        return list(found.values())
+                scores.setdefault(job.inputs["light_cut"].recipe.parameters["criterion"], job.inputs["light_cut"])
+        return list(scores.values())
 
     @property
     def sampling(self) -> tuple[str, ...]:
@@ -198,17 +198,17 @@ class Plan:
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
-        asked = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, _, cut in self.experiment.cuts())
-        return [dict(zip(names, values, strict=True)) for values in asked]
+        budgets = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, _, cut in self.experiment.cuts())
+        return [dict(zip(names, values, strict=True)) for values in budgets]
 
     @property
     def lengths(self) -> dict[str, int]:
         """How long the sequences are that go through models, in tokens, by the config's keys."""
-        found = {"calibration.length": self.experiment.calibration.length}
-        found["fidelity.length"] = self.experiment.fidelity.length
+        lengths = {"calibration.length": self.experiment.calibration.length}
+        lengths["fidelity.length"] = self.experiment.fidelity.length
         for name in sorted({model.recovery for model in self.models} - {"none"}):
-            found[f"recovery.{name}.length"] = self.experiment.recovery[name].length
-        return found
+            lengths[f"recovery.{name}.length"] = self.experiment.recovery[name].length
+        return lengths
 
     def refuse_misfits(self) -> None:
         """Refuse cuts that the dense model cannot give and sequences that it cannot read, where it is in the store.
@@ -232,8 +232,8 @@ class Plan:
     def command(self, job: Job) -> list[str]:
         """The words after `hfprune` that make a job's artifact."""
         words = [*STAGES[job.recipe.stage].words]
-        for name, made in job.inputs.items():
-            jobs = made if isinstance(made, list) else [made]
+        for name, source in job.inputs.items():
+            jobs = source if isinstance(source, list) else [source]
             words += [f"--{name.replace('_', '-')}", *map(self.manifest, jobs)]
         return [*words, *job.options, "--key", job.key, "--store", str(self.store.root)]
 
