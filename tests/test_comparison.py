@@ -13,9 +13,10 @@ from scipy import stats
 from hfprune.errors import UserError
 from hfprune.reporting import comparison
 from hfprune.reporting.comparison import MEASURE, Comparison, holm, indistinguishable_from_best
-from hfprune.reporting.documents import VALUES, read_documents
+from hfprune.reporting.identity import NO_NAMES, Names
+from hfprune.reporting.metrics import collect
+from hfprune.reporting.samples import VALUES, read_samples
 from hfprune.reporting.statistics import MODEL
-from hfprune.reporting.tables import NO_NAMES, Names, collect
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.keys import Recipe
 
@@ -284,7 +285,7 @@ def test_texts_have_the_names_and_the_order_of_the_config_and_efficiency_stands_
     assert (named["group"] == "efficiency").sum() == 2 * 2
     plain = collect(made.artifacts, made.store)
     assert plain[plain["metric"] == "kl"]["task"].tolist() == ["one file text1", "one file text2"] * 2
-    documents = read_documents(made.artifacts, made.store, Names(texts={"text2": "wiki", "text1": "news"}))
+    documents = read_samples(made.artifacts, made.store, Names(texts={"text2": "wiki", "text1": "news"}))
     assert list(documents) == VALUES
     assert list(documents["task"].unique()) == ["wiki", "news"]
     assert set(map(tuple, documents[["group", "metric"]].values)) == {("fidelity", "kl"), ("perplexity", "loss")}
@@ -310,7 +311,7 @@ def test_documents_of_tasks_come_from_their_artifacts_and_what_is_no_number_is_l
     }
     keys = {task: each.key for task, each in done.items()}
     evaluated = made.put("evaluate", "evaluated", inputs={"model": "cut", **keys})
-    found = read_documents([*made.artifacts, evaluated], made.store, NO_NAMES)
+    found = read_samples([*made.artifacts, evaluated], made.store, NO_NAMES)
     found = found[found["group"] == "task"]
     assert found[["criterion", "seed", "task", "metric", "document", "value"]].values.tolist() == [
         ["a", 0, "boolq", "acc_norm", 3, 1], ["a", 0, "boolq", "acc_norm", 5, 0]
@@ -319,4 +320,4 @@ def test_documents_of_tasks_come_from_their_artifacts_and_what_is_no_number_is_l
     with pytest.raises(
         UserError, match=r"documents of task boolq are no longer in the store\. Remove .*evaluated and run"
     ):
-        read_documents([*made.artifacts, evaluated], made.store, NO_NAMES)
+        read_samples([*made.artifacts, evaluated], made.store, NO_NAMES)

@@ -13,7 +13,7 @@ from hfprune.cli import main
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, load, parse, schema
-from hfprune.reporting.targets import TABLES, compared
+from hfprune.reporting.paper_tables import TABLES, compared
 from tests.conftest import REPOSITORY
 
 
@@ -291,7 +291,7 @@ def test_a_model_of_the_paper_has_what_its_tables_need(name):
     assert {"none", "lora"} <= set(made["entropy", "mlp+attention", 0.2]), "table 8"
     plan = Plan(experiment)
     for table in TABLES:
-        assert any(compared(table, [model.setting for model in plan.models], tasks=True))
+        assert any(compared(table, [model.setting for model in plan.models], has_tasks=True))
     assert any(job.label == "dense, recovery lora" for job in plan.recoveries), "the control"
     assert [job.label for job in plan.timed[1:3]] == ["0.2 by HFPrune, seed 0", "0.3 by HFPrune, seed 0"], "table 4"
 

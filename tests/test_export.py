@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from hfprune.cli import main
-from hfprune.reporting.tables import described, summary
+from hfprune.reporting.identity import described
+from hfprune.reporting.summary import summary
 from hfprune.sharing.export import contents
 from hfprune.sharing.model_card import CheckpointHistory, Estimate, Figure, card, read_history
 from hfprune.store.artifacts import Artifact, Store, read

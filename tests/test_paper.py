@@ -12,19 +12,19 @@ from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, parse
 from hfprune.reporting.figures import against_each_other, kept_widths, pareto
-from hfprune.reporting.paper_tables import (
+from hfprune.reporting.metrics import COLUMNS
+from hfprune.reporting.paper_sheets import (
     estimates,
     further_sheet,
+    model_sheet,
     read_published,
     read_timings,
     scoring_sheet,
-    sheet,
-    shown,
+    select,
     timing_sheet,
 )
+from hfprune.reporting.paper_tables import TABLES, compared
 from hfprune.reporting.statistics import MODEL
-from hfprune.reporting.tables import COLUMNS
-from hfprune.reporting.targets import TABLES, compared
 from hfprune.reporting.typeset import Cell, Row, Sheet
 from tests.test_config import changed
 
@@ -129,7 +129,7 @@ def cells(path):
 
 def test_published_rows_stand_below_ours_and_are_marked(tmp_path):
     found = estimates(documents(entropy=0.6, cross_entropy=0.59))
-    made = sheet("table6", found, PUBLISHED / "table6.csv")
+    made = model_sheet("table6", found, PUBLISHED / "table6.csv")
     for path in made.write(tmp_path, "table6"):
         assert path.exists()
     rows = cells(tmp_path / "table6.csv")
@@ -156,7 +156,7 @@ def test_published_rows_stand_below_ours_and_are_marked(tmp_path):
 
 def test_fidelity_has_rows_for_each_text_and_the_published_one_its_own(tmp_path):
     found = estimates(documents(entropy=0.6, cross_entropy=0.59))
-    list(sheet("table7", found, PUBLISHED / "table7.csv").write(tmp_path, "table7"))
+    list(model_sheet("table7", found, PUBLISHED / "table7.csv").write(tmp_path, "table7"))
     rows = [
         (row["Removed (%)"], row["Text"], row["Method"].split(",")[0], row["JS distance"])
         for row in cells(tmp_path / "table7.csv")
@@ -167,7 +167,7 @@ def test_fidelity_has_rows_for_each_text_and_the_published_one_its_own(tmp_path)
         ("20", "news", "entropy"), ("20", "news", "cross_entropy"),
     ]  # fmt: skip
     assert [row[3] for row in rows[4:6]] == ["0.241", "0.243"]
-    summary = sheet("table8", found, tmp_path / "none.csv")
+    summary = model_sheet("table8", found, tmp_path / "none.csv")
     assert "KL (nats/token)" in summary.digits
     assert len(summary.rows) == 3, "elsewhere only the first text counts"
 
@@ -274,12 +274,12 @@ def test_a_table_by_hand_shows_only_what_it_compares_and_one_dense_model():
     found = documents(entropy=0.6, cross_entropy=0.59, wanda=0.4)
     found.loc[found["criterion"] == "wanda", "refit"] = "bias"
     found.loc[found["criterion"] != "none", ["structure", "allocation"]] = ["mlp", "uniform"]
-    assert set(shown("table6", found)["criterion"]) == {"none", "entropy", "cross_entropy"}
-    assert set(shown("table1", found)["criterion"]) == {"none", "entropy", "cross_entropy", "wanda"}
+    assert set(select("table6", found)["criterion"]) == {"none", "entropy", "cross_entropy"}
+    assert set(select("table1", found)["criterion"]) == {"none", "entropy", "cross_entropy", "wanda"}
     with pytest.raises(UserError, match="table8 compares structures"):
-        shown("table8", found)
+        select("table8", found)
     with pytest.raises(UserError, match="not of 2: m, other"):
-        shown("table6", pd.concat([found, found.assign(model="other")]))
+        select("table6", pd.concat([found, found.assign(model="other")]))
 
 
 MACHINE = {"device": "a CPU", "threads": 2, "versions": "torch 2", "dtype": "float32", "n": 5}
@@ -436,3 +436,17 @@ def test_what_latex_would_take_for_a_command_is_escaped(tmp_path):
     tex = (tmp_path / "t.tex").read_text()
     assert r"50 \% of\_it" in tex and r"x\_y & \textbf{1.2} $\pm$0.2" in tex
     assert cells(tmp_path / "t.csv") == [{"A_b": "x_y", "source": "here", "V": "1.25", "V low": "1.0", "V high": "1.5"}]
+
+
+def test_every_special_character_of_latex_is_escaped_everywhere(tmp_path):
+    odd = r"a&b #1 $x {y} ~z ^w _v 5% \q ±1"
+    values = {f"{odd}!": Cell(1.25)}
+    rows = [Row(["0", odd], values), Row(["20", odd], values, published=True)]
+    Sheet(odd, [odd, "Method"], {f"{odd}!": 1}, rows, [odd]).write(tmp_path, "odd")
+    tex = (tmp_path / "odd.tex").read_text()
+    latex = r"a\&b \#1 \$x \{y\} \textasciitilde z \textasciicircum w \_v 5\% \textbackslash q "
+    assert tex.count(latex) == 6, "caption, two titles, two heads and the note"
+    rest = tex.replace(latex, "").replace("$\\pm$", "")
+    assert not [character for character in ("#", "~", "^", "_", "%", "$") if character in rest]
+    assert [rest.count(brace) for brace in "{}"] == [rest.count("}")] * 2
+    assert rf"\midrule \textit{{20}} & \textit{{{latex}" in tex

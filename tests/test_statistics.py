@@ -10,10 +10,12 @@ import pytest
 from scipy import stats
 
 from hfprune.errors import UserError
-from hfprune.reporting import figures, paper_tables, tables
+from hfprune.reporting import figures, paper_sheets
 from hfprune.reporting.comparison import Comparison
-from hfprune.reporting.documents import VALUES
+from hfprune.reporting.metrics import COLUMNS
+from hfprune.reporting.samples import VALUES
 from hfprune.reporting.statistics import Spread, estimates, interval, mean_accuracy, note, share_interval
+from hfprune.reporting.summary import summary
 
 PRUNED = {
     "model": "m", "stage": "pruned", "criterion": "entropy", "allocation": "uniform", "refit": "none",
@@ -33,7 +35,7 @@ def rows(values, setting=PRUNED, n=100, stderr=0.04, group="task", metric="acc",
         for task, by_seed in values.items()
         for seed, value in (enumerate(by_seed) if isinstance(by_seed, list) else [(np.nan, by_seed)])
     ]
-    return pd.DataFrame(found, columns=tables.COLUMNS)
+    return pd.DataFrame(found, columns=COLUMNS)
 
 
 def answers(rng, replicates, seeds, tasks, documents, seed_effect):
@@ -168,7 +170,7 @@ def experiment(seeds):
                     value, stderr = np.exp(value), np.exp(value) * stderr
                 about |= {"metric": metric.replace("loss", "perplexity"), "value": value, "stderr": stderr, "n": 30}
                 metrics.append(about | {"ratio_achieved": setting["ratio"], "parameters": 9, "key": f"{shift}{seed}"})
-    return pd.concat(documents), pd.DataFrame(metrics, columns=tables.COLUMNS)
+    return pd.concat(documents), pd.DataFrame(metrics, columns=COLUMNS)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -180,7 +182,7 @@ def test_one_number_has_one_interval_everywhere(seeds, tmp_path):
     def ends(task, metric, scale=1):
         return pytest.approx([scale * intervals.loc[(task, metric), end] for end in ("value", "low", "high")])
 
-    shown = tables.summary(metrics).set_index("ratio").loc[0.2]
+    shown = summary(metrics).set_index("ratio").loc[0.2]
     columns = {
         "BoolQ": ends("boolq", "acc", 100), "Mean": ends("mean", "accuracy", 100),
         "Perplexity": ends("text", "perplexity"), "KL (nats/token)": ends("text", "kl"),
@@ -191,8 +193,8 @@ def test_one_number_has_one_interval_everywhere(seeds, tmp_path):
     path = tmp_path / "metrics.csv"
     metrics.to_csv(path, index=False)
     sheets = {
-        "table1": paper_tables.sheet("table1", paper_tables.estimates(documents), tmp_path / "none.csv"),
-        "table3": paper_tables.further_sheet([path], tmp_path / "none.csv"),
+        "table1": paper_sheets.model_sheet("table1", paper_sheets.estimates(documents), tmp_path / "none.csv"),
+        "table3": paper_sheets.further_sheet([path], tmp_path / "none.csv"),
     }
     for name, sheet in sheets.items():
         list(sheet.write(tmp_path, name))

@@ -7,8 +7,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from hfprune.reporting import figures
+from hfprune.reporting.identity import recovery_names
+from hfprune.reporting.metrics import COLUMNS, collect
 from hfprune.reporting.statistics import MODEL, varying
-from hfprune.reporting.tables import COLUMNS, collect, cost, recovery_names, summary, write_tables
+from hfprune.reporting.summary import cost, summary, write_tables
 from hfprune.store.artifacts import Store
 from tests.test_comparison import Fabricated
 

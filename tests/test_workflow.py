@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from hfprune.reporting.tables import COLUMNS
+from hfprune.reporting.metrics import COLUMNS
 from hfprune.store.artifacts import read
 from tests import browser
 from tests.checkouts import DRAWN, Checkout, changed, model_stages, ran

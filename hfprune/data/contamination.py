@@ -31,7 +31,7 @@ WEIGHTS = np.random.default_rng(0).integers(2**63, size=WORDS, dtype=np.uint64) 
 
 
 @dataclass(frozen=True)
-class Documents:
+class Corpus:
     """Downloaded documents, and their use in an experiment.
 
     Attributes:
@@ -80,7 +80,7 @@ class Overlap:
     example: str
 
 
-def compare(seen: Sequence[Documents], tested: Sequence[Documents]) -> list[Overlap]:
+def compare(seen: Sequence[Corpus], tested: Sequence[Corpus]) -> list[Overlap]:
     """The overlap of every pair of a text and test documents.
 
     Memory: 16 bytes per word of the test documents, whatever the length of the texts.
@@ -97,7 +97,7 @@ def compare(seen: Sequence[Documents], tested: Sequence[Documents]) -> list[Over
     return rows
 
 
-def _overlap(text: Documents, test: Documents, test_hashes: np.ndarray, in_text: np.ndarray) -> Overlap:
+def _overlap(text: Corpus, test: Corpus, test_hashes: np.ndarray, in_text: np.ndarray) -> Overlap:
     """The overlap of one pair; `in_text` says which of the sorted `test_hashes` occur in the text."""
     hashes, owners = test.runs
     shared = np.flatnonzero(in_text[np.searchsorted(test_hashes, hashes)])

@@ -132,7 +132,7 @@ def _json(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Iterat
 def _parsed(content: str, name: str, number: int) -> Any:
     """The JSON value of a text that begins in line `number`."""
     try:
-        value = json.loads(content)
+        value = json.loads(content, object_pairs_hook=_fields_once)
         if SURROGATE.search(content):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -146,6 +146,15 @@ def _parsed(content: str, name: str, number: int) -> Any:
         raise UserError(f"{name}: line {number}: half a character: an escape of a surrogate, alone.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: line {number}: cannot be read: {error}.") from None
+
+
+def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object, none of which may stand in it twice: which one is meant is not known."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return fields
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -176,9 +185,7 @@ def _cells(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Itera
         line = 1  # the first line of a row, which may have several
         try:
             header = next(rows, [])
-            for field in header if fields is None else fields:
-                if header.count(field) > 1:
-                    raise UserError(f"{name}: line 1: two columns are called {field!r}. Rename one.")
+            _refuse_repeated(header, fields, f"{name}: line 1")
             line = rows.line_num + 1
             for cells in rows:
                 if cells and len(cells) != len(header):
@@ -193,6 +200,13 @@ def _cells(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Itera
             raise UserError(f"{name}: line {line}: cannot be read: cut short, or not CSV: {error}.") from None
 
 
+def _refuse_repeated(columns: list[str], fields: Collection[str] | None, where: str) -> None:
+    """Refuse a table in which two columns have one name, if that name is wanted."""
+    for field in columns if fields is None else fields:
+        if columns.count(field) > 1:
+            raise UserError(f"{where}: two columns are called {field!r}. Rename one.")
+
+
 def _parquet(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -203,10 +217,19 @@ def _parquet(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Ite
             opened = unpacked
         try:
             table = pyarrow.parquet.ParquetFile(opened)
-            has_fields = set(fields or ()) <= set(table.schema_arrow.names)
+            names = table.schema_arrow.names
+            _refuse_repeated(names, fields, name)
+            has_fields = set(fields or ()) <= set(names)
             batches = table.iter_batches(1024, columns=list(fields) if fields and has_fields else None)
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+            number = 0
+            for number, row in enumerate(rows, 1):
+                yield f"row {number}", row
+        except UnicodeDecodeError as error:  # Parquet's own writers do not look
+            raise UserError(
+                f"{name}: after row {number}: a text is not UTF-8 ({error.reason}: {error.object[error.start]:#04x}). "
+                "Write the file anew from text in UTF-8."
+            ) from None
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(
                 f"{name}: cannot be read: cut short, or not Parquet: {str(error).splitlines()[0]} Get the file again."

@@ -1,4 +1,4 @@
-"""From an experiment to the artifacts that it takes: what is made from what, under which key."""
+"""From an experiment to its artifacts: what is made from what, under which key."""
 
 import os
 from collections import defaultdict
@@ -12,19 +12,19 @@ from hfprune.experiment.schema import Experiment
 from hfprune.models.context import check_checkpoint
 from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
-from hfprune.reporting.targets import Setting
+from hfprune.reporting.paper_tables import Setting
 from hfprune.runtime.paths import expanded
 from hfprune.stages.declaration import Parameters
-from hfprune.stages.making import recipe
 from hfprune.stages.prune import PruneParameters
 from hfprune.stages.registry import STAGES
+from hfprune.stages.run import recipe
 from hfprune.stages.score import ScoreParameters
 from hfprune.stages.sources import Source
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
 from hfprune.store.keys import Recipe
 
-# By stage, the inputs whose manifests say which model an artifact is of and on what: see `reporting.tables`.
+# For each stage, the inputs whose manifests name an artifact's model and text; see `reporting.identity`.
 DESCRIBING = {
     "evaluate": ("model",),
     "measure": ("model", "reference"),
@@ -39,16 +39,16 @@ class Job:
     """One artifact to make.
 
     Attributes:
-        recipe: what it is.
-        given: the stage's parameters.
-        inputs: the jobs whose artifacts it is made from, by the stage's names for them.
-        label: what it is, for people.
-        together: of several criteria that are scored in one pass, the other ones.
-        after: of several criteria that are scored in one pass, the job that makes this artifact too.
+        recipe: recipe of the artifact.
+        settings: all parameters of the stage, also those that do not affect the content.
+        inputs: the jobs of its inputs, by the stage's names for them.
+        label: description for display.
+        together: if several criteria share one pass: the other criteria.
+        after: if several criteria share one pass: the job that runs it.
     """
 
     recipe: Recipe
-    given: Parameters
+    settings: Parameters
     inputs: Mapping[str, "Job | list[Job]"]
     label: str
     together: tuple[str, ...] = ()
@@ -56,13 +56,13 @@ class Job:
 
     @property
     def parameters(self) -> Mapping[str, Any]:
-        """What of its stage's parameters decides the artifact's content."""
+        """The stage's parameters that affect the artifact's content."""
         return self.recipe.parameters
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The command-line options beside those of its inputs."""
-        return options(self.given.options() | ({"together": self.together} if self.together else {}))
+        """The command-line options, without those of its inputs."""
+        return options(self.settings.options() | ({"together": self.together} if self.together else {}))
 
     @property
     def sources(self) -> list["Job"]:
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def waits_for(self) -> list["Job"]:
-        """All jobs that must have ended before."""
+        """All jobs that must end before this one starts."""
         return [*self.sources, *([self.after] if self.after else [])]
 
     @property
@@ -81,7 +81,7 @@ class Job:
 
     @property
     def is_light(self) -> bool:
-        """Whether it runs no model, so that a GPU would stand idle: shards are put together, or a cut made as it is."""
+        """Whether it runs no model and so needs no GPU: it merges shards, or cuts without a refit."""
         return "shards" in self.inputs or self.recipe.parameters.get("refit") == "none"
 
 
@@ -108,7 +108,7 @@ class Model:
 
     @property
     def setting(self) -> Setting:
-        """How results will name it."""
+        """Its setting in tables and figures."""
         if not self.cut:
             return Setting("none", "none", "none", "none", self.recovery, None)
         budget = (self.cut.ratio, self.cut.ratio_of, self.cut.target_parameters)
@@ -116,7 +116,7 @@ class Model:
 
 
 class Plan:
-    """All jobs of an experiment, and the store that they fill.
+    """All jobs of an experiment, and their store.
 
     Attributes:
         store: the folder of all artifacts.
@@ -127,7 +127,7 @@ class Plan:
         cuts: the pruned models of the first calibration seed, before any training.
         methods: the methods' names, by the keys of the models that they cut.
         documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
-            `overlap.Documents`. Of the held-out texts the first is the tables'.
+            `contamination.Corpus`. Of the held-out texts the first is the tables'.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -151,21 +151,21 @@ class Plan:
 
     @property
     def needed(self) -> list[Job]:
-        """Every job that the results rest on, each after those that it is made from."""
+        """Every job that the results depend on, after its own inputs."""
         results = [*self.scores, *(job for model in self.models for job in model.results)]
         return _with_sources(results, lambda job: job.sources)
 
     def described(self, jobs: Iterable[Job]) -> list[Job]:
-        """Those jobs after the ones that say which models they are of: all that a table or figure of them reads."""
+        """The jobs, after the jobs that describe their models and texts: all that a table or figure reads."""
         return _with_sources(jobs, lambda job: [job.inputs[name] for name in DESCRIBING.get(job.recipe.stage, ())])
 
     def lost_parts(self, jobs: Iterable[Job]) -> list[Job]:
-        """Of those jobs that evaluate and are done, the results of single tasks that the store has no longer."""
-        done = {job.key for job in jobs if self.has(job)}
-        return [part for part in self.parts.values() if part.after.key in done and not self.has(part)]
+        """The jobs of single tasks whose results the store lacks although the evaluation of all tasks is finished."""
+        finished = {job.key for job in jobs if self.has(job)}
+        return [part for part in self.parts.values() if part.after.key in finished and not self.has(part)]
 
     def waited_for(self, stage: str) -> list[str]:
-        """The keys of those jobs of a stage that others of the same stage wait for."""
+        """The keys of a stage's jobs that other jobs of the same stage wait for."""
         ahead = [job for waiting in self.jobs[stage].values() for job in waiting.waits_for]
         behind = _with_sources(ahead, lambda job: job.waits_for)
         return [job.key for job in behind if job.recipe.stage == stage]
@@ -222,11 +222,11 @@ class Plan:
             check(self.store.folder(model.recipe), self.budgets)
 
     def manifest(self, job: Job) -> str:
-        """The file that stands for a job's artifact."""
+        """The manifest of a job's artifact."""
         return str(self.store.folder(job.recipe) / MANIFEST)
 
     def has(self, job: Job) -> bool:
-        """Whether a job's artifact is there."""
+        """Whether the store has a job's artifact."""
         return self.store.has(job.recipe.stage, job.key)
 
     def command(self, job: Job) -> list[str]:
@@ -304,7 +304,7 @@ class Plan:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
         sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
         whole = self.add("evaluate", sampling, {"model": model.job, "tasks": list(tasks.values())}, model.label)
-        parts = [recipe(*part) for part in STAGES["evaluate"].parts(whole.given, whole.inputs).values()]
+        parts = [recipe(*part) for part in STAGES["evaluate"].parts(whole.settings, whole.inputs).values()]
         self.parts |= {part.key: replace(whole, recipe=part, after=whole) for part in parts}
         return whole
 
@@ -365,24 +365,24 @@ class Plan:
             inputs: by the stage's names.
             label, together, after: see `Job`.
         """
-        given = STAGES[stage].parameters(**parameters)
-        job = Job(recipe(STAGES[stage], given, inputs), given, inputs, label, together, after)
+        settings = STAGES[stage].parameters(**parameters)
+        job = Job(recipe(STAGES[stage], settings, inputs), settings, inputs, label, together, after)
         return self.jobs[stage].setdefault(job.key, job)
 
 
 def _with_sources(jobs: Iterable[Job], sources: Callable[[Job], list[Job]]) -> list[Job]:
-    """Jobs and all that lies behind them, each once, after its sources."""
-    found: dict[tuple[str, str], Job] = {}
+    """The jobs and all their direct and indirect sources, without repeats, sources first."""
+    ordered: dict[tuple[str, str], Job] = {}
 
     def add(job: Job) -> None:
-        if (job.recipe.stage, job.key) not in found:
+        if (job.recipe.stage, job.key) not in ordered:
             for source in sources(job):
                 add(source)
-            found[job.recipe.stage, job.key] = job
+            ordered[job.recipe.stage, job.key] = job
 
     for job in jobs:
         add(job)
-    return list(found.values())
+    return list(ordered.values())
 
 
 def store_root(configured: Path) -> Path:

@@ -146,7 +146,11 @@ def _config(header: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: s
         **{name: header.get(f"tokenizer.ggml.{key}") for name, key in TOKENS.items()},
         **({} if kind == "qwen2" else biases if kind == "llama" else {"attention_bias": biases["attention_bias"]}),
     }
-    return AutoConfig.for_model(kind, **values)
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except Exception as error:  # any: values of wrong types, or ones that do not go together
+        said = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise UserError(f"{where}: the header makes no model: {said} Get the file again, or convert anew.") from None
 
 
 def _rope_parameters(own: dict[str, Any], where: str) -> dict[str, Any]:
@@ -157,6 +161,11 @@ def _rope_parameters(own: dict[str, Any], where: str) -> dict[str, Any]:
     """
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))
     kind = own.get("rope.scaling.type", "linear")
+    if own.get("rope.freq_base", 1.0) <= 0 or factor < 0 or (kind == "yarn" and factor < 1):
+        raise UserError(
+            f"{where}: rope.freq_base = {own.get('rope.freq_base', 10000.0)} with rope.scaling.factor = {factor} is no "
+            f"RoPE scaling of type {kind!r}. Get the file again, or convert the model anew."
+        )
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return {"rope_type": "default"}
     if kind == "linear":

@@ -175,8 +175,9 @@ def load_tokenizer(folder: Path, where: str = "") -> PreTrainedTokenizerBase:
 def _reason(error: Exception, folder: Path, where: str) -> str:
     if "custom code" in str(error):  # transformers' message would tell the user to switch it on
         return "it comes with code of its own, which never runs here."
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return first.replace(str(folder), where)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1  # such a line only says which part of the config
+    return " ".join(lines[:count] or [type(error).__name__]).replace(str(folder), where)
 
 
 def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:

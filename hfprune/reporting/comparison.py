@@ -114,7 +114,7 @@ class Comparison:
     def __init__(self, documents: pd.DataFrame) -> None:
         """
         Args:
-            documents: see `documents.read_documents`.
+            documents: see `samples.read_samples`.
 
         Raises:
             UserError: models were not measured on the same documents and seeds.

@@ -19,8 +19,8 @@ from scipy.stats import rankdata, spearmanr
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
+from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
 from hfprune.reporting.statistics import MODEL, WAYS, estimates, mean_accuracy, varying, with_sizes
-from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text, operations
 from hfprune.store.artifacts import Artifact
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
@@ -245,7 +245,7 @@ def losses(curves: pd.DataFrame) -> Figure:
     """Loss, learning rate and speed of every training against the tokens seen; a column for each loss.
 
     Args:
-        curves: see `tables.training_curves`.
+        curves: see `curves.training_curves`.
     """
     panels = list(curves.groupby("loss_name", sort=False))
     most = max(found["model"].nunique() for _, found in panels)
@@ -275,7 +275,7 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
     those are still more: some of them, from the nearest to the dense one to the farthest.
 
     Args:
-        bins: see `documents.read_profiles`.
+        bins: see `samples.read_profiles`.
     """
     kl = bins[(bins["metric"] == "kl") & (bins["stage"] != "dense")]
     kl = kl.groupby([*MODEL, "text", "by", "bin"], dropna=False, sort=False)[["low", "high", "value"]].mean()
@@ -376,7 +376,7 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
     """The share of its neurons and key-value groups that every layer keeps: a row a part, a column a size.
 
     Args:
-        widths: see `tables.kept_widths`.
+        widths: see `curves.kept_widths`.
     """
     parts = [part for part in UNITS if part in set(widths["part"])]
     ratios = sorted(set(widths["ratio"]))
@@ -417,7 +417,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
 
     Args:
         metrics: rows of metrics.csv.
-        timings: see `paper_tables.read_timings`.
+        timings: see `paper_sheets.read_timings`.
     """
     if len(rows := headline(metrics)):
         worth, title, scale = mean_accuracy(rows), "Mean accuracy (%)", 100

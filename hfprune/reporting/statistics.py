@@ -128,7 +128,7 @@ def estimates(metrics: pd.DataFrame) -> pd.DataFrame:
     """The mean over calibration seeds of each model's measures, with its interval.
 
     Args:
-        metrics: rows of metrics.csv; of group `task` those of one metric a task, see `tables.headline`.
+        metrics: rows of metrics.csv; of group `task` those of one metric a task, see `metrics.headline`.
 
     Returns:
         Columns of `MODEL`, of `MEASURE`, value, low, high, n (documents), seeds.
@@ -143,7 +143,7 @@ def mean_accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
     """The mean over tasks of each model's headline accuracy.
 
     Args:
-        metrics: rows of `tables.headline`.
+        metrics: rows of `metrics.headline`.
 
     Returns:
         As `estimates`, task `mean`, metric `accuracy`.

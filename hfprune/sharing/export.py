@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from hfprune.errors import UserError
-from hfprune.reporting.tables import collect, headline, lineage
+from hfprune.reporting.identity import lineage
+from hfprune.reporting.metrics import collect, headline
 from hfprune.sharing.model_card import Estimate, Figure, card, read_history
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import CARD, is_shared

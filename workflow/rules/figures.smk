@@ -1,10 +1,10 @@
-# What is drawn from the artifacts is cheap, and not kept by hash: it follows them and the code that draws.
+# Tables and figures are cheap, so the store does not keep them: they follow the artifacts and the drawing code.
 MEASURED = results_of(plan.models, "measure")
 EVALUATED = results_of(plan.models, "measure", "evaluate")
 
 
 rule collect:
-    """Every value of the experiment, one a row."""
+    """Collect all values of the experiment, one per row."""
     input:
         missing(plan.described(EVALUATED)),
         VERDICT,
@@ -18,14 +18,14 @@ rule collect:
         results=manifests(EVALUATED),
         store=STORE,
         names=[*METHODS, *HELDOUT],
-        code=code_digest("hfprune.reporting.tables"),
+        code=code_digest("hfprune.reporting.metrics"),
     shell:
         "python -m hfprune collect --store {params.store:q} {params.names:q} --output {output:q} {params.results:q} 2>&1"
         " | tee {log:q}"
 
 
 rule tables:
-    """The summary, and what each model cost."""
+    """Write the summary, and the cost of each model."""
     input:
         rules.collect.output,
     output:
@@ -36,13 +36,13 @@ rule tables:
         ENVIRONMENT
     params:
         folder=RESULTS / "tables",
-        code=code_digest("hfprune.reporting.tables"),
+        code=code_digest("hfprune.reporting.summary"),
     shell:
         "python -m hfprune tables --metrics {input:q} --output {params.folder:q} 2>&1 | tee {log:q}"
 
 
 rule figures:
-    """Accuracy and KL against ratio."""
+    """Draw accuracy and KL divergence against the ratio."""
     input:
         rules.collect.output,
     output:
@@ -59,7 +59,7 @@ rule figures:
 
 
 rule differences:
-    """Intervals of every estimate; every pair of models on the same documents, with tests."""
+    """Write confidence intervals, and compare every pair of models on the same documents, with tests."""
     input:
         missing([*plan.described(EVALUATED), *plan.lost_parts(EVALUATED)]),
         VERDICT,
@@ -74,14 +74,14 @@ rule differences:
         folder=RESULTS / "tables",
         store=STORE,
         names=[*METHODS, *HELDOUT],
-        code=[code_digest(f"hfprune.reporting.{module}") for module in ("documents", "comparison")],
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("samples", "comparison")],
     shell:
         "python -m hfprune differences --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
 
 
 rule profile:
-    """Fidelity by position and by the dense model's entropy."""
+    """Write and draw fidelity by position and by the dense model's entropy."""
     input:
         missing(plan.described(MEASURED)),
         VERDICT,
@@ -97,14 +97,14 @@ rule profile:
         folder=RESULTS,
         store=STORE,
         names=[*METHODS, *HELDOUT],
-        code=[code_digest(f"hfprune.reporting.{module}") for module in ("documents", "figures")],
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("samples", "figures")],
     shell:
         "python -m hfprune profile --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1"
         " | tee {log:q}"
 
 
 rule agreement:
-    """Importance per layer; how far criteria and seeds agree on which neurons matter."""
+    """Write and draw importance per layer, and the agreement of criteria and seeds."""
     input:
         missing(plan.scores),
         VERDICT,
@@ -124,7 +124,7 @@ rule agreement:
 
 
 rule widths:
-    """What every layer keeps, at the first calibration seed."""
+    """Write and draw how many units every layer keeps, for the first calibration seed."""
     input:
         missing(plan.described(model.job for model in plan.cuts)),
         VERDICT,
@@ -140,13 +140,13 @@ rule widths:
         folder=RESULTS,
         store=STORE,
         names=METHODS,
-        code=code_digest("hfprune.reporting.figures"),
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("curves", "figures")],
     shell:
         "python -m hfprune widths --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
 
 
 rule losses:
-    """Loss and learning rate of every recovery."""
+    """Write and draw loss and learning rate of every recovery."""
     input:
         missing(plan.described(plan.recoveries)),
         VERDICT,
@@ -162,6 +162,6 @@ rule losses:
         folder=RESULTS,
         store=STORE,
         names=METHODS,
-        code=code_digest("hfprune.reporting.figures"),
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("curves", "figures")],
     shell:
         "python -m hfprune losses --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
