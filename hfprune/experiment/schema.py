@@ -1,6 +1,6 @@
-"""The experiment: what a config file may say, every default, every bound.
+"""The config file of an experiment: its keys, defaults and bounds.
 
-What one stage reads is declared with the stage, in `hfprune.stages`; the sections here hold those values too.
+The parameters of a stage are declared with the stage, in `hfprune.stages`; the sections here include them.
 """
 
 from __future__ import annotations
@@ -47,32 +47,32 @@ from hfprune.stages.text import TextSource
 MethodName = Annotated[
     str,
     Field(
-        pattern=r"^\w([\w .+()-]*[\w.+)])?$", description="letters, digits, and inside it also spaces and . + - _ ( )"
+        pattern=r"^\w([\w .+()-]*[\w.+)])?$", description="letters and digits; inside it also spaces and . + - _ ( )"
     ),
 ]
-SHAPE = ("ratio_of", "round_to", "pad")  # of a cut, beside its method and its budget
+SHAPE = ("ratio_of", "round_to", "pad")  # settings of a cut beside its method and its budget
 
 
 class ModelSource(Source):
     """A dense checkpoint: safetensors with a config and a tokenizer, or one GGUF file."""
 
-    dtype: DType = Field("auto", description="the type to compute and save in; auto: the checkpoint's own")
+    dtype: DType = Field("auto", description="number format to compute and save in; auto: that of the checkpoint")
 
 
 class Recovery(Training):
-    """A way to train after the cut; `recoveries` name it."""
+    """A training after the cut; `recoveries` name it."""
 
-    text: Name = Field(description="a name in `texts`: instructions, of which responses are learned, or plain text")
-    dense: bool = Field(True, description="train the dense model so too, the control; not for distillation")
+    text: Name = Field(description="a name in `texts`: plain text, or instructions (the model learns the responses)")
+    dense: bool = Field(True, description="also train the dense model, as a control; not with distillation")
 
 
 class Calibration(Sampling):
-    """The text that neurons are scored on."""
+    """The text on which neurons are scored."""
 
     text: Name = Field(description="a name in `texts`")
-    seeds: list[Seed] = Field([0], min_length=1, description="each draws sequences of its own")
+    seeds: list[Seed] = Field([0], min_length=1, description="each draws other sequences; results are means over them")
     draws: int = DRAWS
-    shards: int = Field(1, ge=1, description="jobs that scoring is cut into; scores do not depend on it")
+    shards: int = Field(1, ge=1, description="jobs that share the scoring; scores do not depend on it")
 
     @model_validator(mode="after")
     def _shards(self) -> Calibration:
@@ -82,25 +82,30 @@ class Calibration(Sampling):
 
 
 class MethodSettings(Section):
-    """What a config says of one of its methods: a recipe, and where it differs from the experiment's own settings."""
+    """One method in a config: its recipe, and settings that replace those of the experiment."""
 
-    like: str | None = Field(None, description="a preset to start from; what else is given here differs from it")
+    like: str | None = Field(None, description="a preset to start from; the other keys here replace its values")
     criterion: CriterionName | None = Field(None, description="how units are ranked")
-    structure: StructureName | None = Field(None, description="what of a layer is cut (default: mlp)")
-    allocation: AllocationName | None = Field(None, description="how the layers share a budget (default: uniform)")
-    refit: RefitName | None = Field(None, description="what makes up for the units that go (default: none)")
+    structure: StructureName | None = Field(None, description="which part of each layer is cut (default: mlp)")
+    allocation: AllocationName | None = Field(None, description="how layers share the budget (default: uniform)")
+    refit: RefitName | None = Field(None, description="how the other weights make up for removed units (default: none)")
     attention_share: float | None = Field(
-        None, ge=0, le=1, description="of what mlp+attention removes (default: what one ranking of all units gives)"
+        None,
+        ge=0,
+        le=1,
+        description="attention's share of what is removed (default: from one ranking of all units)",
     )
     ridge: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="how strongly a refit keeps to the old weights (default: 0.1)"
+        None, ge=0, allow_inf_nan=False, description="how strongly a refit is held to the old weights (default: 0.1)"
     )
-    ratios: list[Ratio] | None = Field(None, min_length=1, description="instead of the experiment's")
-    target_parameters: list[Count] | None = Field(None, min_length=1, description="instead of the experiment's")
-    ratio_of: Literal["all", "mlp"] | None = Field(None, description="instead of the experiment's")
-    round_to: RoundTo | None = Field(None, description="instead of the experiment's")
-    pad: bool | None = Field(None, description="instead of the experiment's")
-    recoveries: list[Name] | None = Field(None, min_length=1, description="instead of the experiment's")
+    ratios: list[Ratio] | None = Field(None, min_length=1, description="replaces the experiment's `ratios`")
+    target_parameters: list[Count] | None = Field(
+        None, min_length=1, description="replaces the experiment's `target_parameters`"
+    )
+    ratio_of: Literal["all", "mlp"] | None = Field(None, description="replaces the experiment's `ratio_of`")
+    round_to: RoundTo | None = Field(None, description="replaces the experiment's `round_to`")
+    pad: bool | None = Field(None, description="replaces the experiment's `pad`")
+    recoveries: list[Name] | None = Field(None, min_length=1, description="replaces the experiment's `recoveries`")
 
     @model_validator(mode="after")
     def _budget(self) -> MethodSettings:
@@ -110,28 +115,28 @@ class MethodSettings(Section):
         return self
 
     def recipe(self) -> MethodRecipe | None:
-        """The recipe that is given here; None where there is none, but only settings for a preset."""
-        given = self.model_dump(include=set(MethodRecipe.model_fields), exclude_none=True)
+        """The recipe written here; None if there are only settings, as for a preset."""
+        values = self.model_dump(include=set(MethodRecipe.model_fields), exclude_none=True)
         if self.like is not None:
             if self.like not in presets():
                 raise ValueError(f"like = {self.like!r}: {unknown(self.like)}")
-            given = presets()[self.like].recipe.model_dump(exclude_none=True) | given
-        elif not given:
+            values = presets()[self.like].recipe.model_dump(exclude_none=True) | values
+        elif not values:
             return None
-        elif "criterion" not in given:
+        elif "criterion" not in values:
             raise ValueError(
-                f"{next(iter(given))!r} alone: a method needs a `criterion`, or a preset to start from in `like`"
+                f"{next(iter(values))!r} alone: a method needs a `criterion`, or a preset to start from in `like`"
             )
-        if "attention_share" in given and given.get("structure") != "mlp+attention":
+        if "attention_share" in values and values.get("structure") != "mlp+attention":
             raise ValueError("'attention_share' goes with structure mlp+attention alone")
-        return MethodRecipe(**given)
+        return MethodRecipe(**values)
 
 
-NAME, SETTINGS = "a name", "a name with settings"  # the tags tell pydantic which is meant, and are no keys
+NAME, SETTINGS = "a name", "a name with settings"  # tags that tell pydantic which form an entry has; they are no keys
 
 
 def _read_entry(value: Any) -> Any:
-    """Refuse what is neither a name nor one name with its settings, before pydantic says so less clearly."""
+    """Refuse an entry that is neither a name nor one name with its settings; clearer than pydantic's own message."""
     if isinstance(value, dict):
         if len(value) != 1:
             raise ValueError(
@@ -157,10 +162,10 @@ def _read_methods(value: Any) -> Any:
 
 
 def recipes(entries: Sequence[str | dict[str, MethodSettings]]) -> dict[str, MethodRecipe]:
-    """By name, what each preset and each method of a config's list does.
+    """The recipes of all presets and of the methods in a config's list, by name.
 
     Raises:
-        ValueError: a name that has no recipe, or two; `dense`, or a preset's name, with a recipe.
+        ValueError: a name has no recipe, or two; or `dense` or a preset's name has a recipe.
     """
     known = {name: preset.recipe for name, preset in presets().items()}
     for number, entry in enumerate(entries):
@@ -209,30 +214,30 @@ class MethodCut(NamedTuple):
 
 
 class Evaluation(Section):
-    """Zero-shot tasks of lm-eval."""
+    """Zero-shot tasks, run by lm-eval."""
 
     tasks: dict[Name, TaskSource] = Field(
-        {}, description="lm-eval's task name, and its documents; none: fidelity alone"
+        {}, description="by lm-eval's name, the source of a task's documents; without tasks only fidelity is measured"
     )
-    limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; null: all")
+    limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; null: all of them")
     seed: Seed = 0
     batching: Batching = BATCHING
 
 
 class Fidelity(Sampling):
-    """The held-out texts that models are compared with the dense one on; `samples` of each."""
+    """The held-out texts on which models are compared with the dense one; `samples` sequences of each."""
 
-    texts: list[Name] = Field(min_length=1, description="names in `texts`; the first stands in tables and figures")
+    texts: list[Name] = Field(min_length=1, description="names in `texts`; tables and figures show the first")
     seed: Seed = 0
 
 
 class Experiment(Section):
-    """A whole experiment, as a config file states it."""
+    """A whole experiment: what a config file contains."""
 
-    experiment: Name = Field(description="results go to results/<experiment>")
-    store: UserPath = Field(Path("store"), description="folder of all artifacts; HFPRUNE_STORE overrides it")
+    experiment: Name = Field(description="name; results go to results/<experiment>")
+    store: UserPath = Field(Path("store"), description="folder of all artifacts; $HFPRUNE_STORE overrides it")
     strict: bool = Field(
-        False, description="score nothing where what is calibrated or trained on overlaps with what is tested on"
+        False, description="stop before scoring if calibration or training text overlaps with held-out text or tasks"
     )
     model: ModelSource
     texts: dict[Name, TextSource] = Field(min_length=1)
@@ -240,34 +245,36 @@ class Experiment(Section):
     methods: Annotated[list[MethodEntry], BeforeValidator(_read_methods), AfterValidator(_known)] = Field(
         ["HFPrune"],
         min_length=1,
-        description="names of presets, see `hfprune methods`; or one name with settings, for one of your own",
+        description="presets by name (`hfprune methods` lists them), and methods of your own: a name with its recipe",
     )
     target_parameters: list[Count] | None = Field(
-        None, min_length=1, description="instead of ratios: how many of all parameters to leave"
+        None, min_length=1, description="instead of ratios: how many parameters the model keeps"
     )
     ratios: list[Ratio] | None = Field(
-        default_factory=lambda given: None if given.get("target_parameters") else [0.1, 0.2, 0.3],
+        default_factory=lambda values: None if values.get("target_parameters") else [0.1, 0.2, 0.3],
         min_length=1,
-        description="shares to remove (default: 0.1, 0.2, 0.3, where target_parameters is not given)",
+        description="shares to remove (default: 0.1, 0.2, 0.3, unless target_parameters is set)",
     )
     ratio_of: Literal["all", "mlp"] = Field(
-        "all", description="what a ratio is a share of: all parameters (tied embeddings once), or the MLPs' neurons"
+        "all", description="what ratios refer to: all parameters (tied embeddings count once), or the MLPs' neurons"
     )
-    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of so many neurons")
-    pad: bool = Field(False, description="make layers of several widths one width again, with zeros that save nothing")
-    recoveries: list[Name] = Field(["none"], min_length=1, description="training after the cut: names in `recovery`")
-    recovery: dict[Name, Recovery] = Field({}, description="ways to train after the cut, by a name of your own")
+    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of this many neurons")
+    pad: bool = Field(False, description="give all layers one width again by zeros, which save no memory")
+    recoveries: list[Name] = Field(
+        ["none"], min_length=1, description="trainings after the cut: none, or names in `recovery`"
+    )
+    recovery: dict[Name, Recovery] = Field({}, description="trainings after the cut, by names of your own")
     evaluation: Evaluation = Evaluation()
     fidelity: Fidelity
-    further: list[Name] = Field([], description="experiments that have been run, whose models table 3 shows too")
+    further: list[Name] = Field([], description="other experiments, already run, whose models table 3 shows too")
 
     @property
     def criteria(self) -> list[str]:
-        """The criteria of all methods, each once."""
-        return list(dict.fromkeys(each.criterion for each in self.cuts()))
+        """The criteria of all methods, without repeats."""
+        return list(dict.fromkeys(cut.criterion for cut in self.cuts()))
 
     def cuts(self) -> dict[MethodCut, list[str]]:
-        """Every method at each of its budgets, and how the model is trained after the cut; each once."""
+        """Every method at each of its budgets, with its trainings after the cut; without repeats."""
         recoveries: dict[MethodCut, dict[str, None]] = {}
         for entry, recipe in self._entries():
             for cut, names in self._cuts_of(entry, recipe):
@@ -275,20 +282,20 @@ class Experiment(Section):
         return {cut: list(names) for cut, names in recoveries.items()}
 
     def _entries(self) -> list[tuple[str | dict[str, MethodSettings], MethodRecipe]]:
-        """The list of methods, each with what it does."""
+        """The list of methods with their recipes."""
         known = recipes(self.methods)
         return [(entry, known[entry_name(entry)]) for entry in self.methods]
 
     def _cuts_of(
         self, entry: str | dict[str, MethodSettings], recipe: MethodRecipe
     ) -> Iterator[tuple[MethodCut, list[str]]]:
-        """The cuts of one method in the list, and how the model is trained after each."""
+        """The cuts of one method in the list, each with its trainings after the cut."""
         name = entry_name(entry)
         settings = MethodSettings() if isinstance(entry, str) else entry[name]
         source = settings if settings.ratios or settings.target_parameters else self
         budgets: list[dict[str, Any]] = [{"ratio": ratio} for ratio in source.ratios or []]
         budgets += [{"target_parameters": target} for target in source.target_parameters or []]
-        shape = {key: getattr(self, key) if (given := getattr(settings, key)) is None else given for key in SHAPE}
+        shape = {key: getattr(self, key) if (own := getattr(settings, key)) is None else own for key in SHAPE}
         for budget in budgets:
             parameters = {**recipe.model_dump(exclude={"criterion"}), **budget, **shape, "dtype": self.model.dtype}
             yield (
@@ -310,12 +317,12 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _budgets(self) -> Experiment:
         if (self.ratios is None) == (self.target_parameters is None):
-            given = "both" if self.ratios else "none"
-            raise ValueError(f"give exactly one of ratios and target_parameters, not {given}")
+            present = "both" if self.ratios else "none"
+            raise ValueError(f"give exactly one of ratios and target_parameters, not {present}")
         for number, (entry, recipe) in enumerate(self._entries()):
             try:
                 list(self._cuts_of(entry, recipe))
-            except ValidationError as error:  # of what the entry and the experiment say together
+            except ValidationError as error:  # settings of the entry and of the experiment that do not go together
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"methods.{number} ({entry_name(entry)}): {message}") from None
         return self
@@ -323,7 +330,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _texts(self) -> Experiment:
         read = {"calibration.text": self.calibration.text}
-        read |= {f"recovery.{name}.text": way.text for name, way in self.recovery.items()}
+        read |= {f"recovery.{name}.text": recovery.text for name, recovery in self.recovery.items()}
         heldout = {f"fidelity.texts.{i}": name for i, name in enumerate(self.fidelity.texts)}
         for key, name in (read | heldout).items():
             if name not in self.texts:
@@ -387,7 +394,7 @@ class Experiment(Section):
 def _share_documents(one: TextSource, other: TextSource) -> bool:
     if one.origin() != other.origin():
         return False
-    (start, stop), (other_start, other_stop) = (each.documents or (0, float("inf")) for each in (one, other))
+    (start, stop), (other_start, other_stop) = (source.documents or (0, float("inf")) for source in (one, other))
     return start < other_stop and other_start < stop
 
 
@@ -417,8 +424,8 @@ def read(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(content)
         _refuse_repeated_keys(yaml.compose(content, yaml.SafeLoader), path)
     except OSError as error:
-        said = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        raise UserError(f"{path}: {said}.") from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise UserError(f"{path}: {reason}.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -427,7 +434,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _refuse_repeated_keys(node: Any, path: Path) -> None:
-    """Refuse a key that stands twice in one section of a composed YAML file: of two values YAML drops one silently."""
+    """Refuse a key that is written twice in one section of a composed YAML file: YAML drops one value silently."""
     seen = {}
     for child in node.value if isinstance(getattr(node, "value", None), list) else []:
         if isinstance(child, tuple):

@@ -1,9 +1,9 @@
-"""Which differences between models are more than chance: intervals, paired differences and their tests.
+"""Which differences between models are more than chance: intervals, paired differences and tests.
 
 Two models are compared on the same documents and the same calibration seeds: what varies is their difference on each
-document, and at each seed. `statistics.Spread` makes of these variances an interval, and the p-value of the t test that
-agrees with it. Where answers are right or wrong and there is one seed, the test is McNemar's exact one. Tasks are
-fixed: a mean is one over these tasks.
+document, and at each seed. `statistics.Spread` turns these variances into an interval, and into the p-value of the t
+test that agrees with it. If answers are right or wrong and there is one seed, the test is McNemar's exact
+one. Tasks are fixed: a mean is one over these tasks.
 """
 
 from collections.abc import Hashable, Iterator
@@ -19,7 +19,7 @@ from hfprune.reporting.statistics import LEVEL, MEASURE, MODEL, Spread, estimate
 PAIRS_AT_ONCE = 1000
 LOWER_IS_BETTER = ("perplexity", "kl", "js")
 NO_SEED = -1
-CROWS = "crows_pairs"  # tasks whose metric is no accuracy: also left out of a second mean
+CROWS = "crows_pairs"  # tasks whose metric is no accuracy: a second mean excludes them
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Measure:
 
     Attributes:
         group, task, metric: as in metrics.csv; `mean` or `mean_without_crows` for a task.
-        documents: for each task, (models, seeds, documents) values; of a perplexity: losses.
-        binary: its documents are right or wrong.
+        documents: for each task, (models, seeds, documents) values; for a perplexity, losses.
+        binary: whether its values are right or wrong answers.
     """
 
     group: str
@@ -42,7 +42,7 @@ class Measure:
     def scaled(self) -> list[np.ndarray]:
         """`documents` on the scale of the measure: their means are its values.
 
-        A perplexity is exp of the mean loss; its documents are those of the tangent there (delta method).
+        A perplexity is exp of the mean loss; its documents' values are on the tangent there (delta method).
         """
         if self.metric != "perplexity":
             return self.documents
@@ -62,15 +62,15 @@ class Measure:
         low, high = difference - spread.half(), difference + spread.half()
         if self.group == "task":
             low, high = np.maximum(low, -1), np.minimum(high, 1)
-        found = {"value": value[one], "other_value": value[other], "difference": value[one] - value[other]}
+        columns = {"value": value[one], "other_value": value[other], "difference": value[one] - value[other]}
         if self.metric == "perplexity":
             difference, spread = _difference(self.documents, one, other)
-        return found | {"low": low, "high": high, "p": spread.p(difference)}
+        return columns | {"low": low, "high": high, "p": spread.p(difference)}
 
     def mcnemar(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """(pairs,) p-values of McNemar's exact test; NaN where answers are not right or wrong.
+        """(pairs,) p-values of McNemar's exact test; NaN if answers are not right or wrong.
 
-        Of several seeds a document counts once, for the model that is right about it with more of them.
+        With several seeds a document counts once, for the model that is right with more of them.
         """
         if not self.binary:
             return np.full(len(one), np.nan)
@@ -84,8 +84,8 @@ class Measure:
 def _difference(documents: list[np.ndarray], one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, Spread]:
     """(pairs,) differences of the means over tasks, seeds and documents, and their spread.
 
-    Over documents it is that of each one's mean over the seeds: two models' answers to one document, at one seed, are
-    at hand together.
+    The spread over documents is that of each document's mean over the seeds, since both models answered the same
+    document at the same seed.
     """
     by_seed = np.mean([values.mean(2) for values in documents], 0)
     by_seed = by_seed[one] - by_seed[other]
@@ -95,7 +95,7 @@ def _difference(documents: list[np.ndarray], one: np.ndarray, other: np.ndarray)
 
 
 def _variance_of_mean(values: np.ndarray) -> np.ndarray:
-    """(...) of the mean over the last axis; NaN where that is of one value, which says nothing of it."""
+    """(...) of the mean over the last axis; NaN if there is only one value."""
     n = values.shape[-1]
     return values.var(-1, ddof=1) / n if n > 1 else np.full(values.shape[:-1], np.nan)
 
@@ -106,7 +106,7 @@ class Comparison:
     Attributes:
         models: the settings, columns of `MODEL`; the dense model first.
         seeds: the calibration seeds.
-        unseeded: (models,) whether a model was made without one; its documents then stand for every seed.
+        unseeded: (models,) whether a model has no seed; its documents then count for every seed.
         measures: every task's and every held-out text's.
         means: over tasks; without CrowS-Pairs too where that is one of them.
     """
@@ -133,9 +133,9 @@ class Comparison:
             binary = group == "task" and bool(np.isin(values, (0, 1)).all())
             self.measures.append(Measure(group, task, "perplexity" if metric == "loss" else metric, [values], binary))
         self.means: dict[str, list[Measure]] = {}
-        if tasks := [each for each in self.measures if each.group == "task"]:
+        if tasks := [measure for measure in self.measures if measure.group == "task"]:
             self.means["mean"] = tasks
-            others = [each for each in tasks if not each.task.startswith(CROWS)]
+            others = [measure for measure in tasks if not measure.task.startswith(CROWS)]
             if 0 < len(others) < len(tasks):
                 self.means["mean_without_crows"] = others
 
@@ -149,16 +149,16 @@ class Comparison:
             mean_accuracy(pd.concat(map(self._rows, measures))).assign(task=name)
             for name, measures in self.means.items()
         ]
-        return pd.concat([*parts, *(estimates(self._rows(each)) for each in self.measures)], ignore_index=True)
+        return pd.concat([*parts, *(estimates(self._rows(measure)) for measure in self.measures)], ignore_index=True)
 
     def _rows(self, measure: Measure) -> pd.DataFrame:
         """A measure of one task or text as rows of metrics.csv."""
         (documents,) = measure.scaled
-        given = ~self.unseeded[:, None] | (np.arange(documents.shape[1]) == 0)
-        model, place = np.nonzero(given)
+        has_row = ~self.unseeded[:, None] | (np.arange(documents.shape[1]) == 0)
+        model, place = np.nonzero(has_row)
         seed = np.where(self.unseeded[model], np.nan, np.array([*self.seeds, np.nan])[place])
         stderr = np.sqrt(_variance_of_mean(documents))
-        columns = {"value": documents.mean(2)[given], "stderr": stderr[given], "n": documents.shape[2]}
+        columns = {"value": documents.mean(2)[has_row], "stderr": stderr[has_row], "n": documents.shape[2]}
         return self.models.iloc[model].assign(
             **{name: getattr(measure, name) for name in MEASURE}, seed=seed, **columns
         )
@@ -177,20 +177,22 @@ class Comparison:
         there = self.models.iloc[other].drop(columns="model").add_prefix("other_").reset_index(drop=True)
         seeds = max(1, len(self.seeds))
         means = [
-            Measure("task", name, "accuracy", [each.documents[0] for each in measures])
+            Measure("task", name, "accuracy", [measure.documents[0] for measure in measures])
             for name, measures in self.means.items()
         ]
         lots = np.split(np.arange(len(one)), range(PAIRS_AT_ONCE, len(one), PAIRS_AT_ONCE))
         parts = []
-        for each in (*means, *self.measures):
-            compared = pd.concat([pd.DataFrame(each.compare(one[lot], other[lot])) for lot in lots], ignore_index=True)
-            t, exact = compared.pop("p").to_numpy(), each.mcnemar(one, other)
-            test = "mcnemar" if each.binary and seeds == 1 else "t"
+        for measure in (*means, *self.measures):
+            compared = pd.concat(
+                [pd.DataFrame(measure.compare(one[lot], other[lot])) for lot in lots], ignore_index=True
+            )
+            t, exact = compared.pop("p").to_numpy(), measure.mcnemar(one, other)
+            test = "mcnemar" if measure.binary and seeds == 1 else "t"
             p = exact if test == "mcnemar" else t
-            found = {name: getattr(each, name) for name in MEASURE}
-            found |= {"n": sum(values.shape[2] for values in each.documents), "seeds": seeds}
-            found |= dict(compared) | {"test": test, "p": p, "p_mcnemar": exact, "p_holm": holm(p)}
-            parts.append(pd.concat([here, there], axis=1).assign(**found))
+            columns = {name: getattr(measure, name) for name in MEASURE}
+            columns |= {"n": sum(values.shape[2] for values in measure.documents), "seeds": seeds}
+            columns |= dict(compared) | {"test": test, "p": p, "p_mcnemar": exact, "p_holm": holm(p)}
+            parts.append(pd.concat([here, there], axis=1).assign(**columns))
         table = pd.concat(parts, ignore_index=True)
         return table.assign(distinguishable=table["p_holm"] < 1 - LEVEL)
 
@@ -217,7 +219,7 @@ def _arranged(rows: pd.DataFrame, what: str, models: int, seeds: list) -> np.nda
         else [(model, seed) for seed in seeds]
         for model in range(models)
     }
-    index = [row for found in wanted.values() for row in found]
+    index = [row for seeds_of_model in wanted.values() for row in seeds_of_model]
     if table.isna().any(axis=None) or not set(index) == set(table.index):
         raise UserError(
             f"{what}: not every model was measured on the same documents, and with the same calibration seeds. Give "
@@ -238,13 +240,13 @@ def holm(p: np.ndarray) -> np.ndarray:
 def best_of(rows: pd.DataFrame) -> Hashable:
     """The index of the best of some rows of `Comparison.intervals`, of one metric."""
     metric = rows["metric"].iloc[0]
-    # How far entropy moved is the worse the farther, whichever way.
+    # Any change of entropy is bad, up or down.
     cost = rows["value"].abs() if metric == "entropy_change" else rows["value"]
     return (cost if metric in (*LOWER_IS_BETTER, "entropy_change") else -cost).idxmin()
 
 
 def indistinguishable_from_best(rows: pd.DataFrame, differences: pd.DataFrame) -> pd.Series:
-    """Which of some models cannot be told from the best of them, and the best itself.
+    """Which models are not distinguishable from the best of them; the best is one of these.
 
     The p-values of the best's comparisons with the others are corrected by Holm for their number. That the best was
     chosen by the same data is not corrected for.
@@ -260,17 +262,19 @@ def indistinguishable_from_best(rows: pd.DataFrame, differences: pd.DataFrame) -
         ValueError: two of the models were not compared.
     """
     (measure,) = set(map(tuple, rows[MEASURE].to_numpy()))
-    found = differences[(differences[MEASURE] == list(measure)).all(axis=1)]
+    pairs = differences[(differences[MEASURE] == list(measure)).all(axis=1)]
     others = ["model", *(f"other_{name}" for name in MODEL[1:])]
-    p = dict(zip(_settings(found, MODEL, others), found["p"], strict=True))
+    p = dict(zip(_settings(pairs, MODEL, others), pairs["p"], strict=True))
     settings = list(rows[MODEL].itertuples(index=False, name=None))
     best = settings[rows.index.get_loc(best_of(rows))]
     rest = [setting for setting in settings if setting != best]
     known = [p.get((best, setting), p.get((setting, best))) for setting in rest]
     if None in known:
         raise ValueError(f"{measure}: {best} and {rest[known.index(None)]} were not compared")
-    told = {setting for setting, value in zip(rest, holm(np.array(known, float)), strict=True) if value < 1 - LEVEL}
-    return pd.Series([setting not in told for setting in settings], rows.index)
+    distinguishable = {
+        setting for setting, value in zip(rest, holm(np.array(known, float)), strict=True) if value < 1 - LEVEL
+    }
+    return pd.Series([setting not in distinguishable for setting in settings], rows.index)
 
 
 def _settings(table: pd.DataFrame, *columns: list[str]) -> Iterator[tuple[tuple, ...]]:

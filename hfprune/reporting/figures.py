@@ -1,4 +1,4 @@
-"""The figures: drawn from `metrics.csv` and from scores, one look throughout."""
+"""The figures, in one style: drawn from `metrics.csv`, scores, widths and training curves."""
 
 from collections.abc import Callable
 from itertools import product
@@ -20,14 +20,14 @@ from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
-from hfprune.reporting.statistics import MODEL, WAYS, estimates, mean_accuracy, varying, with_sizes
+from hfprune.reporting.statistics import BESIDE_METHOD, MODEL, estimates, mean_accuracy, varying, with_sizes
 from hfprune.store.artifacts import Artifact
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 MARKERS = "osD^vP*"
-LINES = ("-", "--", ":")  # for more lines than there are colours
+LINES = ("-", "--", ":")  # when there are more lines than colours
 MOST_LINES = 6  # in one panel
-BESIDE = 4  # points between models of one cost
+OFFSET = 4  # points between models of one cost
 KL_LABEL = "KL(dense || pruned), nats per token"
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
 STYLE = {
@@ -40,48 +40,48 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "axes.prop_cycle": matplotlib.cycler(color=COLORS),
-    "svg.hashsalt": "hfprune",  # else every drawing of the same figure differs
+    "svg.hashsalt": "hfprune",  # without it, two drawings of one figure differ
 }
-PAIR = ("entropy", "cross_entropy")  # the paper argues for the one over the other
+PAIR = ("entropy", "cross_entropy")  # the paper argues for the first over the second
 NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def draw(metrics: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw the figures of `metrics.csv` into `folder`, of accuracy where tasks were evaluated; their paths."""
+    """Draw KL and, if tasks were evaluated, accuracy into `folder`; the files' paths."""
     figures = {"kl": lambda: kl(metrics)}
     if (metrics["group"] == "task").any():
         figures["accuracy"] = lambda: accuracy(metrics)
     return _save(figures, folder)
 
 
-def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw the figures of the scores and, where there are several, of their agreement into `folder`; their paths."""
+def draw_scores(scores: list[Artifact], agreements: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw the scores and, if there are several, their agreement into `folder`; the files' paths."""
     figures = {"importance": lambda: importance(scores)}
     first = _first_of_each(scores)
     if set(PAIR) <= set(first):
         figures["entropy_cross_entropy"] = lambda: against_each_other(*(layers(first[name]) for name in PAIR))
     if len(scores) > 1:
-        figures["agreement"] = lambda: agreement(found)
+        figures["agreement"] = lambda: agreement(agreements)
     return _save(figures, folder)
 
 
 def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw what models are worth against their speed and their cost into `folder`; their paths."""
+    """Draw quality against speed and cost into `folder`; the files' paths."""
     return _save({"pareto": lambda: pareto(metrics, timings)}, folder)
 
 
 def draw_widths(widths: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw what every layer keeps into `folder`; their paths."""
+    """Draw the width of every layer into `folder`; the files' paths."""
     return _save({"widths": lambda: kept_widths(widths)}, folder)
 
 
 def draw_losses(curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw the loss curves of recovery into `folder`; their paths."""
+    """Draw the loss curves of recovery into `folder`; the files' paths."""
     return _save({"losses": lambda: losses(curves)}, folder)
 
 
 def draw_profile(bins: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw where models differ from the dense one into `folder`; their paths."""
+    """Draw where models differ from the dense one into `folder`; the files' paths."""
     return _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
 
 
@@ -100,15 +100,15 @@ def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
 
 def accuracy(metrics: pd.DataFrame) -> Figure:
     """Zero-shot accuracy against the share of parameters removed: every task, and their mean."""
-    found = headline(metrics)
-    names = list(dict.fromkeys(found["task"]))
+    headlines = headline(metrics)
+    names = list(dict.fromkeys(headlines["task"]))
     if not names:
         figure, axis = plt.subplots(figsize=(3.8, 1), layout="constrained")
         axis.set_axis_off()
         axis.text(0.5, 0.5, "No task has an accuracy.", ha="center")
         return figure
-    tasks = with_sizes(estimates(found), found)
-    panels = {"Mean of tasks": with_sizes(mean_accuracy(found), found)} | {
+    tasks = with_sizes(estimates(headlines), headlines)
+    panels = {"Mean of tasks": with_sizes(mean_accuracy(headlines), headlines)} | {
         TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
     }
     if (ratio := _one_size(tasks)) is not None:
@@ -131,7 +131,7 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
 
 
 def _ranked_tasks(panels: dict[str, pd.DataFrame], ratio: float) -> Figure:
-    """A panel for each task, a row for each model, by the first panel's value, the highest on top."""
+    """A panel for each task, a row for each model, in the order of the first panel's values, the highest on top."""
     order = next(iter(panels.values())).sort_values("value")[MODEL].itertuples(index=False, name=None)
     order = list(order)
     columns = min(3, len(panels))
@@ -151,33 +151,33 @@ def _ranked_tasks(panels: dict[str, pd.DataFrame], ratio: float) -> Figure:
 
 
 def kl(metrics: pd.DataFrame) -> Figure:
-    """KL divergence from the dense model on held-out text, by how models were made.
+    """KL divergence from the dense model on held-out text, against the share of parameters removed; a line a method.
 
-    Against the share of parameters removed. Where there is one size, or too many lines for a panel: lines for the ways
-    that were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the
-    dense one first. Where there are still too many lines: several panels.
+    If there is one size, or too many lines for a panel: all models of the commonest size, one below the other, the
+    nearest to the dense one on top, and beside them lines for the methods with several sizes. If there are still too
+    many lines: several panels.
     """
     heldout = on_headline_text(metrics)
-    found = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
-    title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
-    pruned = found[found["method"] != DENSE]
-    ways = pruned.groupby(["method", *WAYS])["ratio"]
-    several = pruned[ways.transform("nunique") > 1]
-    if ways.ngroups <= MOST_LINES and _one_size(found) is None:
-        height = 3.1 + 0.2 * ways.ngroups  # the legend stands above
+    models = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
+    title = f"Held-out text: {', '.join(dict.fromkeys(models['task']))}"
+    pruned = models[models["method"] != DENSE]
+    lines = pruned.groupby(["method", *BESIDE_METHOD])["ratio"]
+    several = pruned[lines.transform("nunique") > 1]
+    if lines.ngroups <= MOST_LINES and _one_size(models) is None:
+        height = 3.1 + 0.2 * lines.ngroups  # the legend stands above
         figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
-        _against_ratio(axis, found)
+        _against_ratio(axis, models)
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
-    elif several.groupby(["method", *WAYS]).ngroups <= MOST_LINES:
+    elif several.groupby(["method", *BESIDE_METHOD]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
-        controls = (found["method"] == DENSE) & (found["stage"] != "dense")
-        rows = found[controls | ((found["method"] != DENSE) & (found["ratio"] == ratio))]
+        controls = (models["method"] == DENSE) & (models["stage"] != "dense")
+        rows = models[controls | ((models["method"] != DENSE) & (models["ratio"] == ratio))]
         height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
         if len(several):
             figure, (left, right) = plt.subplots(
                 1, 2, figsize=(8.4, height), layout="constrained", width_ratios=[1, 1.1]
             )
-            _against_ratio(right, pd.concat([found[found["method"] == DENSE], several]))
+            _against_ratio(right, pd.concat([models[models["method"] == DENSE], several]))
             right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
             figure, left = plt.subplots(figsize=(7.5, height), layout="constrained")
@@ -186,23 +186,23 @@ def kl(metrics: pd.DataFrame) -> Figure:
         left.set_xlabel(KL_LABEL)
         left.set_title(f"Cut models: {ratio:.0%} of all parameters removed", fontsize=9)
     else:
-        figure = _panels(found)
+        figure = _panels(models)
     figure.suptitle(title, fontsize=9)
     return figure
 
 
-def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
+def _against_ratio(axis: plt.Axes, models: pd.DataFrame) -> None:
     """KL against the share of parameters removed."""
-    _curves(axis, found)
+    _curves(axis, models)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("Parameters removed (%)")
     axis.set_ylabel(KL_LABEL.replace(", ", ",\n"))
 
 
-def _panels(found: pd.DataFrame) -> Figure:
-    """Panels of at most `MOST_LINES` methods each. Logarithmic."""
-    pruned = found[found["method"] != DENSE]
-    lines = [line for _, line in pruned.groupby(["method", *WAYS], sort=False)]
+def _panels(models: pd.DataFrame) -> Figure:
+    """Panels of at most `MOST_LINES` methods each, with a logarithmic KL axis."""
+    pruned = models[models["method"] != DENSE]
+    lines = [line for _, line in pruned.groupby(["method", *BESIDE_METHOD], sort=False)]
     panels = [lines[first : first + MOST_LINES] for first in range(0, len(lines), MOST_LINES)]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -210,10 +210,10 @@ def _panels(found: pd.DataFrame) -> Figure:
         rows, columns, figsize=(3.6 * columns, 0.5 + 3.2 * rows), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    ways = varying(found)
+    differing = varying(models)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for number, line in enumerate(panel):
-            _line(axis, line, _name(line.iloc[0], ways), number, number, 0)
+            _line(axis, line, _name(line.iloc[0], differing), number, number, 0)
         axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     for axis in axes.flat[len(panels) :]:
@@ -224,19 +224,19 @@ def _panels(found: pd.DataFrame) -> Figure:
 
 
 def _one_size(models: pd.DataFrame) -> float | None:
-    """The ratio of all cut models where it is one: a line from the dense model to them would say what is not known."""
+    """The ratio of the cut models if all have the same; a line from the dense model to one point would mislead."""
     ratios = models[models["method"] != DENSE]["ratio"].unique()
     return ratios[0] if len(ratios) == 1 else None
 
 
 def _ranked(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
-    """A row for each model, the last on top, with bars of 95 %; one colour for each training."""
-    recoveries, ways = list(dict.fromkeys(sorted(models["recovery"]))), varying(models)
+    """A row for each model, the last on top, with 95 % intervals; one colour for each training."""
+    recoveries, differing = list(dict.fromkeys(sorted(models["recovery"]))), varying(models)
     for row, (_, model) in enumerate(models.iterrows()):
         color = COLORS[recoveries.index(model["recovery"]) % len(COLORS)]
         look = {"color": color, "marker": "o", "markersize": 4, "capsize": 2}
         axis.errorbar(scale * model["value"], row, xerr=_bars(model, scale), **look)
-    labels = [_name(model, ways) for _, model in models.iterrows()]
+    labels = [_name(model, differing) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
 
@@ -248,13 +248,13 @@ def losses(curves: pd.DataFrame) -> Figure:
         curves: see `curves.training_curves`.
     """
     panels = list(curves.groupby("loss_name", sort=False))
-    most = max(found["model"].nunique() for _, found in panels)
+    most = max(of_loss["model"].nunique() for _, of_loss in panels)
     figure, axes = plt.subplots(
         3, len(panels), figsize=(4.2 * len(panels), 4.8 + 0.17 * most), sharex="col", squeeze=False,
         layout="constrained", height_ratios=[3, 1, 1],
     )  # fmt: skip
-    for (above, *below), (name, found) in zip(axes.T, panels, strict=True):
-        for number, (model, curve) in enumerate(found.groupby("model", sort=False)):
+    for (above, *below), (name, of_loss) in zip(axes.T, panels, strict=True):
+        for number, (model, curve) in enumerate(of_loss.groupby("model", sort=False)):
             color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
             above.plot(curve["tokens"] / 1000, curve["loss"], color=color, linestyle=line, lw=1.2, label=model)
             for axis, column in zip(below, ("learning_rate", "tokens_per_second"), strict=True):
@@ -269,10 +269,10 @@ def losses(curves: pd.DataFrame) -> Figure:
 
 
 def fidelity_profile(bins: pd.DataFrame) -> Figure:
-    """KL by position in the document, and by how unsure the dense model was; a row for each text, a line a model.
+    """KL by position in the document, and by the dense model's entropy; a row for each text, a line a model.
 
-    Means over calibration seeds. Where there are more models than `MOST_LINES`: those of the commonest size; where
-    those are still more: some of them, from the nearest to the dense one to the farthest.
+    Means over calibration seeds. If there are more models than `MOST_LINES`: those of the commonest size, and if these
+    are still too many, an even choice from the nearest to the dense model to the farthest.
 
     Args:
         bins: see `samples.read_profiles`.
@@ -292,11 +292,11 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
         len(texts), 2, figsize=(6.6, 0.8 + 2.1 * len(texts)), sharex="col", sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    ways = varying(models)
+    differing = varying(models)
     several = models["ratio"].nunique() > 1
     for number, (_, model) in enumerate(models.iterrows()):
         size = [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
-        label = ", ".join([_name(model, ways), *size])
+        label = ", ".join([_name(model, differing), *size])
         lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
         for row, text in zip(axes, texts, strict=True):
@@ -315,7 +315,7 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
 
 
 def importance(scores: list[Artifact]) -> Figure:
-    """The spread of the neurons' scores in each layer, by criterion: median, middle half and middle nine tenths."""
+    """The spread of the neurons' scores in each layer, by criterion: median, and the middle 50 % and 90 %."""
     first = _first_of_each(scores)
     columns = min(3, len(first))
     rows = -(-len(first) // columns)
@@ -342,11 +342,11 @@ def importance(scores: list[Artifact]) -> Figure:
 
 
 def _first_of_each(scores: list[Artifact]) -> dict[str, Artifact]:
-    """By criterion, its scores of one seed."""
-    found: dict[str, Artifact] = {}
+    """By criterion, its scores of the first seed."""
+    by_criterion: dict[str, Artifact] = {}
     for artifact in scores:
-        found.setdefault(artifact.parameters["criterion"], artifact)
-    return found
+        by_criterion.setdefault(artifact.parameters["criterion"], artifact)
+    return by_criterion
 
 
 def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure:
@@ -355,11 +355,16 @@ def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure
     Args:
         one, other: (neurons,) scores per layer, by the criteria of `PAIR`.
     """
-    shown = dict.fromkeys([0, len(one) // 2, len(one) - 1])
+    drawn = dict.fromkeys([0, len(one) // 2, len(one) - 1])
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(2.3 * len(shown) + 0.6, 2.6), layout="constrained", sharey=True, squeeze=False
+        1,
+        len(drawn),
+        figsize=(2.3 * len(drawn) + 0.6, 2.6),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
     )
-    for axis, layer in zip(axes.flat, shown, strict=True):
+    for axis, layer in zip(axes.flat, drawn, strict=True):
         ranks = [100 * rankdata(scores[layer]) / len(scores[layer]) for scores in (one, other)]
         image = axis.hexbin(*ranks, gridsize=24, cmap="viridis", mincnt=1, extent=(0, 100, 0, 100), lw=0.1)
         correlation = spearmanr(*ranks).statistic
@@ -391,8 +396,8 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
     )
     models = list(dict.fromkeys(widths["model"]))
     for (row, part), (column, ratio) in product(enumerate(parts), enumerate(ratios)):
-        axis, found = axes[row, column], widths[(widths["part"] == part) & (widths["ratio"] == ratio)]
-        for model, line in found.groupby("model", sort=False):
+        axis, panel = axes[row, column], widths[(widths["part"] == part) & (widths["ratio"] == ratio)]
+        for model, line in panel.groupby("model", sort=False):
             number = models.index(model)
             look = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
             axis.plot(line["layer"], 100 * line["kept"] / line["dense"], lw=1.2, label=model, **look)
@@ -410,32 +415,32 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
 
 
 def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
-    """What a model is worth against what it saves and what it took to make: fidelity or, of tasks, accuracy.
+    """Quality against speed and against the cost of making a model: mean accuracy, or KL if there are no tasks.
 
-    A model that was not timed stands at the time of one of the same shape. Above a panel stand those models that it
+    A model that was not timed has the time of one of the same shape. The title of a panel names the models that it
     cannot show.
 
     Args:
         metrics: rows of metrics.csv.
         timings: see `paper_sheets.read_timings`.
     """
-    if len(rows := headline(metrics)):
-        worth, title, scale = mean_accuracy(rows), "Mean accuracy (%)", 100
+    if len(accuracies := headline(metrics)):
+        quality, title, scale = mean_accuracy(accuracies), "Mean accuracy (%)", 100
     else:
         heldout = on_headline_text(metrics)
-        worth, title, scale = estimates(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
-    worth = with_sizes(worth, metrics)
+        quality, title, scale = estimates(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+    quality = with_sizes(quality, metrics)
     prefill = timings[timings["metric"] == "prefill_seconds"]
     tokens = prefill["task"].iloc[0].split()[-1]
-    flops = pd.MultiIndex.from_frame(worth[MODEL]).map(operations(metrics).groupby(MODEL, dropna=False).mean())
-    flops = flops.to_series(worth.index).astype(float).mask(worth["stage"] == "dense", 0.0)  # nothing was made
+    flops = pd.MultiIndex.from_frame(quality[MODEL]).map(operations(metrics).groupby(MODEL, dropna=False).mean())
+    flops = flops.to_series(quality.index).astype(float).mask(quality["stage"] == "dense", 0.0)  # nothing was made
     panels = {
-        f"Prefill of {tokens} tokens (ms)": ("timed", 1e3 * prefill_seconds(worth, prefill)),
+        f"Prefill of {tokens} tokens (ms)": ("timed", 1e3 * prefill_seconds(quality, prefill)),
         "Scoring, cutting and training (TFLOP)": ("counted", flops / 1e12),
     }
-    ways, sizes = varying(worth), worth[worth["method"] != DENSE]["ratio"]
+    differing, sizes = varying(quality), quality[quality["method"] != DENSE]["ratio"]
     common = sizes.mode().max()  # NaN where nothing was cut
-    labels = [_name(row, ways) for _, row in worth.iterrows()]
+    labels = [_name(row, differing) for _, row in quality.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     height = 3.1 + 0.18 * (-(-len(looks) // 2))  # the legend stands below
@@ -443,21 +448,21 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     for axis, (name, (measured, costs)) in zip(axes, panels.items(), strict=True):
         left_out = []
         places, counts = costs.groupby(costs).cumcount(), costs.groupby(costs).transform("size")
-        for (index, row), label, x in zip(worth.iterrows(), labels, costs, strict=True):
+        for (index, row), label, x in zip(quality.iterrows(), labels, costs, strict=True):
             removed = f"{row['ratio']:.0%}" if row["ratio"] else ""
             if not np.isfinite(x):
                 left_out.append(f"{label}, {removed}" if removed else label)
                 continue
             look, y = looks[label], scale * row["value"]
             color, marker = COLORS[look % len(COLORS)], markers[look % len(markers)]
-            aside = BESIDE * (places[index] - (counts[index] - 1) / 2)
-            moved = axis.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+            offset = OFFSET * (places[index] - (counts[index] - 1) / 2)
+            moved = axis.transData + ScaledTranslation(offset / 72, 0, figure.dpi_scale_trans)
             bar = {"color": color, "marker": marker, "markersize": 5, "lw": 0.8, "transform": moved}
             bars = _bars(row, scale)
             axis.errorbar(x, y, yerr=bars, **bar)
-            axis.update_datalim([(x, y - bars[0, 0]), (x, y + bars[1, 0])])  # what is moved does not count by itself
+            axis.update_datalim([(x, y - bars[0, 0]), (x, y + bars[1, 0])])  # matplotlib ignores what has a transform
             if removed and row["ratio"] != common:
-                axis.annotate(removed, (x, y), (4 + aside, 4), textcoords="offset points", fontsize=6)
+                axis.annotate(removed, (x, y), (4 + offset, 4), textcoords="offset points", fontsize=6)
         axis.margins(x=0.15)
         axis.autoscale_view()
         axis.set_xlabel(name)
@@ -476,10 +481,10 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
 
 
 def prefill_seconds(models: pd.DataFrame, timings: pd.DataFrame) -> pd.Series:
-    """The time of each model, or of a timed one of the same shape; NaN where there is none.
+    """The time of each model, or of a timed one of the same shape; NaN if there is none.
 
-    One model is timed for each cut. Others have its shape: what was trained after the cut, and, where every layer is as
-    wide as the next, what other criteria cut to as many parameters.
+    One model is timed for each cut. Of the same shape are models trained after that cut and, if all layers have one
+    width, models that other criteria cut to as many parameters.
 
     Args:
         models: columns of `MODEL`, `parameters`.
@@ -496,11 +501,11 @@ def prefill_seconds(models: pd.DataFrame, timings: pd.DataFrame) -> pd.Series:
     return seconds.fillna(seconds.groupby([shape[name] for name in shape]).transform("mean"))
 
 
-def agreement(found: pd.DataFrame) -> Figure:
+def agreement(agreements: pd.DataFrame) -> Figure:
     """Two heat maps, criterion by criterion: rank correlation of the scores, and overlap of the kept neurons."""
     tables = {
-        "Spearman rank correlation": between_criteria(found, "spearman"),
-        f"Shared share of the best {KEPT:.0%} of neurons": between_criteria(found, "overlap"),
+        "Spearman rank correlation": between_criteria(agreements, "spearman"),
+        f"Shared share of the best {KEPT:.0%} of neurons": between_criteria(agreements, "overlap"),
     }
     count = len(next(iter(tables.values())))
     figure, axes = plt.subplots(
@@ -523,30 +528,27 @@ def agreement(found: pd.DataFrame) -> Figure:
     return figure
 
 
-def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
-    """One line per method and training, in a band of 95 %.
-
-    It starts at the dense model, trained in the same way: the control.
-    """
-    dense, pruned = found[found["method"] == DENSE], found[found["method"] != DENSE]
-    ways = varying(found)
-    for number, (_, line) in enumerate(pruned.groupby(["method", *WAYS], sort=False)):
+def _curves(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
+    """A line for each method and training, with a 95 % band, from its control: the dense model, trained alike."""
+    dense, pruned = models[models["method"] == DENSE], models[models["method"] != DENSE]
+    differing = varying(models)
+    for number, (_, line) in enumerate(pruned.groupby(["method", *BESIDE_METHOD], sort=False)):
         control = dense[dense["recovery"] == line["recovery"].iloc[0]]
-        label = _name(line.iloc[0], ways)
+        label = _name(line.iloc[0], differing)
         _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
 
 
-def _name(model: pd.Series, ways: list[str]) -> str:
-    """A model's method and, where models differ in them, what it was cut by before, and its training."""
-    before = [f"after {model['parent']}"] if "parent" in ways and model["parent"] != "none" else []
-    trained = [model["recovery"]] if "recovery" in ways and model["recovery"] != "none" else []
+def _name(model: pd.Series, differing: list[str]) -> str:
+    """A model's method and, if the models differ in them, its earlier cuts and its training."""
+    before = [f"after {model['parent']}"] if "parent" in differing and model["parent"] != "none" else []
+    trained = [model["recovery"]] if "recovery" in differing and model["recovery"] != "none" else []
     return ", ".join([model["method"], *before, *trained])
 
 
 def _line(
     axis: plt.Axes, models: pd.DataFrame, label: str, color: int, marker: int, line: int, scale: float = 1
 ) -> None:
-    """Values against the share of parameters removed, in a band of 95 %."""
+    """Values against the share of parameters removed, with a 95 % band."""
     models = models.sort_values("ratio_achieved")
     removed, value = 100 * models["ratio_achieved"], models["value"]
     low, high = (scale * models[end].fillna(value) for end in ("low", "high"))
@@ -556,13 +558,13 @@ def _line(
 
 
 def _bars(model: pd.Series, scale: float = 1) -> np.ndarray:
-    """(2, 1) how far a model's interval reaches below and above its value; 0 where it has none."""
+    """(2, 1) how far a model's interval reaches below and above its value; 0 if it has none."""
     reach = [[model["value"] - model["low"]], [model["high"] - model["value"]]]
     return scale * np.nan_to_num(np.array(reach, float)).clip(min=0)
 
 
 def _legend(figure: Figure, axis: plt.Axes) -> None:
-    """Above the panels, or beside them where it is long."""
+    """A legend above the panels, or beside them if it is long."""
     handles, labels = axis.get_legend_handles_labels()
     above = {"loc": "outside upper center", "ncols": len(labels)}
     beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}

@@ -1,8 +1,8 @@
-"""Estimates with their uncertainty: the one interval that every table and figure shows.
+"""Estimates with their uncertainty: every table and figure shows the same interval.
 
 Two things vary. *Documents*: those of a task or a text are a sample; tasks are independent of each other. *Calibration
-seeds*: one seed's text served all tasks, so it moves all of them at once. So a mean over tasks is taken for each seed
-first, and the variance over seeds is that of these means. The squares of both half-widths add up, each with the t
+seeds*: one seed's text served all tasks, so it moves all of them at once. So the mean over tasks is taken for each
+seed first, and the variance over seeds is that of these means. The squares of both half-widths add up, each with the t
 quantile of its own degrees of freedom; see docs/statistics.md.
 """
 
@@ -19,29 +19,29 @@ MODEL = ["model", "stage", "method", "criterion", "allocation", "refit", "struct
 MEASURE = ["group", "task", "metric"]
 
 LEVEL = 0.95
-WAYS = ["recovery", "parent"]  # what a method's name does not say of a model
+BESIDE_METHOD = ["recovery", "parent"]  # columns that a method's name does not tell
 RANGES = {"kl": (0, np.inf), "js": (0, 1), "top1_agreement": (0, 1), "top15_jaccard": (0, 1)}
 SMALLEST_P = 1e-100
 HALVINGS = 45  # of log(SMALLEST_P): p-values to eleven digits
 
 
 def varying(models: pd.DataFrame) -> list[str]:
-    """Those of `WAYS` in which the models differ: what a table or a legend has to say beside the method.
+    """Those of `BESIDE_METHOD` in which the models differ: a table or legend shows them beside the method.
 
     Args:
         models: rows with the columns of `MODEL`.
     """
-    return [way for way in WAYS if models[way].nunique() > 1]
+    return [name for name in BESIDE_METHOD if models[name].nunique() > 1]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far estimates may be from what they estimate. All arrays are of the estimates' shape.
+    """The uncertainty of estimates. All arrays have the estimates' shape.
 
     Attributes:
-        documents: variances over documents; NaN where there is one document, which says nothing of it.
+        documents: variances over documents; NaN if there is only one document.
         documents_freedom: their degrees of freedom.
-        seeds: variances over calibration seeds of the mean over them; 0 where there is one seed.
+        seeds: variances, over calibration seeds, of the mean over them; 0 if there is one seed.
         seeds_freedom: their degrees of freedom.
     """
 
@@ -67,12 +67,12 @@ class Spread:
         return cls(documents, freedom, between, max(1, seeds - 1))
 
     def half(self, p: float | np.ndarray = 1 - LEVEL) -> np.ndarray:
-        """Half of the interval that misses with probability `p`."""
+        """Half the width of the interval that misses the true value with probability `p`."""
         documents = stats.t.isf(np.divide(p, 2), self.documents_freedom) ** 2 * self.documents
         return np.sqrt(documents + stats.t.isf(np.divide(p, 2), self.seeds_freedom) ** 2 * self.seeds)
 
     def p(self, difference: np.ndarray) -> np.ndarray:
-        """The p for which the interval of `difference` ends at 0: below 0.05 where the one of 95 % leaves 0 out."""
+        """The p at which the interval of `difference` ends at 0: below 0.05 if the 95 % interval excludes 0."""
         low, high = np.full(difference.shape, np.log(SMALLEST_P)), np.zeros(difference.shape)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -84,11 +84,11 @@ class Spread:
 
 
 def share_interval(share: np.ndarray, half: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's score interval of shares of right answers, at the size of sample that their spread amounts to.
+    """Wilson's score interval of shares of right answers, for the effective number of documents.
 
     Args:
         share: from 0 to 1.
-        half: `Spread.half`; of answers that are all alike, of `alike_variance`.
+        half: `Spread.half`; if all answers are alike, from `alike_variance`.
         n: documents.
 
     Returns:
@@ -102,13 +102,13 @@ def share_interval(share: np.ndarray, half: np.ndarray, n: np.ndarray) -> tuple[
 
 
 def alike_variance(share: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """The variance of the mean of answers that are all alike, which their own does not show: by Laplace's rule."""
+    """The variance of the mean of answers that are all alike, by Laplace's rule: their own variance is 0."""
     expected = (share * n + 1) / (n + 2)
     return expected * (1 - expected) / n
 
 
 def interval(group: str, metric: str, value: float, half: float, n: float) -> tuple[float, float]:
-    """Both ends of a measure's interval, within what the measure can be.
+    """Both ends of a measure's interval, within the measure's range.
 
     Args:
         group, metric: as in metrics.csv.
@@ -151,7 +151,7 @@ def mean_accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UserError: see `estimates`; or a model, or a seed of it, lacks a task that others have.
     """
-    found = _estimates(metrics, MODEL, {"group": "task", "task": "mean", "metric": "accuracy"})
+    means = _estimates(metrics, MODEL, {"group": "task", "task": "mean", "metric": "accuracy"})
     tasks = metrics.groupby(MODEL, dropna=False, sort=False)["task"].unique()
     for setting, has in tasks.items():
         if lacking := sorted(set(metrics["task"]) - set(has)):
@@ -159,30 +159,30 @@ def mean_accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
                 f"the mean over tasks: {_words(setting)} was not evaluated on {', '.join(lacking)}, as others were. "
                 "Evaluate every model on the same tasks."
             )
-    return found
+    return means
 
 
 def _estimates(metrics: pd.DataFrame, by: list[str], about: dict[str, str]) -> pd.DataFrame:
-    """`_estimate` of each group of rows, beside its values of `by` and what is known `about` all of them."""
+    """`_estimate` of each group of rows, with its values of `by` and the columns `about` that all share."""
     rows = []
-    for setting, found in metrics.groupby(by, dropna=False, sort=False):
+    for setting, values in metrics.groupby(by, dropna=False, sort=False):
         known = dict(zip(by, setting, strict=True)) | about
-        rows.append(known | _estimate(found.sort_values(["seed", "task"], kind="stable"), known["group"]))
+        rows.append(known | _estimate(values.sort_values(["seed", "task"], kind="stable"), known["group"]))
     return pd.DataFrame(rows, columns=[*MODEL, *MEASURE, "value", "low", "high", "n", "seeds"])
 
 
-def _estimate(found: pd.DataFrame, group: str) -> dict[str, float]:
-    """Value, interval and numbers of one model: of one measure, or of the mean over tasks."""
-    seeds, tasks = found["seed"].nunique(dropna=False), found["task"].nunique()
-    what = f"{', '.join(found['task'].unique())}: {_words(found.iloc[0][MODEL])}"
-    if found.duplicated(["seed", "task"]).any():
+def _estimate(rows: pd.DataFrame, group: str) -> dict[str, float]:
+    """One model's value, interval, n and seeds: of one measure, or of the mean over tasks."""
+    seeds, tasks = rows["seed"].nunique(dropna=False), rows["task"].nunique()
+    what = f"{', '.join(rows['task'].unique())}: {_words(rows.iloc[0][MODEL])}"
+    if rows.duplicated(["seed", "task"]).any():
         raise UserError(
             f"{what}: a value is given twice for one calibration seed. Give each model once; two that were made with "
             "other settings belong in two experiments."
         )
-    if len(found) != seeds * tasks:
+    if len(rows) != seeds * tasks:
         raise UserError(f"{what}: not every calibration seed has every task. Evaluate all on the same tasks.")
-    value, stderr, n = (found[name].to_numpy(float).reshape(seeds, tasks) for name in ("value", "stderr", "n"))
+    value, stderr, n = (rows[name].to_numpy(float).reshape(seeds, tasks) for name in ("value", "stderr", "n"))
     if not np.array_equal(n, np.broadcast_to(n[0], n.shape), equal_nan=True):
         raise UserError(f"{what}: the number of documents is not the same for every calibration seed.")
     variances = stderr**2
@@ -190,7 +190,7 @@ def _estimate(found: pd.DataFrame, group: str) -> dict[str, float]:
         variances = np.where(stderr == 0, alike_variance(value, n), variances)
     half = Spread.of(value.mean(1), variances.mean(0), n[0]).half()
     mean, count = value.mean(), n[0].sum()
-    low, high = interval(group, found["metric"].iloc[0], mean, half, count)
+    low, high = interval(group, rows["metric"].iloc[0], mean, half, count)
     return {"value": mean, "low": low, "high": high, "n": int(count), "seeds": seeds}
 
 
@@ -204,16 +204,16 @@ def _words(setting: Iterable[str | float]) -> str:
     )
 
 
-def with_sizes(found: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
+def with_sizes(estimates: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     """`estimates` with the columns `ratio_achieved` and `parameters`, means over seeds, of `metrics`."""
     models = metrics.drop_duplicates([*MODEL, "seed"])
     sizes = models.groupby(MODEL, dropna=False)[["ratio_achieved", "parameters"]].mean()
     sizes["parameters"] = sizes["parameters"].round().astype(int)
-    return found.join(sizes, on=MODEL)
+    return estimates.join(sizes, on=MODEL)
 
 
 def note(models: pd.DataFrame) -> str:
-    """The sentence below a table that says what ± is, and what was varied for it.
+    """The note below a table: what ± is, and over what it was taken.
 
     Args:
         models: rows with `criterion` and `seeds`, as of `estimates`.
