@@ -1,1 +1,4 @@
-"""The artifact store: keys, folders, manifests, provenance. Any package may import it; it imports none of them."""
+"""The artifact store: keys, folders, manifests, results, provenance.
+
+Any package may import it. It imports only `errors`.
+"""
