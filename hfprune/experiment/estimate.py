@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,26 +19,21 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hfprune.data import packing
 from hfprune.data.download import _hub_errors, describe
 from hfprune.errors import UserError
-from hfprune.evaluation import fidelity
 from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import DType, Experiment, Source
 from hfprune.models.loading import PREFILL, check_family, flops_per_token, load_tokenizer
-from hfprune.models.units import PARTS, part_of, parts
-from hfprune.pruning import refit, scoring
+from hfprune.pruning import scoring
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.surgery import cut
-from hfprune.recovery import losses
-from hfprune.recovery.training import BYTES_PER_TRAINED, METHODS, training_flops
 from hfprune.runtime.memory import forward_bytes, graph_bytes
-from hfprune.stages.costs import Cost
+from hfprune.stages.costs import Cost, weight_bytes
 from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import DOCUMENTS
@@ -115,8 +109,6 @@ TASKS = {
     "winogrande": (1267, 2, 22),
 }
 OTHER_TASK = (2000, 4, 100)
-LONGEST_REQUEST = 3  # a task's longest request, as a multiple of the mean; memory depends on it
-BYTES_PER_SAMPLE = 130  # per document in evaluate's samples.jsonl
 
 BYTES_PER_TOKEN = 4.3  # in English text
 TOKENIZED_DOCUMENTS = 100  # documents to tokenize to measure the bytes per token
@@ -304,8 +296,7 @@ class Estimate:
 
         If several criteria share one pass, the first criterion's job has all of its operations and the others none.
         """
-        stage = STAGES[job.recipe.stage]
-        return stage.cost(job, self) if stage.cost else getattr(self, f"_{stage.name}")(job)
+        return STAGES[job.recipe.stage].cost(job, self)
 
     def seconds(self, flops: int, utilisation: float) -> float:
         """Time for `flops` operations at this share of the peak speed."""
@@ -339,10 +330,10 @@ class Estimate:
 
         models = [self.models.of(job) for job in self.plan.timed]
         length, rows = PROMPT + new_tokens, sum(BATCHES)
-        weights, flops, seconds = sum(map(_weights, models)), 0, 0.0
+        weights, flops, seconds = sum(map(weight_bytes, models)), 0, 0.0
         for model in models:
             flops += PREFILL * flops_per_token(model, PREFILL) + rows * length * flops_per_token(model, length)
-            step = STEP_SECONDS + _weights(model) / BYTES_PER_SECOND[self.kind]
+            step = STEP_SECONDS + weight_bytes(model) / BYTES_PER_SECOND[self.kind]
             seconds += TIMED_ROUNDS * len(BATCHES) * new_tokens * step
         seconds += self.seconds(TIMED_ROUNDS * flops, SLOW_SHARE)
         activations = max(forward_bytes(model, PREFILL, whole=True) for model in models)  # more than the KV cache
@@ -354,8 +345,8 @@ class Estimate:
         dense, shape, draws = self.models.dense, (calibration.samples, calibration.length), calibration.draws
         costs = [scoring.cost(dense, shape, [name], draws, bool(CRITERIA[name].light_cut)) for name in criteria]
         seconds = self.seconds(SCORED_ROUNDS * sum(cost["flops"] for cost in costs), SLOW_SHARE)
-        memory = max(self._scoring_memory([name], calibration.length) for name in criteria)
-        return self._timing(memory, _weights(dense), len(criteria), seconds)
+        memory = max(self.scoring_memory([name], calibration.length) for name in criteria)
+        return self._timing(memory, weight_bytes(dense), len(criteria), seconds)
 
     def _timing(self, memory: int, files: int, processes: int, seconds: float) -> Request:
         """The request of a timing job.
@@ -412,145 +403,30 @@ class Estimate:
             })  # fmt: skip
         return rows
 
-    # The costs of the stages that have no `cost` of their own, by the stage's name.
+    # What the stages' costs share.
 
-    def _score(self, job: Job) -> Cost:
-        parameters, dense = job.recipe.parameters, self.models.dense
-        disk = sum(4 * sum(units) for units in self.models.shape.units.values())
-        if "shards" in job.inputs:  # the shards are only added up
-            return Cost(0, self.device.process + _weights(dense), disk)
-        return self._pass(job, (parameters["samples"], parameters["length"]), disk)
-
-    def _shard(self, job: Job) -> Cost:
-        samples, length, shard, shards = (
-            job.recipe.parameters[key] for key in ("samples", "length", "shard", "shards")
-        )
-        share = scoring.shard_range(samples, length, shard, shards)
-        sums = sum(8 * part.output.in_features for name in PARTS for part in parts(self.models.dense, name))
-        return self._pass(job, (len(share), length), sums)
-
-    def _pass(self, job: Job, shape: tuple[int, int], disk: int) -> Cost:
-        """The cost of a pass that scores one or more criteria.
-
-        Args:
-            job: the job of one of the criteria.
-            shape: number of sequences and their length in tokens.
-            disk: bytes that one criterion's artifact takes.
-        """
-        parameters, dense = job.recipe.parameters, self.models.dense
-        options = _options(job)
-        criteria, draws = [parameters["criterion"], *options.get("together", [])], int(options["draws"][0])
-        flops = scoring.cost(dense, shape, criteria, draws, "light_cut" in job.inputs)["flops"]
-        memory = self._scoring_memory(criteria, parameters["length"])
-        return Cost(0 if job.after else flops, self.device.process + memory, disk)
-
-    def _scoring_memory(self, criteria: list[str], length: int) -> int:
+    def scoring_memory(self, criteria: list[str], length: int) -> int:
         """Bytes that scoring by these criteria in one pass computes in."""
         dense, batch = self.models.dense, max(scoring.TOKENS_PER_BATCH, length)
         logits = min(batch * dense.config.vocab_size, scoring.LOGITS_PER_CHUNK[self.kind])
-        memory = _weights(dense) + 3 * 4 * logits
+        memory = weight_bytes(dense) + 3 * 4 * logits
         if any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria):
-            return memory + self._graph(dense, batch, reserved=memory)
+            return memory + self.graph(dense, batch, reserved=memory)
         return memory + graph_bytes(dense, batch) // dense.config.num_hidden_layers
 
-    def _prune(self, job: Job) -> Cost:
-        refit_name, dense, pruned = job.recipe.parameters["refit"], self.models.dense, self.models.of(job)
-        memory, flops = _weights(dense), 0
-        if refit_name != "none":
-            calibration = job.inputs["scores"].recipe.parameters
-            tokens = calibration["samples"] * calibration["length"]
-            sequential = refit_name == "sequential"
-            flops = tokens * flops_per_token(dense, calibration["length"]) * (1 + sequential)
-            kept = self.models.kept(job)
-            for number, layer in enumerate(dense.model.layers):
-                for name in PARTS:
-                    part = part_of(layer, name)
-                    kept_units = kept[name][number] if name in kept else torch.arange(part.units)
-                    repair = refit.Repair(part, kept_units, name, number)
-                    if refit_name != "bias" and (repair.lossy or sequential):
-                        repair.tokens = tokens
-                        flops += repair.flops
-            width, hidden = dense.config.intermediate_size, dense.config.hidden_size
-            streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
-            memory += streams * _itemsize(dense) + 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
-        return Cost(flops, self.device.process + memory, _weights(pruned))
-
-    def _recover(self, job: Job) -> Cost:
-        training, options = job.recipe.parameters, _options(job)
-        length, method, batch_tokens = training["length"], training["method"], training["batch_tokens"]
-        network = copy.deepcopy(self.models.of(job.inputs["model"]))
-        disk, forward = _weights(network), flops_per_token(network, length)
-        adapters = {name: training[name] for name in ("rank", "alpha", "dropout", "targets") if name in training}
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # raised by transformers for adapters
-            trained, _ = METHODS[method](network, **adapters)
-        trainable = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
-        memory = sum(weight.nbytes for weight in trained.parameters()) + BYTES_PER_TRAINED * trainable
-        batch = int(options["micro_batch"][0]) * length
-        memory += 4 * 4 * min(batch * network.config.vocab_size, losses.LOGITS_PER_CHUNK[self.kind])
-        teacher = 0
-        if "teacher" in job.inputs:
-            teacher = flops_per_token(self.models.dense, length)
-            memory += _weights(self.models.dense)
-        if method == "lora":  # the adapters' inputs after dropout
-            memory += 8 * batch * sum(module.in_features for module in network.modules() if _has_adapter(module))
-        graph, short = graph_bytes(network, batch), self._is_short(network, batch, memory)
-        memory += self._graph(network, batch, memory) if short else graph
-        rows = self._rows(job.inputs["text"], length, training["epochs"])
-        steps = rows * length // batch_tokens
-        per_token = training_flops(trained, method, forward, short, teacher)
-        return Cost(per_token * batch_tokens * steps, self.device.process + memory, disk)
-
-    def _reference(self, job: Job) -> Cost:
-        samples, length = job.recipe.parameters["samples"], job.recipe.parameters["length"]
-        dense, tokens = self.models.dense, samples * length
-        size = (tokens + dense.config.vocab_size) * dense.config.hidden_size * _itemsize(dense)
-        layer = graph_bytes(dense, length) // dense.config.num_hidden_layers
-        flops = tokens * flops_per_token(dense, length)
-        return Cost(flops, self.device.process + _weights(dense) + size + layer, size + 8 * tokens)
-
-    def _measure(self, job: Job) -> Cost:
-        model, reference = self.models.of(job.inputs["model"]), self._reference(job.inputs["reference"])
-        sampling = job.inputs["reference"].recipe.parameters
-        length, config = sampling["length"], model.config
-        dense_logits = 2 * config.hidden_size * config.vocab_size
-        flops = sampling["samples"] * length * (flops_per_token(model, length) + dense_logits)
-        layer = graph_bytes(model, length) // config.num_hidden_layers
-        chunk = min(length * config.vocab_size, fidelity.LOGITS_PER_CHUNK)
-        memory = _weights(model) + reference.disk_bytes + layer + 8 * 4 * chunk
-        return Cost(flops, self.device.process + memory, 2**10)
-
-    def _evaluate(self, job: Job) -> Cost:
-        model, options = self.models.of(job.inputs["model"]), _options(job)
-        limit = int(options["limit"][0]) if "limit" in options else math.inf
-        flops = longest = documents = 0
-        for task in job.inputs["tasks"]:
-            count, requests, length = self._task(task)
-            documents += min(count, limit)
-            tokens = min(count, limit) * requests * length
-            flops += tokens * flops_per_token(model, round(length))
-            longest = max(longest, LONGEST_REQUEST * length)
-        from hfprune.evaluation.shared_prefix import LOGITS, ROWS, TOKENS  # imports lm-eval, which takes seconds
-
-        stock = options["batching"] == ["stock"]
-        rows = ROWS if stock else max(1, TOKENS["cpu" if self.device.process else "cuda"] // longest)
-        memory = _weights(model) + rows * forward_bytes(model, longest, whole=stock) + 2 * 4 * LOGITS
-        return Cost(round(flops), self.device.process + memory, BYTES_PER_SAMPLE * documents)
-
-    # Helpers of several stages.
-
-    def _is_short(self, model: PreTrainedModel, tokens: int, reserved: int) -> bool:
+    def is_short(self, model: PreTrainedModel, tokens: int, reserved: int) -> bool:
         """Whether the backward pass will compute each layer again, as `memory.is_short` decides in the run."""
         return graph_bytes(model, tokens) > (self.device.memory - self.device.process - reserved) / 2
 
-    def _graph(self, model: PreTrainedModel, tokens: int, reserved: int) -> int:
+    def graph(self, model: PreTrainedModel, tokens: int, reserved: int) -> int:
         """Bytes that a forward pass over `tokens` keeps for the backward pass."""
         graph = graph_bytes(model, tokens)
-        if not self._is_short(model, tokens, reserved):
+        if not self.is_short(model, tokens, reserved):
             return graph
         layers = model.config.num_hidden_layers
-        return graph // layers + layers * tokens * model.config.hidden_size * _itemsize(model)
+        return graph // layers + layers * tokens * model.config.hidden_size * model.dtype.itemsize
 
-    def _rows(self, job: Job, length: int, epochs: int) -> int:
+    def rows(self, job: Job, length: int, epochs: int) -> int:
         """Number of sequences of `length` tokens that a text fills over all epochs."""
         text = self._text(job)
         instructions = "instruction" in job.recipe.parameters
@@ -562,7 +438,7 @@ class Estimate:
     def _size(self, job: Job) -> int:
         """Bytes of an artifact, including files that the store only links to."""
         if job.recipe.stage in ("model", "prune", "recover"):
-            return _weights(self.models.of(job))
+            return weight_bytes(self.models.of(job))
         return self.cost(job).disk_bytes
 
     def _text(self, job: Job) -> Text:
@@ -577,16 +453,16 @@ class Estimate:
                 documents = ["".join(json.loads(line).values()) for line in file]
             sizes = [len(document.encode()) for document in documents]
             return Text(len(sizes), sum(sizes) / len(sizes), sizes, *self._tokens(documents[:TOKENIZED_DOCUMENTS]))
-        options = _options(job)
-        documents, size = TEXTS.get(options.get("hub", [""])[0], OTHER_TEXT)
-        if "path" in options:
-            path = Path(options["path"][0])
+        source = job.settings
+        documents, size = TEXTS.get(source.hub, OTHER_TEXT)
+        if source.path is not None:
+            path = source.path
             whole = sum(
                 file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()
             )
             documents, size = max(1, whole // OTHER_TEXT[1]), min(whole, OTHER_TEXT[1])
-        if "documents" in options:
-            first, last = map(int, options["documents"])
+        if source.documents:
+            first, last = source.documents
             documents = last - first
         self.assumptions[f"{job.label}: {documents:,} documents of {size:,} bytes, {BYTES_PER_TOKEN} bytes a token"] = (
             None
@@ -603,7 +479,7 @@ class Estimate:
         size = sum(len(document.encode()) for document in documents)
         return size / max(1, sum(map(len, tokens))), len(template)
 
-    def _task(self, job: Job) -> tuple[float, float, float]:
+    def task(self, job: Job) -> tuple[float, float, float]:
         """Documents of a task, requests per document, tokens per request."""
         name = job.recipe.parameters["name"]
         documents, requests, length = TASKS.get(name, OTHER_TASK)
@@ -617,7 +493,7 @@ class Estimate:
         if job.recipe.stage == "text":
             text = self._text(job)
             return round(text.documents * text.size)
-        documents, _, length = self._task(job)
+        documents, _, length = self.task(job)
         return round(documents * length * BYTES_PER_TOKEN)
 
 
@@ -676,28 +552,3 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
     if costs.assumptions:
         lines += ["assumed:", *(f"  {assumption}" for assumption in sorted(costs.assumptions))]
     return "\n".join(lines)
-
-
-def _options(job: Job) -> dict[str, list[str]]:
-    """The words of a job's command-line options, by parameter name."""
-    options: dict[str, list[str]] = {}
-    for word in job.options:
-        if word.startswith("--"):
-            options[name := word[2:].replace("-", "_")] = []
-        else:
-            options[name].append(word)
-    return options
-
-
-def _itemsize(model: PreTrainedModel) -> int:
-    return model.dtype.itemsize
-
-
-def _weights(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters."""
-    return sum(weight.nbytes for weight in model.parameters())
-
-
-def _has_adapter(module: nn.Module) -> bool:
-    """Whether the module is a linear layer with an adapter."""
-    return hasattr(module, "lora_A")

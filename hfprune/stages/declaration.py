@@ -110,8 +110,8 @@ class Stage:
         after: called with the finished artifact. May refuse it with a UserError.
         is_online: whether it may use the network. Its command is then `hfprune download NAME`.
         is_internal: whether only other stages make it. It then has no command.
-        cost: called with a job and an `experiment.estimate.Estimate`; returns the job's `costs.Cost`. Without it, the
-            estimate has a method with the stage's name.
+        cost: called with a job and an `experiment.estimate.Estimate`; returns the job's `costs.Cost`. A stage that
+            other stages run has none: its cost is theirs.
         reloads_checkpoint: whether the new checkpoint is loaded again, in a separate process.
         gpus: "spread": as many as the weights need; "one": every further GPU would hold all of the weights; "none".
     """

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hfprune.stages.declaration import DType, Input, Parameters, Seed, Stage
+from hfprune.stages.declaration import DType, Input, Parameters, Seed, Stage, outside_key
 
 Batching = Literal["shared", "stock"]
 BATCHING: Any = Field(
@@ -59,6 +59,30 @@ def _produce(folder: Path, inputs: Any, parameters: EvaluateParameters, run: Any
     return {"tasks": {name: task.manifest["details"] for name, task in tasks.items()}}
 
 
+@outside_key
+def _cost(job: Any, estimate: Any) -> Any:
+    import math
+
+    from hfprune.evaluation.shared_prefix import LOGITS, ROWS, TOKENS
+    from hfprune.models.loading import flops_per_token
+    from hfprune.runtime.memory import forward_bytes
+    from hfprune.stages.costs import Cost, weight_bytes
+
+    longest_request = 3  # a task's longest request, as a multiple of the mean; memory depends on it
+    bytes_per_sample = 130  # per document in samples.jsonl
+    model, limit = estimate.models.of(job.inputs["model"]), job.settings.limit or math.inf
+    flops = longest = documents = 0
+    for task in job.inputs["tasks"]:
+        count, requests, length = estimate.task(task)
+        documents += min(count, limit)
+        flops += min(count, limit) * requests * length * flops_per_token(model, round(length))
+        longest = max(longest, longest_request * length)
+    is_stock = job.settings.batching == "stock"
+    rows = ROWS if is_stock else max(1, TOKENS[estimate.kind] // longest)
+    memory = weight_bytes(model) + rows * forward_bytes(model, longest, whole=is_stock) + 2 * 4 * LOGITS
+    return Cost(round(flops), estimate.device.process + memory, bytes_per_sample * documents)
+
+
 EVALUATE_TASK = Stage(
     name="evaluate-task",
     module=__name__,
@@ -86,4 +110,5 @@ EVALUATE = Stage(
     libraries=LIBRARIES,
     parts=_parts,
     gpus="spread",
+    cost=_cost,
 )

@@ -136,6 +136,37 @@ def _produce(folder: Path, inputs: Any, parameters: PruneParameters, run: Any) -
     return details
 
 
+@outside_key
+def _cost(job: Any, estimate: Any) -> Any:
+    import torch
+
+    from hfprune.models.loading import flops_per_token
+    from hfprune.models.units import PARTS, part_of
+    from hfprune.pruning import refit
+    from hfprune.stages.costs import Cost, weight_bytes
+
+    dense, flops = estimate.models.dense, 0
+    memory = estimate.device.process + weight_bytes(dense)
+    if job.settings.refit != "none":
+        calibration = job.inputs["scores"].settings
+        tokens = calibration.samples * calibration.length
+        sequential = job.settings.refit == "sequential"
+        flops = tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
+        kept = estimate.models.kept(job)
+        for number, layer in enumerate(dense.model.layers):
+            for name in PARTS:
+                part = part_of(layer, name)
+                units = kept[name][number] if name in kept else torch.arange(part.units)
+                repair = refit.Repair(part, units, name, number)
+                if job.settings.refit != "bias" and (repair.lossy or sequential):
+                    repair.tokens = tokens
+                    flops += repair.flops
+        width, hidden = dense.config.intermediate_size, dense.config.hidden_size
+        streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
+        memory += streams * dense.dtype.itemsize + 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
+    return Cost(flops, memory, weight_bytes(estimate.models.of(job)))
+
+
 PRUNE = Stage(
     name="prune",
     module=__name__,
@@ -156,4 +187,5 @@ PRUNE = Stage(
     check=_check,
     reloads_checkpoint=True,
     gpus="one",
+    cost=_cost,
 )

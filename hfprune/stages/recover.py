@@ -125,6 +125,41 @@ def _distribute(make: Callable[[Callable], None], produce: Callable) -> None:
     distribute(make, produce)
 
 
+@outside_key
+def _cost(job: Any, estimate: Any) -> Any:
+    import copy
+    import warnings
+
+    from hfprune.models.loading import flops_per_token
+    from hfprune.recovery.losses import LOGITS_PER_CHUNK
+    from hfprune.recovery.training import BYTES_PER_TRAINED, METHODS, training_flops
+    from hfprune.runtime.memory import graph_bytes
+    from hfprune.stages.costs import Cost, weight_bytes
+
+    settings, dense = job.settings, estimate.models.dense
+    network = copy.deepcopy(estimate.models.of(job.inputs["model"]))
+    disk, forward = weight_bytes(network), flops_per_token(network, settings.length)
+    adapters = {name: getattr(settings, name) for name in ("rank", "alpha", "dropout", "targets")}
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # raised by transformers for adapters
+        trained, _ = METHODS[settings.method](network, **(adapters if settings.method == "lora" else {}))
+    trainable = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
+    memory = weight_bytes(trained) + BYTES_PER_TRAINED * trainable
+    batch = settings.micro_batch * settings.length
+    memory += 4 * 4 * min(batch * network.config.vocab_size, LOGITS_PER_CHUNK[estimate.kind])
+    teacher = 0
+    if "teacher" in job.inputs:
+        teacher = flops_per_token(dense, settings.length)
+        memory += weight_bytes(dense)
+    if settings.method == "lora":  # the adapters' inputs after dropout
+        memory += 8 * batch * sum(module.in_features for module in network.modules() if hasattr(module, "lora_A"))
+    graph, short = graph_bytes(network, batch), estimate.is_short(network, batch, memory)
+    memory += estimate.graph(network, batch, memory) if short else graph
+    rows = estimate.rows(job.inputs["text"], settings.length, settings.epochs)
+    steps = rows * settings.length // settings.batch_tokens
+    flops = training_flops(trained, settings.method, forward, short, teacher) * settings.batch_tokens * steps
+    return Cost(flops, estimate.device.process + memory, disk)
+
+
 RECOVER = Stage(
     name="recover",
     module=__name__,
@@ -147,4 +182,5 @@ RECOVER = Stage(
     distribute=_distribute,
     reloads_checkpoint=True,
     gpus="one",
+    cost=_cost,
 )

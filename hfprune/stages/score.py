@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from hfprune.errors import UserError
 from hfprune.pruning.criteria import CRITERIA
-from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Sampling, Seed, Stage
+from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Sampling, Seed, Stage, outside_key
 from hfprune.store.filenames import SCORES, SUMS
 
 CriterionName = Literal[tuple(CRITERIA)]
@@ -134,6 +134,39 @@ def _score(folder: Path, inputs: Any, parameters: ScoreParameters, run: Any) -> 
     return (_merge if inputs["shards"] else _one_pass)(folder, inputs, parameters, run)
 
 
+@outside_key
+def _pass_cost(job: Any, estimate: Any, sequences: int, disk: int) -> Any:
+    """The cost of a pass over `sequences`, which scores one or more criteria; `disk` is one criterion's artifact."""
+    from hfprune.pruning import scoring
+    from hfprune.stages.costs import Cost
+
+    criteria, shape = [job.settings.criterion, *job.together], (sequences, job.settings.length)
+    flops = scoring.cost(estimate.models.dense, shape, criteria, job.settings.draws, "light_cut" in job.inputs)["flops"]
+    memory = estimate.device.process + estimate.scoring_memory(criteria, job.settings.length)
+    return Cost(0 if job.after else flops, memory, disk)
+
+
+@outside_key
+def _shard_cost(job: Any, estimate: Any) -> Any:
+    from hfprune.models.units import PARTS, parts
+    from hfprune.pruning.scoring import shard_range
+
+    settings, dense = job.settings, estimate.models.dense
+    share = shard_range(settings.samples, settings.length, settings.shard, settings.shards)
+    sums = sum(8 * part.output.in_features for name in PARTS for part in parts(dense, name))
+    return _pass_cost(job, estimate, len(share), sums)
+
+
+@outside_key
+def _score_cost(job: Any, estimate: Any) -> Any:
+    from hfprune.stages.costs import Cost, weight_bytes
+
+    disk = sum(4 * sum(units) for units in estimate.models.shape.units.values())
+    if "shards" in job.inputs:  # the shards are only added up
+        return Cost(0, estimate.device.process + weight_bytes(estimate.models.dense), disk)
+    return _pass_cost(job, estimate, job.settings.samples, disk)
+
+
 SHARD = Stage(
     name="shard",
     module=__name__,
@@ -146,6 +179,7 @@ SHARD = Stage(
     check=_check,
     together="criterion",
     gpus="spread",
+    cost=_shard_cost,
 )
 SCORE = Stage(
     name="score",
@@ -170,4 +204,5 @@ SCORE = Stage(
     check=_check_shards,
     together="criterion",
     gpus="spread",
+    cost=_score_cost,
 )
