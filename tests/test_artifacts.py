@@ -260,7 +260,7 @@ def test_who_may_only_read_a_store_reads_it_and_is_told_what_may_not_be_written(
     assert shared.run(BOB, 0o022) == [f"has {key}"]
     (said,) = shared.run(BOB, 0o022, 1)
     assert f"{shared.root}/.work" in said
-    assert "cannot write to the store (Permission denied). Mend its permissions, or set another folder" in said
+    assert "cannot write to the store (Permission denied). Fix its permissions, or set another folder" in said
     (shared.root / "stage" / key / "data.bin").chmod(0o600)
     (said,) = shared.run(BOB, 0o022)
     assert f"{shared.root}/stage/{key}/data.bin: cannot be read (Permission denied)" in said
@@ -275,11 +275,11 @@ def test_what_comes_out_beside_something_else_is_left_to_the_process_that_makes_
     recipe = Recipe("stage", {})
     other = start(tmp_path, 60)
     assert other.stdout.readline() == "working\n"
-    Store(tmp_path).offer(recipe, lambda folder: pytest.fail("made twice"))
+    Store(tmp_path).make_unless_locked(recipe, lambda folder: pytest.fail("made twice"))
     other.kill()
     other.wait()
-    Store(tmp_path).offer(recipe, write)
-    Store(tmp_path).offer(recipe, lambda folder: pytest.fail("made twice"))
+    Store(tmp_path).make_unless_locked(recipe, write)
+    Store(tmp_path).make_unless_locked(recipe, lambda folder: pytest.fail("made twice"))
     read(tmp_path / "stage" / recipe.key)
 
 

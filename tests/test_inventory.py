@@ -12,7 +12,7 @@ from hfprune.cli import main
 from hfprune.experiment.inventory import human
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import load
-from hfprune.stages.making import recipe
+from hfprune.stages.run import recipe
 from hfprune.stages.wheel import WHEEL as WHEEL_STAGE
 from hfprune.stages.wheel import WheelParameters
 from hfprune.store import artifacts

@@ -3,10 +3,13 @@
 import codecs
 import gzip
 import json
+import os
 import shutil
 
 import pandas as pd
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from hfprune.cli import main
 from hfprune.data.lm_eval_tasks import stock_tasks, task
@@ -146,6 +149,11 @@ FAULTS = {
     "cut quote": ("a.csv", b'text\nx\n"cut', "line 3: cannot be read: cut short, or not CSV"),
     "ragged": ("a.csv", b'text,y\n"a\nb",1\nHello, you,1\n', "line 4: 3 cells, but 2 columns"),
     "twice": ("a.csv", b"text,text\na,b\n", "line 1: two columns are called 'text'"),
+    "twice inside": (
+        "a.jsonl",
+        GOOD + b'{"text": "a", "text": "b"}',
+        "line 2: cannot be read: field 'text' stands",
+    ),
     "blank": ("a.csv", b"text,y\nx,1\n,1\n", "line 3: field 'text' is blank"),
     "null": ("a.jsonl", GOOD + b'{"text": null}\n', "line 2: field 'text' is blank"),
     "missing": ("a.jsonl", GOOD + b'{"y": 1}\n', "line 2: no field 'text'; its fields are y. Set `field`"),
@@ -170,6 +178,25 @@ def test_a_cut_parquet_file_and_a_folder_are_refused(tmp_path, capsys):
     assert "cut short, or not Parquet" in refusal(capsys, tmp_path, tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes(content[:9] + bytes(200) + content[209:])
     assert "cannot be read" in refusal(capsys, tmp_path, tmp_path / "a.parquet")
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_or_other_bytes_than_utf_8_is_refused(tmp_path, capsys):
+    file = tmp_path / "a.parquet"
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    parquet.write_table(pa.table(columns, names=["text", "text"]), file)
+    assert "two columns are called 'text'" in refusal(capsys, tmp_path, file)
+    latin1 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"x", b"caf\xe9"]).buffers())
+    parquet.write_table(pa.table({"text": latin1, "y": columns[0].take([0, 0])}), file)
+    assert "a text is not UTF-8 (unexpected end of data: 0xe9)" in refusal(capsys, tmp_path, file)
+    parquet.write_table(pa.table([*columns, *columns[:1]], names=["text", "y", "y"]), file)
+    assert documents(capsys, tmp_path, file) == ["a"]  # what is not asked for is not judged
+
+
+@pytest.mark.parametrize("name, message", [("pipe.jsonl", "is a pipe or a device"), ("x" * 300, "File name too long")])
+def test_a_path_that_is_no_file_is_refused(name, message, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert main(["download", "text", "--path", str(tmp_path / name), "--store", str(tmp_path / "store")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_only_the_documents_asked_for_are_read(tmp_path, capsys):

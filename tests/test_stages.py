@@ -23,7 +23,7 @@ class CountParameters(Parameters):
     factor: int = Field(1, ge=1, description="what the number is multiplied by")
 
 
-def _produce(folder, inputs, parameters, making):
+def _produce(folder, inputs, parameters, run):
     lines = (inputs["text"].folder / "documents.jsonl").read_text().splitlines()
     (folder / "count.txt").write_text(str(len(lines) * parameters.factor))
 
@@ -32,7 +32,7 @@ def _produce(folder, inputs, parameters, making):
 def _cost(job, estimate):
     from hfprune.stages.costs import Cost
 
-    return Cost(job.given.factor, estimate.device.process, 2)
+    return Cost(job.settings.factor, estimate.device.process, 2)
 
 
 COUNT = Stage(
@@ -140,7 +140,7 @@ TASKS = {"evaluate", "evaluate-task"}
         ("cli", set()),
         ("experiment/schema", set()),
         ("experiment/plan", set()),
-        ("stages/making", set()),
+        ("stages/run", set()),
         ("stages/registry", set()),
         ("sharing/model_card", set()),
         ("stages/score", SCORING),
@@ -164,8 +164,15 @@ def test_a_key_follows_the_code_that_its_stage_runs_and_no_other(edited, changed
 def test_what_makes_an_artifact_is_in_its_key_and_what_explains_it_is_not(before, copied):
     file = copied / "stages" / "prune.py"
     text = file.read_text()
-    assert text.count('"its scores"') == text.count("share to remove") == text.count("calibration = scores.para") == 1
-    file.write_text(text.replace('"its scores"', '"the scores"').replace("share to remove", "part to remove"))
+    assert (
+        text.count("from `hfprune score`")
+        == text.count("share to remove")
+        == text.count("calibration = scores.para")
+        == 1
+    )
+    file.write_text(
+        text.replace("from `hfprune score`", "by `hfprune score`").replace("share to remove", "part to remove")
+    )
     assert digests() == before
     file.write_text(text.replace("calibration = scores.para", "calibration = dict() or scores.para"))
     assert {name for name, digest in digests().items() if digest != before[name]} == {"prune"}

@@ -1,6 +1,6 @@
-"""The console command: one subcommand a stage, each usable by hand, and those that make results of artifacts.
+"""The console command: a subcommand for each stage, and subcommands that make results from artifacts.
 
-Nothing heavy is imported here: a command imports what it needs when it runs.
+Nothing heavy is imported here. A command imports what it needs when it runs.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from hfprune.store import artifacts
 ONLINE = ("download", "push", "plan", "on-gpus")
 
 WELCOME = """\
-hfprune prunes LLaMA-like language models and measures what is left of them.
+hfprune prunes LLaMA-like language models and measures the pruned models.
 
-First, the default experiment (a real 135M model, two CPU cores, no account):
+Start with the default experiment (a real 135M model; two CPU cores are enough; no account):
 
-    snakemake --cores all              all of config.yaml: tables and figures in results/default
-    snakemake --cores all -n           what that would run
+    snakemake --cores all              run config.yaml; tables and figures go to results/default
+    snakemake --cores all -n           list the jobs without running them
 
 Your own: copy config.yaml, change it, and run `snakemake --cores all --configfile FILE`.
 Each stage is also a command of its own: `hfprune --help` lists them, `hfprune score --help` explains one.
@@ -30,13 +30,13 @@ Each stage is also a command of its own: `hfprune --help` lists them, `hfprune s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; 0 on success, 2 on a user's mistake, with one message on stderr."""
+    """Run one subcommand. Returns 0 on success, and 2 after a user's mistake, which gets one message on stderr."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.run is None:
         print(WELCOME, end="")
         return 0
-    if args.command not in ONLINE:  # what is not downloaded by then is missing: say so, do not fetch it
+    if args.command not in ONLINE:  # a missing download is an error here, not fetched silently
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     try:
         _run(args)
@@ -54,11 +54,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Run a subcommand; that the disk or the memory is full is a user's to mend, whatever it was that met it."""
+    """Run a subcommand. A full disk or memory becomes a UserError, wherever it happens: only the user can fix it."""
     try:
         args.run(args)
-    except OSError as error:  # of what is printed, or of locks: the store and results have words of their own
-        if error.errno not in artifacts.FULL:
+    except OSError as error:  # from printing or locks; the store and results have their own messages
+        if error.errno not in artifacts.FULL_DISK:
             raise
         raise UserError(f"{error.filename or 'output'}: {error.strerror}. Free space there and run again.") from None
     except (RuntimeError, MemoryError) as error:
@@ -80,20 +80,26 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_first() -> bool:
-    """Whether this is the one, of several processes, that speaks."""
+    """Whether this process prints messages: of several, only the first does."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hfprune", description="High-fidelity pruning of language models, by stages.")
+    parser = argparse.ArgumentParser(
+        prog="hfprune",
+        description="Prune LLaMA-like language models and measure the pruned models. `snakemake --cores all` runs a "
+        "whole experiment; the commands below run single steps.",
+        epilog="`hfprune COMMAND --help` explains a command and shows an example.",
+    )
     parser.set_defaults(run=None)
-    commands = parser.add_subparsers(dest="command", metavar="STAGE")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_stages(commands)
     for module in (results, report, timing, sharing, experiment):
         for command in module.COMMANDS:
             add_typed(commands, command)
-    held = commands.add_parser("store", help="what the store holds: list it, verify it, remove what no experiment uses")
-    actions = held.add_subparsers(dest="action", metavar="ACTION", required=True)
+    store_help = "List or verify the artifacts in the store, or remove those that no experiment uses."
+    store_parser = commands.add_parser("store", help=store_help, description=store_help)
+    actions = store_parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for command in store.COMMANDS:
         add_typed(actions, command)
     return parser

@@ -1,10 +1,10 @@
-"""Commands from typed declarations: a pydantic model's fields are the options, its docstring the help."""
+"""Commands from pydantic models: the fields become options, the docstring becomes the help."""
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -16,14 +16,14 @@ from hfprune.runtime.paths import expanded
 
 @dataclass(frozen=True)
 class Option:
-    """What a field's type does not say about its option.
+    """Settings of an option that its field's type does not give.
 
     Attributes:
-        is_positional: the value stands without the option's name.
-        metavar: what the help calls the value.
-        alone: what the option means without a value.
-        is_repeated: the option is given once for each value.
-        takes_rest: all that follows is its value.
+        is_positional: the value is written without the option's name.
+        metavar: name of the value in the help.
+        alone: the value if the option is written without one.
+        is_repeated: the option is repeated for each value.
+        takes_rest: the value is the rest of the command line.
     """
 
     is_positional: bool = False
@@ -38,7 +38,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Command(BaseModel):
-    """A command of `hfprune`: its docstring and the fields' descriptions are its help."""
+    """A command of `hfprune`. Its docstring and the fields' descriptions are its help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,7 +46,7 @@ class Command(BaseModel):
     examples: ClassVar[tuple[str, ...]]
 
     def run(self) -> None:
-        """Do it.
+        """Run the command.
 
         Raises:
             UserError: a user's mistake.
@@ -58,14 +58,15 @@ class StoreCommand(Command):
     """A command that reads the store."""
 
     store: Path = Field(
-        default_factory=lambda: store_root(Path("store")), description="default: HFPRUNE_STORE, or else store"
+        default_factory=lambda: store_root(Path("store")),
+        description="folder of all artifacts (default: $HFPRUNE_STORE, or else store)",
     )
 
 
 def add_command(
     parsers: Any, name: str, text: str, examples: tuple[str, ...], run: Callable
 ) -> argparse.ArgumentParser:
-    """The parser of a command, below `parsers`; `run` is called with the parsed words."""
+    """Add a command's parser to `parsers`. `run` is called with the parsed arguments."""
     parser = parsers.add_parser(
         name,
         help=text,
@@ -78,20 +79,20 @@ def add_command(
 
 
 def add_typed(parsers: Any, command: type[Command]) -> None:
-    """The parser of a declared command."""
+    """Add the parser of a declared command."""
 
     def run(args: argparse.Namespace) -> None:
-        given(args, command).run()
+        validated(args, command).run()
 
     text = (command.__doc__ or "").partition("\n\n")[0].replace("\n   ", "")
     add_options(add_command(parsers, command.words[-1], text, command.examples, run), command)
 
 
-def given(args: argparse.Namespace, section: type[BaseModel]) -> Any:
-    """The parsed words as a validated `section`.
+def validated(args: argparse.Namespace, section: type[BaseModel]) -> Any:
+    """The parsed arguments as a validated `section`.
 
     Raises:
-        UserError: one line per fault.
+        UserError: a line for each mistake.
     """
     names = [field.alias or name for name, field in section.model_fields.items()]
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -99,10 +100,10 @@ def given(args: argparse.Namespace, section: type[BaseModel]) -> Any:
 
 
 def add_options(parser: argparse.ArgumentParser, section: type[BaseModel]) -> None:
-    """An option for each field; those that are not given are left to the section's defaults."""
+    """Add an option for each field. An option that the user leaves out keeps the section's default."""
     for attribute, field in section.model_fields.items():
         name = field.alias or attribute
-        option = next((each for each in field.metadata if isinstance(each, Option)), Option())
+        option = next((item for item in field.metadata if isinstance(item, Option)), Option())
         settings: dict[str, Any] = {"help": _help(name, field), "default": argparse.SUPPRESS}
         if issubclass(section, Command) and _holds_paths(field.annotation):
             settings["type"] = expanded
@@ -112,25 +113,34 @@ def add_options(parser: argparse.ArgumentParser, section: type[BaseModel]) -> No
             continue
         settings["required"] = field.is_required()
         if field.annotation is bool and issubclass(section, Command):
-            parser.add_argument(spelled(name), action="store_true", **settings)
+            parser.add_argument(flag(name), action="store_true", **settings)
         elif option.is_repeated:
-            parser.add_argument(spelled(name), action="append", metavar=option.metavar, **settings)
+            parser.add_argument(flag(name), action="append", metavar=option.metavar, **settings)
         else:
             nargs = "?" if option.alone is not None else _count(field.annotation)
             settings |= {"nargs": nargs, "metavar": option.metavar or name.upper()}
-            parser.add_argument(spelled(name), **settings, **({"const": option.alone} if option.alone else {}))
+            parser.add_argument(flag(name), **settings, **({"const": option.alone} if option.alone else {}))
 
 
-def spelled(name: str) -> str:
-    """A name as an option."""
+def flag(name: str) -> str:
+    """The option of a name: `--` and hyphens."""
     return f"--{name.replace('_', '-')}"
 
 
 def _help(name: str, field: FieldInfo) -> str:
     text = field.description or name
-    if field.is_required() or field.default_factory is not None or field.default in (None, False, []):
+    if choices := _choices(field.annotation):
+        text += f"; one of {', '.join(choices)}"
+    if field.is_required() or field.default_factory is not None or field.default is None or field.default is False:
         return text.replace("%", "%%")
-    return f"{text} (default: {field.default})".replace("%", "%%")
+    default = " ".join(map(str, field.default)) if isinstance(field.default, list) else field.default
+    return f"{text} (default: {default})".replace("%", "%%") if default != "" else text.replace("%", "%%")
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a Literal, or of a Literal in a union with None."""
+    literals = [kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is Literal]
+    return [str(value) for kind in literals for value in get_args(kind)]
 
 
 def _positional(field: FieldInfo, option: Option) -> str | None:
@@ -142,7 +152,7 @@ def _positional(field: FieldInfo, option: Option) -> str | None:
 
 
 def _count(annotation: Any) -> int | str | None:
-    """How many words an option takes: those of a tuple, one or more for a list, or one (None)."""
+    """The number of values of an option: the tuple's length, "+" for a list, or None for one value."""
     for kind in (annotation, *get_args(annotation)):
         if get_origin(kind) is tuple:
             return len(get_args(kind))
@@ -152,7 +162,7 @@ def _count(annotation: Any) -> int | str | None:
 
 
 def _holds_paths(annotation: Any) -> bool:
-    """Whether it is a path, a list of them, or either or None."""
+    """Whether the type is a path or a list of paths; None may be allowed too."""
     return annotation is Path or any(
         kind is Path or (get_origin(kind) is list and Path in get_args(kind))
         for kind in (annotation, *get_args(annotation))
@@ -160,10 +170,10 @@ def _holds_paths(annotation: Any) -> bool:
 
 
 def pair_of(value: Any) -> Any:
-    """NAME=PATH as its two parts.
+    """Split NAME=PATH.
 
     Raises:
-        ValueError: it is not of this form.
+        ValueError: the value does not have this form.
     """
     if not isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""Commands about a whole experiment, and about the machine that it runs on."""
+"""Commands for a whole experiment, and for the machine that it runs on."""
 
 import json
 from pathlib import Path
@@ -13,18 +13,18 @@ from hfprune.experiment.schema import load, schema
 
 
 class Config(Command):
-    """Check a config file and print it with every default filled in."""
+    """Check a config file, and print it with every default filled in."""
 
     words = ("config",)
     examples = ("hfprune config config.yaml",)
-    file: Annotated[Path, POSITIONAL] = Field(Path("config.yaml"), description="the config")
-    output: Path | None = Field(None, description="the yaml to write it into, instead of printing it")
+    file: Annotated[Path, POSITIONAL] = Field(Path("config.yaml"), description="config file to check")
+    output: Path | None = Field(None, description="YAML file to write instead of printing")
     schema_file: Annotated[Path | None, Option(alone="workflow/schemas/config.schema.json")] = Field(
-        None, alias="schema", description="write the JSON schema"
+        None, alias="schema", description="write the JSON schema of config files to this file"
     )
 
     def run(self) -> None:
-        """Print or write it."""
+        """Print or write the config."""
         if self.schema_file:
             with results() as aside:
                 aside.path(self.schema_file).write_text(schema(), encoding="utf-8")
@@ -45,11 +45,11 @@ class New(Command):
 
     words = ("new",)
     examples = ("hfprune new mine.yaml --model Qwen/Qwen2.5-0.5B",)
-    file: Annotated[Path, POSITIONAL] = Field(description="the config to write; never overwritten")
+    file: Annotated[Path, POSITIONAL] = Field(description="config file to write; an existing file is never overwritten")
     model: str = Field(description="owner/name on the hub, a checkpoint's folder, or a GGUF file")
 
     def run(self) -> None:
-        """Write it."""
+        """Write the config."""
         from hfprune.experiment.new import write_config
 
         write_config(self.file, self.model)
@@ -57,33 +57,33 @@ class New(Command):
 
 
 class Methods(Command):
-    """List the methods that configs know by name, or explain one."""
+    """List the pruning methods that a config can name, or explain one."""
 
     words = ("methods",)
     examples = ("hfprune methods hfprune-best",)
     name: Annotated[str | None, Option(is_positional=True, metavar="NAME")] = Field(
-        None, description="the one to explain"
+        None, description="method to explain (default: list all)"
     )
 
     def run(self) -> None:
-        """Print it."""
+        """Print the list or the explanation."""
         from hfprune.pruning.methods import explain, overview
 
         print(explain(self.name) if self.name else overview())
 
 
 class Plan(Command):
-    """Print what an experiment will take, before anything is downloaded: jobs, operations, hours, memory, disk."""
+    """Estimate an experiment's jobs, operations, hours, memory and disk, before anything is downloaded."""
 
     words = ("plan",)
     examples = ("hfprune plan --config configs/llama-2-7b.yaml --gpu h100",)
-    config: Path = Field(Path("config.yaml"), description="the experiment's")
-    gpu: str = Field("h100", description="to count hours on, or cpu: this machine")
-    utilisation: float = Field(0.4, description="share of its peak in use")
-    shape: Path | None = Field(None, description="a config.json that stands for the model's, where the hub is far")
+    config: Path = Field(Path("config.yaml"), description="the experiment's config file")
+    gpu: str = Field("h100", description="GPU to count hours for, such as h100, a100 or rtx4090; or cpu: this machine")
+    utilisation: float = Field(0.4, description="share of the peak speed that jobs reach")
+    shape: Path | None = Field(None, description="config.json of a model of the same shape, to work without the hub")
 
     def run(self) -> None:
-        """Print it."""
+        """Print the estimate."""
         if not 0 < self.utilisation <= 1:
             raise UserError(f"--utilisation {self.utilisation}: expected a share of the peak, above 0 and at most 1.")
         experiment = load(self.config)
@@ -93,17 +93,19 @@ class Plan(Command):
 
 
 class OnGpus(Command):
-    """Run a command on GPUs that no other such command holds, for as long as it runs; wait until there are some."""
+    """Run a command on free GPUs: wait for them, and reserve them against other `hfprune on-gpus` while it runs."""
 
     words = ("on-gpus",)
     examples = ("hfprune on-gpus 2 hfprune score --model store/model/KEY --text store/text/KEY",)
-    count: Annotated[Count, POSITIONAL] = Field(description="of those that CUDA_VISIBLE_DEVICES lists, or else of all")
+    count: Annotated[Count, POSITIONAL] = Field(
+        description="number of GPUs, out of CUDA_VISIBLE_DEVICES if set, or else of all"
+    )
     rest: Annotated[list[str], Option(is_positional=True, metavar="COMMAND", takes_rest=True)] = Field(
-        [], description="what to run"
+        [], description="command to run"
     )
 
     def run(self) -> None:
-        """Run it."""
+        """Run the command."""
         from hfprune.runtime.gpus import run_on
 
         if not self.rest:

@@ -1,4 +1,4 @@
-"""Commands of the report: what was compared with what, pages, and where everything came from."""
+"""Commands for the report: overlap of texts, pages, and the origin of results."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,18 @@ from pydantic import Field
 from hfprune.cli.commands import POSITIONAL, Command, NamedPath, Option, StoreCommand
 from hfprune.cli.results import results
 from hfprune.errors import UserError
-from hfprune.stages.making import open_artifact
+from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
-from hfprune.store.results import withdraw, written
+from hfprune.store.results import publish, withdraw
 
 NamedTexts = Annotated[list[NamedPath], Option(metavar="NAME=PATH")]
 USES = ("calibration", "recovery", "fidelity", "task")  # of documents
-HELP = "an artifact's folder or manifest, and what the table calls it"
+HELP = "name for the table, and the artifact's folder or manifest"
 
 
 class Overlap(Command):
-    """Compare what is calibrated or trained on with what is tested on: documents that share 13 words in a row."""
+    """Check for contamination: find test documents that share 13 words in a row with calibration or training text."""
 
     words = ("overlap",)
     examples = (
@@ -31,11 +31,11 @@ class Overlap(Command):
     recovery: NamedTexts = Field([], description=HELP)
     fidelity: NamedTexts = Field([], description=HELP)
     task: NamedTexts = Field([], description=HELP)
-    strict: bool = Field(False, description="fail where any document overlaps")
-    output: Path = Field(description="the csv to write")
+    strict: bool = Field(False, description="fail if any document overlaps")
+    output: Path = Field(description="csv file to write")
 
     def run(self) -> None:
-        """Write the table; refuse an overlap where that is asked for."""
+        """Write the table. With `strict`, refuse an overlap."""
         from hfprune.data.contamination import Corpus, compare, refusal, write
 
         opened = {
@@ -58,39 +58,41 @@ class Overlap(Command):
 
 
 class Page(Command):
-    """Make a page of the report: a table or a figure with its title and caption."""
+    """Make one HTML page of the report: a table or a figure, with title and caption."""
 
     words = ("page",)
     examples = (
         "hfprune page --title 'Every model' --caption 'In per cent.' --output summary.html summary.csv summary.md",
     )
-    title: str = Field(description="what it is")
-    caption: str = Field(description="what a reader must know to read it")
-    output: Path = Field(description="the html to write")
-    files: Annotated[list[Path], POSITIONAL] = Field(description="a figure's svg; a table's csv, and its md; or a yaml")
+    title: str = Field(description="title of the page")
+    caption: str = Field(description="text below the title")
+    output: Path = Field(description="HTML file to write")
+    files: Annotated[list[Path], POSITIONAL] = Field(
+        description="a figure's svg; a table's csv, with its md if there is one; or a yaml"
+    )
 
     def run(self) -> None:
-        """Write it."""
+        """Write the page."""
         from hfprune.reporting.pages import page
 
         try:
             content = page(self.title, self.caption, self.files)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}.") from None
-        with written() as aside:
+        with publish() as aside:
             aside.path(self.output).write_text(content, encoding="utf-8")
 
 
 class Artifacts(Command):
-    """List artifacts, what each was made from, by which code and versions: artifacts.csv and versions.csv."""
+    """List artifacts with their inputs, code and library versions, in artifacts.csv and versions.csv."""
 
     words = ("artifacts",)
     examples = ("hfprune artifacts --output results/default/provenance store/*/*/manifest.json",)
-    output: Path = Field(description="the folder to write into")
-    manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of any stage")
+    output: Path = Field(description="folder to write to")
+    manifests: Annotated[list[Path], POSITIONAL] = Field(description="manifests or folders of artifacts")
 
     def run(self) -> None:
-        """Write both tables, from the manifests alone: whoever used the artifacts has verified their files."""
+        """Write both tables from the manifests alone. The stages that used the artifacts have verified their files."""
         from hfprune.reporting.pages import list_artifacts
 
         try:
@@ -103,7 +105,7 @@ class Artifacts(Command):
 
 
 class Provenance(StoreCommand):
-    """Print how a figure, a table or a number came to be, back to the sources."""
+    """Print how a figure, a table or a number was made, back to the sources."""
 
     words = ("provenance",)
     examples = (
@@ -112,23 +114,25 @@ class Provenance(StoreCommand):
         "hfprune provenance KEY --crate crate",
     )
     result: Annotated[str, POSITIONAL] = Field(
-        description="a file of results; an artifact's folder, or how its key begins"
+        description="a result file, an artifact's folder, or the first characters of a key"
     )
     where: Annotated[list[str], Option(metavar="COLUMN=VALUE")] = Field(
-        [], description="which rows of a csv that has a column `key`"
+        [], description="only these rows of a csv with a column `key`"
     )
-    crate: Annotated[Path | None, Option(metavar="FOLDER")] = Field(None, description="write it as an RO-Crate too")
+    crate: Annotated[Path | None, Option(metavar="FOLDER")] = Field(
+        None, description="also write an RO-Crate into this folder"
+    )
 
     def run(self) -> None:
-        """Print it."""
-        from hfprune.store.provenance import Trail, text
+        """Print the provenance."""
+        from hfprune.store.provenance import ProvenanceGraph, as_text
 
-        nodes = Trail(Store(self.store)).of(self.result, self.where)
-        print(text(nodes))
+        nodes = ProvenanceGraph(Store(self.store)).trace(self.result, self.where)
+        print(as_text(nodes))
         if self.crate:
             from hfprune.store.ro_crate import write
 
-            with written() as aside:
+            with publish() as aside:
                 metadata = write(nodes, aside.folder(self.crate))
             print(self.crate / metadata.name)
 

@@ -1,4 +1,4 @@
-"""Commands that make tables and figures of what was measured."""
+"""Commands that make tables and figures from measurements."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,20 +11,20 @@ from pydantic import Field
 from hfprune.cli.commands import POSITIONAL, Command, Option, StoreCommand
 from hfprune.errors import UserError
 from hfprune.reporting import paper_tables
-from hfprune.stages.making import open_artifact
+from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import LOSSES, PRUNING
-from hfprune.store.results import Aside, written
+from hfprune.store.results import ScratchFolders, publish
 
-Metrics = Annotated[Path, Field(description="a metrics.csv made by collect")]
-Folder = Annotated[Path, Field(description="the folder to write into")]
-TablesAndFigures = Annotated[Path, Field(description="the folder to write tables/ and figures/ into")]
+Metrics = Annotated[Path, Field(description="metrics.csv from `hfprune collect`")]
+Folder = Annotated[Path, Field(description="folder to write to")]
+TablesAndFigures = Annotated[Path, Field(description="folder to write tables/ and figures/ into")]
 
 
 @contextmanager
-def results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[Aside]:
-    """`written`, which prints the paths of the results."""
-    with written(sources) as aside:
+def results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[ScratchFolders]:
+    """`publish`, which prints the paths of the results."""
+    with publish(sources) as aside:
         yield aside
     for path in aside.places:
         print(path)
@@ -33,17 +33,17 @@ def results(sources: Sequence[Artifact | Path] | None = None) -> Iterator[Aside]
 def write_and_draw(
     output: Path, name: str, table: Any, draw: Callable[[Any, Path], object], sources: list[Artifact]
 ) -> None:
-    """Write a table (a DataFrame) made from `sources` as tables/`name`.csv, and draw its figures into figures/."""
+    """Write a table (a DataFrame) made from `sources` to tables/`name`.csv, and draw its figures into figures/."""
     with results(sources) as aside:
         table.to_csv(aside.folder(output / "tables") / f"{name}.csv", index=False)
         draw(table, aside.folder(output / "figures"))
 
 
 def by_key(option: str, words: Sequence[str]) -> dict[str, str]:
-    """Names by the keys of artifacts, of words NAME=KEY.
+    """Read words NAME=KEY as a dict: artifact key -> name.
 
     Raises:
-        UserError: one is not of this form.
+        UserError: a word does not have this form.
     """
     names = {}
     for word in words:
@@ -54,56 +54,56 @@ def by_key(option: str, words: Sequence[str]) -> dict[str, str]:
     return names
 
 
-class OfMethods(StoreCommand):
-    """A command whose results name methods."""
+class WithMethods(StoreCommand):
+    """A command whose results show method names."""
 
     method: Annotated[list[str], Option(metavar="NAME=KEY", is_repeated=True)] = Field(
         [],
-        description="what the method is called that cut a model; repeat it (default: the preset of its recipe)",
+        description="name of the method that cut the model KEY; repeat for each (default: the preset of its recipe)",
     )
 
     def methods(self) -> dict[str, str]:
-        """Names of methods by the keys of the models that they cut."""
+        """Method names by the keys of the cut models."""
         return by_key("method", self.method)
 
 
-class OfTexts(OfMethods):
-    """A command whose results name held-out texts too."""
+class WithTexts(WithMethods):
+    """A command whose results also show names of held-out texts."""
 
     text: Annotated[list[str], Option(metavar="NAME=KEY", is_repeated=True)] = Field(
         [],
-        description="what a held-out text is called, the first of the tables first; repeat it "
+        description="name of the held-out text KEY; repeat for each, the main text of the tables first "
         "(default: its file's name)",
     )
 
     def names(self) -> Any:
-        """What methods and held-out texts are called: `identity.Names`."""
+        """Names of methods and held-out texts, a `identity.Names`."""
         from hfprune.reporting.identity import Names
 
         return Names(self.methods(), by_key("text", self.text))
 
 
-class Collect(OfTexts):
-    """Gather what was measured and evaluated into one metrics.csv."""
+class Collect(WithTexts):
+    """Collect the results of measure and evaluate in one metrics.csv."""
 
     words = ("collect",)
     examples = ("hfprune collect --output metrics.csv store/measure/*/manifest.json store/evaluate/*/manifest.json",)
-    output: Path = Field(description="the metrics.csv to write")
+    output: Path = Field(description="metrics.csv to write")
     manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of measure and evaluate")
 
     def run(self) -> None:
-        """Write it."""
+        """Write the file."""
         from hfprune.reporting.metrics import collect
 
         artifacts = [open_artifact(path, "measure", "evaluate") for path in self.manifests]
         metrics = collect(artifacts, Store(self.store), self.names())
-        with written(artifacts) as aside:
+        with publish(artifacts) as aside:
             metrics.to_csv(aside.path(self.output), index=False)
         print(f"{self.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
 
 
-class Differences(OfTexts):
-    """Compare models document by document: intervals of each, differences of each pair, and their tests."""
+class Differences(WithTexts):
+    """Compare models document by document: confidence intervals, paired differences and their tests."""
 
     words = ("differences",)
     examples = ("hfprune differences --output results/default/tables store/measure/*/ store/evaluate/*/",)
@@ -122,8 +122,8 @@ class Differences(OfTexts):
                 table.to_csv(aside.folder(self.output) / f"{name}.csv", index=False)
 
 
-class Profile(OfTexts):
-    """Where models fail: fidelity by position and by the dense model's entropy."""
+class Profile(WithTexts):
+    """Show where models fail: fidelity by position and by the dense model's entropy."""
 
     words = ("profile",)
     examples = ("hfprune profile --output results/default store/measure/*/",)
@@ -131,7 +131,7 @@ class Profile(OfTexts):
     manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of measure")
 
     def run(self) -> None:
-        """Write the table and draw it."""
+        """Write the table and its figure."""
         from hfprune.reporting.figures import draw_profile
         from hfprune.reporting.samples import read_profiles
 
@@ -141,7 +141,7 @@ class Profile(OfTexts):
 
 
 class Tables(Command):
-    """Make the tables of results and of costs: csv, md and tex."""
+    """Write the summary and cost tables as csv, md and tex."""
 
     words = ("tables",)
     examples = ("hfprune tables --metrics results/default/metrics.csv --output results/default/tables",)
@@ -149,7 +149,7 @@ class Tables(Command):
     output: Folder
 
     def run(self) -> None:
-        """Write them."""
+        """Write the tables."""
         from hfprune.reporting.metrics import read_metrics
         from hfprune.reporting.summary import write_tables
 
@@ -158,7 +158,7 @@ class Tables(Command):
 
 
 class Figures(Command):
-    """Draw the figures: png, pdf and svg."""
+    """Draw accuracy and KL divergence against the pruning ratio, as png, pdf and svg."""
 
     words = ("figures",)
     examples = ("hfprune figures --metrics results/default/metrics.csv --output results/default/figures",)
@@ -166,7 +166,7 @@ class Figures(Command):
     output: Folder
 
     def run(self) -> None:
-        """Draw them."""
+        """Draw the figures."""
         from hfprune.reporting.figures import draw
         from hfprune.reporting.metrics import read_metrics
 
@@ -175,19 +175,19 @@ class Figures(Command):
 
 
 class Pareto(Command):
-    """Draw what models are worth against their speed, and against what it took to make them."""
+    """Draw the quality of models against their speed, and against the cost of making them."""
 
     words = ("pareto",)
     examples = (
         "hfprune pareto --metrics results/default/metrics.csv --timings results/default/efficiency.csv \\\n"
         "    --output results/default/figures",
     )
-    timings: Path = Field(description="the csv of `hfprune efficiency`")
+    timings: Path = Field(description="csv from `hfprune efficiency`")
     metrics: Metrics
     output: Folder
 
     def run(self) -> None:
-        """Draw it."""
+        """Draw the figure."""
         from hfprune.reporting.figures import draw_pareto
         from hfprune.reporting.metrics import read_metrics
         from hfprune.reporting.paper_sheets import read_timings
@@ -197,15 +197,15 @@ class Pareto(Command):
 
 
 class Compare(Command):
-    """Compare scores: importance per layer, agreement between criteria and between seeds."""
+    """Compare scores: importance per layer, and agreement between criteria and between seeds."""
 
     words = ("compare",)
     examples = ("hfprune compare --output results/default store/score/*/manifest.json",)
     output: TablesAndFigures
-    scores: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of score, of one model")
+    scores: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of score, all of one model")
 
     def run(self) -> None:
-        """Write the table and draw it."""
+        """Write the table and its figure."""
         from hfprune.reporting.agreement import compare
         from hfprune.reporting.figures import draw_scores
 
@@ -215,8 +215,8 @@ class Compare(Command):
         write_and_draw(self.output, "agreement", compare(scores), partial(draw_scores, scores), scores)
 
 
-class Table(OfTexts):
-    """Make one of the paper's tables, the published rows below ours: csv, md and tex."""
+class Table(WithTexts):
+    """Write one of the paper's tables as csv, md and tex, with the published rows below ours."""
 
     words = ("table",)
     examples = (
@@ -224,16 +224,16 @@ class Table(OfTexts):
         "hfprune table table3 --output tables results/default/metrics.csv results/qwen2.5-0.5b/metrics.csv",
     )
     name: Annotated[Literal[tuple(sorted([*paper_tables.TABLES, *paper_tables.FILE_TABLES]))], POSITIONAL] = Field(
-        description=f"which: {', '.join(sorted([*paper_tables.TABLES, *paper_tables.FILE_TABLES]))}"
+        description="table to write"
     )
     output: Folder
-    published: Path = Field(Path("results/published"), description="folder of the published values")
+    published: Path = Field(Path("results/published"), description="folder with the published values")
     sources: Annotated[list[Path], POSITIONAL] = Field(
-        description="artifacts of measure and evaluate; of tables 3, 4 and 5 their csv files"
+        description="artifacts of measure and evaluate; for tables 3, 4 and 5 the csv files"
     )
 
     def run(self) -> None:
-        """Write it."""
+        """Write the table."""
         from hfprune.reporting import paper_sheets
 
         published = self.published / f"{self.name}.csv"
@@ -251,8 +251,8 @@ class Table(OfTexts):
             sheet.write(aside.folder(self.output), self.name)
 
 
-class Widths(OfMethods):
-    """Draw what every layer of pruned models keeps."""
+class Widths(WithMethods):
+    """Draw how many units each layer of pruned models keeps."""
 
     words = ("widths",)
     examples = ("hfprune widths --output results/default store/prune/*/manifest.json",)
@@ -260,7 +260,7 @@ class Widths(OfMethods):
     manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of prune")
 
     def run(self) -> None:
-        """Write the table and draw it."""
+        """Write the table and its figure."""
         from hfprune.reporting.curves import kept_widths
         from hfprune.reporting.figures import draw_widths
 
@@ -269,8 +269,8 @@ class Widths(OfMethods):
         write_and_draw(self.output, "widths", table, draw_widths, models)
 
 
-class Losses(OfMethods):
-    """Draw the loss curves of recovery."""
+class Losses(WithMethods):
+    """Draw the loss curves of recovery training."""
 
     words = ("losses",)
     examples = ("hfprune losses --output results/default store/recover/*/manifest.json",)
@@ -278,7 +278,7 @@ class Losses(OfMethods):
     manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of recover")
 
     def run(self) -> None:
-        """Write the table and draw it."""
+        """Write the table and its figure."""
         from hfprune.reporting.curves import training_curves
         from hfprune.reporting.figures import draw_losses
 

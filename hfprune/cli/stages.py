@@ -1,24 +1,25 @@
-"""A command for each stage, from its declaration."""
+"""The stages' commands, made from the stages' declarations."""
 
 import argparse
 from functools import partial
 from typing import Any
 
-from hfprune.cli.commands import StoreCommand, add_command, add_options, given, spelled
+from hfprune.cli.commands import StoreCommand, add_command, add_options, flag, validated
 from hfprune.experiment.schema import parse
 from hfprune.runtime.paths import expanded
 from hfprune.stages.declaration import Stage
-from hfprune.stages.making import make, open_artifact
 from hfprune.stages.registry import STAGES
+from hfprune.stages.run import make, open_artifact
 from hfprune.store.artifacts import Store
 
 
 def add_stages(commands: Any) -> None:
-    """The commands of all stages; those that use the network stand below `download`."""
-    download = commands.add_parser("download", help="get a model, a text or a task's documents: the only stage online")
+    """Add the commands of all stages. Those that use the network go below `download`."""
+    download_help = "Get a model, a text or a task's documents. No other stage uses the network."
+    download = commands.add_parser("download", help=download_help, description=download_help)
     kinds = download.add_subparsers(dest="kind", metavar="KIND", required=True)
     for stage in STAGES.values():
-        if not stage.is_inner:
+        if not stage.is_internal:
             parsers = kinds if stage.is_online else commands
             _add_options(
                 add_command(parsers, stage.name, stage.description, stage.examples, partial(_make, stage)), stage
@@ -26,10 +27,10 @@ def add_stages(commands: Any) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser, stage: Stage) -> None:
-    """The options of a stage's command: its inputs, its parameters, and where the artifact goes."""
+    """Add the options of a stage's command: its inputs, its parameters, the store and the key."""
     for name, source in stage.inputs.items():
         parser.add_argument(
-            spelled(name),
+            flag(name),
             type=expanded,
             nargs="+" if source.several else None,
             required=not source.optional,
@@ -41,16 +42,16 @@ def _add_options(parser: argparse.ArgumentParser, stage: Stage) -> None:
             nargs="+",
             default=[],
             metavar=stage.together.upper(),
-            help="these too, if missing, in the same pass",
+            help="further ones to make in the same pass, if missing in the store",
         )
     add_options(parser, stage.parameters)
     add_options(parser, StoreCommand)
-    parser.add_argument("--key", help="refuse to work if the artifact's key is not this one")
+    parser.add_argument("--key", help="fail if the artifact would not have this key")
 
 
 def _make(stage: Stage, args: argparse.Namespace) -> None:
-    """Make a stage's artifact, and print its folder."""
-    parameters, store = given(args, stage.parameters), Store(given(args, StoreCommand).store)
+    """Make a stage's artifact and print its folder."""
+    parameters, store = validated(args, stage.parameters), Store(validated(args, StoreCommand).store)
     together = [
         parse(stage.parameters, parameters.model_dump() | {stage.together: value}, f"hfprune {args.command}")
         for value in getattr(args, "together", [])
@@ -63,7 +64,7 @@ def _make(stage: Stage, args: argparse.Namespace) -> None:
         artifacts = [open_artifact(path, *source.stages) for path in paths]
         inputs[name] = artifacts if source.several else artifacts[0] if artifacts else None
     artifact = make(stage, parameters, inputs, store, args.key, together)
-    if artifact:  # else another process makes it
+    if artifact:  # None in a process that only helps another one
         print(artifact.folder)
         if stage.after:
             stage.after(artifact)

@@ -1,4 +1,4 @@
-"""Commands about what the store holds."""
+"""Commands that manage the store."""
 
 import sys
 from pathlib import Path
@@ -13,13 +13,15 @@ from hfprune.experiment.schema import load
 from hfprune.store.artifacts import Store
 
 
-class Held(Command):
-    """A command about a store, given by itself or by the experiments that use it."""
+class ManageStore(Command):
+    """A command on a store, which `--store` or the experiments' configs name."""
 
-    store: Path | None = Field(None, description="default: the configs', HFPRUNE_STORE, or else store")
+    store: Path | None = Field(
+        None, description="folder of the store (default: the configs' store, $HFPRUNE_STORE, or else store)"
+    )
 
     def opened(self, configs: list[Path]) -> tuple[Store, list[Plan]]:
-        """The store, and the plans of the experiments."""
+        """Open the store, and plan the experiments."""
         plans = [Plan(load(file)) for file in configs]
         roots = {self.store} if self.store else {plan.store.root for plan in plans} or {store_root(Path("store"))}
         if len(roots) > 1:
@@ -29,32 +31,32 @@ class Held(Command):
         return Store(roots.pop()), plans
 
 
-class List(Held):
-    """Show every artifact: what it is, what it was made from, its size, and the experiments that use it."""
+class List(ManageStore):
+    """List every artifact with its inputs, its size and the experiments that use it."""
 
     words = ("store", "list")
     examples = ("hfprune store list --config config.yaml configs/llama-2-7b.yaml",)
     config: list[Path] = Field([], description="the experiments' config files")
 
     def run(self) -> None:
-        """Print it."""
+        """Print the list."""
         from hfprune.experiment import inventory
 
         store, plans = self.opened(self.config)
         print(inventory.listing(inventory.entries(store), inventory.users(plans, store)))
 
 
-class Verify(Held):
-    """Compare every file with the sha256 in its manifest, and set aside what is damaged."""
+class Verify(ManageStore):
+    """Compare every file with the SHA-256 in its manifest, and set damaged artifacts aside."""
 
     words = ("store", "verify")
     examples = ("hfprune store verify --store /group/store",)
     keys: Annotated[list[str], Option(is_positional=True, metavar="KEY")] = Field(
-        [], description="only these artifacts"
+        [], description="verify only these artifacts (default: all)"
     )
 
     def run(self) -> None:
-        """Print what is damaged."""
+        """Print the damaged artifacts."""
         from hfprune.experiment import inventory
 
         store, _ = self.opened([])
@@ -74,16 +76,16 @@ class Verify(Held):
         print(f"{sum(entry.kind == 'artifact' for entry in chosen)} artifacts: every file is as its manifest says")
 
 
-class Prune(Held):
-    """Show what none of these experiments uses, and remove it once you have said yes."""
+class Prune(ManageStore):
+    """List the artifacts that none of these experiments uses, and remove them after you confirm."""
 
     words = ("store", "prune")
     examples = ("hfprune store prune --config config.yaml configs/llama-2-7b.yaml",)
-    yes: bool = Field(False, description="remove it without a question")
+    yes: bool = Field(False, description="remove without asking")
     config: list[Path] = Field(description="the experiments' config files")
 
     def run(self) -> None:
-        """Ask, and remove it."""
+        """Ask, then remove."""
         from hfprune.experiment import inventory
 
         store, plans = self.opened(self.config)

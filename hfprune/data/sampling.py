@@ -1,4 +1,4 @@
-"""From documents to token sequences: which stretch of which document, decided by a seed alone."""
+"""Sampling of token sequences from documents. Only the seed decides which documents and which tokens."""
 
 import random
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def read_documents(folder: Path) -> list[str]:
     """The documents of a downloaded text, in order.
 
     Raises:
-        UserError: it holds instructions.
+        UserError: the text consists of instructions.
     """
     records = read_records(folder)
     if any("text" not in record for record in records):
@@ -27,7 +27,7 @@ def read_documents(folder: Path) -> list[str]:
 
 
 def check_vocabulary(largest: int, vocabulary: int) -> None:
-    """Refuse a tokenizer that gives ids which the model does not know.
+    """Refuse a tokenizer with token ids that the model does not know.
 
     Raises:
         UserError: the `largest` id is not below `vocabulary`.
@@ -40,16 +40,16 @@ def check_vocabulary(largest: int, vocabulary: int) -> None:
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before and behind every text by itself, token ids.
+    """The token ids that a tokenizer adds before and after every text.
 
     Raises:
-        UserError: it does more than that.
+        UserError: it changes the text's own tokens too.
     """
-    bare, whole = (tokenizer("a", add_special_tokens=way)["input_ids"] for way in (False, True))
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start], whole[start + len(bare) :]
-    raise UserError(f"the tokenizer gives {whole} for 'a' and without special tokens {bare}: no part of that.")
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    raise UserError(f"the tokenizer gives {whole} for 'a' and without special tokens {plain}: no part of that.")
 
 
 def sample_sequences(
@@ -69,10 +69,10 @@ def draw_sequences(
     seed: int,
     origin: str,
 ) -> Tensor:
-    """One stretch of `length` tokens out of each of `samples` documents.
+    """Sample one sequence of `length` tokens from each of `samples` documents.
 
-    Documents come in an order shuffled by the seed; those shorter than `length` tokens are passed over; the stretch
-    begins at a random token. Nothing is padded, no special token is added, nothing crosses a document's end.
+    Documents are shuffled by the seed, and those shorter than `length` tokens are skipped. A sequence begins at a
+    random token of its document. There is no padding, no special token, and no sequence crosses a document's end.
 
     Args:
         tokenizer: the model's.
@@ -91,22 +91,22 @@ def draw_sequences(
             tokenizer is not the model's.
     """
     check_lengths(config.to_dict(), {"length": length})
-    choose = random.Random(seed)  # Mersenne Twister: the same on every machine and version
+    generator = random.Random(seed)  # Mersenne Twister: the same on every machine and version
     order = list(range(len(documents)))
-    choose.shuffle(order)
-    found: list[list[int]] = []
+    generator.shuffle(order)
+    sequences: list[list[int]] = []
     for index in order:
-        if len(found) == samples:
+        if len(sequences) == samples:
             break
         ids = tokenizer(documents[index], add_special_tokens=False)["input_ids"]
         if len(ids) >= length:
-            start = choose.randrange(len(ids) - length + 1)
-            found.append(ids[start : start + length])
-    if len(found) < samples:
+            start = generator.randrange(len(ids) - length + 1)
+            sequences.append(ids[start : start + length])
+    if len(sequences) < samples:
         raise UserError(
-            f"{origin}: only {len(found)} of its {len(documents)} documents have {length} tokens, and "
+            f"{origin}: only {len(sequences)} of its {len(documents)} documents have {length} tokens, and "
             f"{samples} are asked for. Set a smaller `samples` or `length`, or give a longer text."
         )
-    sequences = torch.tensor(found)
-    check_vocabulary(int(sequences.max()), config.vocab_size)
-    return sequences
+    tokens = torch.tensor(sequences)
+    check_vocabulary(int(tokens.max()), config.vocab_size)
+    return tokens

@@ -1,4 +1,4 @@
-"""From an experiment to the artifacts that it takes: what is made from what, under which key."""
+"""From an experiment to its artifacts: what is made from what, under which key."""
 
 import os
 from collections import defaultdict
@@ -15,16 +15,16 @@ from hfprune.pruning.criteria import passes
 from hfprune.reporting.paper_tables import Setting
 from hfprune.runtime.paths import expanded
 from hfprune.stages.declaration import Parameters
-from hfprune.stages.making import recipe
 from hfprune.stages.prune import PruneParameters
 from hfprune.stages.registry import STAGES
+from hfprune.stages.run import recipe
 from hfprune.stages.score import ScoreParameters
 from hfprune.stages.sources import Source
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
 from hfprune.store.keys import Recipe
 
-# By stage, the inputs whose manifests say which model an artifact is of and on what: see `reporting.identity`.
+# For each stage, the inputs whose manifests name an artifact's model and text; see `reporting.identity`.
 DESCRIBING = {
     "evaluate": ("model",),
     "measure": ("model", "reference"),
@@ -39,16 +39,16 @@ class Job:
     """One artifact to make.
 
     Attributes:
-        recipe: what it is.
-        given: the stage's parameters.
-        inputs: the jobs whose artifacts it is made from, by the stage's names for them.
-        label: what it is, for people.
-        together: of several criteria that are scored in one pass, the other ones.
-        after: of several criteria that are scored in one pass, the job that makes this artifact too.
+        recipe: recipe of the artifact.
+        settings: all parameters of the stage, also those that do not affect the content.
+        inputs: the jobs of its inputs, by the stage's names for them.
+        label: description for display.
+        together: if several criteria share one pass: the other criteria.
+        after: if several criteria share one pass: the job that runs it.
     """
 
     recipe: Recipe
-    given: Parameters
+    settings: Parameters
     inputs: Mapping[str, "Job | list[Job]"]
     label: str
     together: tuple[str, ...] = ()
@@ -56,22 +56,22 @@ class Job:
 
     @property
     def parameters(self) -> Mapping[str, Any]:
-        """What of its stage's parameters decides the artifact's content."""
+        """The stage's parameters that affect the artifact's content."""
         return self.recipe.parameters
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The command-line options beside those of its inputs."""
-        return options(self.given.options() | ({"together": self.together} if self.together else {}))
+        """The command-line options, without those of its inputs."""
+        return options(self.settings.options() | ({"together": self.together} if self.together else {}))
 
     @property
     def sources(self) -> list["Job"]:
         """The jobs of `inputs`, in one list."""
-        return [job for made in self.inputs.values() for job in (made if isinstance(made, list) else [made])]
+        return [job for source in self.inputs.values() for job in (source if isinstance(source, list) else [source])]
 
     @property
     def waits_for(self) -> list["Job"]:
-        """All jobs that must have ended before."""
+        """All jobs that must end before this one starts."""
         return [*self.sources, *([self.after] if self.after else [])]
 
     @property
@@ -81,7 +81,7 @@ class Job:
 
     @property
     def is_light(self) -> bool:
-        """Whether it runs no model, so that a GPU would stand idle: shards are put together, or a cut made as it is."""
+        """Whether it runs no model and so needs no GPU: it merges shards, or cuts without a refit."""
         return "shards" in self.inputs or self.recipe.parameters.get("refit") == "none"
 
 
@@ -108,7 +108,7 @@ class Model:
 
     @property
     def setting(self) -> Setting:
-        """How results will name it."""
+        """Its setting in tables and figures."""
         if not self.cut:
             return Setting("none", "none", "none", "none", self.recovery, None)
         budget = (self.cut.ratio, self.cut.ratio_of, self.cut.target_parameters)
@@ -116,7 +116,7 @@ class Model:
 
 
 class Plan:
-    """All jobs of an experiment, and the store that they fill.
+    """All jobs of an experiment, and their store.
 
     Attributes:
         store: the folder of all artifacts.
@@ -151,21 +151,21 @@ class Plan:
 
     @property
     def needed(self) -> list[Job]:
-        """Every job that the results rest on, each after those that it is made from."""
+        """Every job that the results depend on, after its own inputs."""
         results = [*self.scores, *(job for model in self.models for job in model.results)]
         return _with_sources(results, lambda job: job.sources)
 
     def described(self, jobs: Iterable[Job]) -> list[Job]:
-        """Those jobs after the ones that say which models they are of: all that a table or figure of them reads."""
+        """The jobs, after the jobs that describe their models and texts: all that a table or figure reads."""
         return _with_sources(jobs, lambda job: [job.inputs[name] for name in DESCRIBING.get(job.recipe.stage, ())])
 
     def lost_parts(self, jobs: Iterable[Job]) -> list[Job]:
-        """Of those jobs that evaluate and are done, the results of single tasks that the store has no longer."""
-        done = {job.key for job in jobs if self.has(job)}
-        return [part for part in self.parts.values() if part.after.key in done and not self.has(part)]
+        """The jobs of single tasks whose results the store lacks although the evaluation of all tasks is finished."""
+        finished = {job.key for job in jobs if self.has(job)}
+        return [part for part in self.parts.values() if part.after.key in finished and not self.has(part)]
 
     def waited_for(self, stage: str) -> list[str]:
-        """The keys of those jobs of a stage that others of the same stage wait for."""
+        """The keys of a stage's jobs that other jobs of the same stage wait for."""
         ahead = [job for waiting in self.jobs[stage].values() for job in waiting.waits_for]
         behind = _with_sources(ahead, lambda job: job.waits_for)
         return [job.key for job in behind if job.recipe.stage == stage]
@@ -173,19 +173,19 @@ class Plan:
     @property
     def timed(self) -> list[Job]:
         """The dense model, and one for each cut, by the first method that makes it, of the first seed."""
-        found: dict[PruneParameters, Job] = {}
+        first_jobs: dict[PruneParameters, Job] = {}
         for model in self.cuts:
-            found.setdefault(model.cut, model.job)
-        return [*self.jobs["model"].values(), *found.values()]
+            first_jobs.setdefault(model.cut, model.job)
+        return [*self.jobs["model"].values(), *first_jobs.values()]
 
     @property
     def light_cuts(self) -> list[Job]:
         """The scores that some criteria silence neurons by first, of the first calibration seed."""
-        found: dict[str, Job] = {}
+        scores: dict[str, Job] = {}
         for job in self.scores:
             if "light_cut" in job.inputs:
-                found.setdefault(job.inputs["light_cut"].recipe.parameters["criterion"], job.inputs["light_cut"])
-        return list(found.values())
+                scores.setdefault(job.inputs["light_cut"].recipe.parameters["criterion"], job.inputs["light_cut"])
+        return list(scores.values())
 
     @property
     def sampling(self) -> tuple[str, ...]:
@@ -198,17 +198,17 @@ class Plan:
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
-        asked = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, _, cut in self.experiment.cuts())
-        return [dict(zip(names, values, strict=True)) for values in asked]
+        budgets = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, _, cut in self.experiment.cuts())
+        return [dict(zip(names, values, strict=True)) for values in budgets]
 
     @property
     def lengths(self) -> dict[str, int]:
         """How long the sequences are that go through models, in tokens, by the config's keys."""
-        found = {"calibration.length": self.experiment.calibration.length}
-        found["fidelity.length"] = self.experiment.fidelity.length
+        lengths = {"calibration.length": self.experiment.calibration.length}
+        lengths["fidelity.length"] = self.experiment.fidelity.length
         for name in sorted({model.recovery for model in self.models} - {"none"}):
-            found[f"recovery.{name}.length"] = self.experiment.recovery[name].length
-        return found
+            lengths[f"recovery.{name}.length"] = self.experiment.recovery[name].length
+        return lengths
 
     def refuse_misfits(self) -> None:
         """Refuse cuts that the dense model cannot give and sequences that it cannot read, where it is in the store.
@@ -222,18 +222,18 @@ class Plan:
             check(self.store.folder(model.recipe), self.budgets)
 
     def manifest(self, job: Job) -> str:
-        """The file that stands for a job's artifact."""
+        """The manifest of a job's artifact."""
         return str(self.store.folder(job.recipe) / MANIFEST)
 
     def has(self, job: Job) -> bool:
-        """Whether a job's artifact is there."""
+        """Whether the store has a job's artifact."""
         return self.store.has(job.recipe.stage, job.key)
 
     def command(self, job: Job) -> list[str]:
         """The words after `hfprune` that make a job's artifact."""
         words = [*STAGES[job.recipe.stage].words]
-        for name, made in job.inputs.items():
-            jobs = made if isinstance(made, list) else [made]
+        for name, source in job.inputs.items():
+            jobs = source if isinstance(source, list) else [source]
             words += [f"--{name.replace('_', '-')}", *map(self.manifest, jobs)]
         return [*words, *job.options, "--key", job.key, "--store", str(self.store.root)]
 
@@ -304,7 +304,7 @@ class Plan:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
         sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
         whole = self.add("evaluate", sampling, {"model": model.job, "tasks": list(tasks.values())}, model.label)
-        parts = [recipe(*part) for part in STAGES["evaluate"].parts(whole.given, whole.inputs).values()]
+        parts = [recipe(*part) for part in STAGES["evaluate"].parts(whole.settings, whole.inputs).values()]
         self.parts |= {part.key: replace(whole, recipe=part, after=whole) for part in parts}
         return whole
 
@@ -365,24 +365,24 @@ class Plan:
             inputs: by the stage's names.
             label, together, after: see `Job`.
         """
-        given = STAGES[stage].parameters(**parameters)
-        job = Job(recipe(STAGES[stage], given, inputs), given, inputs, label, together, after)
+        settings = STAGES[stage].parameters(**parameters)
+        job = Job(recipe(STAGES[stage], settings, inputs), settings, inputs, label, together, after)
         return self.jobs[stage].setdefault(job.key, job)
 
 
 def _with_sources(jobs: Iterable[Job], sources: Callable[[Job], list[Job]]) -> list[Job]:
-    """Jobs and all that lies behind them, each once, after its sources."""
-    found: dict[tuple[str, str], Job] = {}
+    """The jobs and all their direct and indirect sources, without repeats, sources first."""
+    ordered: dict[tuple[str, str], Job] = {}
 
     def add(job: Job) -> None:
-        if (job.recipe.stage, job.key) not in found:
+        if (job.recipe.stage, job.key) not in ordered:
             for source in sources(job):
                 add(source)
-            found[job.recipe.stage, job.key] = job
+            ordered[job.recipe.stage, job.key] = job
 
     for job in jobs:
         add(job)
-    return list(found.values())
+    return list(ordered.values())
 
 
 def store_root(configured: Path) -> Path:

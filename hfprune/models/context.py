@@ -1,4 +1,4 @@
-"""How many tokens of a row a model knows places for."""
+"""The context length of a model, and its check."""
 
 import json
 from collections.abc import Mapping
@@ -9,22 +9,21 @@ from hfprune.errors import UserError
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """The longest sequence that a model is made for, in tokens; None where its config does not say.
+    """The longest sequence that a model supports, in tokens; None if its config does not say.
 
-    It is `max_position_embeddings`, which some kinds of RoPE scaling raise: linear, dynamic and yarn by their factor,
-    yarn from `original_max_position_embeddings` where that is given. Of llama3 and longrope the config's number is
-    that of the scaled model.
+    It is `max_position_embeddings`. RoPE scaling of type linear, dynamic or yarn multiplies it by a factor; yarn starts
+    from `original_max_position_embeddings` if the config has it. For llama3 and longrope the number is the scaled one.
 
     Args:
         config: the keys of a config.json.
     """
-    most = config.get("max_position_embeddings")
+    limit = config.get("max_position_embeddings")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
-    if most and factor and kind in ("linear", "dynamic", "yarn"):
+    if limit and factor and kind in ("linear", "dynamic", "yarn"):
         original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
-        return max(most, int((original or most) * factor))
-    return most
+        return max(limit, int((original or limit) * factor))
+    return limit
 
 
 def check_lengths(config: Mapping[str, Any], lengths: Mapping[str, int]) -> None:
@@ -32,22 +31,22 @@ def check_lengths(config: Mapping[str, Any], lengths: Mapping[str, int]) -> None
 
     Args:
         config: the keys of a config.json.
-        lengths: tokens, by what messages call them.
+        lengths: tokens, by the name in messages.
 
     Raises:
-        UserError: one line for each that is too long.
+        UserError: one line for every length that is too large.
     """
-    most = context_length(config)
+    limit = context_length(config)
     faults = [
-        f"{name} = {length}: the model knows {most} positions (max_position_embeddings and RoPE scaling in its "
-        f"config.json). Write {most} or less."
+        f"{name} = {length}: the model knows {limit} positions (max_position_embeddings and RoPE scaling in its "
+        f"config.json). Write {limit} or less."
         for name, length in lengths.items()
-        if most and length > most
+        if limit and length > limit
     ]
     if faults:
         raise UserError("\n".join(faults))
 
 
 def check_checkpoint(folder: Path, lengths: Mapping[str, int]) -> None:
-    """`check_lengths` of the checkpoint in a folder."""
+    """`check_lengths` for the checkpoint in a folder."""
     check_lengths(json.loads((folder / "config.json").read_text(encoding="utf-8")), lengths)

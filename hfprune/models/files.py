@@ -1,4 +1,4 @@
-"""Which files of a checkpoint's folder are taken: named ones, and none that a link fetches from elsewhere."""
+"""Which files of a checkpoint's folder are used: known names only, and no links to files outside the folder."""
 
 import sys
 from pathlib import Path
@@ -11,37 +11,33 @@ MODEL = (*WEIGHTS, "config.json", *HISTORY)
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights, or says which file holds which."""
+    """Whether a file holds weights or their index."""
     return is_one_of(WEIGHTS, name)
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of a checkpoint's folder is taken: what the model is made of, and what goes with it.
-
-    Args:
-        name: its path below the folder.
-    """
+    """Whether a file, by its path below the checkpoint's folder, is used: model files and their companions."""
     return is_one_of(MODEL, name) or is_companion(name)
 
 
 def is_out_of_folder(file: Path, folder: Path) -> bool:
-    """Whether a path in a checkpoint's folder is, or stands behind, a link that leads out of it.
+    """Whether a path in a checkpoint's folder is, or passes through, a link to a place outside it.
 
-    The snapshots in the hub's cache consist of links to the blobs of the same repository: those are no way out.
+    A snapshot in the hub's cache consists of links to the blobs of its repository; those count as inside.
     """
     home = folder.resolve()
-    inside = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
     target = file.resolve()
-    return not any(target.is_relative_to(place) for place in inside)
+    return not any(target.is_relative_to(place) for place in allowed)
 
 
 def model_files(folder: Path) -> list[str]:
-    """The paths, below a local checkpoint's folder, of the files that are taken.
+    """The files of a local checkpoint that are used, as paths below its folder.
 
-    A link that leads out of the folder is not followed: nobody said that what it leads to may be shared.
+    A link to a place outside the folder is not followed: its target may not be meant for sharing.
 
     Raises:
-        UserError: weights, config or tokenizer are such a link, or one that leads nowhere.
+        UserError: weights, config or tokenizer are such a link, or a broken one.
     """
     names = []
     for file in sorted([*folder.glob("*"), *folder.glob("*/*")]):
@@ -51,8 +47,8 @@ def model_files(folder: Path) -> list[str]:
         if file.is_file() and not is_out_of_folder(file, folder):
             names.append(name)
             continue
-        leads = f"a link that leads {'out of the folder' if file.exists() else 'nowhere'}, to {file.resolve()}"
+        reason = f"a link that leads {'out of the folder' if file.exists() else 'nowhere'}, to {file.resolve()}"
         if is_one_of((*MODEL, *TOKENIZER), name):
-            raise UserError(f"{file}: {leads}. Put the file itself in its place, or remove the link.")
-        print(f"{file}: {leads}: left out", file=sys.stderr)
+            raise UserError(f"{file}: {reason}. Put the file itself in its place, or remove the link.")
+        print(f"{file}: {reason}: left out", file=sys.stderr)
     return names

@@ -1,8 +1,8 @@
-"""A GGUF file as the checkpoint that it was written from, in float32.
+"""Conversion of a GGUF file into a plain float32 checkpoint.
 
-transformers dequantises the tensors and makes the tokenizer. The config is made here: what transformers reads of a
-header leaves out RoPE scaling, the heads' size of Qwen and special tokens, and takes defaults in their place. A header
-or a tensor that says more than is read here is refused, so that nothing that changes the model is dropped.
+transformers dequantises the tensors and builds the tokenizer. The config is built here, because transformers ignores
+RoPE scaling, the head size of Qwen and special tokens in the header and uses defaults instead. Keys and tensors that
+are not known here are refused, so that nothing that changes the model is dropped.
 """
 
 import math
@@ -17,10 +17,10 @@ from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_h
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hfprune.errors import UserError
-from hfprune.models.integrity import shown
+from hfprune.models.integrity import first_few
 
-FAMILIES = ("llama", "qwen2", "qwen3")  # a Mistral is written as a Llama
-NEEDED = {
+FAMILIES = ("llama", "qwen2", "qwen3")  # GGUF stores a Mistral as a Llama
+REQUIRED = {  # key of the header -> key of config.json
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
@@ -29,21 +29,21 @@ NEEDED = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-READ = {
-    *NEEDED, "vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base",
+KNOWN = {
+    *REQUIRED, "vocab_size", "attention.key_length", "attention.value_length", "rope.dimension_count", "rope.freq_base",
     "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length",
     "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
-# Keys that change nothing where they have this value (None: any).
+# Keys that do not change the model if they have this value (None: any).
 WITHOUT_EFFECT = {
     "rope.scaling.finetuned": None, "tensor_data_layout": None, "expert_count": 0, "expert_used_count": None,
     "attention.causal": True, "use_parallel_residual": False, "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_log_multiplier": 0.0,
 }  # fmt: skip
-BIASES = {"attention": "attn_q", "mlp": "ffn_gate"}  # the layer that tells whether a part has any
+BIASES = {"attention": "attn_q", "mlp": "ffn_gate"}  # a part has biases if this tensor has one
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-FREQUENCIES = "rope_freqs.weight"  # by what llama3's scaling divides each frequency
-SAME = 1e-5  # relative difference of frequencies that are the same but for rounding
+FREQUENCIES = "rope_freqs.weight"  # the divisor of every frequency in llama3's scaling
+ROUNDING = 1e-5  # relative difference of frequencies that counts as rounding
 
 
 def dequantise(file: Path, folder: Path, where: str) -> dict[str, Any]:
@@ -58,13 +58,13 @@ def dequantise(file: Path, folder: Path, where: str) -> dict[str, Any]:
         The values of the header, by key.
 
     Raises:
-        UserError: the file is cut short, of another family, or says what is not read here.
+        UserError: the file is cut short, of an unsupported family, or holds unknown keys or tensors.
     """
     try:
         reader = GGUFReader(file)
         header = {key: field.contents() for key, field in reader.fields.items()}
         shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
-    except Exception as error:  # any: the reader takes what it finds for numbers and offsets
+    except Exception as error:  # of any class: the reader uses the bytes as numbers and offsets, unchecked
         raise UserError(
             f"{where}: cut short, or not GGUF ({type(error).__name__}: {_line(error)}). Get the file again."
         ) from None
@@ -85,14 +85,14 @@ def dequantise(file: Path, folder: Path, where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: cannot be dequantised: {_line(error)}. Take it in another type, such as Q8_0 or F16."
         ) from None
-    # What is saved is plain: without these two, transformers takes it for a quantised model.
+    # The saved model is plain. With these two attributes, transformers would take it for a quantised one.
     network.hf_quantizer = None
     if hasattr(network.config, "quantization_config"):
         del network.config.quantization_config
     network.save_pretrained(folder)
     try:
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    except Exception as error:  # any: a header without a tokenizer, or with one of a kind that is not known
+    except Exception as error:  # of any class: the header has no tokenizer, or one of an unknown kind
         raise UserError(f"{where}: no tokenizer that transformers can read in it: {_line(error)}") from None
     return header
 
@@ -102,10 +102,10 @@ def _line(error: Exception) -> str:
 
 
 def _config(header: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: str) -> PreTrainedConfig:
-    """The config of the model that was written.
+    """The config of the model in the file.
 
     Raises:
-        UserError: the header is of another family, lacks a key, or has one that is not read here.
+        UserError: the header is of an unsupported family, lacks a key, or has an unknown one.
     """
     if header.get("split.count", 0) > 1:
         raise UserError(f"{where}: one of {header['split.count']} parts. Join them first: `llama-gguf-split --merge`.")
@@ -116,16 +116,18 @@ def _config(header: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: s
     if own.get("expert_count"):
         raise UserError(f"{where}: a mixture of {own['expert_count']} experts; experts are not supported yet.")
     for key, value in own.items():
-        if key in READ:
+        if key in KNOWN:
             continue
         if key not in WITHOUT_EFFECT or WITHOUT_EFFECT[key] not in (None, value):
             raise UserError(
                 f"{where}: {kind}.{key} = {value!r} is not read here, and may change the model. Take the checkpoint in "
                 "safetensors that it was made from."
             )
-    if absent := [f"{kind}.{key}" for key in NEEDED if key not in own]:
-        raise UserError(f"{where}: the header lacks {shown(absent)}. Get the file again, or convert the model anew.")
-    for key in NEEDED:
+    if absent := [f"{kind}.{key}" for key in REQUIRED if key not in own]:
+        raise UserError(
+            f"{where}: the header lacks {first_few(absent)}. Get the file again, or convert the model anew."
+        )
+    for key in REQUIRED:
         if isinstance(own[key], list):
             raise UserError(f"{where}: {kind}.{key} differs from layer to layer, which is not supported.")
     size = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
@@ -136,7 +138,7 @@ def _config(header: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: s
         raise UserError(f"{where}: token_embd.weight is missing. Get the file again.")
     rows = shapes["token_embd.weight"][0]
     biases = {f"{part}_bias": f"blk.0.{name}.bias" in shapes for part, name in BIASES.items()}
-    values = {name: own[key] for key, name in NEEDED.items()} | {
+    values = {name: own[key] for key, name in REQUIRED.items()} | {
         "vocab_size": own.get("vocab_size", rows),
         "head_dim": size,
         "tie_word_embeddings": "output.weight" not in shapes,
@@ -144,17 +146,26 @@ def _config(header: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: s
         **{name: header.get(f"tokenizer.ggml.{key}") for name, key in TOKENS.items()},
         **({} if kind == "qwen2" else biases if kind == "llama" else {"attention_bias": biases["attention_bias"]}),
     }
-    return AutoConfig.for_model(kind, **values)
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except Exception as error:  # any: values of wrong types, or ones that do not go together
+        said = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise UserError(f"{where}: the header makes no model: {said} Get the file again, or convert anew.") from None
 
 
 def _rope_parameters(own: dict[str, Any], where: str) -> dict[str, Any]:
-    """RoPE scaling as config.json has it, but for what a tensor says.
+    """RoPE scaling in the form of config.json, except llama3's, which a tensor holds.
 
     Raises:
-        UserError: of a kind that is not supported.
+        UserError: this kind of scaling is not supported.
     """
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))
     kind = own.get("rope.scaling.type", "linear")
+    if own.get("rope.freq_base", 1.0) <= 0 or factor < 0 or (kind == "yarn" and factor < 1):
+        raise UserError(
+            f"{where}: rope.freq_base = {own.get('rope.freq_base', 10000.0)} with rope.scaling.factor = {factor} is no "
+            f"RoPE scaling of type {kind!r}. Get the file again, or convert the model anew."
+        )
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return {"rope_type": "default"}
     if kind == "linear":
@@ -175,15 +186,15 @@ def _rope_parameters(own: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _restore_llama3(config: PreTrainedConfig, divisors: torch.Tensor, where: str) -> None:
-    """Give the config the parameters of llama3's RoPE scaling that make these divisors of the frequencies, in place.
+    """Set the parameters of llama3's RoPE scaling that lead to these divisors of the frequencies, in place.
 
     Args:
         config: of the model, without scaling.
-        divisors: (head_dim / 2,) float32, what `FREQUENCIES` holds.
+        divisors: (head_dim / 2,) float32, the tensor `FREQUENCIES`.
         where: the user's name for the file.
 
     Raises:
-        UserError: no parameters make them: they are of another kind of scaling.
+        UserError: no parameters lead to them: they are of another kind of scaling.
     """
     theta = config.rope_parameters["rope_theta"]
     plain = 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
@@ -195,8 +206,8 @@ def _restore_llama3(config: PreTrainedConfig, divisors: torch.Tensor, where: str
         return
     for candidate in _llama3_candidates(plain, divisors):
         config.rope_parameters = candidate | {"rope_type": "llama3", "rope_theta": theta}
-        made, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
-        if torch.allclose(plain / divisors, made, rtol=SAME, atol=0.0):
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+        if torch.allclose(plain / divisors, scaled, rtol=ROUNDING, atol=0.0):
             return
     raise UserError(
         f"{where}: {FREQUENCIES} is not of llama3's RoPE scaling, the only one that is read from such a tensor. Take "
@@ -205,13 +216,14 @@ def _restore_llama3(config: PreTrainedConfig, divisors: torch.Tensor, where: str
 
 
 def _llama3_candidates(plain: torch.Tensor, divisors: torch.Tensor) -> Iterator[dict[str, float]]:
-    """Parameters that may have made the divisors: Llama's own with any length, then what the ramp itself says.
+    """Parameters that may lead to the divisors: first Llama's own with several lengths, then a fit to the divisors.
 
-    A frequency of `turns` per position is kept where length * turns is above the high factor, divided where it is below
-    the low one, and mixed in between by (length * turns - low) / (high - low): only the ratios of the three matter.
+    A frequency of `turns` per position is unchanged if length * turns is above the high factor, and divided if it is
+    below the low one. In between, the two are mixed by (length * turns - low) / (high - low). So only the ratios of
+    length, low and high matter.
     """
     factor = divisors.max().item()
-    factor = round(factor) if abs(factor - round(factor)) < SAME * factor else factor
+    factor = round(factor) if abs(factor - round(factor)) < ROUNDING * factor else factor
     for length in (8192, *(2**power for power in range(4, 21))):
         yield {
             "factor": float(factor),
@@ -221,12 +233,12 @@ def _llama3_candidates(plain: torch.Tensor, divisors: torch.Tensor) -> Iterator[
         }
     turns = plain.double() / (2 * math.pi)
     mixed = (1 / divisors.double() - 1 / factor) / (1 - 1 / factor)
-    ramp = (mixed > SAME) & (mixed < 1 - SAME)
+    ramp = (mixed > ROUNDING) & (mixed < 1 - ROUNDING)
     if ramp.sum() < 2:
         return
     rows = torch.stack([turns[ramp], torch.ones_like(turns[ramp])], dim=1)
     slope, start = torch.linalg.lstsq(rows, mixed[ramp, None]).solution.flatten().tolist()
-    length = 8192  # any, see above
+    length = 8192  # arbitrary, since only ratios matter
     yield {
         "factor": float(factor),
         "low_freq_factor": -start * length / slope,
@@ -239,20 +251,21 @@ def _check_tensors(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], w
     """Compare the file's tensors with those of the model, which is on the meta device.
 
     Raises:
-        UserError: one is missing, of another shape, or without use.
+        UserError: a tensor is missing, of the wrong shape, or superfluous.
     """
     state = model.state_dict()
     names = get_gguf_hf_weights_map(model, TensorProcessor())
-    wanted = {name: tuple(state[inner].shape) for name, inner in names.items() if inner in state}
+    expected = {name: tuple(state[inner].shape) for name, inner in names.items() if inner in state}
     if model.config.tie_word_embeddings:
-        wanted.pop("output.weight", None)
-    whole = "Get the file again, or convert the model anew."
-    if missing := sorted(wanted.keys() - shapes.keys()):
-        raise UserError(f"{where}: {shown(missing)} is missing; transformers would take random numbers. {whole}")
-    if wrong := [name for name, shape in wanted.items() if shapes[name] != shape]:
-        raise UserError(f"{where}: {wrong[0]} is {shapes[wrong[0]]}, the header asks for {wanted[wrong[0]]}. {whole}")
-    if surplus := sorted(shapes.keys() - wanted.keys() - {FREQUENCIES}):
+        expected.pop("output.weight", None)
+    remedy = "Get the file again, or convert the model anew."
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise UserError(f"{where}: {first_few(missing)} is missing; transformers would take random numbers. {remedy}")
+    if wrong := [name for name, shape in expected.items() if shapes[name] != shape]:
+        name = wrong[0]
+        raise UserError(f"{where}: {name} is {shapes[name]}, the header asks for {expected[name]}. {remedy}")
+    if surplus := sorted(shapes.keys() - expected.keys() - {FREQUENCIES}):
         raise UserError(
-            f"{where}: it holds {shown(surplus)}, which a {model.config.model_type} of this header does not have: they "
-            "would be dropped. Take the checkpoint in safetensors that it was made from."
+            f"{where}: it holds {first_few(surplus)}, which a {model.config.model_type} of this header does not have: "
+            "they would be dropped. Take the checkpoint in safetensors that it was made from."
         )

@@ -1,4 +1,4 @@
-"""What was done to a checkpoint before it came here: the `pruning.json` and `recovery.json` beside its weights."""
+"""The steps that made a checkpoint, from the `pruning.json` and `recovery.json` beside its weights."""
 
 import json
 import math
@@ -10,9 +10,8 @@ from safetensors import safe_open
 from hfprune.errors import UserError
 from hfprune.store.filenames import PRUNING, RECOVERY
 
-BEFORE = "before"  # in both files: the steps before this one that the other file does not tell, oldest first
-# By these a file of that name is known as one of ours.
-KEYS = {
+BEFORE = "before"  # key in both files: the earlier steps that the other file does not have, oldest first
+KEYS = {  # a file of that name without these keys is not one of hfprune's
     PRUNING: {
         "criterion",
         "ratio",
@@ -28,10 +27,10 @@ KEYS = {
 
 
 def read_step(file: Path) -> dict[str, Any] | None:
-    """The content of a `pruning.json` or `recovery.json`; None where there is none, or it is not one of ours.
+    """The content of a `pruning.json` or `recovery.json`; None if there is none, or hfprune did not write it.
 
     Raises:
-        UserError: it is cut short, or not JSON.
+        UserError: the file is cut short or not JSON.
     """
     if not file.is_file():
         return None
@@ -51,47 +50,47 @@ def read_step(file: Path) -> dict[str, Any] | None:
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
-    """Every cut and every training that made the checkpoint in `folder` out of a dense one, oldest first.
+    """All prunings and trainings from the dense model to the checkpoint in `folder`, oldest first.
 
-    Each is the content of its `pruning.json` or `recovery.json` without what came before.
+    A step is the content of its `pruning.json` or `recovery.json`, without the key `before`.
 
     Raises:
         UserError: see `read_step`.
     """
-    found: list[dict[str, Any]] = []
-    for name in (PRUNING, RECOVERY):  # a training after the cut: one before it stands in `before` of the cut
+    history: list[dict[str, Any]] = []
+    for name in (PRUNING, RECOVERY):  # the training came after the cut: an earlier one is in `before` of the cut
         if (step := read_step(folder / name)) is not None:
-            found += [*step.pop(BEFORE, []), step]
-    return found
+            history += [*step.pop(BEFORE, []), step]
+    return history
 
 
 def is_cut(step: dict[str, Any]) -> bool:
-    """Whether a step is a cut; else it is a training."""
+    """Whether a step pruned the model; if not, it trained it."""
     return "kept" in step
 
 
-def since_the_last_cut(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def since_the_last_cut(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The trainings at the end of `steps`."""
-    last = max((place for place, step in enumerate(done) if is_cut(step)), default=-1)
-    return done[last + 1 :]
+    last = max((index for index, step in enumerate(history) if is_cut(step)), default=-1)
+    return history[last + 1 :]
 
 
-def dense_parameters(done: list[dict[str, Any]], now: int) -> int:
-    """How many parameters the dense model had that `steps` began with; `now`, the model's own, if nothing was cut."""
-    return next((step["parameters_dense"] for step in done if is_cut(step)), now)
+def dense_parameters(history: list[dict[str, Any]], current: int) -> int:
+    """The parameters of the dense model at the start of `steps`; `current`, those of the model, if nothing was cut."""
+    return next((step["parameters_dense"] for step in history if is_cut(step)), current)
 
 
-def dense_units(done: list[dict[str, Any]], now: dict[str, int]) -> dict[str, int]:
-    """By part, how many units that dense model had; `now`, the model's own, of a part that was not cut before."""
-    cuts = [step["units_dense"] for step in done if is_cut(step)]
-    return {part: next((units[part] for units in cuts if part in units), count) for part, count in now.items()}
+def dense_units(history: list[dict[str, Any]], current: dict[str, int]) -> dict[str, int]:
+    """The units of the dense model by part; for a part that was never cut, `current`, those of the model."""
+    cuts = [step["units_dense"] for step in history if is_cut(step)]
+    return {part: next((units[part] for units in cuts if part in units), count) for part, count in current.items()}
 
 
 def earlier_cuts(folder: Path) -> dict[str, Any]:
-    """What a manifest says of a checkpoint that was cut before it was downloaded; nothing of one that was not.
+    """Details for the manifest of a downloaded checkpoint that was pruned before; empty if it was not.
 
     Returns:
-        `parameters_dense`, of the model that it was cut from, and `ratio_achieved`, the share that is gone of those.
+        `parameters_dense`, of its dense model, and `ratio_achieved`, the share of them that has been removed.
 
     Raises:
         UserError: its `pruning.json` is another checkpoint's; or see `read_step`.
@@ -99,17 +98,18 @@ def earlier_cuts(folder: Path) -> dict[str, Any]:
     cuts = [step for step in steps(folder) if is_cut(step)]
     if not cuts:
         return {}
-    left = sum(map(_count, folder.glob("*.safetensors")))
-    if left != cuts[-1]["parameters"]:
+    parameters = sum(map(_count_parameters, folder.glob("*.safetensors")))
+    if parameters != cuts[-1]["parameters"]:
         raise UserError(
             f"{folder / PRUNING}: another checkpoint's: it counts {cuts[-1]['parameters']:,} parameters, the weights "
-            f"beside it hold {left:,}. Put the right one there, or remove it, if this is to count as a dense model."
+            f"beside it hold {parameters:,}. Put the right one there, or remove it, if this is to count as a dense "
+            "model."
         )
-    dense = dense_parameters(cuts, left)
-    return {"parameters_dense": dense, "ratio_achieved": 1 - left / dense}
+    dense = dense_parameters(cuts, parameters)
+    return {"parameters_dense": dense, "ratio_achieved": 1 - parameters / dense}
 
 
-def _count(file: Path) -> int:
-    """Parameters in a file of weights, by its header."""
+def _count_parameters(file: Path) -> int:
+    """Parameters in a safetensors file, from its header."""
     with safe_open(file, framework="numpy") as weights:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118

@@ -1,8 +1,8 @@
-"""Whether a checkpoint is whole, and is what config.json says: decided once, when it is downloaded.
+"""Check of a downloaded checkpoint: it is complete and matches its config.json.
 
-transformers fills tensors that are missing with random numbers and drops those that it has no use for. Here its own
-loading is asked what it would miss, drop and cut, on the meta device, so that headers are all that is read; one pass
-over the weights then looks for values that are no numbers.
+transformers fills missing tensors with random numbers and drops tensors that it does not need. So the checkpoint is
+loaded once on the meta device, which reads only headers, and transformers reports what is missing, superfluous or of
+the wrong shape. One pass over the weights then looks for NaN and infinities.
 """
 
 import json
@@ -15,8 +15,8 @@ from hfprune.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers loads the first, or what this names
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that hold plain weights
-SHOWN = 3  # names in a message
-CHUNK = 2**24  # values looked at together
+MAX_NAMES = 3  # in a message
+CHUNK = 2**24  # values checked at once
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 ORIGINAL = "take the original checkpoint that it was made from, in float32, bfloat16 or float16"
 
@@ -25,22 +25,22 @@ def weight_names(names: Collection[str], index: Path, where: str) -> list[str]:
     """The files that hold a checkpoint's weights, chosen as transformers does.
 
     Args:
-        names: of all files beside config.json.
-        index: `INDEX`, read where `names` has it and not `WEIGHTS`.
+        names: all files beside config.json.
+        index: path of `INDEX`; it is read if `names` has it and has no `WEIGHTS`.
         where: the user's name for the checkpoint.
 
     Raises:
-        UserError: there are none, or the index is broken or names others than those.
+        UserError: there are no weights, the index is broken, or it names a file that does not exist.
     """
     if "config.json" in names and WEIGHTS in names:
         return [WEIGHTS]
     if "config.json" in names and INDEX in names:
         return _indexed(names, index, where)
-    raise UserError(f"{where}: not a checkpoint that can be loaded: {_instead(sorted(names))}")
+    raise UserError(f"{where}: not a checkpoint that can be loaded: {_reason_and_remedy(sorted(names))}")
 
 
-def _instead(names: list[str]) -> str:
-    """What a folder without config.json and weights holds, and what to do about it."""
+def _reason_and_remedy(names: list[str]) -> str:
+    """What a folder holds instead of config.json and weights, and what the user can do about it."""
     last = {Path(name).suffix: name for name in reversed(names)}
     if "adapter_config.json" in names:
         return (
@@ -78,19 +78,18 @@ def _indexed(names: Collection[str], index: Path, where: str) -> list[str]:
 
 
 def check(folder: Path, where: str) -> None:
-    """Refuse the checkpoint in `folder` unless it loads whole and as what it is, with its tokenizer.
+    """Refuse the checkpoint in `folder` unless it and its tokenizer load completely and unchanged.
 
-    Where config.json ties the output projection to the embeddings, but the file holds another one, transformers loads
-    the file's: config.json is then replaced by one that says so.
+    If config.json ties the output projection to the embeddings, but the file holds a different one, transformers loads
+    that one. Then config.json is corrected.
 
     Args:
-        folder: of config.json, the weights' files and no others, and the tokenizer's files.
+        folder: holds config.json, the files of weights that are loaded and no others, and the tokenizer's files.
         where: the user's name for the checkpoint, for messages.
 
     Raises:
-        UserError: config.json is of a model that is not supported or quantised; a file is cut short; a tensor is
-            missing, of another shape, without use, quantised, or holds what is no number; or the tokenizer cannot be
-            read or names no special token.
+        UserError: the model is quantised or not supported; a file is cut short; a tensor is missing, superfluous, of
+            the wrong shape, quantised or not finite; or the tokenizer cannot be read or names no special token.
     """
     from hfprune.models.loading import check_family
 
@@ -108,10 +107,10 @@ def check(folder: Path, where: str) -> None:
 
 
 def _files_of_tensors(folder: Path, where: str) -> dict[str, Path]:
-    """The file that each tensor is in.
+    """The file of every tensor, by the tensor's name.
 
     Raises:
-        UserError: a file is cut short, two hold the same tensor, or a tensor is quantised.
+        UserError: a file is cut short, two files hold the same tensor, or a tensor is quantised.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -134,51 +133,51 @@ def _files_of_tensors(folder: Path, where: str) -> dict[str, Path]:
 
 
 def _check_names(folder: Path, config: Any, where: str) -> None:
-    """Ask transformers what it would miss, drop and cut.
+    """Compare the names and shapes of the tensors with the model of config.json, by loading on the meta device.
 
     Raises:
-        UserError: something.
+        UserError: they differ.
     """
     import transformers
 
     from hfprune.models.loading import LOCAL, model_class
 
     verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # what it would report is said below
+    transformers.utils.logging.set_verbosity_error()  # the messages below replace its warnings
     try:
-        _, found = model_class(config).from_pretrained(
+        _, loading_info = model_class(config).from_pretrained(
             folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **LOCAL
         )
     except Exception as error:  # whatever a config that no model can be built from makes it raise
-        said = str(error).partition("\n")[0].replace(str(folder), where)
-        raise UserError(f"{where}: config.json: transformers cannot build this model: {said}") from None
+        reason = str(error).partition("\n")[0].replace(str(folder), where)
+        raise UserError(f"{where}: config.json: transformers cannot build this model: {reason}") from None
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
-    missing = sorted(found["missing_keys"])
-    surplus = sorted(found["unexpected_keys"])
-    shapes = sorted((name, tuple(held), tuple(wanted)) for name, held, wanted in found["mismatched_keys"])
+    missing = sorted(loading_info["missing_keys"])
+    surplus = sorted(loading_info["unexpected_keys"])
+    wrong_shapes = [
+        f"{name} {tuple(shape)}, config.json asks for {tuple(expected)}"
+        for name, shape, expected in sorted(loading_info["mismatched_keys"])
+    ]
     if quantised := [name for name in surplus if is_quantised(name)]:
-        raise UserError(f"{where}: quantised: it holds {shown(quantised)}; {ORIGINAL}.")
+        raise UserError(f"{where}: quantised: it holds {first_few(quantised)}; {ORIGINAL}.")
     if any(".lora_" in name for name in surplus):
-        raise UserError(f"{where}: it holds an adapter's tensors, {shown(surplus)}: merge the adapter first.")
-    if shapes:
-        differences = [f"{name} {held}, config.json asks for {wanted}" for name, held, wanted in shapes]
-        raise UserError(f"{where}: {shown(differences, '; ')}. config.json and the weights are of two models.")
+        raise UserError(f"{where}: it holds an adapter's tensors, {first_few(surplus)}: merge the adapter first.")
+    if wrong_shapes:
+        raise UserError(f"{where}: {first_few(wrong_shapes, '; ')}. config.json and the weights are of two models.")
     if missing:
+        also = f" (and would drop {first_few(surplus)})" if surplus else ""
         raise UserError(
-            f"{where}: config.json asks for {shown(missing)}, which no file has; transformers would take random "
-            f"numbers instead{_but(surplus)}. {_remedy(missing)}"
+            f"{where}: config.json asks for {first_few(missing)}, which no file has; transformers would take random "
+            f"numbers instead{also}. {_remedy(missing)}"
         )
     if surplus:
         raise UserError(
-            f"{where}: it holds {shown(surplus)}, which the model of config.json does not have: they would be dropped. "
+            f"{where}: it holds {first_few(surplus)}, which the model of config.json does not have: they would be "
+            "dropped. "
             "Either config.json is another model's (are there more layers in the files than num_hidden_layers = "
             f"{config.num_hidden_layers}?), or this is more than a language model: take the language model alone."
         )
-
-
-def _but(surplus: list[str]) -> str:
-    return f" (and would drop {shown(surplus)})" if surplus else ""
 
 
 def _remedy(missing: list[str]) -> str:
@@ -190,14 +189,14 @@ def _remedy(missing: list[str]) -> str:
     return "Get the checkpoint whole, and the config.json that belongs to it."
 
 
-def shown(names: list[str], between: str = ", ") -> str:
-    """The first few of some names, and how many there are beside them."""
-    rest = len(names) - SHOWN
-    return between.join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+def first_few(names: list[str], separator: str = ", ") -> str:
+    """The first few names, and the number of the others."""
+    rest = len(names) - MAX_NAMES
+    return separator.join(names[:MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def is_quantised(name: str) -> bool:
-    """Whether a tensor of this name is part of quantised weights: GPTQ, AWQ, bitsandbytes, FP8, MXFP4, MLX."""
+    """Whether a tensor's name is one of quantised weights: GPTQ, AWQ, bitsandbytes, FP8, MXFP4, MLX."""
     parts = ("qweight", "qzeros", "g_idx", "scales", "absmax", "quant_map", "quant_state", "SCB", "weight_scale",
              "weight_packed", "weight_zero_point", "input_scale", "_blocks")  # fmt: skip
     return any(part in name for part in parts)
@@ -212,7 +211,7 @@ def _check_numbers(files: dict[str, Path], where: str) -> None:
     from safetensors import safe_open
 
     for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as stored:  # mapped into memory: a tensor is read as it is looked at
+        with safe_open(file, framework="pt") as stored:  # mapped into memory: one tensor is read at a time
             for name in stored.keys():  # noqa: SIM118
                 values = stored.get_tensor(name).flatten()
                 bad = sum(int((~chunk.isfinite()).sum()) for chunk in values.split(CHUNK))
@@ -224,7 +223,7 @@ def _check_numbers(files: dict[str, Path], where: str) -> None:
 
 
 def _has_own_head(files: dict[str, Path]) -> bool:
-    """Whether there is an output projection that is not the embeddings."""
+    """Whether the files hold an output projection that differs from the embeddings."""
     import torch
     from safetensors import safe_open
 
@@ -243,7 +242,7 @@ def _check_tokenizer(folder: Path, where: str) -> None:
     """Refuse a tokenizer that some stage could not use.
 
     Raises:
-        UserError: see `check`; or it is made from SentencePiece's file and gives other tokens than that.
+        UserError: see `check`; or it is converted from SentencePiece's file and gives other tokens than that.
     """
     from hfprune.models.loading import load_tokenizer
 

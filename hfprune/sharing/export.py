@@ -1,4 +1,4 @@
-"""A checkpoint to share: its files, and a model card with what was measured of it."""
+"""Export and upload of a checkpoint: its files and a model card with its results."""
 
 import shutil
 from pathlib import Path
@@ -6,37 +6,37 @@ from pathlib import Path
 from hfprune.errors import UserError
 from hfprune.reporting.identity import lineage
 from hfprune.reporting.metrics import collect, headline
-from hfprune.sharing.model_card import Estimate, Figure, card, read_made
+from hfprune.sharing.model_card import Estimate, Figure, card, read_history
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import CARD, is_shared
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
-Contents = dict[str, Path | bytes]  # by its path in the checkpoint's folder, a file of the store or what to write
+Contents = dict[str, Path | bytes]  # path below the checkpoint's folder -> a file of the store, or bytes to write
 
 
 def contents(model: Artifact, results: list[Artifact], store: Store, address: str) -> Contents:
-    """All that leaves the store when a checkpoint is shared: named files of its manifest, and a card with figures.
+    """The files to share: a model card with figures, and the files of the manifest that may leave the store.
 
-    The manifest, which names this host, stays; and so does whatever else lies in the folder.
+    The manifest itself is not shared, for it names this host; nor are other files in the folder.
 
     Args:
         model: an artifact of `prune` or `recover`.
-        results: artifacts of `measure` and `evaluate`; those of this model and of its dense one are used.
-        store: where everything that they were made from has its manifests.
-        address: what the card says to load it by.
+        results: artifacts of `measure` and `evaluate`; those of this model and of its dense model are used.
+        store: has the manifests of all artifacts that they were made from.
+        address: the name or path in the card's loading example.
 
     Raises:
         UserError: see `figures`.
     """
-    written = card(read_made(model.folder), figures(model, results, store), address).encode()
-    return {CARD: written} | {
+    model_card = card(read_history(model.folder), figures(model, results, store), address).encode()
+    return {CARD: model_card} | {
         name: model.folder / name for name in model.manifest["files"] if name != CARD and is_shared(name)
     }
 
 
 def listing(files: Contents) -> str:
-    """The files and their sizes, a line each, and how much they are together."""
+    """One line per file with its size, and the total."""
     sizes = {
         name: len(content) if isinstance(content, bytes) else content.stat().st_size
         for name, content in sorted(files.items())
@@ -46,17 +46,17 @@ def listing(files: Contents) -> str:
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that holds anything.
+    """Refuse a folder that is not empty.
 
     Raises:
-        UserError: it does.
+        UserError: it is not.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not empty. Name a new folder, or empty this one.")
 
 
 def export(files: Contents, folder: Path) -> None:
-    """Write `contents` into `folder`, which is made."""
+    """Write `contents` into `folder`, which is created."""
     for name, content in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,27 +67,28 @@ def export(files: Contents, folder: Path) -> None:
 
 
 def push(files: Contents, repository: str, private: bool, key: str) -> str:
-    """Upload `contents` to a repository of the Hugging Face hub, made where there is none; the commit's address.
+    """Upload `contents` to a repository of the Hugging Face hub and return the commit's URL.
 
-    Weights that stand there already are replaced. The token is that of `hf auth login` or HF_TOKEN.
+    The repository is created if it does not exist. Weights in it are replaced. The token is that of `hf auth login` or
+    HF_TOKEN.
 
     Args:
-        files: what to upload; nothing else is.
+        files: all that is uploaded.
         repository: owner/name.
-        private: a new repository is private; else it is what the owner's settings say.
-        key: the model's, for the commit's message.
+        private: make a new repository private; if False, the owner's settings decide.
+        key: the model's key, for the commit message.
 
     Raises:
-        UserError: the hub refuses.
+        UserError: the hub refuses the upload.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
     hub = HfApi()
     try:
         hub.create_repo(repository, private=private or None, exist_ok=True)
-        there = hub.list_repo_files(repository)
-        stale = [name for name in there if "/" not in name and name.endswith(WEIGHTS) and name not in files]
-        done = hub.create_commit(
+        existing = hub.list_repo_files(repository)
+        stale = [name for name in existing if "/" not in name and name.endswith(WEIGHTS) and name not in files]
+        commit = hub.create_commit(
             repository,
             [
                 *(CommitOperationAdd(name, content) for name, content in files.items()),
@@ -101,33 +102,34 @@ def push(files: Contents, repository: str, private: bool, key: str) -> str:
             "the owner you or a group of yours; log in with `hf auth login`, or set HF_TOKEN, to a token that may "
             "write there."
         ) from None
-    return done.commit_url
+    return commit.commit_url
 
 
 def figures(model: Artifact, results: list[Artifact], store: Store) -> list[Figure]:
-    """What `results` say of `model`, beside what they say of the dense model that it was cut from.
+    """The values of `model` in `results`, beside those of its dense model.
 
     Raises:
-        UserError: they say nothing of it, two of them say the same thing, or a model was evaluated but not measured.
+        UserError: no result is of this model, two results have the same value, or a model was evaluated but not
+            measured.
     """
     dense = lineage(model.key, store)[0]["key"]
-    ours = [each for each in results if each.manifest["inputs"]["model"] in (model.key, dense)]
-    if not any(each.manifest["inputs"]["model"] == model.key for each in ours):
+    used = [result for result in results if result.manifest["inputs"]["model"] in (model.key, dense)]
+    if not any(result.manifest["inputs"]["model"] == model.key for result in used):
         raise UserError(
             f"{model.folder}: none of the {len(results)} results is of this model. Give its artifacts of measure and "
             "evaluate: those whose manifest has this key under inputs."
         )
-    table = collect(ours, store)
+    table = collect(used, store)
     table = table[table["group"].isin(["fidelity", "perplexity"]) | table.index.isin(headline(table).index)]
-    by = ["stage", "task", "metric"]
-    if (twice := table[table.duplicated(by)]).size:
-        row = twice.iloc[0]
+    columns = ["stage", "task", "metric"]
+    if (duplicates := table[table.duplicated(columns)]).size:
+        row = duplicates.iloc[0]
         raise UserError(
             f"{model.folder}: two results give {row['metric']} on {row['task']} of the {row['stage']} model, one of "
             f"them {row['key']}. Give one."
         )
     estimates = {
-        tuple(row[name] for name in by): Estimate(
+        tuple(row[name] for name in columns): Estimate(
             row["value"], None if row["stderr"] != row["stderr"] else row["stderr"], int(row["n"])
         )
         for _, row in table.iterrows()

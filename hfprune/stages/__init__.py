@@ -1,5 +1,5 @@
-"""The stages, one module each: what an artifact's parameters and inputs are, and what makes it.
+"""The stages, one module each. A stage declares its parameters and inputs, and the function that writes its artifact.
 
-Only `hfprune.experiment` and `hfprune.cli` import from here. The code of a stage's module is part of its artifacts'
-keys, so a module imports nothing that making its artifact does not run.
+Only `hfprune.experiment` and `hfprune.cli` import from here. The code that a stage's module imports is part of its
+artifacts' keys. So a module imports only what runs to make its artifact.
 """

@@ -1,11 +1,11 @@
-"""What a job takes, for the stages that say it themselves."""
+"""The cost of a job, for stages that compute their own."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job takes: floating-point operations, bytes of the device's memory at most, bytes of the store."""
+    """The cost of a job: floating-point operations, peak bytes of the device's memory, bytes in the store."""
 
     flops: int
     memory_bytes: int

@@ -1,4 +1,4 @@
-"""What a stage is, said once: the command, the keys, the plan and the requests to a cluster all follow from it."""
+"""How to declare a stage. Its command, keys, place in the plan and requests to a cluster follow from that."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,29 +9,32 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from hfprune.runtime.paths import expanded
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Field(description="type to compute and save in; auto: the checkpoint's own"),
+]
 Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 UserPath = Annotated[Path, AfterValidator(expanded)]
 Function = TypeVar("Function", bound=Callable)
 
-CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are models
+CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are checkpoints
 
 
 def outside_key(function: Function) -> Function:
-    """Mark a function that no artifact's content depends on: `store.keys.code_digest` leaves it out."""
+    """Mark a function that does not affect any artifact's content. `store.keys.code_digest` leaves it out."""
     return function
 
 
 class Section(BaseModel):
-    """A part of a config: unknown keys are refused, values cannot be changed afterwards."""
+    """A part of a config. Unknown keys are refused; values cannot change later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*")
     @classmethod
-    def _each_once(cls, value: Any) -> Any:
-        """Refuse a list that names something twice."""
+    def _no_repeats(cls, value: Any) -> Any:
+        """Refuse a list that has an item twice."""
         for place, item in enumerate(value if isinstance(value, list) else []):
             if (first := value.index(item)) != place:
                 name = next(iter(item)) if isinstance(item, dict) else item  # a method with its settings
@@ -42,22 +45,22 @@ class Section(BaseModel):
 
 
 class Parameters(Section):
-    """What one stage reads beside its inputs."""
+    """The parameters of one stage."""
 
     def read(self) -> dict[str, Any]:
-        """The parameters that decide the content, as JSON values: those of the key."""
+        """The parameters that affect the artifact's content, as JSON values. They are part of its key."""
         return self.model_dump()
 
     def options(self) -> dict[str, Any]:
-        """The parameters that a command names."""
+        """The parameters to write on the stage's command line."""
         return self.model_dump()
 
 
 class Sampling(Section):
-    """How token sequences are taken from a text."""
+    """How token sequences are drawn from a text."""
 
-    samples: int = Field(32, ge=1, description="sequences, each from a document of its own")
-    length: int = Field(256, ge=2, description="tokens in a sequence")
+    samples: int = Field(32, ge=1, description="number of sequences, each from a different document")
+    length: int = Field(256, ge=2, description="tokens in each sequence")
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,11 @@ class Input:
     """An artifact that a stage reads.
 
     Attributes:
-        stages: those that can make it, the usual one first.
-        description: what it is, for the command's help.
-        optional: whether the stage can do without.
+        stages: names of the stages that can make it, the usual one first.
+        description: text for the command's help.
+        optional: whether it may be missing.
         several: whether it is a list of artifacts.
-        in_key: whether its key is part of the made artifact's key.
+        in_key: whether its key is part of the new artifact's key.
     """
 
     stages: tuple[str, ...]
@@ -79,7 +82,7 @@ class Input:
     in_key: bool = True
 
 
-def _accept(parameters: Any, inputs: Any, making: Any) -> None:
+def _accept(parameters: Any, inputs: Any, run: Any) -> None:
     """Refuse nothing."""
 
 
@@ -88,29 +91,29 @@ class Stage:
     """A kind of artifact.
 
     Attributes:
-        name: of the stage, of its command, and of its folder in the store.
-        module: where it is declared, `__name__`; this module's code and what it imports are part of the key.
-        description: what the command's help says.
+        name: name of the stage, of its command, and of its folder in the store.
+        module: the declaring module's `__name__`. Its code and the code it imports are part of the key.
+        description: text for the command's help.
         examples: command lines for the help.
-        parameters: their class.
-        produce: writes the artifact. Called with the empty folder, the opened inputs by name (each a
-            `store.artifacts.Artifact`, a list of them, or None), the parameters, and a `making.Making`, which offers
-            the store; returns details for the manifest.
-        inputs: by the name under which the command and the key know them.
-        libraries: whose arithmetic the content depends on; their versions are part of the key.
-        check: called with parameters, inputs and `Making`; raises UserError where they do not go together.
-        parts: of an artifact that is put together from others: by name, the stage, parameters and inputs of each. Their
-            keys stand in the key for the parameters.
-        together: the parameter of which one run can make the artifacts of several values.
-        in_step: of a stage that several processes can share: called with a function that makes the artifact when it is
-            given a `produce`, and with the `produce`.
-        after: called with the artifact once it is there; may refuse it with a UserError.
-        is_online: whether it may use the network; its command is then `hfprune download NAME`.
-        is_inner: made only by other stages; it has no command.
-        cost: called with a job and an `experiment.estimate.Estimate`: what the job takes, a `costs.Cost`. Without it
-            the estimate has a method of the stage's name.
-        loads_again: whether the made checkpoint is loaded once more, in a process of its own.
-        gpus: "spread": as many as the weights need; "one": several would each take all of them; "none".
+        parameters: class of the parameters.
+        produce: writes the artifact and returns details for the manifest. Its arguments are the empty folder, the
+            opened inputs by name (each a `store.artifacts.Artifact`, a list of them, or None), the parameters, and the
+            `run.StageRun`, which gives access to the store.
+        inputs: the inputs, by their names in the command and the key.
+        libraries: libraries that affect the content. Their versions are part of the key.
+        check: called with parameters, inputs and the `StageRun`. Raises UserError if they do not match.
+        parts: for an artifact that is composed of others. Returns, by name, the stage, parameters and inputs of each
+            part. In the key, the parts' keys replace the parameters.
+        together: name of the parameter for which one run can make the artifacts of several values.
+        distribute: for a stage that several processes can share. Called with `make` and `produce`; `make(produce)`
+            makes the artifact.
+        after: called with the finished artifact. May refuse it with a UserError.
+        is_online: whether it may use the network. Its command is then `hfprune download NAME`.
+        is_internal: whether only other stages make it. It then has no command.
+        cost: called with a job and an `experiment.estimate.Estimate`; returns the job's `costs.Cost`. Without it, the
+            estimate has a method with the stage's name.
+        reloads_checkpoint: whether the new checkpoint is loaded again, in a separate process.
+        gpus: "spread": as many as the weights need; "one": every further GPU would hold all of the weights; "none".
     """
 
     name: str
@@ -124,12 +127,12 @@ class Stage:
     check: Callable[[Any, Any, Any], None] = _accept
     parts: Callable[[Any, Any], dict[str, tuple]] | None = None
     together: str | None = None
-    in_step: Callable[..., None] | None = None
+    distribute: Callable[..., None] | None = None
     after: Callable[[Any], None] | None = None
     is_online: bool = False
-    is_inner: bool = False
+    is_internal: bool = False
     cost: Callable[[Any, Any], Any] | None = None
-    loads_again: bool = False
+    reloads_checkpoint: bool = False
     gpus: Literal["spread", "one", "none"] = "none"
 
     @property

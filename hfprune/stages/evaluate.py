@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of a checkpoint on tasks of lm-eval; each task's results are an artifact of their own."""
+"""Zero-shot accuracy of a checkpoint on lm-eval tasks. Each task's results are a separate artifact."""
 
 from functools import cache
 from pathlib import Path
@@ -10,15 +10,15 @@ from hfprune.stages.declaration import DType, Input, Parameters, Seed, Stage
 
 Batching = Literal["shared", "stock"]
 BATCHING: Any = Field(
-    "shared", description="compute once what a question's choices have in common; stock: lm-eval's own way"
+    "shared", description="shared: compute the common beginning of a question's choices once; stock: as lm-eval does"
 )
 
 
 class EvaluateParameters(Parameters):
-    """What stage `evaluate` reads."""
+    """Parameters of stage `evaluate`."""
 
-    limit: int | None = Field(None, ge=1, description="documents per task, drawn by the seed; all unless given")
-    seed: Seed = 0
+    limit: int | None = Field(None, ge=1, description="documents per task, drawn with the seed (default: all)")
+    seed: Seed = Field(0, description="seed for drawing the documents")
     batching: Batching = BATCHING
     dtype: DType = "auto"
 
@@ -27,14 +27,14 @@ MODEL = Input(("recover", "prune", "model"), description="checkpoint")
 LIBRARIES = ("torch", "transformers", "lm_eval")
 
 
-@cache  # loaded once a task needs it
+@cache  # one load serves all tasks
 def _language_model(folder: Path, dtype: str, batching: str) -> Any:
     from hfprune.evaluation.lm_eval_runner import language_model
 
     return language_model(folder, dtype, batching)
 
 
-def _one_task(folder: Path, inputs: Any, parameters: EvaluateParameters, making: Any) -> dict[str, Any]:
+def _one_task(folder: Path, inputs: Any, parameters: EvaluateParameters, run: Any) -> dict[str, Any]:
     from hfprune.evaluation.lm_eval_runner import evaluate_task
 
     task, model = inputs["task"], _language_model(inputs["model"].folder, parameters.dtype, parameters.batching)
@@ -44,17 +44,17 @@ def _one_task(folder: Path, inputs: Any, parameters: EvaluateParameters, making:
 
 
 def _parts(parameters: EvaluateParameters, inputs: Any) -> dict[str, tuple]:
-    """By task, what its own artifact is made from."""
+    """For each task name, the stage, parameters and inputs of its artifact."""
     return {
         task.parameters["name"]: (EVALUATE_TASK, parameters, {"model": inputs["model"], "task": task})
         for task in inputs["tasks"]
     }
 
 
-def _produce(folder: Path, inputs: Any, parameters: EvaluateParameters, making: Any) -> dict[str, Any]:
+def _produce(folder: Path, inputs: Any, parameters: EvaluateParameters, run: Any) -> dict[str, Any]:
     from hfprune.evaluation.lm_eval_runner import evaluate
 
-    tasks = {name: making.make(*part) for name, part in _parts(parameters, inputs).items()}
+    tasks = {name: run.make(*part) for name, part in _parts(parameters, inputs).items()}
     evaluate(folder, {name: task.folder for name, task in tasks.items()})
     return {"tasks": {name: task.manifest["details"] for name, task in tasks.items()}}
 
@@ -62,24 +62,26 @@ def _produce(folder: Path, inputs: Any, parameters: EvaluateParameters, making: 
 EVALUATE_TASK = Stage(
     name="evaluate-task",
     module=__name__,
-    description="Zero-shot accuracy of a checkpoint on one task.",
+    description="Measure the zero-shot accuracy of a checkpoint on one task.",
     examples=(),
     parameters=EvaluateParameters,
     produce=_one_task,
-    inputs={"model": MODEL, "task": Input(("task",), description="a downloaded task")},
+    inputs={"model": MODEL, "task": Input(("task",), description="downloaded task")},
     libraries=LIBRARIES,
-    is_inner=True,
+    is_internal=True,
 )
 EVALUATE = Stage(
     name="evaluate",
     module=__name__,
-    description="Zero-shot accuracy of a checkpoint on tasks of lm-eval.",
+    description="Measure the zero-shot accuracy of a checkpoint on lm-eval tasks.",
     examples=("hfprune evaluate --model store/prune/KEY --tasks store/task/KEY store/task/KEY --limit 100",),
     parameters=EvaluateParameters,
     produce=_produce,
     inputs={
         "model": MODEL,
-        "tasks": Input(("task",), description="folders of downloaded tasks", several=True, in_key=False),
+        "tasks": Input(
+            ("task",), description="downloaded tasks: their folders or manifests", several=True, in_key=False
+        ),
     },
     libraries=LIBRARIES,
     parts=_parts,

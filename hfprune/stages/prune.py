@@ -1,4 +1,4 @@
-"""The checkpoint without its least important neurons or key-value groups."""
+"""Cutting a checkpoint: its least important neurons or key-value groups are removed."""
 
 from __future__ import annotations
 
@@ -27,32 +27,38 @@ RoundTo = Annotated[
 
 
 class Cut(Section):
-    """What every cut of an experiment has in common."""
+    """Settings that all cuts of an experiment share."""
 
     ratio_of: Literal["all", "mlp"] = Field(
-        "all", description="what a ratio is a share of: all parameters (tied embeddings once), or the MLPs' neurons"
+        "all", description="what the ratio counts: all parameters (tied embeddings once), or the MLPs' neurons"
     )
-    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of so many neurons")
+    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of this many neurons")
     attention_share: float | None = Field(
-        None, ge=0, le=1, description="of what mlp+attention removes; null: what one ranking of all units gives"
+        None,
+        ge=0,
+        le=1,
+        description="attention's share of what mlp+attention removes (default: one ranking of all units decides)",
     )
     ridge: float = Field(
-        0.1, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="how strongly a refit stays near the old weights, see docs/pruning.md",
     )
-    pad: bool = Field(False, description="make layers of several widths one width again, with zeros that save nothing")
+    pad: bool = Field(False, description="pad all layers to one width with zeros; the padding costs space and time")
 
 
 def one_budget(cut: Cut, ratio: str, target: str) -> None:
-    """Refuse a cut whose budget, under one of two names, is given twice or not at all."""
-    given = [name for name in (ratio, target) if getattr(cut, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {ratio} and {target}, not {'both' if given else 'none'}")
-    if given == [target] and cut.ratio_of != "all":
+    """Refuse a cut that has both kinds of budget, or none."""
+    budgets = [name for name in (ratio, target) if getattr(cut, name) is not None]
+    if len(budgets) != 1:
+        raise ValueError(f"give exactly one of {ratio} and {target}, not {'both' if budgets else 'none'}")
+    if budgets == [target] and cut.ratio_of != "all":
         raise ValueError(f"'ratio_of' does not go with {target!r}, which counts all parameters")
 
 
 def fits_structures(cut: Cut, structures: Sequence[str], key: str) -> None:
-    """Refuse what does not go with what is cut."""
+    """Refuse settings that do not fit the structures to cut."""
     if cut.ratio_of == "mlp" and set(structures) != {"mlp"}:
         raise ValueError(f"'ratio_of: mlp' goes with {key} mlp alone, not {', '.join(structures)}")
     if cut.attention_share is not None and "mlp+attention" not in structures:
@@ -60,13 +66,15 @@ def fits_structures(cut: Cut, structures: Sequence[str], key: str) -> None:
 
 
 class PruneParameters(Cut, Parameters):
-    """What stage `prune` reads."""
+    """Parameters of stage `prune`."""
 
-    ratio: Ratio | None = Field(None, description="share to remove")
-    target_parameters: Count | None = Field(None, description="instead of a ratio: how many of all parameters to leave")
-    structure: StructureName = Field("mlp", description="what of a layer is cut")
-    allocation: AllocationName = Field("uniform", description="how layers share the budget")
-    refit: RefitName = Field("none", description="what makes up for the neurons that go; all but none need the text")
+    ratio: Ratio | None = Field(None, description="share to remove, between 0 and 1")
+    target_parameters: Count | None = Field(None, description="instead of a ratio: number of parameters to keep in all")
+    structure: StructureName = Field("mlp", description="part of each layer to cut")
+    allocation: AllocationName = Field("uniform", description="how to share the budget among the layers")
+    refit: RefitName = Field(
+        "none", description="how to adjust the remaining weights to the cut; all but none need --text"
+    )
     dtype: DType = "auto"
 
     @model_validator(mode="after")
@@ -77,23 +85,23 @@ class PruneParameters(Cut, Parameters):
 
     @property
     def label(self) -> str:
-        """How much is cut, for people."""
+        """The size of the cut, for display."""
         share = "" if self.ratio_of == "all" else " of the MLPs"
         return f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
 
     def read(self) -> dict[str, Any]:
-        """The parameters that this cut reads: one budget; `ridge` only where a refit solves for weights."""
+        """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
         unread = {"ratio_of"} if self.ratio is None else set()
         unread |= set() if self.refit in ("least_squares", "sequential") else {"ridge"}
         return self.model_dump(exclude=unread, exclude_none=True)
 
     def options(self) -> dict[str, Any]:
-        """The parameters that a command names."""
+        """The parameters to write on the command line."""
         return self.read()
 
 
-def _check(parameters: PruneParameters, inputs: Any, making: Any) -> None:
-    """Refuse scores of another model, and a text that the cut does not read or that the scores were not made on."""
+def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
+    """Refuse scores of another model, a text that the cut does not read, and one that the scores do not come from."""
     model, scores, text = inputs["model"], inputs["scores"], inputs["text"]
     if (text is None) != (parameters.refit == "none"):
         raise UserError(
@@ -108,20 +116,22 @@ def _check(parameters: PruneParameters, inputs: Any, making: Any) -> None:
         raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
 
 
-@outside_key  # its words follow from what the other files say
+@outside_key  # the card only repeats the other files
 def _write_card(folder: Path) -> None:
     from hfprune.sharing.model_card import write_card
 
     write_card(folder)
 
 
-def _produce(folder: Path, inputs: Any, parameters: PruneParameters, making: Any) -> dict[str, Any]:
+def _produce(folder: Path, inputs: Any, parameters: PruneParameters, run: Any) -> dict[str, Any]:
     from hfprune.pruning.surgery import prune
 
     model, scores, text = inputs["model"], inputs["scores"], inputs["text"]
     calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
-    words = text and text.folder
-    details = prune(folder, model.folder, scores.folder, words, origin(model), calibration, **parameters.model_dump())
+    text_folder = text and text.folder
+    details = prune(
+        folder, model.folder, scores.folder, text_folder, origin(model), calibration, **parameters.model_dump()
+    )
     _write_card(folder)
     return details
 
@@ -129,7 +139,7 @@ def _produce(folder: Path, inputs: Any, parameters: PruneParameters, making: Any
 PRUNE = Stage(
     name="prune",
     module=__name__,
-    description="Cut the least important neurons or key-value groups and save the checkpoint.",
+    description="Remove the least important neurons or key-value groups, and save the smaller checkpoint.",
     examples=(
         "hfprune prune --model store/model/KEY --scores store/score/KEY --ratio 0.2",
         "hfprune prune --model store/model/KEY --scores store/score/KEY --target-parameters 107000000 \\\n"
@@ -139,11 +149,11 @@ PRUNE = Stage(
     produce=_produce,
     inputs={
         "model": Input(CHECKPOINTS, description="dense checkpoint"),
-        "scores": Input(("score",), description="its scores"),
-        "text": Input(("text",), description="what the scores were made on, for a refit", optional=True),
+        "scores": Input(("score",), description="the model's scores, from `hfprune score`"),
+        "text": Input(("text",), description="for a refit: the text that the scores come from", optional=True),
     },
     libraries=("torch", "transformers"),
     check=_check,
-    loads_again=True,
+    reloads_checkpoint=True,
     gpus="one",
 )

@@ -1,4 +1,4 @@
-"""What the dense model predicts on held-out text."""
+"""The dense model's predictions on held-out text."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Sa
 
 
 class ReferenceParameters(Sampling, Parameters):
-    """What stage `reference` reads."""
+    """Parameters of stage `reference`."""
 
-    seed: Seed = Field(0, description="draws the sequences")
+    seed: Seed = Field(0, description="seed for drawing the sequences")
     dtype: DType = "auto"
 
 
-def _produce(folder: Path, inputs: Any, parameters: ReferenceParameters, making: Any) -> dict[str, Any]:
+def _produce(folder: Path, inputs: Any, parameters: ReferenceParameters, run: Any) -> dict[str, Any]:
     from hfprune.evaluation.fidelity import reference
 
     return reference(folder, inputs["model"].folder, inputs["text"].folder, **parameters.model_dump())
@@ -24,7 +24,7 @@ def _produce(folder: Path, inputs: Any, parameters: ReferenceParameters, making:
 REFERENCE = Stage(
     name="reference",
     module=__name__,
-    description="Record what the dense model predicts on held-out text.",
+    description="Record the dense model's predictions on held-out text.",
     examples=("hfprune reference --model store/model/KEY --text store/text/KEY --samples 16 --length 256",),
     parameters=ReferenceParameters,
     produce=_produce,

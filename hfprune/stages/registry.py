@@ -1,4 +1,4 @@
-"""All stages: whatever the modules beside this one declare."""
+"""All stages that the modules of this package declare."""
 
 import importlib
 import pkgutil
@@ -8,7 +8,7 @@ from hfprune.stages.declaration import Stage
 
 
 def _declared() -> dict[str, Stage]:
-    """Every stage by name, each after those that usually fill its inputs."""
+    """Every stage by name, ordered so that the stages of its inputs come first."""
     modules = [
         importlib.import_module(f"hfprune.stages.{module.name}") for module in pkgutil.iter_modules(stages.__path__)
     ]
@@ -19,11 +19,11 @@ def _declared() -> dict[str, Stage]:
         if isinstance(value, Stage) and value.module == module.__name__
     }
     ordered: dict[str, Stage] = {}
-    on_the_way: set[str] = set()  # scores may be read to make other scores
+    visited: set[str] = set()  # stops the recursion: scores may be the input of other scores
 
     def add(name: str) -> None:
-        if name not in on_the_way:
-            on_the_way.add(name)
+        if name not in visited:
+            visited.add(name)
             for source in by_name[name].inputs.values():
                 add(source.stages[0])
             ordered[name] = by_name[name]

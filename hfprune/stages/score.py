@@ -1,4 +1,4 @@
-"""The importance of every neuron and key-value group: in one pass over the calibration text, or by shards of it."""
+"""The importance of every neuron and key-value group, from one pass over the calibration text or from its shards."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Sa
 from hfprune.store.filenames import SCORES, SUMS
 
 CriterionName = Literal[tuple(CRITERIA)]
-DRAWS: Any = Field(1, ge=1, description="labels drawn per position, for criteria that sample (fisher_*)")
+DRAWS: Any = Field(1, ge=1, description="labels drawn at each position; only for criteria that sample (fisher_*)")
 
 
 class ScoreParameters(Sampling, Parameters):
-    """What stage `score` reads."""
+    """Parameters of stage `score`."""
 
-    criterion: CriterionName = Field("entropy", description="how neurons are ranked")
-    seed: Seed = Field(0, description="draws the sequences, labels and random scores")
+    criterion: CriterionName = Field("entropy", description="criterion that ranks the neurons")
+    seed: Seed = Field(0, description="seed for the sequences, labels and random scores")
     draws: int = DRAWS
     dtype: DType = "auto"
 
     def read(self) -> dict[str, Any]:
-        """The parameters that this criterion reads: `draws` only where labels are sampled."""
+        """The parameters that affect the scores: `draws` only if the criterion samples labels."""
         return self.model_dump(exclude=set() if CRITERIA[self.criterion].sampled else {"draws"})
 
 
 class ShardParameters(ScoreParameters):
-    """What stage `shard` reads."""
+    """Parameters of stage `shard`."""
 
-    shard: int = Field(ge=0, description="number of this part of the sequences, from 0")
-    shards: int = Field(ge=1, description="parts in all")
+    shard: int = Field(ge=0, description="number of this shard of the sequences, from 0")
+    shards: int = Field(ge=1, description="number of shards")
 
     @model_validator(mode="after")
     def _number(self) -> ShardParameters:
@@ -48,13 +48,13 @@ INPUTS = {
     "model": Input(CHECKPOINTS, description="dense checkpoint"),
     "text": Input(("text",), description="calibration text"),
     "light_cut": Input(
-        ("score",), description="scores to silence neurons by first, for criteria that need it", optional=True
+        ("score",), description="scores for a light first cut, for criteria that need one", optional=True
     ),
 }
 
 
-def _check(parameters: ScoreParameters, inputs: Any, making: Any) -> None:
-    """Refuse a light cut by scores of another model, or by another criterion than the one needed."""
+def _check(parameters: ScoreParameters, inputs: Any, run: Any) -> None:
+    """Refuse light-cut scores of another model or criterion than needed."""
     scores, model, light_cut = inputs["light_cut"], inputs["model"], None
     if scores:
         light_cut = scores.parameters["criterion"]
@@ -64,20 +64,20 @@ def _check(parameters: ScoreParameters, inputs: Any, making: Any) -> None:
             )
     needed = CRITERIA[parameters.criterion].light_cut
     if needed != light_cut:
-        wanted = f"--light-cut with scores by {needed}" if needed else "no --light-cut"
-        given = f"scores by {light_cut}" if light_cut else "none"
-        raise UserError(f"criterion {parameters.criterion} takes {wanted}; given: {given}.")
+        expected = f"--light-cut with scores by {needed}" if needed else "no --light-cut"
+        actual = f"scores by {light_cut}" if light_cut else "none"
+        raise UserError(f"criterion {parameters.criterion} takes {expected}; given: {actual}.")
 
 
-def _one_pass(folder: Path, inputs: Any, parameters: ScoreParameters, making: Any) -> dict[str, Any]:
-    """Write what was asked for; of the same pass over the text, offer what the store lacks of the other criteria."""
+def _one_pass(folder: Path, inputs: Any, parameters: ScoreParameters, run: Any) -> dict[str, Any]:
+    """Score in one pass. Write this criterion's artifact here, and those of the others in `together` to the store."""
     from hfprune.models.units import save_scores
     from hfprune.pruning import scoring
 
-    whole = making.stage.name == "score"
+    whole = run.stage.name == "score"
     compute = scoring.score if whole else scoring.shard
     folders = {name: inputs[name].folder for name in INPUTS if inputs[name]}
-    missing = making.missing()
+    missing = run.missing()
     together = [parameters.criterion, *(other.criterion for other in missing)]
     started = time.monotonic()
     results, costs = compute(folder, criteria=together, **folders, **parameters.model_dump(exclude={"criterion"}))
@@ -93,21 +93,19 @@ def _one_pass(folder: Path, inputs: Any, parameters: ScoreParameters, making: An
         return details | costs[criterion]
 
     for other in missing:
-        making.offer(other, partial(save, other.criterion))
+        run.add(other, partial(save, other.criterion))
     return save(parameters.criterion, folder)
 
 
-def _merge(folder: Path, inputs: Any, parameters: ScoreParameters, making: Any) -> dict[str, Any]:
-    """Write the scores that the shards of a pass add up to."""
+def _merge(folder: Path, inputs: Any, parameters: ScoreParameters, run: Any) -> dict[str, Any]:
+    """Write the scores: the sum of the shards."""
     from hfprune.models.units import save_scores
     from hfprune.pruning.scoring import merge
 
     shards = inputs["shards"]
     folders = {shard.key: shard.folder for shard in shards}
     read = parameters.model_dump(include={"criterion", "length", "seed", "draws", "dtype"})
-    merged = merge(
-        [folders[key] for key in _shard_keys(parameters, inputs, making)], model=inputs["model"].folder, **read
-    )
+    merged = merge([folders[key] for key in _shard_keys(parameters, inputs, run)], model=inputs["model"].folder, **read)
     save_scores(folder / SCORES, merged)
     cost = {
         name: sum(shard.manifest["details"][name] for shard in shards)
@@ -116,32 +114,30 @@ def _merge(folder: Path, inputs: Any, parameters: ScoreParameters, making: Any) 
     return {"text": inputs["text"].manifest["details"]["name"], "shards": len(shards), **cost}
 
 
-def _shard_keys(parameters: ScoreParameters, inputs: Any, making: Any) -> list[str]:
-    """The keys of the shards that make up these scores, in their order."""
+def _shard_keys(parameters: ScoreParameters, inputs: Any, run: Any) -> list[str]:
+    """The keys of the shards of these scores, in order."""
     shards = len(inputs["shards"])
     common, sources = parameters.model_dump(), {name: inputs[name] for name in INPUTS}
-    return [
-        making.key(SHARD, ShardParameters(**common, shard=number, shards=shards), sources) for number in range(shards)
-    ]
+    return [run.key(SHARD, ShardParameters(**common, shard=number, shards=shards), sources) for number in range(shards)]
 
 
-def _check_shards(parameters: ScoreParameters, inputs: Any, making: Any) -> None:
-    _check(parameters, inputs, making)
-    if inputs["shards"] and {shard.key for shard in inputs["shards"]} != {*_shard_keys(parameters, inputs, making)}:
+def _check_shards(parameters: ScoreParameters, inputs: Any, run: Any) -> None:
+    _check(parameters, inputs, run)
+    if inputs["shards"] and {shard.key for shard in inputs["shards"]} != {*_shard_keys(parameters, inputs, run)}:
         raise UserError(
             f"--shards: not the {len(inputs['shards'])} parts of these scores. Give every shard of this criterion, "
-            "model, text and calibration, each once."
+            "model, text and calibration exactly once."
         )
 
 
-def _score(folder: Path, inputs: Any, parameters: ScoreParameters, making: Any) -> dict[str, Any]:
-    return (_merge if inputs["shards"] else _one_pass)(folder, inputs, parameters, making)
+def _score(folder: Path, inputs: Any, parameters: ScoreParameters, run: Any) -> dict[str, Any]:
+    return (_merge if inputs["shards"] else _one_pass)(folder, inputs, parameters, run)
 
 
 SHARD = Stage(
     name="shard",
     module=__name__,
-    description="Add up one part of the calibration text, for `hfprune score --shards` to merge.",
+    description="Compute one shard of the scores; `hfprune score --shards` merges all shards.",
     examples=("hfprune shard --model store/model/KEY --text store/text/KEY --criterion entropy --shard 0 --shards 4",),
     parameters=ShardParameters,
     produce=_one_pass,
@@ -154,7 +150,7 @@ SHARD = Stage(
 SCORE = Stage(
     name="score",
     module=__name__,
-    description="Score every neuron on calibration text.",
+    description="Score the importance of every neuron and key-value group on calibration text.",
     examples=(
         "hfprune score --model store/model/KEY --text store/text/KEY --criterion entropy --samples 32 --length 256",
     ),
@@ -164,7 +160,7 @@ SCORE = Stage(
     | {
         "shards": Input(
             ("shard",),
-            description="merge these artifacts of `hfprune shard`",
+            description="instead of a pass over the text: merge these artifacts of `hfprune shard`",
             optional=True,
             several=True,
             in_key=False,

@@ -1,4 +1,4 @@
-"""Documents, or instructions with their responses."""
+"""Texts: documents, or instructions with responses."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ from pydantic import Field, model_validator
 from hfprune.data import download
 from hfprune.data.download import template_fields
 from hfprune.stages.declaration import Stage, outside_key
-from hfprune.stages.sources import DataSource, wheels
+from hfprune.stages.sources import DataSource, wheel_fetcher
 
 
 class TextSource(DataSource):
-    """Documents; or instructions with their responses, made from the fields of a record."""
+    """Source of documents, or of instructions with responses. Both are made from the fields of a record."""
 
-    field: str = Field("text", description="the field that holds a document")
-    instruction: str | None = Field(None, description="instead of `field`: an instruction, {name} for a record's field")
-    response: str | None = Field(None, description="the response to learn, {name} for a record's field")
-    documents: tuple[int, int] | None = Field(None, description="use the documents from the first to before the second")
+    field: str = Field("text", description="field that holds the document")
+    instruction: str | None = Field(
+        None, description="instead of `field`: template of the instruction; {name} stands for a record's field"
+    )
+    response: str | None = Field(
+        None, description="template of the response to learn; {name} stands for a record's field"
+    )
+    documents: tuple[int, int] | None = Field(
+        None, description="numbers of the first document and of the one after the last"
+    )
 
     @model_validator(mode="after")
     def _form(self) -> TextSource:
-        given = [name for name in ("instruction", "response") if getattr(self, name) is not None]
-        if len(given) == 1:
-            raise ValueError(f"{given[0]!r} alone: 'instruction' and 'response' go together")
-        if given and "field" in self.model_fields_set:
+        templates = [name for name in ("instruction", "response") if getattr(self, name) is not None]
+        if len(templates) == 1:
+            raise ValueError(f"{templates[0]!r} alone: 'instruction' and 'response' go together")
+        if templates and "field" in self.model_fields_set:
             raise ValueError("'field' does not go with 'instruction' and 'response', which name fields themselves")
-        for name in given:
+        for name in templates:
             template_fields(name, getattr(self, name))
         return self
 
-    def _strangers(self) -> set[str]:
-        return super()._strangers() | (set() if self.instruction is None else {"field"})
+    def _unused_fields(self) -> set[str]:
+        return super()._unused_fields() | (set() if self.instruction is None else {"field"})
 
     @property
     def form(self) -> dict[str, Any]:
-        """What is taken of each record, and which records."""
+        """The fields to read from each record, and the range of records."""
         names = ("field",) if self.instruction is None else ("instruction", "response")
         return {name: getattr(self, name) for name in (*names, "documents")}
 
@@ -48,8 +54,8 @@ class TextSource(DataSource):
         return self
 
 
-def _produce(folder: Path, inputs: Any, source: TextSource, making: Any) -> dict[str, Any]:
-    return download.text(folder, source.origin(), source.form, wheels(making))
+def _produce(folder: Path, inputs: Any, source: TextSource, run: Any) -> dict[str, Any]:
+    return download.text(folder, source.origin(), source.form, wheel_fetcher(run))
 
 
 @outside_key
@@ -62,7 +68,7 @@ def _cost(job: Any, estimate: Any) -> Any:
 TEXT = Stage(
     name="text",
     module=__name__,
-    description="Get documents.",
+    description="Download a text, or read a local one: documents, or instructions with responses.",
     examples=("hfprune download text --path notes.jsonl --field text",),
     parameters=TextSource,
     produce=_produce,

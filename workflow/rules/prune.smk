@@ -1,5 +1,5 @@
 rule prune:
-    """The checkpoint without its least important neurons or key-value groups."""
+    """Remove a checkpoint's least important neurons or key-value groups."""
     input:
         made_from("prune"),
     output:

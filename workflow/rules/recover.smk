@@ -1,5 +1,5 @@
 rule recover:
-    """The checkpoint trained after the cut; several GPUs share the work where the job is given them."""
+    """Train a checkpoint after the cut. If the job gets several GPUs, they share the work."""
     input:
         made_from("recover"),
     output:

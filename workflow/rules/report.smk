@@ -1,5 +1,5 @@
-# The report shows every table and figure that `rule all` and the paper have, each under the title and caption that
-# workflow/report/captions.yaml has for it: the first sentence is the title.
+# The report shows every table and figure of `rule all` and of the paper, with its text in
+# workflow/report/captions.yaml: the first sentence is the title, the others are the caption.
 SHOWN = shown([*rules.all.input, *SHOWN_TOO]) | {
     ("provenance", "config"): [RESULTS / "provenance" / "config.yaml"],
     ("provenance", "artifacts"): [RESULTS / "provenance" / "artifacts.csv"],
@@ -8,7 +8,7 @@ SHOWN = shown([*rules.all.input, *SHOWN_TOO]) | {
 
 
 rule page:
-    """A table or a figure with its title and caption."""
+    """Make a page with a table or a figure, its title and its caption."""
     input:
         lambda wildcards: SHOWN[wildcards.kind, wildcards.name],
     output:
@@ -32,7 +32,7 @@ rule page:
 
 
 rule artifacts:
-    """What every artifact was made from, by which code and versions, where and when."""
+    """List every artifact's inputs, code, library versions, host and time."""
     input:
         missing(plan.needed),
     output:
@@ -50,7 +50,7 @@ rule artifacts:
 
 
 rule config:
-    """The experiment with every default filled in."""
+    """Write the config with every default filled in."""
     output:
         RESULTS / "provenance" / "config.yaml",
     log:
@@ -58,13 +58,13 @@ rule config:
     conda:
         ENVIRONMENT
     params:
-        experiment=lambda wildcards: plan.experiment.model_dump_json(exclude_none=True),  # its braces are no wildcards
+        experiment=lambda wildcards: plan.experiment.model_dump_json(exclude_none=True),  # a function: as a string, its braces would be wildcards
     shell:
         "python -m hfprune config /dev/stdin --output {output:q} <<< {params.experiment:q} 2>&1 | tee {log:q}"
 
 
 rule report:
-    """All of it in one HTML file, by `snakemake --report` on the same experiment."""
+    """Put all pages into one HTML file, by `snakemake --report` on the same experiment."""
     input:
         pages=[RESULTS / "report" / kind / f"{name}.html" for kind, name in SHOWN],
         config=RESULTS / "provenance" / "config.yaml",
@@ -76,7 +76,7 @@ rule report:
     conda:
         ENVIRONMENT
     params:
-        folder=RESULTS,  # Snakemake writes no file aside, so a report cut short would be taken as made
+        folder=RESULTS,  # for a temporary folder: Snakemake writes in place, and a partial report would look finished
         snakefile=workflow.main_snakefile,
     shell:
         "aside=$(mktemp -d {params.folder:q}/.report-XXXXXX); trap 'rm -rf $aside' EXIT; "

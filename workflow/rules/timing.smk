@@ -1,6 +1,6 @@
-# Timings: of this machine, as it is at the moment. So they are no artifacts, and no part of `all`.
+# Timings depend on this machine and its current load. So they are not artifacts and not part of `all`.
 rule efficiency:
-    """Prefill and decoding of the dense model and of the cut ones, side by side."""
+    """Time prefill and decoding of the dense and the pruned models, side by side."""
     input:
         missing(plan.described(plan.timed)),
         VERDICT,
@@ -19,7 +19,7 @@ rule efficiency:
         python=python,
         models=manifests(plan.timed),
         dtype=plan.experiment.model.dtype,
-        # Of where it runs, for which nothing is timed again.
+        # A function, so that a change of these values causes no new timing.
         place=lambda wildcards, resources: ["--tokens", TOKENS, "--store", STORE, *METHODS],
     message:
         "time models"
@@ -29,7 +29,7 @@ rule efficiency:
 
 
 rule scoring_cost:
-    """Seconds and memory of scoring by each criterion alone, on the calibration's sequences."""
+    """Measure seconds and memory of scoring by each criterion alone, on the calibration sequences."""
     input:
         missing([*(plan.scores[0].inputs[name] for name in ("model", "text")), *plan.light_cuts]),
         VERDICT,
