@@ -470,7 +470,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
             axis.set_title(fill(f"Not {measured}: {'; '.join(left_out)}", 60), fontsize=6, loc="left")
     axes[0].set_ylabel(title.replace(", ", ",\n"))
     if len(sizes):
-        elsewhere = ", where nothing else is written" if sizes.nunique() > 1 else ""
+        elsewhere = ", unless marked" if sizes.nunique() > 1 else ""
         figure.suptitle(f"Cut models: {common:.0%} of all parameters removed{elsewhere}", fontsize=9)
     handles = [
         plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=markers[n % len(markers)], ls="", label=label)
@@ -504,12 +504,12 @@ def prefill_seconds(models: pd.DataFrame, timings: pd.DataFrame) -> pd.Series:
 def agreement(agreements: pd.DataFrame) -> Figure:
     """Two heat maps, criterion by criterion: rank correlation of the scores, and overlap of the kept neurons."""
     tables = {
-        "Spearman rank correlation": between_criteria(agreements, "spearman"),
-        f"Shared share of the best {KEPT:.0%} of neurons": between_criteria(agreements, "overlap"),
+        "Spearman\nrank correlation": between_criteria(agreements, "spearman"),
+        f"Overlap of the\nbest {KEPT:.0%} of neurons": between_criteria(agreements, "overlap"),
     }
     count = len(next(iter(tables.values())))
     figure, axes = plt.subplots(
-        1, 2, figsize=(2.2 + 0.9 * count, 1.4 + 0.45 * count), layout="constrained", sharey=True
+        1, 2, figsize=(2.2 + 0.9 * count, 1.6 + 0.45 * count), layout="constrained", sharey=True
     )
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
         image = axis.imshow(table, cmap="viridis", vmin=min(0, np.nanmin(table)), vmax=1, aspect="auto")
