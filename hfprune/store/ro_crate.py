@@ -93,7 +93,7 @@ def _software(crate: ROCrate, record: Mapping[str, Any]) -> ContextEntity:
         crate,
         f"#code-{record['code']}-{record['git_commit']}",
         "SoftwareApplication",
-        name=f"hfprune {record['command'][1]}",
+        name=" ".join(["hfprune", *record["command"][1:2]]),  # the subcommand
         softwareVersion=record["git_commit"] or "not of a checkout",
         identifier=record["code"],
         softwareRequirements=libraries,
