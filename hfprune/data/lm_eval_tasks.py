@@ -112,7 +112,7 @@ def _definitions() -> list[Path]:
 
 @functools.cache
 def _definition(name: str) -> Path:
-    """The YAML file that defines the task, found by its text: building lm-eval's whole index takes ten seconds."""
+    """The YAML file that defines the task. It searches the files' text: lm-eval's own index takes ten seconds."""
     wanted = re.compile(rf"""^['"]?task['"]?:\s*['"]?{re.escape(name)}['"]?\s*$""", re.MULTILINE)
     for file in sorted(_definitions(), key=lambda path: (path.stem != name, name not in path.stem)):
         if wanted.search(file.read_text(encoding="utf-8")):
@@ -141,20 +141,20 @@ def stock_tasks(name: str, folder: Path, num_fewshot: int = 0) -> dict[str, Part
         if examples and subject not in examples_of:
             raise UserError(f"{folder / FEWSHOT}: no example whose {GROUPS[name]!r} is {subject!r}.")
         own = list(examples_of[subject].values()) if examples else None
-        made = stock_task(f"{name}_{subject}", list(numbered.values()), own, num_fewshot)
-        parts[f"{name}_{subject}"] = Part(made, list(numbered))
+        subject_task = stock_task(f"{name}_{subject}", list(numbered.values()), own, num_fewshot)
+        parts[f"{name}_{subject}"] = Part(subject_task, list(numbered))
     return parts
 
 
 def _split(records: Sequence[Record], field: str, file: Path) -> dict[str, dict[int, Record]]:
-    """Records by what they hold in `field`, each by its number in `file`."""
-    found: dict[str, dict[int, Record]] = defaultdict(dict)
+    """Records grouped by their value of `field`, each group by the records' numbers in `file`."""
+    groups: dict[str, dict[int, Record]] = defaultdict(dict)
     for number, record in enumerate(records):
         value = record.get(field)
         if not isinstance(value, str) or not value.isidentifier():
             raise UserError(f"{file}: document {number}: field {field!r} holds {value!r}, not the name of a task.")
-        found[value][number] = record
-    return found
+        groups[value][number] = record
+    return groups
 
 
 def stock_task(
