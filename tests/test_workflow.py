@@ -264,7 +264,7 @@ def test_j_a_clock_that_jumps_reruns_nothing_and_hides_nothing(checkout, experim
 def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
     wrong = changed(experiment, ratios=[1.5]) | {"calibraton": {}}
     output = checkout.snakemake(wrong, status=1)
-    assert "tiny.yaml: pruning.ratios.0 = 1.5: Input should be less than 1." in output
+    assert "tiny.yaml: ratios.0 = 1.5: Input should be less than 1." in output
     assert "tiny.yaml: calibraton: unknown key. Did you mean 'calibration'?" in output
     assert "Traceback" not in output
     assert not ran(output)

@@ -24,13 +24,14 @@ from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
 from hfprune.store.keys import Recipe
 
-# For each stage, the inputs whose manifests name an artifact's model and text; see `reporting.identity`.
+# For each stage, the inputs whose manifests name an artifact's model, text or costs; see `reporting.identity`.
 DESCRIBING = {
     "evaluate": ("model",),
     "measure": ("model", "reference"),
     "prune": ("model", "scores"),
     "recover": ("model", "text"),
     "reference": ("text",),
+    "score": ("light_cut",),
 }
 
 
@@ -157,7 +158,12 @@ class Plan:
 
     def described(self, jobs: Iterable[Job]) -> list[Job]:
         """The jobs, after the jobs that describe their models and texts: all that a table or figure reads."""
-        return _with_sources(jobs, lambda job: [job.inputs[name] for name in DESCRIBING.get(job.recipe.stage, ())])
+
+        def sources(job: Job) -> list[Job]:
+            names = DESCRIBING.get(job.recipe.stage, ())
+            return [job.inputs[name] for name in names if name in job.inputs]
+
+        return _with_sources(jobs, sources)
 
     def lost_parts(self, jobs: Iterable[Job]) -> list[Job]:
         """The jobs of single tasks whose results the store lacks although the evaluation of all tasks is finished."""
