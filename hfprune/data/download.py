@@ -274,6 +274,7 @@ def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
 
         # Small files first: a model that is refused costs no transfer of weights.
         fetch(("config.json", integrity.INDEX))
+        _verify(source, commit, local_dir=partial)
         loaded = _loaded_weights(names, partial / integrity.INDEX, describe(source))
         check_family(partial, f"{describe(source)}: config.json")
         fetch([CARD, *(name for name in names if is_model_file(name) and (name in loaded or not is_weights(name)))])

@@ -101,7 +101,7 @@ def made_from(stage):
 def last(stage):
     """A pattern for the keys of the stage's jobs that no other job of the same stage waits for.
 
-    The other jobs have a rule of another name: with `--until RULE`, jobs that wait for a job of that rule do not run.
+    The other jobs have a rule of another name. With `--until RULE`, jobs that wait for a job of that rule do not run.
     """
     return "".join(["".join(f"(?!{key})" for key in plan.waited_for(stage)), "[0-9a-f]{16}"])
 
