@@ -1,4 +1,4 @@
-# `make run` and `make test` do all the set-up themselves; `make env` does only that.
+# `make run` and `make test` set up the environment first; `make env` does only that.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.complete
@@ -9,7 +9,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 run: env
 	snakemake --cores all
 
-# One process a core, a test file in each, the longest first; torch's own threads would only get in their way.
+# One process per core, each with a test file, the longest files first. Torch's own threads would slow them down.
 test: env lint
 	OMP_NUM_THREADS=1 python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
@@ -18,10 +18,12 @@ lint: env
 	ruff format --check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
+	lint-imports
+	deptry .
 
 env: $(STAMP)
 
-# The pins, anew from pyproject.toml: a fresh environment's packages, and the same for conda.
+# Renew the pins from pyproject.toml: the packages of a fresh environment, for pip and for conda.
 lock:
 	$(PYTHON) -m venv $(VENV).lock
 	$(VENV).lock/bin/python -m pip install --quiet torch==2.13.0
@@ -29,7 +31,7 @@ lock:
 	$(VENV).lock/bin/python envs/lock.py
 	rm -r $(VENV).lock
 
-# The stamp comes last: an environment whose making was cut short is made again.
+# The stamp is written last, so an interrupted set-up starts again.
 $(STAMP): envs/requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "hfprune needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }

@@ -1,9 +1,9 @@
-# What there is to make, and where the rules stand. Everything a rule does is a command of the package `hfprune`.
+# The targets, and the files with the rules. Every rule runs a command of the package `hfprune`.
 from snakemake.utils import min_version
 
 min_version("9.0")
 
-if not workflow.overwrite_configfiles:  # else the experiment is the file given by --configfile, whole
+if not workflow.overwrite_configfiles:  # a file named by --configfile replaces config.yaml as a whole
 
     configfile: "config.yaml"
 

@@ -46,7 +46,7 @@ def main() -> None:
             model.save_pretrained(folders[name])
             figures |= {f"{name}, dtype": str(model.dtype), f"{name}, parameters": count_parameters(model)}
             figures |= {
-                f"{name}, flops_per_token": flops_per_token(model),
+                f"{name}, flops_per_token": flops_per_token(model, PREFILL),
                 f"{name}, bytes": weight_bytes(folders[name]),
             }
             del model

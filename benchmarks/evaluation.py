@@ -14,7 +14,6 @@ import argparse
 import random
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from common import alternate, record
 from lm_eval.models.huggingface import HFLM
 
 from hfprune.data.lm_eval_tasks import stock_task
+from hfprune.data.readers import read_records
 from hfprune.evaluation.shared_prefix import Shared
 from hfprune.experiment.plan import Plan, store_root
 from hfprune.experiment.schema import load
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.runtime.matmul import fast_products
-from hfprune.store.filenames import DOCUMENTS
 
 REPOSITORY = Path(__file__).parent.parent
 TASKS = ("openbookqa", "social_iqa", "piqa")  # of config.yaml
@@ -44,11 +43,10 @@ def download(kind: str, *options: str) -> Path:
 
 def requests(name: str, folder: Path, documents: int) -> list[Any]:
     """The requests of so many documents of a task, drawn as stage `evaluate` draws them."""
-    with tempfile.TemporaryDirectory() as scratch:
-        task = stock_task(name, folder / DOCUMENTS, Path(scratch) / "cache")
-        chosen = sorted(random.Random(0).sample(range(len(task.eval_docs)), documents))
-        task.build_all_requests(samples=chosen, rank=0, world_size=1)
-        return task.instances
+    task = stock_task(name, read_records(folder))
+    chosen = sorted(random.Random(0).sample(range(len(task.eval_docs)), documents))
+    task.build_all_requests(samples=chosen, rank=0, world_size=1)
+    return task.instances
 
 
 def difference(one: list[tuple[float, bool]], other: list[tuple[float, bool]]) -> float:

@@ -1,6 +1,6 @@
-"""Write the installed versions as requirements.txt (for pip), and as cpu.yaml and cuda.yaml (for conda).
+"""Write the installed versions to requirements.txt (for pip), and to cpu.yaml and cuda.yaml (for conda).
 
-`make lock` runs it; `python envs/lock.py conda` writes the conda environments alone, from the requirements.txt.
+`make lock` runs it. `python envs/lock.py conda` writes only the conda environments, from the requirements.txt.
 """
 
 import re
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-HEADER = "# The environment, exactly, on Python 3.11 and newer. Made by `make lock`.\n"
+HEADER = "# The pinned environment, for Python 3.11 and newer. Written by `make lock`.\n"
 CONDA = (
     HEADER
     + """\
@@ -26,16 +26,16 @@ dependencies:
 
 
 def conda(requirements: str) -> dict[str, str]:
-    """The conda environments with the pins of a requirements.txt, by their files' names."""
+    """The text of the conda environments by file name, with the pins of a requirements.txt."""
     pins = [line for line in requirements.splitlines() if not line.startswith("#")]
     (torch,) = (pin for pin in pins if pin.startswith("torch=="))
     others = [pin for pin in pins if pin != torch]
     build = f"  - pytorch-cpu={torch.removeprefix('torch==')}\n"
     return {
-        "cpu.yaml": _environment("Without CUDA: torch is conda-forge's, all else PyPI's.", build, others),
-        "cuda.yaml": _environment(
-            "On Linux PyPI's torch is the build for CUDA, and brings CUDA's libraries.", "", pins
+        "cpu.yaml": _environment(
+            "Without CUDA: torch comes from conda-forge, all other packages from PyPI.", build, others
         ),
+        "cuda.yaml": _environment("On Linux, PyPI's torch is the CUDA build and brings CUDA's libraries.", "", pins),
     }
 
 
@@ -44,14 +44,14 @@ def _environment(comment: str, packages: str, pins: list[str]) -> str:
 
 
 def freeze() -> str:
-    """What is installed, as a requirements.txt; no pin names the CPU or CUDA build that happens to be."""
+    """The installed packages as a requirements.txt, without the suffix of a CPU or CUDA build."""
     command = [sys.executable, "-m", "pip", "freeze", "--exclude-editable", "--exclude", "hfprune"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return HEADER + re.sub(r"\+(cpu|cu\d+)$", "", found, flags=re.MULTILINE)
+    packages = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return HEADER + re.sub(r"\+(cpu|cu\d+)$", "", packages, flags=re.MULTILINE)
 
 
 def main() -> None:
-    """Write requirements.txt, and the conda environments that follow from it."""
+    """Write requirements.txt and the conda environments."""
     lock = HERE / "requirements.txt"
     if sys.argv[1:] != ["conda"]:
         lock.write_text(freeze(), encoding="utf-8")

@@ -55,18 +55,25 @@ class Checkout:
 
     def planned(self, experiment: dict, *targets: str) -> Counter:
         """How many jobs of each rule a run would run."""
-        output = self.snakemake(experiment, *targets, "--dry-run")
-        stats = output.partition("Job stats:")[2].partition("total")[0]
-        return Counter({rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", stats, re.MULTILINE)})
+        return planned(self.snakemake(experiment, *targets, "--dry-run"))
 
     def manifests(self, stage: str) -> list[Path]:
         """The manifests of a stage's artifacts."""
         return sorted(self.store.glob(f"{stage}/*/manifest.json"))
 
 
+def planned(output: str) -> Counter:
+    """How many jobs of each rule a run would run; scores that others wait for count as scores."""
+    stats = output.partition("Job stats:")[2].partition("total")[0]
+    jobs = Counter()
+    for rule, count in re.findall(r"^(?:first_)?(\w+) +(\d+)$", stats, re.MULTILINE):
+        jobs[rule] += int(count)
+    return jobs
+
+
 def ran(output: str) -> Counter:
-    """How many jobs of each rule a run finished."""
-    return Counter(re.findall(r"Finished jobid: \d+ \(Rule: (\w+)\)", output))
+    """How many jobs of each rule a run finished; scores that others wait for count as scores."""
+    return Counter(re.findall(r"Finished jobid: \d+ \(Rule: (?:first_)?(\w+)\)", output))
 
 
 def model_stages(jobs: Counter) -> dict[str, int]:

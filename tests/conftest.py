@@ -54,6 +54,20 @@ def make_tokenizer():
     )
 
 
+TEMPLATES = {"none": "$A", "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>"}  # what a tokenizer adds to a text
+
+
+def make_adding_tokenizer(template: str):
+    """The same tokenizer, which adds special tokens by itself; between two texts an end-of-text token."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, pair=f"{template} </s> $B:1", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return tokenizer
+
+
 def make_model(family: str = "llama", **changes):
     """A random float32 model of three layers, 48 neurons each, with grouped-query attention."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,6 +108,11 @@ def save_dense(folder: Path, family: str = "llama", **changes) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def by_criteria(*criteria: str) -> list[dict]:
+    """A config's methods: one for each criterion, under its name, with nothing else done."""
+    return [{name: {"criterion": name}} for name in criteria]
 
 
 def boolq_records(count: int) -> list[dict]:
@@ -138,7 +157,7 @@ def experiment(checkpoint, data) -> dict:
             "heldout": {"path": str(data / "heldout.jsonl")},
         },
         "calibration": {"text": "calibration", "samples": 6, "length": 32},
-        "pruning": {"ratios": [0.1, 0.2]},
+        "ratios": [0.1, 0.2],
         "evaluation": {"tasks": {"boolq": {"path": str(data / "boolq.jsonl")}}, "limit": 6},
         "fidelity": {"texts": ["heldout"], "samples": 4, "length": 32},
     }

@@ -38,7 +38,8 @@ class Forks:
         It has this process's environment as it is now, but what a library has read when it was imported.
 
         With `killed`, the name of an audit event, SIGKILL ends it: "open", when it opens a further file in its work
-        folder to write; or "os.rename", when it has written all and moves the folder to its place.
+        folder to write; "os.rename", when it has written all and moves the folder to its place; or "result", when it
+        has moved the first of several results to its place.
         """
         request = {
             "killed": killed,
@@ -104,7 +105,9 @@ def run(killed: str, words: list[str], environment: dict[str, str], folder: str)
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # as the environment has it now
-    if killed:
+    if killed == "result":
+        sys.addaudithook(kill_at_second_result([]))
+    elif killed:
         sys.addaudithook(lambda event, args: kill(event, *args) if event == killed else None)
     checkpoint.subprocess = reloading(partial(forked, reload))
     sys.argv = ["hfprune", *words]
@@ -143,6 +146,19 @@ def kill(event: str, path: object, *args: object) -> None:
         meant = path == work
     if meant:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_second_result(moved: list[Path]) -> Callable[[str, tuple], None]:
+    """An audit hook that ends this process where it is about to move a second result to its place."""
+
+    def hook(event: str, args: tuple) -> None:
+        path = Path(args[0]) if event == "os.rename" else Path()
+        if path.parent.name.startswith(".aside-") and path.name != ".provenance":
+            moved.append(path)
+            if len(moved) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def test_who_may_only_read_a_store_reads_it_and_is_told_what_may_not_be_written(
     assert shared.run(BOB, 0o022) == [f"has {key}"]
     (said,) = shared.run(BOB, 0o022, 1)
     assert f"{shared.root}/.work" in said
-    assert "cannot write to the store (Permission denied). Mend its permissions, or set another folder" in said
+    assert "cannot write to the store (Permission denied). Fix its permissions, or set another folder" in said
     (shared.root / "stage" / key / "data.bin").chmod(0o600)
     (said,) = shared.run(BOB, 0o022)
     assert f"{shared.root}/stage/{key}/data.bin: cannot be read (Permission denied)" in said
@@ -275,11 +275,11 @@ def test_what_comes_out_beside_something_else_is_left_to_the_process_that_makes_
     recipe = Recipe("stage", {})
     other = start(tmp_path, 60)
     assert other.stdout.readline() == "working\n"
-    Store(tmp_path).offer(recipe, lambda folder: pytest.fail("made twice"))
+    Store(tmp_path).make_unless_locked(recipe, lambda folder: pytest.fail("made twice"))
     other.kill()
     other.wait()
-    Store(tmp_path).offer(recipe, write)
-    Store(tmp_path).offer(recipe, lambda folder: pytest.fail("made twice"))
+    Store(tmp_path).make_unless_locked(recipe, write)
+    Store(tmp_path).make_unless_locked(recipe, lambda folder: pytest.fail("made twice"))
     read(tmp_path / "stage" / recipe.key)
 
 
@@ -354,6 +354,7 @@ FORMS = {
     "dots and a name": "from .room.inner import g\n",
     "by its name": "import importlib\ninner = importlib.import_module('hfprune.room.inner')\n",
     "a module two imports away": "from hfprune.second import g\n",
+    "every module of a room": "import importlib\ndef f(name):\n    importlib.import_module(f'hfprune.room.{name}')\n",
 }
 
 
@@ -378,6 +379,29 @@ def test_the_code_digest_follows_every_form_of_import_into_sub_packages(form, ed
     assert code_digest("hfprune.first") != before
 
 
+DECLARED = "x: int = Field({default}, description={help!r})\nS = Stage(name='s', examples=({help!r},), produce=f)\n"
+BESIDE = "@outside_key\ndef cost():\n    from hfprune.third import COLOR\n    return {value}\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changes"),
+    [
+        (DECLARED.format(default=1, help="few"), DECLARED.format(default=1, help="many"), False),
+        (DECLARED.format(default=1, help="few"), DECLARED.format(default=2, help="few"), True),
+        ("call(description='a')\n", "call(description='b')\n", True),
+        (BESIDE.format(value=1), BESIDE.format(value=2), False),
+        (BESIDE.format(value=1).partition("\n")[2], BESIDE.format(value=2).partition("\n")[2], True),
+    ],
+)
+def test_help_and_what_is_marked_are_in_no_key(before, after, changes, package):
+    (package / "first.py").write_text(before)
+    digest = code_digest("hfprune.first")
+    (package / "first.py").write_text(after)
+    (package / "third.py").write_text("COLOR = 'blue'\n")
+    code_digest.cache_clear()
+    assert (code_digest("hfprune.first") != digest) == changes
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -388,6 +412,8 @@ def test_the_code_digest_follows_every_form_of_import_into_sub_packages(form, ed
         "from .room import absent\n",
         "import importlib\nimportlib.import_module(NAME)\n",
         "__import__(f'hfprune.{x}')\n",
+        "__import__(f'hfprune.room.{x}.{y}')\n",
+        "__import__(f'hfprune.second.{x}')\n",
     ],
 )
 def test_an_import_that_cannot_be_followed_is_refused(text, room):

@@ -208,6 +208,34 @@ def test_large_checkpoints_are_in_shards_and_the_generation_config_stays_as_it_w
     assert json.loads((out / PRUNING).read_text())["reload"]["dtype"] == "float16"
 
 
+def written_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head", ["tied", "another", "untied"])
+def test_the_config_says_what_is_in_the_file(head, dtype, tmp_path, forked_reload):
+    """A head of its own beside a config that says tied is loaded by transformers, and so it is written."""
+    dense = save_dense(tmp_path / "dense", tie_word_embeddings=head != "untied")
+    if head == "another":
+        torch.manual_seed(3)
+        change_weights(dense, lambda weights: weights.update({"lm_head.weight": torch.randn(320, 32) * 0.15}))
+    out, done = run_prune(dense, tmp_path, ratio=0.1, dtype=dtype)
+    weights = load_file(out / "model.safetensors")
+    config = written_config(out)
+    assert config["tie_word_embeddings"] is ("lm_head.weight" not in weights) is (head == "tied")
+    assert sum(weight.numel() for weight in weights.values()) == done["parameters"]
+    assert config["dtype"] == dtype
+    assert {str(weight.dtype).removeprefix("torch.") for weight in weights.values()} == {dtype}
+    assert config["intermediate_size"] == weights["model.layers.0.mlp.up_proj.weight"].shape[0]
+    assert config["vocab_size"] == weights["model.embed_tokens.weight"].shape[0]
+    kept = json.loads((out / PRUNING).read_text())["kept"]
+    with torch.no_grad():
+        logits = load_model(out, "float32")(TOKENS).logits
+    near = 1e-5 if dtype == "float32" else 0.2
+    assert (logits - masked_logits(dense, kept, TOKENS)).abs().max() < near
+
+
 def change_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)

@@ -1,19 +1,19 @@
 """A wrong config is refused before anything runs, with the key, the value and the remedy."""
 
 import copy
+import itertools
 import json
 import os
 import re
 import subprocess
 
 import pytest
-import yaml
 
 from hfprune.cli import main
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, load, parse, schema
-from hfprune.reporting.targets import TABLES, compared
+from hfprune.reporting.paper_tables import TABLES, compared
 from tests.conftest import REPOSITORY
 
 
@@ -36,7 +36,7 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("pruning.ratio", [0.2], r"pruning\.ratio: unknown key\. Did you mean 'ratios'\?"),
+        ("ratio", [0.2], r"ratio: unknown key\. Did you mean 'ratios'\?"),
         ("calibraton", {}, r"calibraton: unknown key\. Did you mean 'calibration'\?"),
         ("evaluation.tasks.boolq.fle", "x", r"evaluation\.tasks\.boolq\.fle: unknown key\. Did you mean 'file'\?"),
         ("evaluation.batching", "share", r"evaluation\.batching = 'share': .*Did you mean 'shared'\?"),
@@ -51,35 +51,14 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
             {"hub": "a/b", "split": "test", "fewshot_split": "train", "num_fewshot": 0},
             r"boolq\.num_fewshot = 0: .*greater than or equal to 1",
         ),
-        ("pruning.ratios", [0.2, 1.5], r"pruning\.ratios\.1 = 1\.5: .*less than 1"),
-        ("pruning.ratios", [0], r"pruning\.ratios\.0 = 0: .*greater than 0"),
-        ("pruning.ratios", [], r"pruning\.ratios = \[\]: .*at least 1 item"),
-        ("pruning.ratio_of", "mpl", r"pruning\.ratio_of = 'mpl': .*Did you mean 'mlp'\?"),
-        ("pruning.target_parameters", [1000], r"pruning: give exactly one of ratios and target_parameters, not both"),
-        ("pruning", {"ratios": None}, r"pruning: give exactly one of ratios and target_parameters, not none"),
-        ("pruning", {"target_parameters": [9], "ratio_of": "mlp"}, r"pruning: 'ratio_of' does not go with 'target_par"),
-        ("pruning", {"target_parameters": [0]}, r"pruning\.target_parameters\.0 = 0: .*greater than 0"),
-        ("pruning.round_to", 16, r"pruning\.round_to = 16: Input should be 1, 8, 64 or 128"),
-        ("pruning.allocations", ["globl"], r"pruning\.allocations\.0 = 'globl': .*Did you mean 'global'\?"),
-        (
-            "pruning.refits",
-            ["least-squares"],
-            r"pruning\.refits\.0 = 'least-squares': .*mean 'least_squares'\?",
-        ),
-        ("pruning.structures", ["attn"], r"pruning\.structures\.0 = 'attn': .*Did you mean 'attention'\?"),
-        (
-            "pruning",
-            {"ratio_of": "mlp", "structures": ["mlp", "attention"]},
-            r"pruning: 'ratio_of: mlp' goes with structures mlp alone, not mlp, attention",
-        ),
-        ("pruning.attention_share", 0.3, r"pruning: 'attention_share' goes with structures mlp\+attention, not mlp"),
-        (
-            "pruning",
-            {"attention_share": 1.5, "structures": ["mlp+attention"]},
-            r"pruning\.attention_share = 1\.5: .*less than or equal to 1",
-        ),
-        ("pruning.ridge", -1, r"pruning\.ridge = -1: .*greater than or equal to 0"),
-        ("pruning.recoveries", ["lora"], r"pruning\.recoveries = 'lora': not one of `recovery`: none"),
+        ("ratios", [0.2, 1.5], r"ratios\.1 = 1\.5: .*less than 1"),
+        ("ratios", [0], r"ratios\.0 = 0: .*greater than 0"),
+        ("ratios", [], r"ratios = \[\]: .*at least 1 item"),
+        ("ratio_of", "mpl", r"ratio_of = 'mpl': .*Did you mean 'mlp'\?"),
+        ("target_parameters", [1000], r"my\.yaml: give exactly one of ratios and target_parameters, not both"),
+        ("target_parameters", [0], r"target_parameters\.0 = 0: .*greater than 0"),
+        ("round_to", 16, r"round_to = 16: Input should be 1, 8, 64 or 128"),
+        ("recoveries", ["lora"], r"recoveries = 'lora': not one of `recovery`: none"),
         ("recovery", {"none": {"text": "calibration"}}, r"recovery\.none: 'none' stands for no training"),
         ("recovery", {"a": {"text": "x"}}, r"recovery\.a\.text = 'x': not one of `texts`: calibration"),
         ("recovery", {"a": {"text": "heldout"}}, r"shares documents with recovery\.a\.text = 'heldout'"),
@@ -111,7 +90,6 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
             WHEEL | {"instruction": "{q}", "response": "{a}"},
             r"calibration\.text = 'calibration' holds instructions; plain text is needed here",
         ),
-        ("pruning.criteria", ["entrpy"], r"pruning\.criteria\.0 = 'entrpy': .*Did you mean 'entropy'\?"),
         ("calibration.shards", 100, r"calibration: shards = 100: there are only 6 samples"),
         ("calibration.samples", "many", r"calibration\.samples = 'many': .*valid integer"),
         ("calibration.text", "calibrations", r"calibration\.text = 'calibrations': not one of `texts`: calibration,"),
@@ -121,7 +99,17 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
             r"fidelity\.texts\.1 = 'calibration' shares documents with calibration\.text = 'calibration'",
         ),
         ("fidelity.texts", ["helout"], r"fidelity\.texts\.0 = 'helout': not one of `texts`: calibration, heldout"),
-        ("fidelity.texts", ["heldout"] * 2, r"fidelity\.texts\.0 = 'heldout' and fidelity\.texts\.1 .* the same text"),
+        ("fidelity.texts", ["heldout"] * 2, r"fidelity\.texts: 'heldout' stands twice: 0 and 1,"),
+        ("calibration.seeds", [3, 0, 3], r"calibration\.seeds: 3 stands twice: 0 and 2, .*Leave one out\."),
+        ("ratios", [0.1, 0.10], r"ratios: 0\.1 stands twice"),
+        ("target_parameters", [9, 9], r"target_parameters: 9 stands twice"),
+        ("recoveries", ["none", "none"], r"recoveries: 'none' stands twice"),
+        ("methods", ["HFPrune", "FLAP", "HFPrune"], r"methods: 'HFPrune' stands twice: 0 and 2, "),
+        ("methods", [{"FLAP": {"ratios": [0.1]}}] * 2, r"methods: 'FLAP' stands twice: 0 and 1, "),
+        ("methods", [{"FLAP": {"ratios": [0.1, 0.1]}}], r"methods\.0\.FLAP\.ratios: 0\.1 stands twice"),
+        ("recovery", {"a": {"text": "calibration", "targets": ["q", "q"]}}, r"recovery\.a\.targets: 'q' stands twice"),
+        ("further", ["one", "one"], r"further: 'one' stands twice"),
+        ("store", "~nobody-of-that-name/store", r"store: '~nobody-of-that-name/store': nobody here has such a home"),
         ("fidelity.texts", [], r"fidelity\.texts = \[\]: List should have at least 1 item"),
         ("fidelity.text", "heldout", r"fidelity\.text: unknown key\. Did you mean 'texts'\?"),
         ("model.path", "/no/such/folder", r"model: path '/no/such/folder' does not exist"),
@@ -141,7 +129,7 @@ def test_a_wrong_value_is_refused(path, value, message, experiment):
 
 
 def test_every_fault_is_named_at_once(experiment):
-    wrong = changed(changed(experiment, "pruning.ratios", [2]), "evaluation.limit", 0)
+    wrong = changed(changed(experiment, "ratios", [2]), "evaluation.limit", 0)
     with pytest.raises(UserError) as refused:
         parse(Experiment, wrong, "my.yaml")
     assert len(str(refused.value).splitlines()) == 2
@@ -167,7 +155,7 @@ def test_the_default_experiment_is_valid_and_the_schema_is_current():
     assert load(REPOSITORY / "config.yaml").experiment == "default"
     written = (REPOSITORY / "workflow" / "schemas" / "config.schema.json").read_text()
     assert written == schema(), "run `hfprune config --schema`"
-    assert "ratios" in json.loads(written)["$defs"]["Pruning"]["properties"]
+    assert "ratios" in json.loads(written)["$defs"]["MethodSettings"]["properties"]
 
 
 def keys(experiment, stage):
@@ -183,9 +171,10 @@ def test_only_what_depends_on_a_changed_parameter_gets_another_key(experiment):
 
     assert different("experiment", "another") == set()
     assert different("calibration.seeds", [1]) == {"score", "prune", "measure", "evaluate"}
-    assert different("pruning.ratios", [0.1, 0.3]) == {"prune", "measure", "evaluate"}
-    assert different("pruning.ratio_of", "mlp") == {"prune", "measure", "evaluate"}
-    assert different("pruning.ridge", 0.2) == set(), "no refit reads it"
+    assert different("ratios", [0.1, 0.3]) == {"prune", "measure", "evaluate"}
+    assert different("ratio_of", "mlp") == {"prune", "measure", "evaluate"}
+    renamed = [{"another name": {"like": "HFPrune", "ridge": 0.2}}]
+    assert different("methods", renamed) == set(), "no refit reads the ridge, no stage the name"
     assert different("evaluation.limit", 5) == {"evaluate"}
     assert different("evaluation.batching", "stock") == {"evaluate"}
     assert different("fidelity.samples", 3) == {"reference", "measure"}
@@ -218,28 +207,27 @@ def test_every_held_out_text_has_its_own_predictions_and_measures_and_keeps_its_
     assert len(set(measured)) == len(measured) == 2 * 3
 
 
-def test_a_grid_of_cuts_and_what_each_reads(experiment):
-    grid = {
-        "criteria": ["entropy", "wanda"],
-        "ratios": [0.1, 0.2],
-        "allocations": ["uniform", "global"],
-        "refits": ["none", "bias", "sequential"],
-        "structures": ["mlp", "mlp+attention"],
-        "attention_share": 0.25,
-        "round_to": 8,
-    }
-    plan = Plan(parse(Experiment, changed(experiment, "pruning", grid), "test"))
+def test_a_method_for_every_combination_and_what_each_reads(experiment):
+    methods = []
+    for criterion, allocation, refit, structure in itertools.product(
+        ("entropy", "wanda"), ("uniform", "global"), ("none", "bias", "sequential"), ("mlp", "mlp+attention")
+    ):
+        recipe = {"criterion": criterion, "allocation": allocation, "refit": refit, "structure": structure}
+        recipe |= {"attention_share": 0.25} if structure == "mlp+attention" else {}
+        methods.append({f"method {len(methods)}": recipe})
+    plan = Plan(parse(Experiment, experiment | {"methods": methods, "round_to": 8}, "test"))
     jobs = plan.jobs["prune"].values()
     assert len(jobs) == 2 * 2 * 2 * 3 * 2
     assert len({job.label for job in jobs}) == len(jobs)
     for job in jobs:
         refit = job.recipe.parameters["refit"]
+        assert job.recipe.parameters["round_to"] == 8
         assert ("text" in job.inputs) == ("text" in job.recipe.inputs) == (refit != "none")
         assert ("ridge" in job.recipe.parameters) == ("--ridge" in job.options) == (refit == "sequential")
         both = job.recipe.parameters["structure"] == "mlp+attention"
         assert ("attention_share" in job.recipe.parameters) == ("--attention-share" in job.options) == both
-    target = Plan(parse(Experiment, changed(experiment, "pruning", {"target_parameters": [20_000]}), "test"))
-    (job,) = target.jobs["prune"].values()
+    sized = {name: value for name, value in experiment.items() if name != "ratios"} | {"target_parameters": [20_000]}
+    (job,) = Plan(parse(Experiment, sized, "test")).jobs["prune"].values()
     assert job.recipe.parameters == {
         "target_parameters": 20_000, "round_to": 1, "structure": "mlp", "allocation": "uniform", "refit": "none",
         "pad": False, "dtype": "float32",
@@ -249,55 +237,13 @@ def test_a_grid_of_cuts_and_what_each_reads(experiment):
 def test_ways_to_train_that_differ_only_in_how_they_run_are_one_model(experiment):
     ways = {"a": {"text": "calibration"}, "b": {"text": "calibration", "micro_batch": 2}}
     ways["c"] = {"text": "calibration", "method": "norms", "dense": False}
-    grid = {"ratios": [0.1], "recoveries": ["none", "a", "b", "c"]}
-    plan = Plan(parse(Experiment, changed(changed(experiment, "pruning", grid), "recovery", ways), "test"))
+    trained = {"ratios": [0.1], "recoveries": ["none", "a", "b", "c"], "recovery": ways}
+    plan = Plan(parse(Experiment, experiment | trained, "test"))
     labels = sorted(job.label for job in plan.recoveries)
-    assert labels == ["0.1 by entropy, seed 0, recovery a", "0.1 by entropy, seed 0, recovery c", "dense, recovery a"]
+    assert labels == ["0.1 by HFPrune, seed 0, recovery a", "0.1 by HFPrune, seed 0, recovery c", "dense, recovery a"]
     assert len(plan.models) == len({model.job.key for model in plan.models}) == 5
     unused = Plan(parse(Experiment, changed(experiment, "recovery", ways), "test"))
     assert not unused.recoveries
-
-
-def test_several_grids_stand_in_one_experiment_and_share_what_they_share(experiment):
-    first, second = (
-        {"criteria": ["entropy", "wanda"], "ratios": [0.1, 0.2]},
-        {"ratios": [0.2], "refits": ["none", "bias"]},
-    )
-    plan = Plan(parse(Experiment, changed(experiment, "pruning", [first, second]), "test"))
-    assert len(plan.scores) == 2
-    assert len(plan.jobs["prune"]) == len(plan.models) - 1 == 2 * 2 + 1
-    labels = [job.label for job in plan.jobs["prune"].values()]
-    assert sorted(labels) == sorted(
-        [f"{ratio} by {name}, seed 0" for name in ("entropy", "wanda") for ratio in (0.1, 0.2)]
-        + ["0.2, refit bias by entropy, seed 0"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("grids", "message"),
-    [
-        ([], r"pruning = \[\]: .*at least 1 item"),
-        ([{"ratio": [0.1]}], r"pruning\.0\.ratio: unknown key\. Did you mean 'ratios'\?"),
-        ([{}, {"ratios": [0.2, 3]}], r"pruning\.1\.ratios\.1 = 3: .*less than 1"),
-        ([{}, {"ratios": [0.2], "target_parameters": [9]}], r"pruning\.1: give exactly one of ratios"),
-        ("entropy", r"pruning = 'entropy': .*valid dictionary"),
-    ],
-)
-def test_a_fault_in_one_of_several_grids_says_which(grids, message, experiment):
-    with pytest.raises(UserError, match=message) as refused:
-        parse(Experiment, changed(experiment, "pruning", grids), "my.yaml")
-    assert "grid" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "pruning", [{}, {"target_parameters": [9]}, {"ratios": [0.5], "ratio_of": "mlp"}, [{}, {"refits": ["bias"]}]]
-)
-def test_the_cuts_that_the_config_command_prints_are_the_same_cuts(pruning, experiment, tmp_path, capsys):
-    asked = changed(experiment, "pruning", pruning)
-    (tmp_path / "my.yaml").write_text(json.dumps(asked))
-    assert main(["config", str(tmp_path / "my.yaml")]) == 0
-    printed = yaml.safe_load(capsys.readouterr().out)["pruning"]
-    assert parse(Experiment, asked | {"pruning": printed}, "printed") == parse(Experiment, asked, "asked")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +283,7 @@ def test_a_model_of_the_paper_has_what_its_tables_need(name):
     experiment = load(REPOSITORY / "configs" / f"{name}.yaml")
     assert set(experiment.evaluation.tasks) == TASKS and experiment.evaluation.limit is None
     assert len(experiment.calibration.seeds) == 3
-    made = {(criterion, cut.structure, cut.ratio): ways for (criterion, cut), ways in experiment.cuts().items()}
+    made = {(criterion, cut.structure, cut.ratio): ways for (_, criterion, cut), ways in experiment.cuts().items()}
     for ratio in (0.2, 0.3):
         assert {"none", "lora"} <= set(made["entropy", "mlp", ratio]), "table 1"
         for criterion in ("entropy", "cross_entropy", "self_distillation"):
@@ -345,9 +291,9 @@ def test_a_model_of_the_paper_has_what_its_tables_need(name):
     assert {"none", "lora"} <= set(made["entropy", "mlp+attention", 0.2]), "table 8"
     plan = Plan(experiment)
     for table in TABLES:
-        assert any(compared(table, [model.setting for model in plan.models], tasks=True))
+        assert any(compared(table, [model.setting for model in plan.models], has_tasks=True))
     assert any(job.label == "dense, recovery lora" for job in plan.recoveries), "the control"
-    assert [job.label for job in plan.timed[1:3]] == ["0.2 by entropy, seed 0", "0.3 by entropy, seed 0"], "table 4"
+    assert [job.label for job in plan.timed[1:3]] == ["0.2 by HFPrune, seed 0", "0.3 by HFPrune, seed 0"], "table 4"
 
 
 @pytest.mark.parametrize("name", ["llama-2-7b"])  # the others differ in the model

@@ -1,5 +1,6 @@
 """What a checkpoint costs to run: counted exactly; timed without a test looking at the clock."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -22,16 +23,17 @@ from tests.conftest import FAMILIES, make_model, run_hfprune
 WIDTHS = (40, 17, 29)
 
 
+@pytest.mark.parametrize("length", [16, PREFILL])
 @pytest.mark.parametrize("cut_too", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_operations_are_those_that_torch_counts(family, cut_too):
+def test_operations_are_those_that_torch_counts(family, cut_too, length):
     model = make_model(family, head_dim=12, tie_word_embeddings=True, attn_implementation="eager")
     if cut_too:
         groups = [torch.tensor([1]), torch.arange(2), torch.tensor([0])]
         cut(model, {"mlp": [torch.arange(width) for width in WIDTHS], "attention": groups})
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.arange(PREFILL)[None], use_cache=False)
-    assert flops_per_token(model) * PREFILL == counter.get_total_flops()
+        model(torch.arange(length)[None], use_cache=False)
+    assert flops_per_token(model, length) * length == counter.get_total_flops()
 
 
 def test_a_measurement_counts_operations_and_bytes(checkpoint, texts, tmp_path):
@@ -39,7 +41,7 @@ def test_a_measurement_counts_operations_and_bytes(checkpoint, texts, tmp_path):
     reference(tmp_path / "reference", checkpoint, texts, samples=2, length=16, seed=0, dtype="float32")
     details = measure(tmp_path, checkpoint, tmp_path / "reference", "float32")
     model = load_model(checkpoint, "float32")
-    assert details["flops_per_token"] == flops_per_token(model)
+    assert details["flops_per_token"] == flops_per_token(model, PREFILL)
     assert details["bytes"] == weight_bytes(checkpoint) == (checkpoint / "model.safetensors").stat().st_size
     assert details["bytes"] >= 4 * details["parameters"]
 
@@ -99,7 +101,9 @@ def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, tmp_
     model = stage("download", "model", "--path", checkpoint)
     text = stage("download", "text", "--path", data / "calibration.jsonl")
     sampling = ("--samples", 4, "--length", 32)
-    cut = stage("score", "--model", model, "--text", text, "--criterion", "cross_entropy", *sampling)
+    of = ("score", "--model", model, "--text", text, *sampling, "--criterion")
+    cut = stage(*of, "cross_entropy", "--together", "entropy", "wanda")
+    pass_of = {name: json.loads((stage(*of, name) / "manifest.json").read_text()) for name in ("entropy", "wanda")}
     out = tmp_path / "scoring_cost.csv"
     asked = ["scoring-cost", "--model", model, "--text", text, *sampling, "--rounds", 1, "--output", out, "--criteria"]
     asked = list(map(str, asked))
@@ -110,22 +114,22 @@ def test_each_criterion_is_timed_alone_with_what_it_needs(checkpoint, data, tmp_
     assert "criterion = 'fisherman'" in capsys.readouterr().err
     assert main([*asked, "wanda", "self_distillation", "--light-cut", str(cut)]) == 0
     rows = pd.read_csv(out, keep_default_na=False).set_index("criterion")
-    forward = 4 * 32 * flops_per_token(load_model(checkpoint, "float32"))
+    forward = 4 * 32 * flops_per_token(load_model(checkpoint, "float32"), 32)
     assert rows["flops"].to_dict() == {"wanda": forward, "self_distillation": 3 * forward}
+    costs = {name: (each["details"]["flops"], each["details"]["flops_together"]) for name, each in pass_of.items()}
+    assert costs == {"entropy": (2 * forward, 3 * forward), "wanda": (forward, 3 * forward)}, "each alone; all in one"
     assert rows["light_cut"].to_dict() == {"wanda": "none", "self_distillation": "cross_entropy"}
     assert (rows["tokens"] == 4 * 32).all() and (rows["seconds"] > 0).all() and (rows["n"] == 1).all()
     assert (rows["peak_bytes"] > 1e8).all() and set(rows["key"]) == {model.name}
 
 
 def test_what_is_timed_of_an_experiment(experiment):
-    grids = [
-        {"criteria": ["entropy", "self_distillation"], "ratios": [0.1, 0.2]},
-        {"criteria": ["entropy"], "ratios": [0.3], "refits": ["none", "bias"]},
-    ]
-    asked = experiment | {"pruning": grids, "calibration": experiment["calibration"] | {"seeds": [3, 4]}}
+    methods = [{"HFPrune": {"ratios": [0.1, 0.2, 0.3]}}, "SDMPrune", {"biased": {"like": "HFPrune", "refit": "bias"}}]
+    methods[2]["biased"]["ratios"] = [0.3]
+    asked = experiment | {"methods": methods, "calibration": experiment["calibration"] | {"seeds": [3, 4]}}
     plan = Plan(parse(Experiment, asked, "test"))
-    cuts = ("0.1", "0.2", "0.3", "0.3, refit bias")
-    assert [job.label for job in plan.timed[1:]] == [f"{cut} by entropy, seed 3" for cut in cuts]
+    cuts = ("0.1 by HFPrune", "0.2 by HFPrune", "0.3 by HFPrune", "0.3 by biased")
+    assert [job.label for job in plan.timed[1:]] == [f"{cut}, seed 3" for cut in cuts]
     assert plan.timed[0].recipe.stage == "model"
     (cut,) = plan.light_cuts
     assert cut.label == "cross_entropy, seed 3"

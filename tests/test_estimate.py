@@ -14,7 +14,7 @@ from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, load, parse
 from hfprune.models.loading import check_family, flops_per_token
 from hfprune.store.artifacts import Store
-from tests.conftest import REPOSITORY, make_model, make_tokenizer, run_hfprune, sentences, write_lines
+from tests.conftest import REPOSITORY, by_criteria, make_model, make_tokenizer, run_hfprune, sentences, write_lines
 from tests.hub import serve
 
 LLAMA_2_7B = {
@@ -46,9 +46,9 @@ def tried(tmp_path_factory, experiment, data):
     asked = experiment | {
         "store": str(folder / "store"),
         "texts": experiment["texts"] | {"questions": questions},
-        "pruning": {
-            "criteria": ["entropy", "cross_entropy"], "ratios": [0.2], "refits": ["sequential"], "recoveries": ["lora"],
-        },
+        "methods": [{f"{name} + refit": {"like": name, "refit": "sequential"}} for name in ("HFPrune", "LLM-Pruner")],
+        "ratios": [0.2],
+        "recoveries": ["lora"],
         "recovery": {
             "lora": {"text": "questions", "epochs": 1, "length": 384, "batch_tokens": 768, "rank": 4, "dense": False},
         },
@@ -73,7 +73,7 @@ def tried(tmp_path_factory, experiment, data):
 
 def test_operations_are_those_that_the_stages_record(tried):
     _, _, found = tried
-    for stage, name in (("score", "flops"), ("prune", "refit_flops")):
+    for stage, name in (("score", "flops_together"), ("prune", "refit_flops")):
         cost, manifest = found[stage]
         assert cost.flops == manifest["details"][name] > 0
     cost, manifest = found["recover"]
@@ -82,8 +82,9 @@ def test_operations_are_those_that_the_stages_record(tried):
     assert manifest["details"]["flops"] / 2 <= cost.flops <= 2 * manifest["details"]["flops"], "lengths are assumed"
     cost, manifest = found["measure"]
     details = manifest["details"]
-    tokens, dense_logits = 4 * 32, 2 * 32 * 320
-    assert cost.flops == tokens * (details["flops_per_token"] + dense_logits)
+    tokens, dense_logits, head_dimensions = 4 * 32, 2 * 32 * 320, 3 * 4 * 8
+    per_token = details["flops_per_token"] - 4 * head_dimensions * (256 - 32)  # of sequences of 32 tokens, not of 256
+    assert cost.flops == tokens * (per_token + dense_logits)
 
 
 def test_a_cut_is_as_large_as_it_will_be_and_disk_as_full(tried):
@@ -127,12 +128,12 @@ def test_memory_is_that_of_a_process_that_scores(tmp_path, experiment):
 
 def test_a_pass_over_several_criteria_is_counted_once(experiment, tmp_path):
     def flops(criteria):
-        grid = {"criteria": criteria, "ratios": [0.1]}
-        asked = parse(Experiment, experiment | {"store": str(tmp_path), "pruning": grid}, "test")
+        methods = {"methods": by_criteria(*criteria), "ratios": [0.1]}
+        asked = parse(Experiment, experiment | {"store": str(tmp_path)} | methods, "test")
         rows = {row["stage"]: row["flops"] for row in estimate(Plan(asked), asked).stages()}
         return rows["score"]
 
-    forward = 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True))
+    forward = 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True), 32)
     assert flops(["magnitude"]) == forward
     assert flops(["entropy", "wanda"]) == 2 * forward
     assert flops(["entropy", "self_distillation"]) == 3 * forward + 3 * forward
@@ -140,8 +141,8 @@ def test_a_pass_over_several_criteria_is_counted_once(experiment, tmp_path):
 
 def test_of_a_pass_whose_first_scores_are_there_the_first_that_is_missing_makes_the_rest(experiment, tmp_path):
     def planned(criteria):
-        grid = {"criteria": criteria, "ratios": [0.1]}
-        asked = parse(Experiment, experiment | {"store": str(tmp_path), "pruning": grid}, "test")
+        methods = {"methods": by_criteria(*criteria), "ratios": [0.1]}
+        asked = parse(Experiment, experiment | {"store": str(tmp_path)} | methods, "test")
         return Plan(asked), asked
 
     plan, _ = planned(["magnitude"])
@@ -150,7 +151,7 @@ def test_of_a_pass_whose_first_scores_are_there_the_first_that_is_missing_makes_
     _, entropy, wanda = plan.scores
     assert (entropy.after, wanda.after) == (None, entropy)
     (flops,) = (row["flops"] for row in estimate(plan, asked).stages() if row["stage"] == "score")
-    assert flops == 2 * 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True))
+    assert flops == 2 * 6 * 32 * flops_per_token(make_model(tie_word_embeddings=True), 32)
 
 
 def test_where_a_gpu_is_small_layers_are_computed_anew(experiment, tmp_path):
@@ -165,9 +166,9 @@ def test_where_a_gpu_is_small_layers_are_computed_anew(experiment, tmp_path):
 
 
 def test_what_is_asked_of_a_cluster(experiment, tmp_path):
-    grid = {"ratios": [0.2], "refits": ["none", "sequential"]}
+    methods = ["HFPrune", {"refitted": {"like": "HFPrune", "refit": "sequential"}}]
     calibration = experiment["calibration"] | {"shards": 2}
-    asked = {"store": str(tmp_path), "pruning": grid, "calibration": calibration}
+    asked = {"store": str(tmp_path), "methods": methods, "ratios": [0.2], "calibration": calibration}
     plan = Plan(parse(Experiment, experiment | asked, "test"))
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
     models = Models(check_family(tmp_path), "bfloat16")
@@ -195,8 +196,8 @@ def test_what_is_asked_of_a_cluster(experiment, tmp_path):
 
 def test_all_jobs_of_a_pass_ask_for_all_of_it(experiment, tmp_path):
     """The first makes every artifact; where one of them is lost, its own job does all the work again."""
-    grid = {"criteria": ["entropy", "wanda"], "ratios": [0.2]}
-    asked = parse(Experiment, experiment | {"store": str(tmp_path), "pruning": grid}, "test")
+    methods = {"methods": ["HFPrune", "Wanda-sp"], "ratios": [0.2]}
+    asked = parse(Experiment, experiment | {"store": str(tmp_path)} | methods, "test")
     first, second = (plan := Plan(asked)).jobs["score"].values()
     slow = replace(device_of("h100"), peak={"float32": 1e6})
     counted = Estimate(plan, Models(check_family(asked.model.path), "float32"), slow)
@@ -280,6 +281,6 @@ def test_a_gguf_file_is_to_be_downloaded_first(tmp_path):
 
 
 def test_a_cut_that_the_model_cannot_give_is_refused(experiment, tmp_path):
-    asked = parse(Experiment, experiment | {"store": str(tmp_path), "pruning": {"ratios": [0.9]}}, "test")
+    asked = parse(Experiment, experiment | {"store": str(tmp_path), "ratios": [0.9]}, "test")
     with pytest.raises(UserError, match="largest ratio that allows is 0"):
         report(asked, "cpu", 0.4, None)

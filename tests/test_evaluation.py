@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,10 @@ from hfprune.runtime.memory import forward_bytes
 from tests.conftest import (
     FAMILIES,
     REPOSITORY,
+    TEMPLATES,
     WORDS,
     boolq_records,
+    make_adding_tokenizer,
     make_model,
     make_tokenizer,
     run_hfprune,
@@ -313,7 +316,7 @@ def test_mmlu_is_the_mean_over_its_documents(checkpoint, tmp_path):
     deviation = math.sqrt(sum((value - mean) ** 2 for value in by_hand) / 4)
     assert results["acc"]["stderr"] == pytest.approx(deviation / math.sqrt(5))
     assert details["documents"] == 5
-    parts = stock_tasks("mmlu", tmp_path / "task", tmp_path / "cache")
+    parts = stock_tasks("mmlu", tmp_path / "task")
     assert "about anatomy." in parts["mmlu_anatomy"].task.config.description
 
 
@@ -364,6 +367,48 @@ def test_further_tasks_by_name(name, checkpoint, tmp_path):
     assert all(metrics <= line.keys() for line in lines) and len(lines) == 3
 
 
+def log_likelihood(model, context, continuation):
+    """Of token ids, from the logits alone."""
+    log_p = model(torch.tensor([context + continuation])).logits[0].double().log_softmax(-1)
+    return sum(log_p[len(context) + i - 1, token].item() for i, token in enumerate(continuation))
+
+
+@pytest.mark.parametrize("made", [Shared, Stock])
+@pytest.mark.parametrize("adds", TEMPLATES)
+def test_a_text_has_one_beginning_and_no_end_whatever_the_tokenizer_adds(adds, made):
+    model, tokenizer = make_model(), make_adding_tokenizer(TEMPLATES[adds])
+    lm = made(model, tokenizer)
+
+    def ids(text):
+        return make_tokenizer()(text)["input_ids"]
+
+    whole = [Instance("loglikelihood_rolling", {}, (sentences(i, 9),), i) for i in range(3)]
+    expected = [log_likelihood(model, [0], ids(sentences(i, 9))) for i in range(3)]
+    assert lm.loglikelihood_rolling(whole, disable_tqdm=True) == pytest.approx(expected, abs=1e-3)
+    begin = [0] if adds in ("bos", "both") else []
+    found = lm.loglikelihood(instances([("Say ku", " bobo dada"), ("", "bobo")]), disable_tqdm=True)
+    expected = [
+        log_likelihood(model, begin + ids("Say ku"), ids(" bobo dada")),
+        log_likelihood(model, [0], ids("bobo")),
+    ]
+    assert [answer[0] for answer in found] == pytest.approx(expected, abs=1e-3)
+    tokens, _ = lm.tok_batch_encode(["Say ku"])
+    assert tokens[0].tolist() == begin + ids("Say ku")
+    assert tokenizer("a")["input_ids"] != ids("a") or adds == "none", "the tokenizer itself is as it was"
+
+
+@pytest.mark.parametrize("adds", ["none", "both"])
+def test_wikitexts_perplexity_is_that_of_the_text_after_one_beginning(adds, checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    make_adding_tokenizer(TEMPLATES[adds]).save_pretrained(folder)
+    page = " = Tea = \n It is hot . "
+    results, _, _ = evaluated(tmp_path, folder, "wikitext", write_lines(tmp_path / "data.jsonl", [{"page": page}]))
+    text = " = Tea =\nIt is hot. "  # as lm-eval's definition writes it
+    loss = -log_likelihood(make_model(), [0], make_tokenizer()(text)["input_ids"])
+    assert results["word_perplexity"]["value"] == pytest.approx(math.exp(loss / len(re.split(r"\s+", page))), rel=1e-3)
+
+
 CARD = """---
 configs:
 - config_name: main
@@ -396,7 +441,7 @@ def test_examples_come_from_the_hub_and_stand_before_each_question(checkpoint, t
     (part,) = (store / "evaluate-task").iterdir()
     assert json.loads((part / "manifest.json").read_text())["details"]["num_fewshot"] == 2
 
-    gsm8k = stock_tasks("gsm8k", downloaded, tmp_path / "cache", 2)["gsm8k"].task
+    gsm8k = stock_tasks("gsm8k", downloaded, 2)["gsm8k"].task
     gsm8k.set_fewshot_seed(0)
     gsm8k.build_all_requests(samples=[0], rank=0, world_size=1)
     (prompt,) = {request.args[0] for request in gsm8k.instances}

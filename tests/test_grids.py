@@ -14,12 +14,18 @@ from safetensors.torch import load_file
 from hfprune.store.artifacts import read
 from hfprune.store.filenames import SCORES
 from tests.checkouts import Checkout, changed, model_stages, ran
-from tests.conftest import sentences, write_lines
+from tests.conftest import by_criteria, sentences, write_lines
 
-PAPER = [
-    {"criteria": ["entropy", "cross_entropy"], "ratios": [0.2]},
-    {"ratios": [0.2], "structures": ["mlp", "mlp+attention"], "allocations": ["global"]},
-]
+PAPER = {
+    "methods": [
+        "HFPrune",
+        "LLM-Pruner",
+        {"HFPrune global": {"like": "HFPrune", "allocation": "global"}},
+        {"HFPrune global + attention": {"like": "HFPrune", "allocation": "global", "structure": "mlp+attention"}},
+    ],
+    "ratios": [0.2],
+}
+REFITS = ["HFPrune", *({way: {"like": "HFPrune", "refit": way}} for way in ("least_squares", "sequential"))]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,7 @@ def paper(tmp_path_factory, experiment) -> Checkout:
     """A checkout in which all of the paper's targets have been made for the tiny model."""
     root = tmp_path_factory.mktemp("grids")
     made = Checkout(root / "checkout", root / "store")
-    made.first = ran(made.snakemake(changed(experiment, pruning=PAPER), "paper"))
+    made.first = ran(made.snakemake(changed(experiment, **PAPER), "paper"))
     return made
 
 
@@ -45,16 +51,17 @@ def test_one_target_makes_every_table_and_figure_of_the_paper(paper, experiment)
         assert (results / "tables" / f"table{number}.tex").exists()
     metrics = pd.read_csv(results / "metrics.csv", keep_default_na=False)
     pruned = metrics[(metrics["stage"] == "pruned") & (metrics["metric"] == "kl")]
+    assert set(pruned["method"]) == {"HFPrune", "LLM-Pruner", "HFPrune global", "HFPrune global + attention"}
     assert sorted(pruned["structure"]) == ["mlp", "mlp", "mlp", "mlp+attention"]
     assert pruned["value"].nunique() == 4
     assert (pruned["ratio_achieved"].astype(float) - 0.2).abs().max() < 3 * 96 / pruned["parameters"].astype(int).min()
     assert {"entropy_cross_entropy.png", "pareto.svg"} <= {file.name for file in (results / "figures").iterdir()}
-    assert "Nothing to be done" in paper.snakemake(changed(experiment, pruning=PAPER), "paper")
+    assert "Nothing to be done" in paper.snakemake(changed(experiment, **PAPER), "paper")
 
 
 def test_criteria_of_one_seed_are_scored_in_one_pass_and_each_is_an_artifact(experiment, tmp_path):
     criteria = ["cross_entropy", "fisher_token", "wanda"]
-    several = changed(experiment, pruning={"criteria": criteria}, calibration={"seeds": [0, 1]})
+    several = changed(experiment, methods=by_criteria(*criteria), calibration={"seeds": [0, 1]})
     elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
     output = elsewhere.snakemake(several, "agreement")
     assert ran(output) == {"download": 2, "score": 6, "agreement": 1}
@@ -73,7 +80,7 @@ def test_criteria_of_one_seed_are_scored_in_one_pass_and_each_is_an_artifact(exp
     assert len(agreement) == 15 * 4
 
     times = {str(path): json.loads(path.read_text())["time"] for path in elsewhere.manifests("score")}
-    one_more = changed(several, pruning={"criteria": [*criteria, "entropy"]})
+    one_more = changed(several, methods=by_criteria(*criteria, "entropy"))
     output = elsewhere.snakemake(one_more, "agreement")
     assert len(re.findall("score: 100%", output)) == 2
     assert len(elsewhere.manifests("score")) == 8
@@ -81,7 +88,7 @@ def test_criteria_of_one_seed_are_scored_in_one_pass_and_each_is_an_artifact(exp
 
 
 def test_shards_give_the_scores_of_one_job_and_a_lost_one_is_made_alone(paper, experiment, tmp_path):
-    whole = changed(experiment, pruning={"criteria": ["self_distillation"]})
+    whole = changed(experiment, methods=["SDMPrune"])
     paper.snakemake(whole, "agreement")
     scores = {read(path).key: load_file(path.parent / SCORES) for path in paper.manifests("score")}
 
@@ -105,18 +112,20 @@ def test_shards_give_the_scores_of_one_job_and_a_lost_one_is_made_alone(paper, e
 def test_a_grid_of_refits_stands_side_by_side_in_the_results(paper, experiment, tmp_path, monkeypatch):
     for name in ("HF_ENDPOINT", "http_proxy", "https_proxy", "all_proxy"):  # all is downloaded: nobody is asked
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    grid = changed(experiment, pruning={"ratios": [0.2], "refits": ["none", "least_squares", "sequential"]})
+    grid = changed(experiment, methods=REFITS, ratios=[0.2])
     elsewhere = Checkout(tmp_path / "elsewhere", paper.store)
     output = elsewhere.snakemake(grid, "tables", "figures")
     assert model_stages(ran(output)) == {"prune": 2, "measure": 2, "evaluate": 2}
     results = elsewhere.folder / "results" / "tiny"
     metrics = pd.read_csv(results / "metrics.csv", keep_default_na=False)
-    kl = metrics[(metrics["metric"] == "kl") & (metrics["stage"] == "pruned")].set_index("refit")["value"].astype(float)
-    assert kl.index.tolist() == ["least_squares", "none", "sequential"]
+    kl = (
+        metrics[(metrics["metric"] == "kl") & (metrics["stage"] == "pruned")].set_index("method")["value"].astype(float)
+    )
+    assert kl.index.tolist() == ["HFPrune", "least_squares", "sequential"], "in the config's order"
     assert kl.nunique() == 3
     summary = (results / "tables" / "summary.md").read_text().splitlines()
     pruned = [line.split("|") for line in summary if line.startswith("| pruned |")]
-    assert [cells[3].strip() for cells in pruned] == ["least_squares", "none", "sequential"]
+    assert [cells[2].strip() for cells in pruned] == ["HFPrune", "least_squares", "sequential"]
     for made in elsewhere.manifests("prune"):
         manifest = json.loads(made.read_text())
         assert ("text" in manifest["inputs"]) == (manifest["parameters"]["refit"] != "none")
@@ -129,10 +138,8 @@ def test_recovery_stands_beside_its_controls(paper, experiment, data, tmp_path):
     trained = changed(
         experiment,
         texts={"instructions": {"path": str(lines), "instruction": "{q}", "response": "{a}"}},
-        pruning=[
-            {"criteria": ["cross_entropy"], "ratios": [0.2]},
-            {"ratios": [0.2], "recoveries": ["none", "lora", "taught"]},
-        ],
+        methods=["LLM-Pruner", {"HFPrune": {"recoveries": ["none", "lora", "taught"]}}],
+        ratios=[0.2],
     ) | {"recovery": {"lora": small, "taught": small | {"loss": "distillation"}}}
     elsewhere = Checkout(tmp_path / "elsewhere", paper.store)
     output = elsewhere.snakemake(trained)
@@ -140,13 +147,13 @@ def test_recovery_stands_beside_its_controls(paper, experiment, data, tmp_path):
     results = elsewhere.folder / "results" / "tiny"
     metrics = pd.read_csv(results / "metrics.csv", keep_default_na=False)
     found = metrics[metrics["metric"] == "kl"]
-    assert [tuple(row) for row in found[["stage", "criterion", "ratio", "recovery"]].to_numpy()] == [
-        ("dense", "none", 0.0, "none"),
-        ("pruned", "cross_entropy", 0.2, "none"),
-        ("pruned", "entropy", 0.2, "none"),
-        ("recovered", "entropy", 0.2, "lora"),
-        ("recovered", "entropy", 0.2, "lora+distillation"),
-        ("recovered", "none", 0.0, "lora"),
+    assert [tuple(row) for row in found[["stage", "method", "criterion", "ratio", "recovery"]].to_numpy()] == [
+        ("dense", "dense", "none", 0.0, "none"),
+        ("pruned", "LLM-Pruner", "cross_entropy", 0.2, "none"),
+        ("pruned", "HFPrune", "entropy", 0.2, "none"),
+        ("recovered", "HFPrune", "entropy", 0.2, "lora"),
+        ("recovered", "HFPrune", "entropy", 0.2, "lora+distillation"),
+        ("recovered", "dense", "none", 0.0, "lora"),
     ]
     assert found["value"].nunique() == 6
     costs = metrics[(metrics["group"] == "cost") & (metrics["recovery"] == "lora+distillation")]
@@ -157,7 +164,7 @@ def test_recovery_stands_beside_its_controls(paper, experiment, data, tmp_path):
     )
     assert (costs["value"].astype(float) > 0).all()
     curves = pd.read_csv(results / "tables" / "losses.csv")
-    assert set(curves["model"]) == {"dense, lora", "entropy, lora", "entropy, lora+distillation"}
+    assert set(curves["model"]) == {"dense, lora", "HFPrune, lora", "HFPrune, lora+distillation"}
     assert (results / "figures" / "losses.svg").exists()
     assert "Recovery" in (results / "tables" / "summary.md").read_text()
     assert "Training (s)" in (results / "tables" / "cost.md").read_text()

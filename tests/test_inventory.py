@@ -12,12 +12,18 @@ from hfprune.cli import main
 from hfprune.experiment.inventory import human
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import load
-from hfprune.experiment.stages import recipe
+from hfprune.stages.run import recipe
+from hfprune.stages.wheel import WHEEL as WHEEL_STAGE
+from hfprune.stages.wheel import WheelParameters
 from hfprune.store import artifacts
 from hfprune.store.artifacts import Store
 from hfprune.store.keys import Recipe
 
 WHEEL = {"wheel": "llm==1", "file": "a.gguf", "sha256": "0" * 64}
+
+
+def wheel_recipe(requirement: str) -> Recipe:
+    return recipe(WHEEL_STAGE, WheelParameters(wheel=requirement), {})
 
 
 def write(folder):
@@ -37,14 +43,14 @@ class Shelf:
         made = copy.deepcopy(self.experiment) | {"experiment": name, "store": str(self.store.root)}
         made["model"] = WHEEL | {"dtype": "float32"}
         made["calibration"]["shards"] = 2
-        made["pruning"] = {"ratios": [ratio]}
+        made["ratios"] = [ratio]
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(made))
         return file
 
     def make(self, config: Path) -> None:
         """All artifacts of an experiment."""
-        self.store.make(recipe("wheel", {"wheel": WHEEL["wheel"]}), write)
+        self.store.make(wheel_recipe(WHEEL["wheel"]), write)
         for jobs in Plan(load(config)).jobs.values():
             for job in jobs.values():
                 self.store.make(job.recipe, write)
@@ -142,12 +148,12 @@ def test_prune_removes_what_no_named_experiment_uses_and_nothing_else(shelf):
     plan = Plan(load(first))
     needed = {f"{job.recipe.stage}/{job.key}" for job in plan.needed}
     needed |= {f"evaluate-task/{key}" for job in plan.needed for key in shelf.parts(job)}
-    needed |= {f"wheel/{recipe('wheel', {'wheel': WHEEL['wheel']}).key}"}
+    needed |= {f"wheel/{wheel_recipe(WHEEL['wheel']).key}"}
     shards = {each for each in needed if each.startswith("shard/")}
     assert len(shards) == 2
     assert shelf.held() == needed
     shelf.make(second)
-    old = shelf.store.make(recipe("wheel", {"wheel": "old==1"}), write)
+    old = shelf.store.make(wheel_recipe("old==1"), write)
     unused = shelf.held() - needed | shards | {f"wheel/{old.key}"}
 
     status, output = shelf("prune", "--config", first)

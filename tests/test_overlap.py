@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hfprune.data.contamination import Documents, Overlap, compare, refusal, write
+from hfprune.data.contamination import Corpus, Overlap, compare, refusal, write
 from tests.conftest import run_hfprune, sentences, write_lines
 
 
@@ -14,11 +14,11 @@ from tests.conftest import run_hfprune, sentences, write_lines
 def documents(tmp_path):
     """Documents of some use from records, in a folder as stage `download` leaves it."""
 
-    def make(use: str, name: str, records: list) -> Documents:
+    def make(use: str, name: str, records: list) -> Corpus:
         folder = tmp_path / f"{use}-{name}"
         folder.mkdir()
         write_lines(folder / "documents.jsonl", records)
-        return Documents(use, name, folder)
+        return Corpus(use, name, folder)
 
     return make
 
@@ -27,7 +27,7 @@ def plain(*words: str) -> dict:
     return {"text": " ".join(words)}
 
 
-def only(seen: Documents, tested: Documents) -> Overlap:
+def only(seen: Corpus, tested: Corpus) -> Overlap:
     (found,) = compare([seen], [tested])
     return found
 

@@ -8,7 +8,7 @@ import torch
 from hfprune.data.packing import NO_LABEL, PROMPT, Example, Packed, pack, read_examples
 from hfprune.errors import UserError
 from hfprune.models.loading import FAMILIES
-from tests.conftest import make_model, make_tokenizer, sentences, write_lines
+from tests.conftest import TEMPLATES, make_adding_tokenizer, make_model, make_tokenizer, sentences, write_lines
 
 
 def examples(*lengths, prompt=0):
@@ -79,6 +79,30 @@ def test_an_instruction_stands_in_the_template_and_its_response_is_learned(tmp_p
     assert tokenizer.decode(example.ids) == PROMPT.format(instruction="Say bobo.") + "bobo</s>"
     assert tokenizer.decode(example.ids[example.prompt :]) == "bobo</s>"
     assert "1 of 3 instructions are left out: longer than 300 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ends", ["", "</s>"])
+@pytest.mark.parametrize("adds", TEMPLATES)
+def test_end_of_text_stands_once_and_at_the_end_whatever_the_tokenizer_adds(adds, ends, tmp_path):
+    tokenizer = make_adding_tokenizer(TEMPLATES[adds])
+    begin = "<s>" if adds in ("bos", "both") else ""
+    write_lines(tmp_path / "documents.jsonl", [{"instruction": "Say bobo.", "response": f" bobo{ends} \n"}] * 2)
+    for example in read_examples(tokenizer, 320, tmp_path, 300):
+        assert tokenizer.decode(example.ids) == begin + PROMPT.format(instruction="Say bobo.") + "bobo</s>"
+        assert tokenizer.decode(example.ids[example.prompt :]) == "bobo</s>"
+        assert (example.ids == 1).sum() == 1 and example.ids[-1] == 1
+    write_lines(tmp_path / "documents.jsonl", [{"text": sentences(0, 100) + ends}, {"text": "bobo" + ends}])
+    found = read_examples(tokenizer, 320, tmp_path, 64)
+    ids = [token for example in found for token in example.ids.tolist()]
+    assert tokenizer.decode(ids) == f"{begin}{sentences(0, 100)}</s>{begin}bobo</s>"
+
+
+def test_a_tokenizer_without_an_end_of_text_token_ends_a_document_in_its_own_way(tmp_path):
+    tokenizer = make_adding_tokenizer(TEMPLATES["both"])
+    tokenizer.eos_token = None
+    write_lines(tmp_path / "documents.jsonl", [{"text": "bobo"}])
+    (example,) = read_examples(tokenizer, 320, tmp_path, 64)
+    assert tokenizer.decode(example.ids) == "<s>bobo</s>"
 
 
 def test_plain_text_is_cut_into_stretches(tmp_path):

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from hfprune.data.packing import Packed, read_examples
 from hfprune.errors import UserError
-from hfprune.experiment.schema import RecoverParameters
 from hfprune.models.loading import FAMILIES, load_model, load_tokenizer
 from hfprune.pruning.surgery import cut
 from hfprune.recovery import training
 from hfprune.recovery.training import METHODS, recover
 from hfprune.runtime.signals import Stopped
+from hfprune.stages.recover import RecoverParameters
 from hfprune.store import artifacts
 from tests.conftest import make_model, run_hfprune, save_checkpoint, save_dense, sentences, write_lines
 

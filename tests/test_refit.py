@@ -94,7 +94,7 @@ def test_least_squares_solves_the_ridge_problem_on_the_intact_model(structure):
     kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
     model = copy.deepcopy(dense)
     details = refit(model, kept, sequences, "least_squares", 0.1)
-    assert details.pop("refit_flops") > 640 * flops_per_token(dense)
+    assert details.pop("refit_flops") > 640 * flops_per_token(dense, sequences.shape[1])
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
     for number, (name, columns) in product(range(3), (("mlp", neurons), ("attention", COLUMNS))):
         weight, found = (part_of(each.model.layers[number], name).output.weight for each in (dense, model))
@@ -119,7 +119,7 @@ def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_
     kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
     model, seen = copy.deepcopy(dense), copy.deepcopy(dense)  # seen: refitted as far as the loop below has come
     details = refit(model, kept, sequences, "sequential", 0.1)
-    assert details.pop("refit_flops") > 2 * 640 * flops_per_token(dense)
+    assert details.pop("refit_flops") > 2 * 640 * flops_per_token(dense, sequences.shape[1])
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
     columns = {"mlp": neurons if "mlp" in kept else [torch.arange(48)] * 3}
     columns["attention"] = COLUMNS if "attention" in kept else [torch.arange(32)] * 3
@@ -175,7 +175,7 @@ def test_bias_makes_up_for_the_mean_of_what_goes():
     dense, kept, sequences = make_model(mlp_bias=True), some(), tokens(20)
     model = copy.deepcopy(dense)
     assert refit(model, {"mlp": kept}, sequences, "bias", 0.1) == {
-        "refit_tokens": 640, "refit_flops": 640 * flops_per_token(dense)
+        "refit_tokens": 640, "refit_flops": 640 * flops_per_token(dense, sequences.shape[1])
     }  # fmt: skip
     cut(model, {"mlp": kept})
     every, mlp, before = activations(dense, sequences)[0], model.model.layers[0].mlp, dense.model.layers[0].mlp

@@ -10,6 +10,7 @@ import yaml
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
 from hfprune.reporting.pages import list_artifacts, page
+from hfprune.reporting.typeset import Cell, Row, Sheet
 from tests.conftest import REPOSITORY
 
 
@@ -56,8 +57,40 @@ def test_a_table_that_has_markdown_is_shown_as_people_read_it(tmp_path):
     (tmp_path / "summary.md").write_text("| Model | KL |\n|:------|---:|\n| dense | **0.123** ± 0.01 |\n")
     made = page("Every model", "", [tmp_path / "summary.csv", tmp_path / "summary.md"])
     assert Cells(made).rows == [["Model", "KL"], ["dense", "0.123 ± 0.01"]]
-    assert "<b>0.123</b>" in made
+    assert "<strong>0.123</strong>" in made
     assert 'download="summary.csv"' in made
+
+
+ODD = r"a&b #1 $x {y} ~z ^w _v_ 5% \q | *s* `t` <u> [w](x)"
+
+
+def test_any_name_stands_in_a_page_as_it_was_written(tmp_path):
+    sheet = Sheet("Odd.", ["Method"], {"V": 1}, [Row([ODD], {"V": Cell(1.25)}), Row([ODD], {}, published=True)])
+    table, markdown, _ = sheet.write(tmp_path, "odd")
+    for files in ([table], [table, markdown]):
+        rows = Cells(page("Odd", ODD, files)).rows
+        assert rows[1][0] == rows[2][0] == ODD
+    assert Cells(page("Odd", "", [table, markdown])).rows[1:] == [[ODD, "1.2"], [ODD, ""]]
+    (tmp_path / "names.csv").write_text("key,name,n\n0123456789012345,NA,1\n12e4567890123456,none,\n")
+    assert Cells(page("Names", "", [tmp_path / "names.csv"])).rows[1:] == [
+        ["0123456789012345", "NA", "1"],
+        ["12e4567890123456", "none", ""],
+    ]
+
+
+def test_numbers_are_set_to_the_right(tmp_path):
+    sheet = Sheet("", ["Method"], {"V": 1}, [Row(["10"], {"V": Cell(1.25)})])
+    table, markdown, _ = sheet.write(tmp_path, "t")
+    assert '<td>10</td>\n<td style="text-align:right">1.2</td>' in page("", "", [table, markdown])
+    made = page("", "", [table])
+    assert '<th class="number">V</th>' in made and "<th>source</th>" in made
+
+
+def test_a_long_sheet_says_how_many_rows_are_not_shown(tmp_path):
+    sheet = Sheet("", ["Method"], {"V": 1}, [Row([f"m{i}"], {"V": Cell(i)}) for i in range(1234)], ["A note."])
+    made = page("", "", sheet.write(tmp_path, "t")[:2])
+    assert len(Cells(made).rows) == 201
+    assert made.index("</table>") < made.index("The first 200 of 1,234 rows.") < made.index("A note.")
 
 
 def test_an_empty_table_is_its_head(tmp_path):

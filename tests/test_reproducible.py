@@ -48,10 +48,11 @@ def runs(experiment, tmp_path_factory) -> list[Path]:
     lora = {"text": "instructions", "length": 384, "batch_tokens": 384, "rank": 2, "epochs": 1, "dense": False}
     asked = experiment | {
         "texts": experiment["texts"] | {"instructions": instructions},
-        "pruning": [
-            {"criteria": ["entropy"], "ratios": [0.2], "refits": ["least_squares"], "recoveries": ["lora"]},
-            {"criteria": ["fisher_token"], "ratios": [0.2]},
+        "methods": [
+            {"refitted": {"criterion": "entropy", "refit": "least_squares", "recoveries": ["lora"]}},
+            {"Fisher": {"criterion": "fisher_token"}},
         ],
+        "ratios": [0.2],
         "recovery": {"lora": lora},
     }
     for salt, name in (("7", "once"), ("100", "once again")):

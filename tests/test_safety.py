@@ -92,9 +92,9 @@ def not_safetensors(folder):
 
 def elsewhere(folder):
     names = load_file(folder / "model.safetensors")
-    shutil.copyfile(folder / "model.safetensors", folder.parent / "other.safetensors")
+    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
     weights = dict.fromkeys(names, "../other.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
 
 
 @pytest.mark.parametrize(

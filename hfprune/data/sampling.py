@@ -1,28 +1,24 @@
-"""From documents to token sequences: which stretch of which document, decided by a seed alone."""
+"""Sampling of token sequences from documents. Only the seed decides which documents and which tokens."""
 
-import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from hfprune.data.readers import read_records
 from hfprune.errors import UserError
+from hfprune.models.context import check_lengths
 from hfprune.store.filenames import DOCUMENTS
-
-
-def read_records(folder: Path) -> list[dict[str, str]]:
-    """The records of a downloaded text, in order: all with `text`, or all with `instruction` and `response`."""
-    with (folder / DOCUMENTS).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def read_documents(folder: Path) -> list[str]:
     """The documents of a downloaded text, in order.
 
     Raises:
-        UserError: it holds instructions.
+        UserError: the text consists of instructions.
     """
     records = read_records(folder)
     if any("text" not in record for record in records):
@@ -31,7 +27,7 @@ def read_documents(folder: Path) -> list[str]:
 
 
 def check_vocabulary(largest: int, vocabulary: int) -> None:
-    """Refuse a tokenizer that gives ids which the model does not know.
+    """Refuse a tokenizer with token ids that the model does not know.
 
     Raises:
         UserError: the `largest` id is not below `vocabulary`.
@@ -43,37 +39,74 @@ def check_vocabulary(largest: int, vocabulary: int) -> None:
         )
 
 
-def sample_sequences(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: Path, samples: int, length: int, seed: int
-) -> Tensor:
-    """One stretch of `length` tokens out of each of `samples` documents.
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids that a tokenizer adds before and after every text.
 
-    Documents come in an order shuffled by the seed; those shorter than `length` tokens are passed over; the stretch
-    begins at a random token. Nothing is padded, no special token is added, nothing crosses a document's end.
+    Raises:
+        UserError: it changes the text's own tokens too.
+    """
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    raise UserError(f"the tokenizer gives {whole} for 'a' and without special tokens {plain}: no part of that.")
+
+
+def sample_sequences(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path, samples: int, length: int, seed: int
+) -> Tensor:
+    """Token sequences of a downloaded text, see `draw_sequences`."""
+    documents = read_documents(folder)
+    return draw_sequences(tokenizer, config, documents, samples, length, seed, str(folder / DOCUMENTS))
+
+
+def draw_sequences(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    documents: Sequence[str],
+    samples: int,
+    length: int,
+    seed: int,
+    origin: str,
+) -> Tensor:
+    """Sample one sequence of `length` tokens from each of `samples` documents.
+
+    Documents are shuffled by the seed, and those shorter than `length` tokens are skipped. A sequence begins at a
+    random token of its document. There is no padding, no special token, and no sequence crosses a document's end.
+
+    Args:
+        tokenizer: the model's.
+        config: the model's.
+        documents: the text.
+        samples: how many sequences.
+        length: tokens of each.
+        seed: decides which.
+        origin: what messages call the text.
 
     Returns:
         (samples, length) int64 token ids.
 
     Raises:
-        UserError: too few documents are long enough, or the tokenizer is not the model's.
+        UserError: the model has a shorter context, too few documents are long enough, or the
+            tokenizer is not the model's.
     """
-    documents = read_documents(folder)
-    choose = random.Random(seed)  # Mersenne Twister: the same on every machine and version
+    check_lengths(config.to_dict(), {"length": length})
+    generator = random.Random(seed)  # Mersenne Twister: the same on every machine and version
     order = list(range(len(documents)))
-    choose.shuffle(order)
-    found: list[list[int]] = []
+    generator.shuffle(order)
+    sequences: list[list[int]] = []
     for index in order:
-        if len(found) == samples:
+        if len(sequences) == samples:
             break
         ids = tokenizer(documents[index], add_special_tokens=False)["input_ids"]
         if len(ids) >= length:
-            start = choose.randrange(len(ids) - length + 1)
-            found.append(ids[start : start + length])
-    if len(found) < samples:
+            start = generator.randrange(len(ids) - length + 1)
+            sequences.append(ids[start : start + length])
+    if len(sequences) < samples:
         raise UserError(
-            f"{folder / DOCUMENTS}: only {len(found)} of its {len(documents)} documents have {length} tokens, and "
+            f"{origin}: only {len(sequences)} of its {len(documents)} documents have {length} tokens, and "
             f"{samples} are asked for. Set a smaller `samples` or `length`, or give a longer text."
         )
-    sequences = torch.tensor(found)
-    check_vocabulary(int(sequences.max()), vocabulary)
-    return sequences
+    tokens = torch.tensor(sequences)
+    check_vocabulary(int(tokens.max()), config.vocab_size)
+    return tokens

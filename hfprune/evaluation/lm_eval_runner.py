@@ -14,19 +14,19 @@ from hfprune.data.lm_eval_tasks import GROUPS, stock_tasks
 from hfprune.errors import UserError
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.runtime.matmul import fast_products
-from hfprune.store.filenames import RESULTS, RESUME, SAMPLES
+from hfprune.store.filenames import RESULTS, SAMPLES
 
-BOOTSTRAP = 1000  # draws for the standard error of what is no mean, such as a perplexity
-FEWSHOT_SEED = 1234  # lm-eval's own
+BOOTSTRAP = 1000  # draws for the standard error of a metric that is not a mean, such as a perplexity
+FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 def language_model(model: Path, dtype: str, batching: str) -> Any:
-    """A model class of lm-eval's around the checkpoint.
+    """The checkpoint as an lm-eval model.
 
     Args:
         model: folder of the checkpoint.
         dtype: see `load_model`.
-        batching: `shared` computes once what a question's choices have in common; `stock` is lm-eval's own.
+        batching: `shared` computes the common beginning of a question's choices once; `stock` is lm-eval's batching.
     """
     from hfprune.evaluation.shared_prefix import Shared, Stock
 
@@ -34,70 +34,70 @@ def language_model(model: Path, dtype: str, batching: str) -> Any:
 
 
 def evaluate(folder: Path, tasks: dict[str, Path]) -> None:
-    """Stage `evaluate`: write the `results.json` of all tasks together into `folder`, by task name.
+    """Stage `evaluate`: write one `results.json` with the results of all tasks, by task name.
 
     Args:
-        folder: where to write.
-        tasks: by task name, the folder that `evaluate_task` wrote.
+        folder: folder to write to.
+        tasks: for each task name, the folder that `evaluate_task` wrote.
     """
-    results = {name: json.loads((done / RESULTS).read_text(encoding="utf-8")) for name, done in tasks.items()}
+    results = {name: json.loads((task / RESULTS).read_text(encoding="utf-8")) for name, task in tasks.items()}
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def evaluate_task(
     folder: Path, lm: Any, name: str, task: Path, limit: int | None, seed: int, num_fewshot: int = 0
 ) -> dict[str, Any]:
-    """Evaluate one task, an artifact of its own, so that a further task costs only itself.
+    """Evaluate one task. Its results are a separate artifact, so adding a task costs only that task.
 
-    `results.json` maps each metric of lm-eval's to `value`, `stderr` and the number of documents `n`; of a task with
-    several ways to read an answer, each way's metric is called as lm-eval prints it, `metric,way`. A group's value is
-    the mean over its documents, which is that of its tasks weighted by their size.
-    `samples.jsonl` has each document's index, metrics and responses (of a choice: its log-likelihood, and whether every
-    token was the likeliest); in a group, also the task that it belongs to.
+    `results.json` maps each lm-eval metric to `value`, `stderr` and the number of documents `n`. If a task has several
+    filters, a metric is named as lm-eval prints it, `metric,filter`. A group's value is the mean over its documents,
+    which is the mean of its tasks weighted by their size.
+    `samples.jsonl` has each document's index, metrics and responses (for a choice: its log-likelihood, and whether
+    every token was the likeliest); in a group, also its task.
 
     Args:
-        folder: where to write.
+        folder: folder to write to.
         lm: `language_model` of the checkpoint.
-        name: lm-eval's name of the task.
-        task: folder of its downloaded documents.
-        limit: at most so many documents, the same ones for every model; None takes all.
-        seed: draws them.
+        name: lm-eval's name for the task.
+        task: folder of the downloaded documents.
+        limit: largest number of documents, the same ones for every model; None takes all.
+        seed: seed for drawing the documents.
         num_fewshot: examples before each question.
 
     Returns:
-        Details for the manifest: lm-eval's version and that of the task, examples, documents, and `bos`: whether what
-        the model reads begins with the tokenizer's beginning-of-sequence token, which is the tokenizer's own setting.
+        Details for the manifest: the versions of lm-eval and of the task, the numbers of examples and documents, and
+        `bos`: whether the tokenizer puts its beginning-of-sequence token before the text.
 
     Raises:
         UserError: a question does not fit into memory.
     """
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrapping in this process: no forks beside its threads
-    parts = stock_tasks(name, task, folder / RESUME, num_fewshot)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap in this process: forks are unsafe beside its threads
+    parts = stock_tasks(name, task, num_fewshot)
     count = sum(len(part.documents) for part in parts.values())
-    chosen = set(random.Random(seed).sample(range(count), min(limit or count, count)))
-    asked = {each: [i for i, number in enumerate(part.documents) if number in chosen] for each, part in parts.items()}
-    asked = {each: indices for each, indices in asked.items() if indices}
-    for each in asked:
-        parts[each].task.set_fewshot_seed(FEWSHOT_SEED)
-    tasks = {"tasks": {each: parts[each].task for each in asked}, "groups": {}, "group_map": {}}
-    found = _run(lm, name, tasks, asked)
+    drawn = set(random.Random(seed).sample(range(count), min(limit or count, count)))
+    indices = {part: [i for i, number in enumerate(parts[part].documents) if number in drawn] for part in parts}
+    indices = {part: numbers for part, numbers in indices.items() if numbers}
+    for part in indices:
+        parts[part].task.set_fewshot_seed(FEWSHOT_SEED)
+    tasks = {"tasks": {part: parts[part].task for part in indices}, "groups": {}, "group_map": {}}
+    output = _run(lm, name, tasks, indices)
     lines: dict[int, dict[str, Any]] = defaultdict(dict)
-    for each in asked:
-        for sample in found["samples"][each]:
-            number = parts[each].documents[sample["doc_id"]]
+    for part in indices:
+        for sample in output["samples"][part]:
+            number = parts[part].documents[sample["doc_id"]]
             line = lines[number]
-            line |= {"doc_id": number} | ({"task": each} if name in GROUPS else {})
-            line |= {_named(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]}
+            line |= {"doc_id": number} | ({"task": part} if name in GROUPS else {})
+            line |= {_metric_name(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]}
             line["responses"] = [responses[0] for responses in sample["resps"]]
     samples = [lines[number] for number in sorted(lines)]
     with (folder / SAMPLES).open("w", encoding="utf-8") as out:
         out.writelines(json.dumps(line) + "\n" for line in samples)
-    results = _of_group(samples) if name in GROUPS else _of_task(found["results"][name], len(samples))
+    results = _group_results(samples) if name in GROUPS else _task_results(output["results"][name], len(samples))
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    first = next(iter(asked))
+    first = next(iter(indices))
     return {
         "lm_eval": version("lm_eval"),
-        "task_version": found["versions"][first],
+        "task_version": output["versions"][first],
         "num_fewshot": num_fewshot,
         "bos": lm.tok_encode("a")[0] == lm.tokenizer.bos_token_id,
         "documents": len(samples),
@@ -105,33 +105,33 @@ def evaluate_task(
     }
 
 
-def _run(lm: Any, name: str, tasks: dict[str, Any], asked: dict[str, list[int]]) -> dict[str, Any]:
-    from lm_eval.evaluator import evaluate as run  # simple_evaluate also lists the machine's packages, each time
+def _run(lm: Any, name: str, tasks: dict[str, Any], indices: dict[str, list[int]]) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate as run  # simple_evaluate would also list the machine's packages every time
 
     try:
         with fast_products(lm.device):
-            return run(lm, tasks, samples=asked, bootstrap_iters=BOOTSTRAP)
+            return run(lm, tasks, samples=indices, bootstrap_iters=BOOTSTRAP)
     except UserError as error:
         raise UserError(f"task {name!r}: {error}") from None
 
 
-def _named(metric: str, way: str) -> str:
-    return metric if way == "none" else f"{metric},{way}"
+def _metric_name(metric: str, filter_name: str) -> str:
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
-def _of_task(found: dict[str, Any], n: int) -> dict[str, dict[str, Any]]:
-    """The metrics that lm-eval gives for one task."""
+def _task_results(output: dict[str, Any], n: int) -> dict[str, dict[str, Any]]:
+    """The metrics in lm-eval's output for one task."""
     results = {}
-    for key, value in found.items():
-        metric, _, way = key.partition(",")
-        if way and not metric.endswith("_stderr"):
-            error = found.get(f"{metric}_stderr,{way}")
+    for key, value in output.items():
+        metric, _, filter_name = key.partition(",")
+        if filter_name and not metric.endswith("_stderr"):
+            error = output.get(f"{metric}_stderr,{filter_name}")
             error = error if isinstance(error, float) else None
-            results[_named(metric, way)] = {"value": value, "stderr": error, "n": n}
+            results[_metric_name(metric, filter_name)] = {"value": value, "stderr": error, "n": n}
     return results
 
 
-def _of_group(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _group_results(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Means over the documents of all tasks of a group."""
     results = {}
     for metric in samples[0].keys() - {"doc_id", "task", "responses"}:

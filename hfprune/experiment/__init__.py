@@ -1,1 +1,4 @@
-"""The experiment's config, and the artifacts that follow from it: stages, plan, estimate, what the store holds."""
+"""The config of an experiment, and what follows from it: the plan of its jobs, their estimate, what the store holds.
+
+Imported by `cli` and the Snakefile alone. Imports everything else.
+"""

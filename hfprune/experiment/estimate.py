@@ -1,8 +1,8 @@
-"""What an experiment will cost, before anything is downloaded: operations, memory and disk of every job.
+"""The cost of an experiment before anything is downloaded: operations, memory and disk of every job.
 
-The models of an experiment are built on the meta device, which has shapes but no weights, from a config.json alone.
-What the stages themselves count by is asked of them, so that an estimate and a record are one formula. What nobody can
-know before a download (how long documents are) is assumed, and said.
+The models are built from a config.json alone, on the meta device, which has shapes but no weights. Estimates use the
+stages' own formulas, so they agree with what the stages record. Unknowns before a download, such as the length of
+documents, are assumed, and the report lists these assumptions.
 """
 
 import copy
@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,25 +19,22 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hfprune.data import packing
 from hfprune.data.download import _hub_errors, describe
 from hfprune.errors import UserError
-from hfprune.evaluation import fidelity
 from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import DType, Experiment, Source
-from hfprune.models.loading import check_family, count_parameters, flops_per_token, load_tokenizer
-from hfprune.models.units import PARTS, part_of, parts
-from hfprune.pruning import refit, scoring
+from hfprune.models.loading import PREFILL, check_family, flops_per_token, load_tokenizer
+from hfprune.pruning import scoring
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.surgery import cut
-from hfprune.recovery import losses
-from hfprune.recovery.training import BYTES_PER_TRAINED, METHODS, training_flops
 from hfprune.runtime.memory import forward_bytes, graph_bytes
+from hfprune.stages.costs import Cost, weight_bytes
+from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import DOCUMENTS
 from hfprune.store.keys import canonical
@@ -48,14 +44,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """What jobs run on.
+    """The device that jobs run on.
 
     Attributes:
-        name: for people.
-        peak: operations a second, by a dtype's name: dense (not sparse) matrix products.
-        memory: bytes.
-        process: bytes that a job takes before it has a model: libraries, on a CPU.
-        source: of the figures.
+        name: name for display.
+        peak: peak operations per second by the dtype's name, for dense (not sparse) matrix products.
+        memory: memory in bytes.
+        process: bytes of a process without a model: the libraries. 0 on a GPU.
+        source: source of these numbers.
     """
 
     name: str
@@ -66,7 +62,7 @@ class Device:
 
 
 def _gpu(name: str, half: float, single: float, memory: int, source: str) -> Device:
-    """A GPU by its data sheet: TFLOP/s of tensor cores in bfloat16 and of float32, GB."""
+    """A GPU from its data sheet: TFLOP/s in bfloat16 on tensor cores, TFLOP/s in float32, memory in GB."""
     peak = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
     return Device(name, peak, memory * 10**9, 0, source)
 
@@ -79,20 +75,27 @@ GPUS = {
     "l40s": _gpu("NVIDIA L40S", 362, 91.6, 48, "NVIDIA L40S data sheet"),
     "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 165.2, 82.6, 24, "NVIDIA Ada GPU architecture whitepaper"),
 }
-CPU_PEAK = 100e9  # of a core: oneDNN's float32 products on the AMD EPYC with AVX-512 of docs/scoring.md
-PROCESS_BYTES = int(0.6 * GIB)  # torch, transformers and what they load
+CPU_PEAK = 100e9  # per core: oneDNN's float32 products on the AMD EPYC with AVX-512 of docs/scoring.md
+PROCESS_BYTES = int(0.6 * GIB)  # torch, transformers and the libraries that they load
 
-# What is asked of a cluster, where too little kills a job.
-HOST_PROCESS_BYTES = 4 * GIB  # of a process beside a GPU: CUDA's libraries too; put, not measured
-SNAKEMAKE_BYTES = GIB // 2  # a job is a Snakemake in a Snakemake, which runs the stage
-DATA_IN_MEMORY = 4  # documents as Python objects and tokens, by their bytes on disk
-SPARE = 1.5  # times the memory counted
-START_SECONDS = 15 * 60  # imports, tokenising, whatever has no operations
-SECONDS_PER_GIB = 60  # of what a job reads and writes
-SLOW_SHARE = 0.2  # of the peak: half of what `hfprune plan` counts by
+# Requests to a cluster. They are generous: a cluster kills a job that exceeds its request.
+HOST_PROCESS_BYTES = 4 * GIB  # host memory of a process with a GPU, CUDA's libraries included; an assumption
+SNAKEMAKE_BYTES = GIB // 2  # inside a job, Snakemake starts a second Snakemake, which runs the stage
+DATA_IN_MEMORY = 4  # bytes of documents in memory (Python objects and tokens) per byte on disk
+SPARE = 1.5  # factor on the computed memory
+START_SECONDS = 15 * 60  # imports, tokenising and other work without matrix products
+SECONDS_PER_GIB = 60  # for reading and writing
+SLOW_SHARE = 0.2  # share of the peak speed: half of the default of `hfprune plan`
 
-# Of lm-eval's definitions: documents, requests a document, tokens a request (context and continuation). Counted with
-# the embedded model's tokenizer; the tokens of arc_challenge and race, which were not at hand, are put.
+# Further costs of timing.
+TIMED_ROUNDS = 7  # of `hfprune efficiency`: 5 measured, one before them, and one in the process that measures memory
+SCORED_ROUNDS = 5  # of `hfprune scoring-cost`: 3 measured and the same two others, which use part of the text
+PROCESS_SECONDS = 60  # start of a separate process, one for each model or criterion
+STEP_SECONDS = 0.05  # per decoded token, for a model of any size; an assumption
+BYTES_PER_SECOND = {"cpu": 10e9, "cuda": 300e9}  # memory bandwidth: every decoded token reads all weights
+
+# lm-eval's tasks: documents, requests per document, tokens per request (context and continuation). The tokens were
+# counted with the embedded model's tokenizer; those of arc_challenge and race are assumptions.
 TASKS = {
     "arc_challenge": (1172, 4, 38),
     "arc_easy": (2376, 4, 32),
@@ -106,28 +109,17 @@ TASKS = {
     "winogrande": (1267, 2, 22),
 }
 OTHER_TASK = (2000, 4, 100)
-LONGEST_REQUEST = 3  # times the mean: of a task's requests, the longest come first
-BYTES_PER_SAMPLE = 130  # of evaluate's samples.jsonl, a document
 
-BYTES_PER_TOKEN = 4.3  # of English text
-SOME = 100  # documents, which say how many bytes a token has
-# Documents, bytes a document: of what the hub's sets hold (C4: a sample's mean; LaMini-instruction: its card's count).
+BYTES_PER_TOKEN = 4.3  # in English text
+TOKENIZED_DOCUMENTS = 100  # documents to tokenize to measure the bytes per token
+# Datasets on the hub: documents, bytes per document (C4: a sample's mean; LaMini-instruction: count from its card).
 TEXTS = {"allenai/c4": (350_000, 2200), "MBZUAI/LaMini-instruction": (2_585_615, 450)}
 OTHER_TEXT = (10_000, 2000)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a job takes: floating-point operations, bytes of the device's memory at most, bytes of the store."""
-
-    flops: int
-    memory_bytes: int
-    disk_bytes: int
-
-
-@dataclass(frozen=True)
 class Request:
-    """What a job asks of a cluster: bytes of a node's memory, seconds, GPUs."""
+    """A job's request to a cluster: bytes of the node's memory, seconds, GPUs."""
 
     memory_bytes: int
     seconds: float
@@ -136,14 +128,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Text:
-    """A text as far as it is known.
+    """The size of a text, known or assumed.
 
     Attributes:
-        documents: how many.
-        size: bytes of one, the mean.
-        sizes: bytes of each, where the text is at hand.
-        per_token: bytes of a token.
-        template: tokens of the template of an instruction.
+        documents: number of documents.
+        size: mean bytes per document.
+        sizes: bytes of every document, if the text is in the store.
+        per_token: bytes per token.
+        template: tokens in the template of an instruction.
     """
 
     documents: int
@@ -154,10 +146,14 @@ class Text:
 
 
 def device_of(name: str, cores: int | None = None) -> Device:
-    """The device of that name: one of `GPUS`, or "cpu": this machine, or so many cores of another, however much memory.
+    """The device with this name: a GPU in `GPUS`, or "cpu".
+
+    Args:
+        name: name of the device.
+        cores: for "cpu", the cores of another machine with unlimited memory; None means this machine.
 
     Raises:
-        UserError: not known.
+        UserError: there is no such device.
     """
     if name == "cpu":
         memory = sys.maxsize if cores else psutil.virtual_memory().total
@@ -166,24 +162,24 @@ def device_of(name: str, cores: int | None = None) -> Device:
         return Device(f"{cores} CPU cores", peak, memory, PROCESS_BYTES, "measured, see docs/scoring.md")
     if name not in GPUS:
         known = [*GPUS, "cpu"]
-        near = get_close_matches(name.lower(), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        matches = get_close_matches(name.lower(), known, n=1)
+        hint = f" Did you mean {matches[0]!r}?" if matches else ""
         raise UserError(f"gpu {name}: not known. Known: {', '.join(known)}.{hint}")
     return GPUS[name]
 
 
 def config_of(model: Source, job: Job, store: Store, shape: Path | None) -> tuple[PreTrainedConfig, str]:
-    """The config of an experiment's model, and where it was found, for people.
+    """The config of an experiment's model, and where it comes from, for display.
 
     Args:
-        model: the source of the experiment's model.
-        job: that downloads it.
-        store: which may have it already.
-        shape: a config.json that stands for the model's, or None. Then the store is asked, the `path`, or the hub, for
-            its config.json alone.
+        model: source of the experiment's model.
+        job: job that downloads the model.
+        store: store that may have the model already.
+        shape: a config.json to use instead of the model's. If None, the config comes from the store, the model's `path`
+            or the hub, in this order; only the config.json is downloaded.
 
     Raises:
-        UserError: there is none to be had, or it is not a config of a model that can be pruned here.
+        UserError: there is no config, or its model cannot be pruned here.
     """
     if shape is not None:
         return _read_config(shape), f"{shape}"
@@ -212,10 +208,10 @@ def config_of(model: Source, job: Job, store: Store, shape: Path | None) -> tupl
 
 
 def _read_config(file: Path) -> PreTrainedConfig:
-    """The config in one file, whatever the file is called.
+    """The config in a file of any name.
 
     Raises:
-        UserError: it is not one, or of a model that cannot be pruned here.
+        UserError: the file is no config, or its model cannot be pruned here.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -225,25 +221,19 @@ def _read_config(file: Path) -> PreTrainedConfig:
         raise UserError(f"--shape {file}: not JSON; expected a model's config.json.") from None
     needed = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     if not isinstance(values, dict) or (missing := [name for name in needed if name not in values]):
-        lacks = f"it lacks {', '.join(missing)}" if isinstance(values, dict) else "it holds no keys"
-        raise UserError(f"--shape {file}: not a model's config.json: {lacks}.")
+        reason = f"it lacks {', '.join(missing)}" if isinstance(values, dict) else "it holds no keys"
+        raise UserError(f"--shape {file}: not a model's config.json: {reason}.")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        try:
-            return check_family(Path(folder))
-        except UserError as error:
-            said = " ".join(str(error).split())
-            raise UserError(
-                said.replace(str(Path(folder) / "config.json"), str(file)).replace(folder, str(file))
-            ) from None
+        return check_family(Path(folder), str(file))
 
 
 class Models:
-    """The models of an experiment, dense and cut, as shapes without weights.
+    """The models of an experiment, dense and pruned, as shapes without weights.
 
     Args:
-        config: of the dense model.
-        dtype: to compute and save in; "auto": what the config says.
+        config: config of the dense model.
+        dtype: type to compute and save in; "auto": the config's.
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: DType) -> None:
@@ -252,7 +242,7 @@ class Models:
             self.dense = AutoModelForCausalLM.from_config(config, dtype=kind).eval().requires_grad_(False)
         self.shape = shape_of(self.dense)
         self.dtype = str(kind).removeprefix("torch.")
-        self._made: dict[str, PreTrainedModel] = {}
+        self._pruned: dict[str, PreTrainedModel] = {}  # by the parameters of the cut
 
     def of(self, job: Job) -> PreTrainedModel:
         """The model that a job of stage `model`, `prune` or `recover` makes."""
@@ -260,85 +250,144 @@ class Models:
             return self.dense
         if job.recipe.stage == "recover":
             return self.of(job.inputs["model"])
-        asked = canonical(job.recipe.parameters)  # whatever scores it goes by
-        if asked not in self._made:
-            self._made[asked] = copy.deepcopy(self.dense)
-            cut(self._made[asked], self.kept(job))
-        return self._made[asked]
+        parameters = canonical(job.recipe.parameters)  # the scores do not change the shape
+        if parameters not in self._pruned:
+            self._pruned[parameters] = copy.deepcopy(self.dense)
+            cut(self._pruned[parameters], self.kept(job))
+        return self._pruned[parameters]
 
     def kept(self, job: Job) -> dict[str, list[torch.Tensor]]:
-        """What a job of `prune` leaves: as many units as it will, though not the same ones.
+        """The units that a job of `prune` keeps: their number is right, but random scores choose them.
 
-        Scores decide which units go, and with `mlp+attention` without `attention_share` how much of it attention gives:
-        here all of it are neurons.
+        Only real scores tell which units go. With `mlp+attention` and no `attention_share` they also tell how much of
+        the cut falls on attention; here all of it falls on the MLPs.
 
         Raises:
-            UserError: the model cannot give that much.
+            UserError: the model cannot be cut that far.
         """
-        asked = job.recipe.parameters
+        parameters = job.recipe.parameters
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
-        given = {name: asked[name] for name in names if name in asked}
-        keep = units_to_keep(self.shape, **given).keep
-        drawn = torch.Generator().manual_seed(0)
+        budget = {name: parameters[name] for name in names if name in parameters}
+        keep = units_to_keep(self.shape, **budget).keep
+        generator = torch.Generator().manual_seed(0)
         kept = {}
         for name, units in keep.items():
-            scores = [torch.rand(width, generator=drawn) for width in self.shape.units[name]]
-            kept[name] = allocate(asked["allocation"], scores, units, asked["round_to"] if name == "mlp" else 1)
+            scores = [torch.rand(width, generator=generator) for width in self.shape.units[name]]
+            step = parameters["round_to"] if name == "mlp" else 1
+            kept[name] = allocate(parameters["allocation"], scores, units, step)
         return kept
 
 
 class Estimate:
-    """What the jobs of a plan take on a device.
+    """The cost of a plan's jobs on a device.
 
     Attributes:
-        assumed: what is not known before a download, and was put instead: sentences for people.
+        assumptions: assumptions about data that is not downloaded yet: sentences for display, in a dict without values.
     """
 
     def __init__(self, plan: Plan, models: Models, device: Device) -> None:
         self.plan, self.models, self.device = plan, models, device
         self.kind = "cpu" if device.process else "cuda"
-        self.assumed: dict[str, None] = {}
+        self.assumptions: dict[str, None] = {}
         self._texts: dict[str, Text] = {}
 
     def cost(self, job: Job) -> Cost:
-        """What a job takes.
+        """The cost of a job.
 
-        Of criteria scored in one pass, the first one's job has the pass's operations, the others' have none.
+        If several criteria share one pass, the first criterion's job has all of its operations and the others none.
         """
-        stage = job.recipe.stage
-        if stage in ("text", "task"):
-            return Cost(0, self.device.process, self._data_bytes(job))
-        return getattr(self, f"_{stage}")(job)
+        return STAGES[job.recipe.stage].cost(job, self)
 
     def seconds(self, flops: int, utilisation: float) -> float:
-        """How long so many operations take."""
+        """Time for `flops` operations at this share of the peak speed."""
         return flops / (self.device.peak[self.models.dtype] * utilisation)
 
     def request(self, job: Job) -> Request:
-        """What a job asks of a cluster, generously.
+        """A job's request to a cluster, generous.
 
-        On a CPU the memory is what the job computes in; beside a GPU, what passes through on the way there and back.
+        On a CPU the memory is what the job computes in. With a GPU it is host memory for the files on their way to and
+        from the GPU.
         """
-        stage, on_cpu = job.recipe.stage, bool(self.device.process)
-        cost = self.cost(job.after or job)  # the first of a pass may have left nothing to do, or all
-        files = sum(self._size(each) for each in [job, *job.sources])
-        data = sum(self._size(each) for each in job.sources if each.recipe.stage in ("text", "task"))
+        stage, on_cpu = STAGES[job.recipe.stage], bool(self.device.process)
+        cost = self.cost(job.after or job)  # a later job of a pass has the whole pass to do if the first one failed
+        files = sum(self._size(file_job) for file_job in [job, *job.sources])
+        data = sum(self._size(source) for source in job.sources if source.recipe.stage in ("text", "task"))
         process = self.device.process or HOST_PROCESS_BYTES
         memory = cost.memory_bytes if on_cpu else process + files
         memory += SNAKEMAKE_BYTES + DATA_IN_MEMORY * data
-        if stage in ("prune", "recover"):  # what was made is loaded once more, in a process of its own
+        if stage.reloads_checkpoint:
             memory += process + self._size(job)
         seconds = START_SECONDS + SECONDS_PER_GIB * files / GIB + self.seconds(cost.flops, SLOW_SHARE)
-        if on_cpu or job.is_light:
+        if on_cpu or job.is_light or stage.gpus == "none":
             gpus = 0
-        else:  # where weights may spread; to train, several GPUs would each take all of them
-            gpus = 1 if stage in ("prune", "recover") else math.ceil(cost.memory_bytes / self.device.memory)
+        else:
+            gpus = 1 if stage.gpus == "one" else math.ceil(cost.memory_bytes / self.device.memory)
         return Request(round(SPARE * memory), seconds, gpus)
 
-    def stages(self) -> list[dict[str, Any]]:
-        """A row for each stage: its name, its jobs, how many of them the store has, and of the others what they take.
+    def efficiency(self, new_tokens: int) -> Request:
+        """The request of `hfprune efficiency`, which holds all of the plan's timed models in memory at once."""
+        from hfprune.evaluation.timing import BATCHES, PROMPT
 
-        Operations and disk are sums, memory is that of the largest job.
+        models = [self.models.of(job) for job in self.plan.timed]
+        length, rows = PROMPT + new_tokens, sum(BATCHES)
+        weights, flops, seconds = sum(map(weight_bytes, models)), 0, 0.0
+        for model in models:
+            flops += PREFILL * flops_per_token(model, PREFILL) + rows * length * flops_per_token(model, length)
+            step = STEP_SECONDS + weight_bytes(model) / BYTES_PER_SECOND[self.kind]
+            seconds += TIMED_ROUNDS * len(BATCHES) * new_tokens * step
+        seconds += self.seconds(TIMED_ROUNDS * flops, SLOW_SHARE)
+        activations = max(forward_bytes(model, PREFILL, whole=True) for model in models)  # more than the KV cache
+        return self._timing(weights + max(BATCHES) * activations, weights, len(models), seconds)
+
+    def scoring_cost(self) -> Request:
+        """The request of `hfprune scoring-cost` for the plan's criteria."""
+        calibration, criteria = self.plan.experiment.calibration, self.plan.experiment.criteria
+        dense, shape, draws = self.models.dense, (calibration.samples, calibration.length), calibration.draws
+        costs = [scoring.cost(dense, shape, [name], draws, bool(CRITERIA[name].light_cut)) for name in criteria]
+        seconds = self.seconds(SCORED_ROUNDS * sum(cost["flops"] for cost in costs), SLOW_SHARE)
+        memory = max(self.scoring_memory([name], calibration.length) for name in criteria)
+        return self._timing(memory, weight_bytes(dense), len(criteria), seconds)
+
+    def _timing(self, memory: int, files: int, processes: int, seconds: float) -> Request:
+        """The request of a timing job.
+
+        Args:
+            memory: bytes that it computes in.
+            files: bytes of the files that it reads.
+            processes: number of further processes that it starts.
+            seconds: time of the measurements.
+        """
+        seconds += START_SECONDS + PROCESS_SECONDS * processes + SECONDS_PER_GIB * files / GIB
+        on_cpu, process = bool(self.device.process), self.device.process or HOST_PROCESS_BYTES
+        gpus = 0 if on_cpu else math.ceil(memory / self.device.memory)
+        return Request(round(SPARE * (2 * process + SNAKEMAKE_BYTES + (memory if on_cpu else files))), seconds, gpus)
+
+    def refuse_trainings(self) -> None:
+        """Refuse trainings that are not in the store and do not fit: every GPU holds the whole training.
+
+        Raises:
+            UserError: a line for each training that does not fit.
+        """
+        if lines := self.trainings_without_room():
+            raise UserError("\n".join(lines))
+
+    def trainings_without_room(self) -> list[str]:
+        """A line for each training that is not in the store and does not fit on the device."""
+        lines = []
+        for job in self.plan.recoveries:
+            if self.plan.has(job) or (needed := self.cost(job).memory_bytes) <= self.device.memory:
+                continue
+            lines.append(
+                f"{job.label}: its training takes about {needed / GIB:,.1f} GiB on every GPU, {self.device.name} has "
+                f"{self.device.memory / GIB:,.1f}. Each of several GPUs holds all of it: train less (method lora or "
+                "norms), with a smaller micro_batch or length, or on a larger GPU."
+            )
+        return lines
+
+    def stages(self) -> list[dict[str, Any]]:
+        """A row for each stage: its name, its jobs, how many are in the store, and the cost of the others.
+
+        Operations and disk are sums; memory is that of the largest job.
         """
         rows = []
         for stage, jobs in self.plan.jobs.items():
@@ -354,156 +403,46 @@ class Estimate:
             })  # fmt: skip
         return rows
 
-    # The stages, by name.
+    # What the stages' costs share.
 
-    def _model(self, job: Job) -> Cost:
-        given = _options(job)
-        if "path" in given and Path(given["path"][0]).is_dir():
-            return Cost(0, self.device.process, 0)  # linked to, not copied
-        gguf = str(given.get("file", given.get("path", [""]))[0]).endswith(".gguf")
-        size = count_parameters(self.models.dense) * (4 if gguf else _itemsize(self.models.dense))
-        return Cost(0, self.device.process + (size if gguf else 0), size)
-
-    def _score(self, job: Job) -> Cost:
-        asked, dense = job.recipe.parameters, self.models.dense
-        disk = sum(4 * sum(units) for units in self.models.shape.units.values())
-        if "shards" in job.inputs:  # sums are put together
-            return Cost(0, self.device.process + _weights(dense), disk)
-        return self._pass(job, asked["samples"] * asked["length"], disk)
-
-    def _shard(self, job: Job) -> Cost:
-        asked = job.recipe.parameters
-        share = scoring.shard_range(asked["samples"], asked["length"], asked["shard"], asked["shards"])
-        sums = sum(8 * part.output.in_features for name in PARTS for part in parts(self.models.dense, name))
-        return self._pass(job, len(share) * asked["length"], sums)
-
-    def _pass(self, job: Job, tokens: int, disk: int) -> Cost:
-        """Of criteria that are scored together; `disk` is one criterion's."""
-        asked, dense = job.recipe.parameters, self.models.dense
-        given = _options(job)
-        criteria, draws = [asked["criterion"], *given.get("together", [])], int(given["draws"][0])
-        flops = scoring.cost(dense, tokens, criteria, draws, "light_cut" in job.inputs)["flops"]
-        batch = max(scoring.TOKENS_PER_BATCH, asked["length"])
+    def scoring_memory(self, criteria: list[str], length: int) -> int:
+        """Bytes that scoring by these criteria in one pass computes in."""
+        dense, batch = self.models.dense, max(scoring.TOKENS_PER_BATCH, length)
         logits = min(batch * dense.config.vocab_size, scoring.LOGITS_PER_CHUNK[self.kind])
-        memory = _weights(dense) + 3 * 4 * logits
+        memory = weight_bytes(dense) + 3 * 4 * logits
         if any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria):
-            memory += self._graph(dense, batch, reserved=memory)
-        else:
-            memory += graph_bytes(dense, batch) // dense.config.num_hidden_layers
-        return Cost(0 if job.after else flops, self.device.process + memory, disk)
+            return memory + self.graph(dense, batch, reserved=memory)
+        return memory + graph_bytes(dense, batch) // dense.config.num_hidden_layers
 
-    def _prune(self, job: Job) -> Cost:
-        asked, dense, made = job.recipe.parameters, self.models.dense, self.models.of(job)
-        memory, flops = _weights(dense), 0
-        if asked["refit"] != "none":
-            scored = job.inputs["scores"].recipe.parameters
-            tokens = scored["samples"] * scored["length"]
-            sequential = asked["refit"] == "sequential"
-            flops = tokens * flops_per_token(dense) * (1 + sequential)
-            kept = self.models.kept(job)
-            for number, layer in enumerate(dense.model.layers):
-                for name in PARTS:
-                    part = part_of(layer, name)
-                    stay = kept[name][number] if name in kept else torch.arange(part.units)
-                    repair = refit.Repair(part, stay, name, number)
-                    if asked["refit"] != "bias" and (repair.lossy or sequential):
-                        repair.count = tokens
-                        flops += repair.flops
-            width, hidden = dense.config.intermediate_size, dense.config.hidden_size
-            streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
-            memory += streams * _itemsize(dense) + 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
-        return Cost(flops, self.device.process + memory, _weights(made))
-
-    def _recover(self, job: Job) -> Cost:
-        asked, given = job.recipe.parameters, _options(job)
-        network = copy.deepcopy(self.models.of(job.inputs["model"]))
-        disk, forward = _weights(network), flops_per_token(network)
-        adapters = {name: asked[name] for name in ("rank", "alpha", "dropout", "targets") if name in asked}
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers' own, of adapters
-            trained, _ = METHODS[asked["method"]](network, **adapters)
-        learned = sum(each.numel() for each in trained.parameters() if each.requires_grad)
-        memory = sum(each.nbytes for each in trained.parameters()) + BYTES_PER_TRAINED * learned
-        batch = int(given["micro_batch"][0]) * asked["length"]
-        memory += 4 * 4 * min(batch * network.config.vocab_size, losses.LOGITS_PER_CHUNK[self.kind])
-        teacher = 0
-        if "teacher" in job.inputs:
-            teacher = flops_per_token(self.models.dense)
-            memory += _weights(self.models.dense)
-        if asked["method"] == "lora":  # of what enters an adapter, the part that dropout leaves
-            memory += 8 * batch * sum(each.in_features for each in network.modules() if _adapted(each))
-        graph, short = graph_bytes(network, batch), self._is_short(network, batch, memory)
-        memory += self._graph(network, batch, memory) if short else graph
-        rows = self._rows(job.inputs["text"], asked["length"], asked["epochs"])
-        steps = rows * asked["length"] // asked["batch_tokens"]
-        per_token = training_flops(trained, asked["method"], forward, short, teacher)
-        return Cost(per_token * asked["batch_tokens"] * steps, self.device.process + memory, disk)
-
-    def _reference(self, job: Job) -> Cost:
-        asked, dense = job.recipe.parameters, self.models.dense
-        tokens = asked["samples"] * asked["length"]
-        kept = (tokens + dense.config.vocab_size) * dense.config.hidden_size * _itemsize(dense)
-        layer = graph_bytes(dense, asked["length"]) // dense.config.num_hidden_layers
-        memory = _weights(dense) + kept + layer
-        return Cost(tokens * flops_per_token(dense), self.device.process + memory, kept + 8 * tokens)
-
-    def _measure(self, job: Job) -> Cost:
-        model, reference = self.models.of(job.inputs["model"]), self._reference(job.inputs["reference"])
-        asked = job.inputs["reference"].recipe.parameters
-        tokens, config = asked["samples"] * asked["length"], model.config
-        flops = tokens * (flops_per_token(model) + 2 * config.hidden_size * config.vocab_size)  # the dense logits too
-        layer = graph_bytes(model, asked["length"]) // config.num_hidden_layers
-        chunk = min(asked["length"] * config.vocab_size, fidelity.LOGITS_PER_CHUNK)
-        memory = _weights(model) + reference.disk_bytes + layer + 8 * 4 * chunk
-        return Cost(flops, self.device.process + memory, 2**10)
-
-    def _evaluate(self, job: Job) -> Cost:
-        model, given = self.models.of(job.inputs["model"]), _options(job)
-        limit = int(given["limit"][0]) if "limit" in given else math.inf
-        tokens = longest = documents = 0
-        for task in job.inputs["tasks"]:
-            count, requests, length = self._task(task)
-            documents += min(count, limit)
-            tokens += min(count, limit) * requests * length
-            longest = max(longest, LONGEST_REQUEST * length)
-        from hfprune.evaluation.shared_prefix import LOGITS, ROWS, TOKENS  # lm-eval with it, which takes seconds
-
-        stock = given["batching"] == ["stock"]
-        rows = ROWS if stock else max(1, TOKENS["cpu" if self.device.process else "cuda"] // longest)
-        memory = _weights(model) + rows * forward_bytes(model, longest, whole=stock) + 2 * 4 * LOGITS
-        flops = round(tokens * flops_per_token(model))
-        return Cost(flops, self.device.process + memory, BYTES_PER_SAMPLE * documents)
-
-    # What stages share.
-
-    def _is_short(self, model: PreTrainedModel, tokens: int, reserved: int) -> bool:
-        """Whether layers will be computed anew in the backward pass, as `memory.is_short` decides when it runs."""
+    def is_short(self, model: PreTrainedModel, tokens: int, reserved: int) -> bool:
+        """Whether the backward pass will compute each layer again, as `memory.is_short` decides in the run."""
         return graph_bytes(model, tokens) > (self.device.memory - self.device.process - reserved) / 2
 
-    def _graph(self, model: PreTrainedModel, tokens: int, reserved: int) -> int:
-        """What a forward pass over so many tokens keeps for the backward pass."""
+    def graph(self, model: PreTrainedModel, tokens: int, reserved: int) -> int:
+        """Bytes that a forward pass over `tokens` keeps for the backward pass."""
         graph = graph_bytes(model, tokens)
-        if not self._is_short(model, tokens, reserved):
+        if not self.is_short(model, tokens, reserved):
             return graph
         layers = model.config.num_hidden_layers
-        return graph // layers + layers * tokens * model.config.hidden_size * _itemsize(model)
+        return graph // layers + layers * tokens * model.config.hidden_size * model.dtype.itemsize
 
-    def _rows(self, job: Job, length: int, epochs: int) -> int:
-        """Sequences of `length` tokens that a text fills in all epochs."""
+    def rows(self, job: Job, length: int, epochs: int) -> int:
+        """Number of sequences of `length` tokens that a text fills over all epochs."""
         text = self._text(job)
         instructions = "instruction" in job.recipe.parameters
         sizes = text.sizes or [text.size]
         tokens = [size / text.per_token + text.template * instructions for size in sizes]
-        fitting = sum(each for each in tokens if each <= length or not instructions)
-        return int(fitting * text.documents / len(sizes) * epochs / length)
+        usable = sum(count for count in tokens if count <= length or not instructions)  # long instructions are dropped
+        return int(usable * text.documents / len(sizes) * epochs / length)
 
     def _size(self, job: Job) -> int:
-        """Bytes of an artifact, wherever they lie."""
+        """Bytes of an artifact, including files that the store only links to."""
         if job.recipe.stage in ("model", "prune", "recover"):
-            return _weights(self.models.of(job))
+            return weight_bytes(self.models.of(job))
         return self.cost(job).disk_bytes
 
     def _text(self, job: Job) -> Text:
-        """What is known of a text: all of it, once it is in the store."""
+        """The size of a text: exact once it is in the store, otherwise assumed."""
         if job.key not in self._texts:
             self._texts[job.key] = self._read_text(job)
         return self._texts[job.key]
@@ -513,54 +452,57 @@ class Estimate:
             with (self.plan.store.folder(job.recipe) / DOCUMENTS).open(encoding="utf-8") as file:
                 documents = ["".join(json.loads(line).values()) for line in file]
             sizes = [len(document.encode()) for document in documents]
-            return Text(len(sizes), sum(sizes) / len(sizes), sizes, *self._tokens(documents[:SOME]))
-        given = _options(job)
-        documents, size = TEXTS.get(given.get("hub", [""])[0], OTHER_TEXT)
-        if "path" in given:
-            path = Path(given["path"][0])
+            return Text(len(sizes), sum(sizes) / len(sizes), sizes, *self._tokens(documents[:TOKENIZED_DOCUMENTS]))
+        source = job.settings
+        documents, size = TEXTS.get(source.hub, OTHER_TEXT)
+        if source.path is not None:
+            path = source.path
             whole = sum(
                 file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()
             )
             documents, size = max(1, whole // OTHER_TEXT[1]), min(whole, OTHER_TEXT[1])
-        if "documents" in given:
-            first, last = map(int, given["documents"])
+        if source.documents:
+            first, last = source.documents
             documents = last - first
-        self.assumed[f"{job.label}: {documents:,} documents of {size:,} bytes, {BYTES_PER_TOKEN} bytes a token"] = None
+        self.assumptions[f"{job.label}: {documents:,} documents of {size:,} bytes, {BYTES_PER_TOKEN} bytes a token"] = (
+            None
+        )
         return Text(documents, size)
 
     def _tokens(self, documents: list[str]) -> tuple[float, ...]:
-        """Bytes of a token, and tokens of the template, by the model's tokenizer where the store has it."""
+        """Bytes per token and tokens of the template, by the model's tokenizer; empty if it is not in the store."""
         (model,) = self.plan.jobs["model"].values()
         if not self.plan.has(model):
             return ()
         tokenizer = load_tokenizer(self.plan.store.folder(model.recipe))
-        *found, template = tokenizer([*documents, packing.PROMPT], add_special_tokens=False)["input_ids"]
-        return sum(len(each.encode()) for each in documents) / max(1, sum(map(len, found))), len(template)
+        *tokens, template = tokenizer([*documents, packing.PROMPT], add_special_tokens=False)["input_ids"]
+        size = sum(len(document.encode()) for document in documents)
+        return size / max(1, sum(map(len, tokens))), len(template)
 
-    def _task(self, job: Job) -> tuple[float, float, float]:
-        """Documents of a task, requests a document, tokens a request."""
+    def task(self, job: Job) -> tuple[float, float, float]:
+        """Documents of a task, requests per document, tokens per request."""
         name = job.recipe.parameters["name"]
         documents, requests, length = TASKS.get(name, OTHER_TASK)
         if self.plan.has(job):
             documents = self.plan.store.manifest("task", job.key)["details"]["documents"]
-        self.assumed[f"{name}: {documents:,} documents, {requests:g} requests of {length} tokens for each"] = None
+        self.assumptions[f"{name}: {documents:,} documents, {requests:g} requests of {length} tokens for each"] = None
         return documents, requests, length
 
-    def _data_bytes(self, job: Job) -> int:
-        """Of a text's or a task's documents."""
+    def data_bytes(self, job: Job) -> int:
+        """Bytes of the documents of a text or task."""
         if job.recipe.stage == "text":
             text = self._text(job)
             return round(text.documents * text.size)
-        documents, _, length = self._task(job)
+        documents, _, length = self.task(job)
         return round(documents * length * BYTES_PER_TOKEN)
 
 
 def estimate(plan: Plan, device: Device, shape: Path | None = None) -> tuple[Estimate, str]:
-    """The estimate of a plan's jobs, and where the model's shape was found, for people.
+    """The estimate of a plan's jobs, and where the model's shape comes from, for display.
 
     Args:
-        plan: of an experiment.
-        device: that all of them run on.
+        plan: plan of an experiment.
+        device: device of all jobs.
         shape: see `config_of`.
 
     Raises:
@@ -573,20 +515,20 @@ def estimate(plan: Plan, device: Device, shape: Path | None = None) -> tuple[Est
 
 
 def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | None) -> str:
-    """What an experiment takes, a line for each stage, and what was assumed: for people.
+    """The cost of an experiment as text: a line for each stage, and the assumptions.
 
     Args:
-        experiment: of a config file.
+        experiment: the experiment.
         gpu: a name in `GPUS`, or "cpu".
-        utilisation: the share of its peak that jobs reach.
+        utilisation: share of the peak speed that jobs reach.
         shape: see `config_of`.
 
     Raises:
-        UserError: the device is not known, there is no config of the model, or a cut cannot be made.
+        UserError: the device is unknown, the model has no config, or a cut is impossible.
     """
     device = device_of(gpu)
-    counted, origin = estimate(Plan(experiment), device, shape)
-    models, rows = counted.models, counted.stages()
+    costs, origin = estimate(Plan(experiment), device, shape)
+    models, rows = costs.models, costs.stages()
     total = {name: sum(row[name] for row in rows) for name in ("jobs", "made", "flops", "disk_bytes")}
     rows.append(total | {"stage": "total", "memory_bytes": max(row["memory_bytes"] for row in rows)})
     lines = [
@@ -598,7 +540,7 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
         f"{'stage':10} {'jobs':>5} {'in store':>9} {'PFLOP':>10} {'hours':>8} {'memory (GiB)':>13} {'disk (GiB)':>11}",
     ]
     for row in rows:
-        hours = counted.seconds(row["flops"], utilisation) / 3600
+        hours = costs.seconds(row["flops"], utilisation) / 3600
         lines.append(
             f"{row['stage']:10} {row['jobs']:5} {row['made']:9} {row['flops'] / 1e15:10.3g} {hours:8.3g} "
             f"{row['memory_bytes'] / GIB:13.3g} {row['disk_bytes'] / GIB:11.3g}"
@@ -606,31 +548,7 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
     large = [row["stage"] for row in rows[:-1] if row["memory_bytes"] > device.memory]
     if large:
         lines.append(f"more than the {device.memory / GIB:.3g} GiB of {device.name}: {', '.join(large)}")
-    if counted.assumed:
-        lines += ["assumed:", *(f"  {each}" for each in sorted(counted.assumed))]
+    lines += costs.trainings_without_room()
+    if costs.assumptions:
+        lines += ["assumed:", *(f"  {assumption}" for assumption in sorted(costs.assumptions))]
     return "\n".join(lines)
-
-
-def _options(job: Job) -> dict[str, list[str]]:
-    """A job's command-line options, by the parameters' names."""
-    found: dict[str, list[str]] = {}
-    for word in job.options:
-        if word.startswith("--"):
-            found[name := word[2:].replace("-", "_")] = []
-        else:
-            found[name].append(word)
-    return found
-
-
-def _itemsize(model: PreTrainedModel) -> int:
-    return model.dtype.itemsize
-
-
-def _weights(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters."""
-    return sum(each.nbytes for each in model.parameters())
-
-
-def _adapted(module: nn.Module) -> bool:
-    """Whether it is a linear layer with an adapter."""
-    return hasattr(module, "lora_A")

@@ -1,4 +1,4 @@
-"""What a store holds: what each artifact is, how big, which experiments use it, what could go."""
+"""The contents of a store: every artifact, its size, the experiments that use it, and the artifacts that none uses."""
 
 import json
 import re
@@ -11,36 +11,38 @@ from typing import Any
 
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
-from hfprune.experiment.stages import STAGES, recipe
 from hfprune.runtime.progress import progress
+from hfprune.stages.registry import STAGES
+from hfprune.stages.run import recipe
+from hfprune.stages.wheel import WHEEL, WheelParameters
 from hfprune.store.artifacts import Store, read
 from hfprune.store.filenames import MANIFEST
 
 KEY = re.compile("[0-9a-f]{16}")
 COLUMNS = ("stage", "key", "what", "made from", "size", "seconds", "made", "used by")
 NUMERIC = ("size", "seconds")
-TELLING = (
+SUMMARY = (
     "criterion", "ratio", "target_parameters", "structure", "allocation", "refit", "method", "loss", "shard", "seed",
     "limit", "samples", "length", "dtype",
-)  # fmt: skip  # parameters, the first to be read first
+)  # fmt: skip  # parameters to show for an artifact, the most important first
 
-Users = Mapping[tuple[str, str], list[str]]  # stage and key -> the experiments that use it
+Users = Mapping[tuple[str, str], list[str]]  # (stage, key) -> names of the experiments that use the artifact
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder of the store: an artifact, or what a killed or refused one has left.
+    """A folder of the store: an artifact, or the remains of a killed or damaged one.
 
     Attributes:
-        stage, key: of what it is, or was to be.
-        folder: where it is.
+        stage, key: stage and key of the artifact, or of the one that was to be made.
+        folder: path of the folder.
         kind: "artifact"; "unfinished", in the work folder; or "refused".
-        bytes: what its files take; a link takes none.
-        what: an artifact in a few words, or what is wrong with its manifest.
-        made_from: the keys of its inputs.
-        content: the bytes of its files, those that are linked to among them.
-        seconds: how long it took to make.
-        time: when it was made.
+        bytes: size of its files; links count as 0.
+        what: summary of the artifact, or the fault in its manifest.
+        made_from: keys of its inputs.
+        content: size of its files, linked files included.
+        seconds: time that it took to make.
+        time: time of day when it was made.
     """
 
     stage: str
@@ -64,11 +66,13 @@ def entries(store: Store) -> list[Entry]:
     if not store.root.is_dir():
         raise UserError(f"{store.root}: no such folder. Name the store by --store or HFPRUNE_STORE.")
     folders = [(stage, path.name, path) for stage in STAGES for path in sorted(store.root.glob(f"{stage}/*"))]
-    found = [_entry(*each) for each in folders if KEY.fullmatch(each[1])]
-    left = [
-        Entry(*each, "unfinished", _bytes(each[2]), "unfinished") for each in store.leftovers() if each[0] in STAGES
+    artifacts = [_entry(stage, key, folder) for stage, key, folder in folders if KEY.fullmatch(key)]
+    leftovers = [
+        Entry(stage, key, folder, "unfinished", _bytes(folder), "unfinished")
+        for stage, key, folder in store.leftovers()
+        if stage in STAGES
     ]
-    return sorted([*found, *left], key=lambda each: each.kind)
+    return sorted([*artifacts, *leftovers], key=lambda entry: entry.kind)
 
 
 def _entry(stage: str, key: str, folder: Path) -> Entry:
@@ -90,73 +94,73 @@ def _entry(stage: str, key: str, folder: Path) -> Entry:
 def _what(manifest: Mapping[str, Any]) -> str:
     parameters = manifest["parameters"]
     name = manifest["details"].get("name") or parameters.get("name") or parameters.get("wheel")
-    said = [f"{key} {parameters[key]}" for key in TELLING if parameters.get(key) not in (None, "none")]
-    return textwrap.shorten(name or ", ".join(said or manifest["inputs"]), 56, placeholder="...")
+    settings = [f"{key} {parameters[key]}" for key in SUMMARY if parameters.get(key) not in (None, "none")]
+    return textwrap.shorten(name or ", ".join(settings or manifest["inputs"]), 56, placeholder="...")
 
 
 def _bytes(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         try:
-            found = path.lstat()
-        except OSError:  # gone just now, or another user's own
+            status = path.lstat()
+        except OSError:  # just removed, or private to another user
             continue
-        total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+        total += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return total
 
 
 def users(plans: Iterable[Plan], store: Store) -> Users:
-    """The experiments that use each artifact, made or not."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """The experiments that use each artifact, whether or not it is in the store yet."""
+    experiments: dict[tuple[str, str], list[str]] = {}
     for plan in plans:
-        for each in _used(plan, store):
-            found.setdefault(each, []).append(plan.experiment.experiment)
-    return found
+        for artifact in _used(plan, store):
+            experiments.setdefault(artifact, []).append(plan.experiment.experiment)
+    return experiments
 
 
 def _used(plan: Plan, store: Store) -> set[tuple[str, str]]:
-    found = set()
+    used = set()
     for job in plan.needed:
-        made = job.recipe
-        if made.stage == "shard":
-            continue  # not by itself: only until its scores are there
-        found.add((made.stage, made.key))
-        if made.stage == "score" and not store.has("score", made.key):
-            found |= {("shard", shard.key) for shard in job.inputs.get("shards", [])}
-        if made.stage == "evaluate":  # the tables read its tasks' results, one an artifact
-            found |= {("evaluate-task", key) for name, key in made.inputs.items() if name != "model"}
-        if "wheel" in made.parameters:
-            found.add(("wheel", recipe("wheel", {"wheel": made.parameters["wheel"]}).key))
-    return found
+        job_recipe = job.recipe
+        if job_recipe.stage == "shard":
+            continue  # a shard is used only until its scores are made, see below
+        used.add((job_recipe.stage, job_recipe.key))
+        if job_recipe.stage == "score" and not store.has("score", job_recipe.key):
+            used |= {("shard", shard.key) for shard in job.inputs.get("shards", [])}
+        if job_recipe.stage == "evaluate":  # the tables read the artifacts of the single tasks
+            used |= {("evaluate-task", key) for name, key in job_recipe.inputs.items() if name != "model"}
+        if "wheel" in job_recipe.parameters:
+            used.add(("wheel", recipe(WHEEL, WheelParameters(wheel=job_recipe.parameters["wheel"]), {}).key))
+    return used
 
 
-def unused(found: Sequence[Entry], used: Users) -> list[Entry]:
-    """Of all entries those that no experiment uses, and the leftovers from which none can go on."""
-    there = {(each.stage, each.key) for each in found if each.kind == "artifact"}
+def unused(entries: Sequence[Entry], used: Users) -> list[Entry]:
+    """The entries that no experiment uses, and the leftovers from which no run can continue."""
+    finished = {(entry.stage, entry.key) for entry in entries if entry.kind == "artifact"}
 
-    def is_of_use(entry: Entry) -> bool:
+    def is_useful(entry: Entry) -> bool:
         name = (entry.stage, entry.key)
-        return name in used and (entry.kind == "artifact" or (entry.kind == "unfinished" and name not in there))
+        return name in used and (entry.kind == "artifact" or (entry.kind == "unfinished" and name not in finished))
 
-    return [each for each in found if not is_of_use(each)]
+    return [entry for entry in entries if not is_useful(entry)]
 
 
-def verify(found: Sequence[Entry]) -> list[str]:
-    """Verify every file of the artifacts among the entries; of each that is damaged, what is wrong."""
-    wrong = []
-    artifacts = [each for each in found if each.kind == "artifact"]
-    total = sum(each.content for each in artifacts)
-    for entry in progress(artifacts, "verify", total, "B", lambda each: each.content):
+def verify(entries: Sequence[Entry]) -> list[str]:
+    """Verify every file of the artifacts among the entries. Returns a message for each damaged artifact."""
+    messages = []
+    artifacts = [entry for entry in entries if entry.kind == "artifact"]
+    total = sum(entry.content for entry in artifacts)
+    for entry in progress(artifacts, "verify", total, "B", lambda entry: entry.content):
         try:
             read(entry.folder)
         except UserError as error:
-            wrong.append(str(error))
-    return wrong
+            messages.append(str(error))
+    return messages
 
 
-def listing(found: Sequence[Entry], used: Users) -> str:
-    """The entries as a table for people, and what they take together."""
-    rows = [COLUMNS, *(_row(entry, used) for entry in found)]
+def listing(entries: Sequence[Entry], used: Users) -> str:
+    """The entries as a table for display, with their total size."""
+    rows = [COLUMNS, *(_row(entry, used) for entry in entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -165,8 +169,9 @@ def listing(found: Sequence[Entry], used: Users) -> str:
         ).rstrip()
         for row in rows
     ]
-    artifacts = sum(each.kind == "artifact" for each in found)
-    total = f"{artifacts} artifacts, {len(found) - artifacts} leftovers: {human(sum(each.bytes for each in found))}"
+    artifacts = sum(entry.kind == "artifact" for entry in entries)
+    size = human(sum(entry.bytes for entry in entries))
+    total = f"{artifacts} artifacts, {len(entries) - artifacts} leftovers: {size}"
     return "\n".join([*lines, total])
 
 
@@ -184,6 +189,6 @@ def _row(entry: Entry, used: Users) -> tuple[str, ...]:
 
 
 def human(size: int) -> str:
-    """Bytes in the largest unit that they fill."""
+    """A size in bytes, in the largest unit that gives at least 1."""
     power = min(4, (max(size, 1).bit_length() - 1) // 10)
     return f"{size / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

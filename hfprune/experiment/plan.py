@@ -1,27 +1,38 @@
-"""From an experiment to the artifacts that it takes: what is made from what, under which key."""
+"""From an experiment to its artifacts: what is made from what, under which key."""
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hfprune.experiment.schema import (
-    Experiment,
-    PruneParameters,
-    RecoverParameters,
-    ScoreParameters,
-    ShardParameters,
-    Source,
-)
-from hfprune.experiment.stages import DOWNLOADS, recipe, source_parameters
+from hfprune.errors import UserError
+from hfprune.experiment.schema import Experiment
+from hfprune.models.context import check_checkpoint
 from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
-from hfprune.reporting.targets import Setting
+from hfprune.reporting.paper_tables import Setting
+from hfprune.runtime.paths import expanded
+from hfprune.stages.declaration import Parameters
+from hfprune.stages.prune import PruneParameters
+from hfprune.stages.registry import STAGES
+from hfprune.stages.run import recipe
+from hfprune.stages.score import ScoreParameters
+from hfprune.stages.sources import Source
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
 from hfprune.store.keys import Recipe
+
+# For each stage, the inputs whose manifests name an artifact's model, text or costs; see `reporting.identity`.
+DESCRIBING = {
+    "evaluate": ("model",),
+    "measure": ("model", "reference"),
+    "prune": ("model", "scores"),
+    "recover": ("model", "text"),
+    "reference": ("text",),
+    "score": ("light_cut",),
+}
 
 
 @dataclass(frozen=True)
@@ -29,23 +40,40 @@ class Job:
     """One artifact to make.
 
     Attributes:
-        recipe: what it is.
-        inputs: the jobs whose artifacts it is made from, by the stage's option for them.
-        options: the stage's command-line options beside its inputs.
-        label: what it is, for people.
-        after: of several criteria that are scored in one pass, the job that makes this artifact too.
+        recipe: recipe of the artifact.
+        settings: all parameters of the stage, also those that do not affect the content.
+        inputs: the jobs of its inputs, by the stage's names for them.
+        label: description for display.
+        together: if several criteria share one pass: the other criteria.
+        after: if several criteria share one pass: the job that runs it.
     """
 
     recipe: Recipe
+    settings: Parameters
     inputs: Mapping[str, "Job | list[Job]"]
-    options: tuple[str, ...]
     label: str
+    together: tuple[str, ...] = ()
     after: "Job | None" = None
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The stage's parameters that affect the artifact's content."""
+        return self.recipe.parameters
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The command-line options, without those of its inputs."""
+        return options(self.settings.options() | ({"together": self.together} if self.together else {}))
 
     @property
     def sources(self) -> list["Job"]:
         """The jobs of `inputs`, in one list."""
-        return [job for made in self.inputs.values() for job in (made if isinstance(made, list) else [made])]
+        return [job for source in self.inputs.values() for job in (source if isinstance(source, list) else [source])]
+
+    @property
+    def waits_for(self) -> list["Job"]:
+        """All jobs that must end before this one starts."""
+        return [*self.sources, *([self.after] if self.after else [])]
 
     @property
     def key(self) -> str:
@@ -54,7 +82,7 @@ class Job:
 
     @property
     def is_light(self) -> bool:
-        """Whether it runs no model, so that a GPU would stand idle: shards are put together, or a cut made as it is."""
+        """Whether it runs no model and so needs no GPU: it merges shards, or cuts without a refit."""
         return "shards" in self.inputs or self.recipe.parameters.get("refit") == "none"
 
 
@@ -65,13 +93,14 @@ class Model:
     Attributes:
         job: makes it.
         label: how it is made, for people.
-        criterion, cut, seed: how it was cut, all None for the dense model.
+        method, criterion, cut, seed: how it was cut, the method by its name; all None for the dense model.
         recovery: the name of its training after the cut, or "none".
         results: the jobs that measure and evaluate it.
     """
 
     job: Job
     label: str
+    method: str | None = None
     criterion: str | None = None
     cut: PruneParameters | None = None
     seed: int | None = None
@@ -80,7 +109,7 @@ class Model:
 
     @property
     def setting(self) -> Setting:
-        """How results will name it."""
+        """Its setting in tables and figures."""
         if not self.cut:
             return Setting("none", "none", "none", "none", self.recovery, None)
         budget = (self.cut.ratio, self.cut.ratio_of, self.cut.target_parameters)
@@ -88,25 +117,31 @@ class Model:
 
 
 class Plan:
-    """All jobs of an experiment, and the store that they fill.
+    """All jobs of an experiment, and their store.
 
     Attributes:
         store: the folder of all artifacts.
         jobs: stage -> key -> job.
+        parts: by key, the results of one task each; the job that evaluates all tasks, `after`, makes them.
         scores: the jobs that score.
         models: what results are collected of.
         cuts: the pruned models of the first calibration seed, before any training.
+        methods: the methods' names, by the keys of the models that they cut.
         documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
-            `overlap.Documents`. Of the held-out texts the first is the tables'.
+            `contamination.Corpus`. Of the held-out texts the first is the tables'.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.store = Store(store_root(experiment.store))
+        if {"{", "}"} & set(str(self.store.root)):
+            raise UserError(f"store = {self.store.root}: Snakemake takes braces in paths for wildcards. Name another.")
         self.jobs: dict[str, dict[str, Job]] = defaultdict(dict)
+        self.parts: dict[str, Job] = {}
         self.scores: list[Job] = []
         self.models: list[Model] = []
         self.cuts: list[Model] = []
+        self.methods: dict[str, str] = {}
         self.documents: dict[str, dict[str, Job]] = {}
         self._fill()
 
@@ -117,36 +152,46 @@ class Plan:
 
     @property
     def needed(self) -> list[Job]:
-        """Every job that the results rest on, each after those that it is made from."""
-        found: dict[tuple[str, str], Job] = {}
+        """Every job that the results depend on, after its own inputs."""
+        results = [*self.scores, *(job for model in self.models for job in model.results)]
+        return _with_sources(results, lambda job: job.sources)
 
-        def add(job: Job) -> None:
-            if (job.recipe.stage, job.key) in found:
-                return
-            for source in job.sources:
-                add(source)
-            found[job.recipe.stage, job.key] = job
+    def described(self, jobs: Iterable[Job]) -> list[Job]:
+        """The jobs, after the jobs that describe their models and texts: all that a table or figure reads."""
 
-        for job in [*self.scores, *(job for model in self.models for job in model.results)]:
-            add(job)
-        return list(found.values())
+        def sources(job: Job) -> list[Job]:
+            names = DESCRIBING.get(job.recipe.stage, ())
+            return [job.inputs[name] for name in names if name in job.inputs]
+
+        return _with_sources(jobs, sources)
+
+    def lost_parts(self, jobs: Iterable[Job]) -> list[Job]:
+        """The jobs of single tasks whose results the store lacks although the evaluation of all tasks is finished."""
+        finished = {job.key for job in jobs if self.has(job)}
+        return [part for part in self.parts.values() if part.after.key in finished and not self.has(part)]
+
+    def waited_for(self, stage: str) -> list[str]:
+        """The keys of a stage's jobs that other jobs of the same stage wait for."""
+        ahead = [job for waiting in self.jobs[stage].values() for job in waiting.waits_for]
+        behind = _with_sources(ahead, lambda job: job.waits_for)
+        return [job.key for job in behind if job.recipe.stage == stage]
 
     @property
     def timed(self) -> list[Job]:
-        """The dense model, and one for each cut, by the first criterion that makes it, of the first seed."""
-        found: dict[PruneParameters, Job] = {}
+        """The dense model, and one for each cut, by the first method that makes it, of the first seed."""
+        first_jobs: dict[PruneParameters, Job] = {}
         for model in self.cuts:
-            found.setdefault(model.cut, model.job)
-        return [*self.jobs["model"].values(), *found.values()]
+            first_jobs.setdefault(model.cut, model.job)
+        return [*self.jobs["model"].values(), *first_jobs.values()]
 
     @property
     def light_cuts(self) -> list[Job]:
         """The scores that some criteria silence neurons by first, of the first calibration seed."""
-        found: dict[str, Job] = {}
+        scores: dict[str, Job] = {}
         for job in self.scores:
             if "light_cut" in job.inputs:
-                found.setdefault(job.inputs["light_cut"].recipe.parameters["criterion"], job.inputs["light_cut"])
-        return list(found.values())
+                scores.setdefault(job.inputs["light_cut"].recipe.parameters["criterion"], job.inputs["light_cut"])
+        return list(scores.values())
 
     @property
     def sampling(self) -> tuple[str, ...]:
@@ -159,33 +204,42 @@ class Plan:
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
-        asked = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, cut in self.experiment.cuts())
-        return [dict(zip(names, values, strict=True)) for values in asked]
+        budgets = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, _, cut in self.experiment.cuts())
+        return [dict(zip(names, values, strict=True)) for values in budgets]
 
-    def refuse_budgets(self) -> None:
-        """Refuse cuts that the dense model cannot give, where it is in the store already.
+    @property
+    def lengths(self) -> dict[str, int]:
+        """How long the sequences are that go through models, in tokens, by the config's keys."""
+        lengths = {"calibration.length": self.experiment.calibration.length}
+        lengths["fidelity.length"] = self.experiment.fidelity.length
+        for name in sorted({model.recovery for model in self.models} - {"none"}):
+            lengths[f"recovery.{name}.length"] = self.experiment.recovery[name].length
+        return lengths
+
+    def refuse_misfits(self) -> None:
+        """Refuse cuts that the dense model cannot give and sequences that it cannot read, where it is in the store.
 
         Raises:
             UserError: one line for each.
         """
         (model,) = self.jobs["model"].values()
         if self.has(model):
+            check_checkpoint(self.store.folder(model.recipe), self.lengths)
             check(self.store.folder(model.recipe), self.budgets)
 
     def manifest(self, job: Job) -> str:
-        """The file that stands for a job's artifact."""
+        """The manifest of a job's artifact."""
         return str(self.store.folder(job.recipe) / MANIFEST)
 
     def has(self, job: Job) -> bool:
-        """Whether a job's artifact is there."""
+        """Whether the store has a job's artifact."""
         return self.store.has(job.recipe.stage, job.key)
 
     def command(self, job: Job) -> list[str]:
         """The words after `hfprune` that make a job's artifact."""
-        stage = job.recipe.stage
-        words = ["download", stage] if stage in DOWNLOADS else [stage]
-        for name, made in job.inputs.items():
-            jobs = made if isinstance(made, list) else [made]
+        words = [*STAGES[job.recipe.stage].words]
+        for name, source in job.inputs.items():
+            jobs = source if isinstance(source, list) else [source]
             words += [f"--{name.replace('_', '-')}", *map(self.manifest, jobs)]
         return [*words, *job.options, "--key", job.key, "--store", str(self.store.root)]
 
@@ -211,7 +265,7 @@ class Plan:
         self.documents = {use: {name: texts[name] for name in names} for use, names in used.items()} | {"task": tasks}
         sampling = config.fidelity.model_dump(exclude={"texts"}) | dtype
         references = {
-            name: self._add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
+            name: self.add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
             for name, text in self.documents["fidelity"].items()
         }
         models = [whole := Model(dense, "dense")]
@@ -221,12 +275,13 @@ class Plan:
         for seed in config.calibration.seeds:
             scores = self._score(dense, texts[config.calibration.text], seed)
             self.scores += scores.values()
-            for (criterion, cut), recoveries in config.cuts().items():
+            for (method, criterion, cut), recoveries in config.cuts().items():
                 inputs = {"model": dense, "scores": scores[criterion]}
                 if cut.refit != "none":
                     inputs["text"] = texts[config.calibration.text]
-                label = f"{cut.label} by {criterion}, seed {seed}"
-                pruned = Model(self._add("prune", cut.read(), inputs, label), label, criterion, cut, seed)
+                label = f"{cut.label} by {method}, seed {seed}"
+                pruned = Model(self.add("prune", cut.read(), inputs, label), label, method, criterion, cut, seed)
+                self.methods[pruned.job.key] = method
                 if seed == config.calibration.seeds[0]:
                     self.cuts.append(pruned)
                 for name in recoveries:
@@ -236,32 +291,28 @@ class Plan:
         for model in self.models:
             for name, reference in references.items():
                 inputs = {"model": model.job, "reference": reference}
-                model.results.append(self._add("measure", dtype, inputs, f"{model.label}, on {name}"))
+                model.results.append(self.add("measure", dtype, inputs, f"{model.label}, on {name}"))
             if tasks:
                 model.results.append(self._evaluate(model, tasks))
 
     def _recover(self, name: str, model: Model, dense: Job, texts: Mapping[str, Job]) -> Model:
         """The model trained in the way of that name."""
         way = self.experiment.recovery[name]
-        asked = RecoverParameters(**way.model_dump(exclude={"text", "dense"}), dtype=self.experiment.model.dtype)
+        asked = way.model_dump(exclude={"text", "dense"}) | {"dtype": self.experiment.model.dtype}
         inputs = {"model": model.job, "text": texts[way.text]}
         if way.loss == "distillation":
             inputs["teacher"] = dense
         label = f"{model.label}, recovery {name}"
-        made = recipe("recover", asked.read(), **_keys(inputs))
-        trained = self._put(Job(made, inputs, options(asked.model_dump()), label))
+        trained = self.add("recover", asked, inputs, label)
         return replace(model, job=trained, label=label, recovery=name, results=[])
 
     def _evaluate(self, model: Model, tasks: Mapping[str, Job]) -> Job:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
         sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
-        parts = {
-            name: recipe("evaluate-task", sampling, model=model.job.key, task=task.key).key
-            for name, task in tasks.items()
-        }
-        made = recipe("evaluate", {}, model=model.job.key, **parts)
-        inputs = {"model": model.job, "tasks": list(tasks.values())}
-        return self._put(Job(made, inputs, options(sampling), model.label))
+        whole = self.add("evaluate", sampling, {"model": model.job, "tasks": list(tasks.values())}, model.label)
+        parts = [recipe(*part) for part in STAGES["evaluate"].parts(whole.settings, whole.inputs).values()]
+        self.parts |= {part.key: replace(whole, recipe=part, after=whole) for part in parts}
+        return whole
 
     def _score(self, model: Job, text: Job, seed: int) -> dict[str, Job]:
         """By criterion asked for, the job that makes its scores."""
@@ -271,58 +322,85 @@ class Plan:
         scores: dict[str, Job] = {}
         for cut, together in passes(criteria):
             inputs = {"model": model, "text": text} | ({"light_cut": scores[cut]} if cut else {})
-            asked = [ScoreParameters(criterion=name, **sampling) for name in together]
+            asked = {name: {"criterion": name} | sampling for name in together}
             if calibration.shards == 1:
-                scores |= self._pass("score", asked, inputs, "")
+                scores |= self._pass("score", asked, inputs, f"seed {seed}")
                 continue
             shards: dict[str, list[Job]] = defaultdict(list)
             for number in range(calibration.shards):
                 part = {"shard": number, "shards": calibration.shards}
-                parts = [ShardParameters(**one.model_dump(), **part) for one in asked]
-                for name, job in self._pass("shard", parts, inputs, f", shard {number + 1}").items():
+                parts = {name: one | part for name, one in asked.items()}
+                for name, job in self._pass("shard", parts, inputs, f"seed {seed}, shard {number + 1}").items():
                     shards[name].append(job)
-            for one in asked:
-                made = recipe("score", one.read(), **_keys(inputs))
-                done = self.store.has("score", made.key)  # finished scores do not need their shards again
-                there = all(self.store.has("shard", job.key) for job in shards[one.criterion])
-                parts = {"shards": shards[one.criterion]} if there or not done else {}
-                label = f"{one.criterion}, seed {seed}"
-                scores[one.criterion] = self._put(Job(made, inputs | parts, options(one.model_dump()), label))
+            for name, one in asked.items():
+                key = recipe(STAGES["score"], ScoreParameters(**one), inputs).key
+                done = self.store.has("score", key)  # finished scores do not need their shards again
+                there = all(self.store.has("shard", job.key) for job in shards[name])
+                parts = {"shards": shards[name]} if there or not done else {}
+                scores[name] = self.add("score", one, inputs | parts, f"{name}, seed {seed}")
         return {name: scores[name] for name in criteria}
 
     def _pass(
-        self, stage: str, asked: Sequence[ScoreParameters], inputs: Mapping[str, Job], part: str
+        self, stage: str, asked: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Job], label: str
     ) -> dict[str, Job]:
         """One job for each criterion of one pass over the text: the first makes all artifacts that are missing."""
         jobs: dict[str, Job] = {}
-        for one in asked:
-            others = [other.criterion for other in asked if other != one]
-            words = options(one.model_dump() | ({"together": others} if others else {}))
+        for name, parameters in asked.items():
+            others = tuple(other for other in asked if other != name)
             first = next((job for job in jobs.values() if not self.has(job)), None)
-            made = recipe(stage, one.read(), **_keys(inputs))
-            label = f"{one.criterion}, seed {one.seed}{part}"
-            jobs[one.criterion] = self._put(Job(made, inputs, words, label, first))
+            jobs[name] = self.add(stage, parameters, inputs, f"{name}, {label}", others, first)
         return jobs
 
     def _download(self, kind: str, source: Source, parameters: Mapping[str, Any], label: str) -> Job:
-        origin = source.origin()
-        made = recipe(kind, source_parameters(origin) | dict(parameters))
-        return self._put(Job(made, {}, options(origin | dict(parameters)), label))
+        return self.add(kind, source.origin() | dict(parameters), {}, label)
 
-    def _add(self, stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, Job], label: str) -> Job:
-        return self._put(Job(recipe(stage, parameters, **_keys(inputs)), inputs, options(parameters), label))
+    def add(
+        self,
+        stage: str,
+        parameters: Mapping[str, Any],
+        inputs: Mapping[str, Job | list[Job]],
+        label: str,
+        together: tuple[str, ...] = (),
+        after: Job | None = None,
+    ) -> Job:
+        """The job that makes a stage's artifact; one that the plan has already, where it would be the same artifact.
 
-    def _put(self, job: Job) -> Job:
-        return self.jobs[job.recipe.stage].setdefault(job.key, job)
+        Args:
+            stage: its name.
+            parameters: of the stage, those that are not the defaults.
+            inputs: by the stage's names.
+            label, together, after: see `Job`.
+        """
+        settings = STAGES[stage].parameters(**parameters)
+        job = Job(recipe(STAGES[stage], settings, inputs), settings, inputs, label, together, after)
+        return self.jobs[stage].setdefault(job.key, job)
 
 
-def _keys(inputs: Mapping[str, Job]) -> dict[str, str]:
-    return {name: job.key for name, job in inputs.items()}
+def _with_sources(jobs: Iterable[Job], sources: Callable[[Job], list[Job]]) -> list[Job]:
+    """The jobs and all their direct and indirect sources, without repeats, sources first."""
+    ordered: dict[tuple[str, str], Job] = {}
+
+    def add(job: Job) -> None:
+        if (job.recipe.stage, job.key) not in ordered:
+            for source in sources(job):
+                add(source)
+            ordered[job.recipe.stage, job.key] = job
+
+    for job in jobs:
+        add(job)
+    return list(ordered.values())
 
 
 def store_root(configured: Path) -> Path:
-    """The folder of all artifacts: HFPRUNE_STORE, or else what is configured."""
-    return Path(os.environ.get("HFPRUNE_STORE") or configured)
+    """The folder of all artifacts: HFPRUNE_STORE, or else what is configured.
+
+    Raises:
+        UserError: HFPRUNE_STORE begins with the home of nobody.
+    """
+    try:
+        return expanded(os.environ.get("HFPRUNE_STORE") or configured)
+    except ValueError as error:
+        raise UserError(f"HFPRUNE_STORE = {error}.") from None
 
 
 def options(parameters: Mapping[str, Any]) -> tuple[str, ...]:

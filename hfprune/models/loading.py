@@ -1,5 +1,6 @@
-"""Loading checkpoints of the families that are supported, running them, and counting what they hold."""
+"""Loading and running checkpoints of the supported families, and counting their parameters, FLOPs and bytes."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,66 +22,117 @@ from transformers import (
 from hfprune.errors import UserError
 from hfprune.models.modeling_per_layer import CLASSES
 from hfprune.runtime.memory import available_bytes
+from hfprune.store.keys import versions
 
 # `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LOCAL = {"local_files_only": True, "trust_remote_code": False}  # nothing is fetched, no code of a checkpoint's runs
-PREFILL = 256  # tokens of the sequence that efficiency is counted and timed on
+QUANTISED = ("quantization_config", "compression_config", "quantization")  # keys in config.json of quantised models
+SENTENCEPIECE = ("sentencepiece", "protobuf")  # libraries with which transformers reads tokenizer.model
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no network, and no code from a checkpoint
+PREFILL = 256  # tokens of the sequence for which FLOPs are counted and time is measured
 
-# On every GPU so much stays free of weights: what scoring 1024 tokens of a 7B model takes (docs/scoring.md).
+# This much memory of every GPU is not used for weights: scoring 1024 tokens of a 7B model needs it (docs/scoring.md).
 BYTES_BESIDE_WEIGHTS = 3 * 2**30
 
 transformers.utils.logging.disable_progress_bar()
 
 
 def device() -> torch.device:
-    """Where models compute: the first GPU that this process sees, or else the CPU."""
+    """The device that models run on: the first visible GPU, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_family(folder: Path) -> PreTrainedConfig:
-    """The config of the checkpoint in `folder`, which must be one that can be pruned here.
+def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
+    """The config of the checkpoint in `folder`; refuses a model that hfprune cannot prune.
+
+    Args:
+        folder: of the checkpoint.
+        where: the name of `config.json` in messages; by default its path.
 
     Raises:
-        UserError: no readable `config.json`, or a model that scoring or surgery would get wrong.
+        UserError: `config.json` cannot be read, or scoring or surgery would be wrong for the model.
     """
+    file = folder / "config.json"
+    where = where or str(file)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be read as JSON: {_reason(error, folder, where)}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise UserError(f"{where}: names no model_type. Supported families: {', '.join(FAMILIES)}.")
+    for key in QUANTISED:
+        if method := values.get(key):
+            name = method.get("quant_method", key) if isinstance(method, dict) else method
+            raise UserError(
+                f"{where}: {key}: the weights are quantised ({name}). Take the original checkpoint that they were made "
+                "from, in float32, bfloat16 or float16; its model card names it."
+            )
+    kind = values["model_type"]
+    if "text_config" in values and kind not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type {kind!r} wraps a language model in another, such as one that reads images. Take the "
+            f"language model alone. Supported families: {', '.join(FAMILIES)}."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a checkpoint that transformers can read: {_reason(error)}") from None
-    file = folder / "config.json"
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    except Exception as error:  # of any class: an unknown model_type, values of wrong types, custom code
         raise UserError(
-            f"{file}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
-        )
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{file}: model_type {config.model_type!r} is not supported: its blocks may not have the MLP "
-            f"down_proj(act(gate_proj(x)) * up_proj(x)). Supported families: {', '.join(FAMILIES)}."
-        )
-    if getattr(config, "final_logit_softcapping", None):
-        raise UserError(
-            f"{file}: final_logit_softcapping = {config.final_logit_softcapping}: capped logits are not supported."
-        )
+            f"{where}: not a checkpoint that transformers can read: {_reason(error, folder, where)}"
+        ) from None
+    check_config(config, where)
     return config
 
 
+def check_config(config: PreTrainedConfig, where: str) -> None:
+    """Refuse a model that scoring or surgery would get wrong.
+
+    Args:
+        config: the model's.
+        where: its name in messages.
+
+    Raises:
+        UserError: it is such a model.
+    """
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise UserError(
+            f"{where}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
+        )
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type {config.model_type!r} is not supported: its blocks may not have the MLP "
+            f"down_proj(act(gate_proj(x)) * up_proj(x)). Supported families: {', '.join(FAMILIES)}."
+        )
+    if others := [name for name in config.architectures or [] if not name.endswith(("ForCausalLM", "Model"))]:
+        raise UserError(
+            f"{where}: architectures {others[0]!r} is no language model, so that there are no predictions to keep. "
+            "Take the language model (...ForCausalLM) that it was made from."
+        )
+    if getattr(config, "final_logit_softcapping", None):
+        raise UserError(
+            f"{where}: final_logit_softcapping = {config.final_logit_softcapping}: capped logits are not supported."
+        )
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The class that builds a config's model: one of this package's if widths differ between layers."""
+    return CLASSES[config.model_type] if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
+
+
 def load_model(folder: Path, dtype: str, spread: bool = True) -> PreTrainedModel:
-    """The checkpoint in `folder`, for inference; no parameter asks for a gradient.
+    """Load the checkpoint in `folder` for inference, without gradients.
 
-    It stands on the first GPU where it fits; a larger one spreads over the GPUs that this process sees and then over
-    the CPU's memory, from where a layer's weights come when it computes. Without a GPU it stands on the CPU.
+    The model is placed on the first GPU if it fits. A larger one is spread over all visible GPUs and then the CPU's
+    memory, from where weights are copied layer by layer as they are needed. Without a GPU it is on the CPU.
 
-    One with a width per layer is built by this package's own class: code in the folder never runs.
+    A model with different widths per layer is built by this package's own class: code in the folder never runs.
 
     Args:
         folder: a checkpoint of one of `FAMILIES`.
-        dtype: "float32", "bfloat16", "float16", or "auto" for what the checkpoint says.
-        spread: whether several places may share it; else it stands on the CPU where one GPU does not hold it.
+        dtype: "float32", "bfloat16", "float16", or "auto" for that of the checkpoint.
+        spread: allow several devices; if False, a model that does not fit the first GPU is on the CPU.
     """
     config = check_family(folder)
-    made_by = CLASSES[config.model_type] if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
-    model = made_by.from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
+    model = model_class(config).from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
     if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - BYTES_BESIDE_WEIGHTS:
         model = model.to(device())
     return model.eval().requires_grad_(False)
@@ -90,59 +142,70 @@ def _placement() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
     free = {gpu: torch.cuda.mem_get_info(gpu)[0] - BYTES_BESIDE_WEIGHTS for gpu in range(torch.cuda.device_count())}
-    room = {place: max(0, size) for place, size in free.items()} | {"cpu": available_bytes()}
-    return {"device_map": "sequential", "max_memory": room}
+    limits = {gpu: max(0, size) for gpu, size in free.items()} | {"cpu": available_bytes()}
+    return {"device_map": "sequential", "max_memory": limits}
 
 
 def _bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the checkpoint in `folder`.
+def load_tokenizer(folder: Path, where: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint in `folder`; `where` is its name in messages, by default the path.
 
     Raises:
-        UserError: there is none, or none that transformers can make without code of its own.
+        UserError: there is none that transformers can load without custom code.
     """
+    where = where or str(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no tokenizer that transformers can read: {_reason(error)}") from None
+    except Exception as error:  # the tokenizers library raises this class
+        has_only_model = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+        if has_only_model and (absent := [name for name in SENTENCEPIECE if name not in versions(SENTENCEPIECE)]):
+            raise UserError(
+                f"{where}: its tokenizer is tokenizer.model, of SentencePiece, which needs {' and '.join(absent)}: "
+                "`pip install sentencepiece protobuf`."
+            ) from None
+        raise UserError(
+            f"{where}: no tokenizer that transformers {transformers.__version__} can read: "
+            f"{_reason(error, folder, where)}"
+        ) from None
 
 
-def _reason(error: Exception) -> str:
-    if "custom code" in str(error):  # transformers would have it switched on
+def _reason(error: Exception, folder: Path, where: str) -> str:
+    if "custom code" in str(error):  # transformers' message would tell the user to switch it on
         return "it comes with code of its own, which never runs here."
-    return str(error).partition("\n")[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1  # such a line only says which part of the config
+    return " ".join(lines[:count] or [type(error).__name__]).replace(str(folder), where)
 
 
 def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a linear layer other weights, of another shape: (out, in) and (out,)."""
+    """Replace the weights of a linear layer; shapes (out, in) and (out,) may be new."""
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     linear.out_features, linear.in_features = weight.shape
 
 
 def count_parameters(model: PreTrainedModel) -> int:
-    """All parameters of the model, tied embeddings counted once."""
+    """Number of parameters, tied embeddings counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_token(model: PreTrainedModel) -> int:
-    """Floating-point operations of a forward pass over one sequence of `PREFILL` tokens, divided by its tokens.
+def flops_per_token(model: PreTrainedModel, length: int) -> int:
+    """Floating-point operations per token of a forward pass over a sequence of `length` tokens.
 
-    2 (a product and a sum) for each weight of each linear layer, the output projection among them; and 4 for each
-    dimension of each attention head and each token of the sequence: 2 for the scores, 2 for the sum of values, counted
-    without the causal mask. Norms, activations, softmax and embedding lookups are not counted. This is what
-    `torch.utils.flop_counter` counts.
+    Every weight of a linear layer, including the output projection, counts 2: a product and a sum. Attention counts 4
+    per head dimension and token of the sequence: 2 for the scores and 2 for the sum of values, without the causal mask.
+    Norms, activations, softmax and embedding lookups do not count. `torch.utils.flop_counter` counts the same.
     """
-    linear = sum(2 * each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear))
+    linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     heads = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
-    return linear + 4 * heads * PREFILL
+    return linear + 4 * heads * length
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's weights on disk."""
+    """Size of a checkpoint's weights on disk, in bytes."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -158,7 +221,7 @@ def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 @contextmanager
 def weights_in_memory(*modules: nn.Module) -> Iterator[None]:
-    """Have the modules' own weights in memory, where accelerate has offloaded them."""
+    """Keep the modules' own weights in memory for the block, also if accelerate has offloaded them."""
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(align_module_device(module))

@@ -1,9 +1,9 @@
-"""Llama, Mistral, Qwen2 and Qwen3 with MLPs and attention of a width of their own in every layer.
+"""Llama, Mistral, Qwen2 and Qwen3 whose MLPs and attention may have a different width in every layer.
 
-The stock classes of transformers, but for those: `config.intermediate_sizes` lists the MLPs' widths, and
-`config.key_value_heads` the key-value heads, first layer to last; every layer has as many query heads to a key-value
-head as `num_attention_heads` and `num_key_value_heads` say. A checkpoint of such a model carries this file, so that it
-needs nothing but transformers:
+The classes are the stock ones of transformers, except for the widths. `config.intermediate_sizes` lists the MLPs'
+widths and `config.key_value_heads` the numbers of key-value heads, first layer to last. The number of query heads per
+key-value head is the same in all layers: `num_attention_heads` / `num_key_value_heads`. A checkpoint of such a model
+includes this file, so that it needs only transformers:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM,
 
 
 class PerLayerWidths:
-    """Gives each layer an MLP and an attention of its own width, made by the stock classes."""
+    """Gives every layer an MLP and an attention of its own width, both of the stock classes."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -28,8 +28,8 @@ class PerLayerWidths:
             own.num_attention_heads = own.num_key_value_heads * attention.num_key_value_groups
             layer.mlp = type(layer.mlp)(own)
             layer.self_attn = type(attention)(own, number)
-            layer.self_attn.config = config  # which says what computes attention, also when that is changed later
-        self.post_init()  # again: these modules are new
+            layer.self_attn.config = config  # the shared one: it names the attention function, which may change later
+        self.post_init()  # again, for the new modules
 
 
 class PerLayerLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):
@@ -48,12 +48,11 @@ class PerLayerQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):
     """Qwen3."""
 
 
-# By `model_type`.
-CLASSES = {
+CLASSES = {  # by `model_type`
     "llama": PerLayerLlamaForCausalLM,
     "mistral": PerLayerMistralForCausalLM,
     "qwen2": PerLayerQwen2ForCausalLM,
     "qwen3": PerLayerQwen3ForCausalLM,
 }
-for each in CLASSES.values():  # save_pretrained then copies this file, and names the class in config.json's auto_map
-    each.register_for_auto_class("AutoModelForCausalLM")
+for model_class in CLASSES.values():  # save_pretrained then copies this file and sets auto_map in config.json
+    model_class.register_for_auto_class("AutoModelForCausalLM")

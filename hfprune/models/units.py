@@ -1,11 +1,11 @@
-"""What can be cut from a layer: neurons of its MLP, key-value groups of its attention.
+"""Prunable units of a layer: neurons of its MLP, key-value groups of its attention.
 
-Both are *units* of a *part* of the layer. A unit reads the hidden states through rows of some linear layers and writes
-through input columns of another, so that cutting it is deleting those rows and columns:
+MLP and attention are *parts* of a layer; each consists of *units*. A unit reads the hidden states through rows of some
+linear layers and writes through input columns of another. To prune it is to delete those rows and columns:
 
 - `mlp`: a neuron is a row of gate_proj and of up_proj, and a column of down_proj.
-- `attention`: a group is a key and a value head with all query heads that read them, and their columns of o_proj. Whole
-  groups keep the model's ratio of query to key-value heads, so that any code for grouped-query attention runs it.
+- `attention`: a group is a key head and a value head, all query heads that read them, and their columns of o_proj.
+  Whole groups keep the model's ratio of query to key-value heads, as any code for grouped-query attention expects.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the config reads the names of the structures without paying for torch
+if TYPE_CHECKING:  # the config imports the structures' names from here and must not load torch
     from pathlib import Path
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 STRUCTURES = {"mlp": ("mlp",), "attention": ("attention",), "mlp+attention": ("mlp", "attention")}
-PARTS = ("mlp", "attention")  # all of them: what is scored
-UNITS = {"mlp": "neurons", "attention": "key-value groups"}  # for people
+PARTS = ("mlp", "attention")  # scoring covers them all
+UNITS = {"mlp": "neurons", "attention": "key-value groups"}  # their names in messages and tables
 
-Scores = dict[str, "list[Tensor]"]  # by part, float32 (units,) per layer
-Kept = dict[str, "list[Tensor]"]  # by part that is cut, the ascending int64 indices that stay, per layer
+Scores = dict[str, "list[Tensor]"]  # by part: float32 (units,) per layer
+Kept = dict[str, "list[Tensor]"]  # by pruned part: ascending int64 indices of the units that stay, per layer
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of one layer, as it is now.
+    """A part of one layer.
 
     Attributes:
         inputs: the linear layers whose rows the units read through.
         output: the linear layer whose input columns they write through.
-        units: how many there are; each has the same number of rows and of columns, those of a unit side by side.
+        units: number of units. All have the same number of rows and of columns; those of one unit are contiguous.
     """
 
     inputs: tuple[nn.Linear, ...]
@@ -43,36 +43,36 @@ class Part:
 
     @property
     def columns(self) -> int:
-        """Of `output`, for each unit."""
+        """Columns of `output` per unit."""
         return self.output.in_features // self.units
 
     @property
     def parameters(self) -> int:
-        """Of one unit: its rows with their biases, and its columns."""
+        """Parameters per unit: its rows with their biases, and its columns."""
         rows = sum(linear.out_features * (linear.in_features + (linear.bias is not None)) for linear in self.inputs)
         return (rows + self.output.out_features * self.output.in_features) // self.units
 
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
-        """All its linear layers."""
+        """All linear layers of the part."""
         return (*self.inputs, self.output)
 
     def matrices(self) -> list[Tensor]:
-        """The weights of every unit, a matrix (units, weights) for each linear layer."""
+        """The weights by unit: a matrix (units, weights) for every linear layer."""
         rows = [linear.weight.reshape(self.units, -1) for linear in self.inputs]
         return [*rows, self.output.weight.T.reshape(self.units, -1)]
 
     def per_unit(self, values: Tensor) -> Tensor:
-        """(..., columns of all units) -> (..., units), the sum over each unit's columns."""
+        """Sum over the columns of every unit: (..., units * columns) -> (..., units)."""
         return values if self.columns == 1 else values.unflatten(-1, (self.units, self.columns)).sum(-1)
 
     def columns_of(self, units: Tensor) -> Tensor:
-        """The columns of `output` that some units, (count,) int64, write through: (count * columns,) int64."""
+        """The columns of `output` of some units: (count,) int64 -> (count * columns,) int64."""
         return spread(units, self.columns)
 
 
 def spread(units: Tensor, size: int) -> Tensor:
-    """The indices that units, (count,), of so many rows or columns each take: (count * size,) int64."""
+    """Row or column indices of units that take `size` each: (count,) int64 -> (count * size,) int64."""
     return (units[:, None] * size + units.new_tensor(range(size))).flatten()
 
 
@@ -87,7 +87,7 @@ def part_of(layer: nn.Module, name: str) -> Part:
 
 
 def parts(model: PreTrainedModel, name: str) -> list[Part]:
-    """That part of every layer, first to last."""
+    """One part of all layers, first to last."""
     return [part_of(layer, name) for layer in model.model.layers]
 
 
@@ -95,16 +95,16 @@ def save_scores(file: Path, scores: Scores) -> None:
     """Write scores to a safetensors file, under `layers.<index>.<part>`."""
     from safetensors.torch import save_file
 
-    save_file({f"layers.{i}.{name}": layer for name, found in scores.items() for i, layer in enumerate(found)}, file)
+    save_file({f"layers.{i}.{name}": layer for name, layers in scores.items() for i, layer in enumerate(layers)}, file)
 
 
 def read_scores(file: Path) -> Scores:
-    """What `save_scores` wrote."""
+    """Read a file written by `save_scores`."""
     from safetensors.torch import load_file
 
     stored = load_file(file)
-    found: Scores = {}
+    scores: Scores = {}
     for name in PARTS:
         count = sum(key.endswith(f".{name}") for key in stored)
-        found[name] = [stored[f"layers.{i}.{name}"] for i in range(count)]
-    return found
+        scores[name] = [stored[f"layers.{i}.{name}"] for i in range(count)]
+    return scores

@@ -53,7 +53,9 @@ def shape_on_disk(folder: Path) -> Shape:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "numpy") as stored:
             shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
-    if config.get("tie_word_embeddings"):
+    # A base model's file lacks the prefix.
+    shapes = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": shapes[name] for name in shapes}
+    if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in shapes:
         shapes.pop("lm_head.weight", None)
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith((".weight", ".bias"))}
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -244,7 +246,7 @@ def check(folder: Path, cuts: list[dict[str, Any]]) -> None:
     """
     try:
         shape = shape_on_disk(folder)
-    except KeyError:  # tensors under names that transformers maps to its own: stage `prune` will see
+    except KeyError:  # of config.json, for which transformers has a default: stage `prune` will see
         return
     faults = []
     for cut in cuts:

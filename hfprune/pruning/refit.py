@@ -64,7 +64,7 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
                 "a plain checkpoint cannot hold one. Use 'least_squares' or 'sequential'."
             )
     sequential, starved = method == "sequential", set()
-    flops = tokens.numel() * flops_per_token(model) * (1 + sequential)
+    flops = tokens.numel() * flops_per_token(model, tokens.shape[1]) * (1 + sequential)
     stream, arguments = layer_inputs(model, tokens)
     dense = list(stream)
     layers = list(zip(model.model.layers, arguments, strict=True))

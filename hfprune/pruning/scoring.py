@@ -50,7 +50,7 @@ MOMENTS = ("total", "squares")  # what static criteria read of the activations
 def score(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
     dtype: str, light_cut: Path | None = None,
-) -> tuple[dict[str, Scores], dict[str, int]]:  # fmt: skip
+) -> tuple[dict[str, Scores], dict[str, dict[str, int]]]:  # fmt: skip
     """Stage `score`: the scores of every criterion in `criteria`, by one pass over the calibration text.
 
     Args:
@@ -66,33 +66,47 @@ def score(
         light_cut: folder of the scores by which neurons are silenced first, for criteria that need it.
 
     Returns:
-        The scores by criterion, on the CPU; and `tokens` and `flops` of the pass, see `cost`.
+        The scores by criterion, on the CPU; and what each of them cost, see `costs`.
     """
     network, tokens = _model_and_tokens(model, text, samples, length, seed, dtype)
     scores = unit_scores(network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME)
-    return scores, cost(network, tokens.numel(), criteria, draws, light_cut is not None)
+    return scores, costs(network, tokens.shape, criteria, draws, light_cut is not None)
 
 
 def shard(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
     dtype: str, shard: int, shards: int, light_cut: Path | None = None,
-) -> tuple[dict[str, Sums], dict[str, int]]:  # fmt: skip
+) -> tuple[dict[str, Sums], dict[str, dict[str, int]]]:  # fmt: skip
     """Stage `shard`: the sums of `score` over one share of its sequences, number `shard` of `shards`.
 
     Returns:
-        The sums that each criterion needs, for an artifact each; and `tokens` and `flops` of the share, see `cost`.
+        The sums that each criterion needs, for an artifact each; and what each of them cost, see `costs`.
     """
     network, tokens = _model_and_tokens(model, text, samples, length, seed, dtype)
     share = shard_range(samples, length, shard, shards)
     sums = add_up(network, tokens, criteria, seed, draws, _light_cut(light_cut), folder / RESUME, share)
-    share_cost = cost(network, len(share) * length, criteria, draws, light_cut is not None)
-    return {name: sums.of(name) for name in criteria}, share_cost
+    share_costs = costs(network, (len(share), length), criteria, draws, light_cut is not None)
+    return {name: sums.of(name) for name in criteria}, share_costs
 
 
-def cost(model: PreTrainedModel, tokens: int, criteria: Sequence[str], draws: int, light_cut: bool) -> dict[str, int]:
-    """`tokens` and `flops` of a pass. A backward pass to activations alone costs as much as a forward pass."""
-    times = 1 + light_cut + len(_backward_passes(criteria, draws))
-    return {"tokens": tokens, "flops": tokens * flops_per_token(model) * times}
+def cost(
+    model: PreTrainedModel, shape: Sequence[int], criteria: Sequence[str], draws: int, light_cut: bool
+) -> dict[str, int]:
+    """`tokens` and `flops` of a pass over `shape` (sequences, length) tokens.
+
+    A backward pass to activations alone costs as much as a forward pass.
+    """
+    sequences, length = shape
+    tokens, times = sequences * length, 1 + light_cut + len(_backward_passes(criteria, draws))
+    return {"tokens": tokens, "flops": tokens * flops_per_token(model, length) * times}
+
+
+def costs(
+    model: PreTrainedModel, shape: Sequence[int], criteria: Sequence[str], draws: int, light_cut: bool
+) -> dict[str, dict[str, int]]:
+    """By criterion, its `cost` alone, and `flops_together` of the pass in which all of them were scored."""
+    together = cost(model, shape, criteria, draws, light_cut)["flops"]
+    return {name: cost(model, shape, [name], draws, light_cut) | {"flops_together": together} for name in criteria}
 
 
 def _backward_passes(criteria: Sequence[str], draws: int) -> list[tuple[list[str], LogitGradient, int]]:
@@ -462,7 +476,7 @@ def _batch_size(length: int) -> int:
 
 def _model_and_tokens(model: Path, text: Path, samples: int, length: int, seed: int, dtype: str):
     network = load_model(model, dtype)
-    return network, sample_sequences(load_tokenizer(model), network.config.vocab_size, text, samples, length, seed)
+    return network, sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
 
 
 def _light_cut(folder: Path | None) -> list[Tensor] | None:

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
+from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
 from hfprune.models.loading import count_parameters, load_model, load_tokenizer, set_linear
-from hfprune.models.units import Kept, Part, parts, read_scores, spread
+from hfprune.models.units import Kept, Part, Scores, parts, read_scores, spread
 from hfprune.pruning.allocation import allocate
-from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.budget import Budget, shape_of, units_to_keep
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.runtime.matmul import fast_products
 from hfprune.store.filenames import PRUNING, SCORES
@@ -49,26 +50,24 @@ def prune(
         UserError: the budget cannot be met, the model cannot be refitted, or the checkpoint does not reload as it was
             saved.
     """
+    before = steps(model)
     network = load_model(model, dtype, spread=False)
     ranked = read_scores(scores / SCORES)
     shape = shape_of(network)
     budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
-    kept = {
-        name: allocate(allocation, ranked[name], keep, round_to if name == "mlp" else 1)
-        for name, keep in budget.keep.items()
-    }
+    kept = best_units(budget, ranked, allocation, round_to)
     units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
     refit_details = {}
     if refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
-        tokens = sample_sequences(load_tokenizer(model), network.config.vocab_size, text, **sampling)
+        tokens = sample_sequences(load_tokenizer(model), network.config, text, **sampling)
         with fast_products(network.device):
             refit_details = refit_kept(network, kept, tokens, refit, ridge)
     cut(network, kept)
     padding = checkpoint.pad(network) if pad else 0
-    parameters = count_parameters(network)
+    parameters, dense = count_parameters(network), dense_parameters(before, shape.total)
     expected = checkpoint.write(network, folder, model)
     del network  # the reload needs the memory: one copy at a time
     reload = checkpoint.prove(folder, expected)
@@ -77,16 +76,21 @@ def prune(
         "allocation": allocation,
         "refit": refit,
         **refit_details,
-        # Both shares are of all parameters, however the budget was given.
+        # Shares are of all parameters, however the budget was given: what was asked, of the model that is cut here,
+        # the parent; what was achieved, of the dense model that it all began with, and of the parent.
         "ratio": ratio if ratio and ratio_of == "all" else budget.share,
-        "ratio_achieved": 1 - parameters / shape.total,
+        "ratio_achieved": 1 - parameters / dense,
+        "ratio_achieved_parent": 1 - parameters / shape.total,
         "parameters": parameters,
-        "parameters_dense": shape.total,
+        "parameters_parent": shape.total,
+        "parameters_dense": dense,
         "units": units_after,
-        "units_dense": units_before,
+        "units_parent": units_before,
+        "units_dense": dense_units(before, units_before),
     }
     report = {
         **details,
+        "attention_share": attention_share,
         "round_to": round_to,
         "criterion": calibration["criterion"],
         "calibration": dict(calibration),
@@ -94,9 +98,25 @@ def prune(
         "source": dict(source),
         "reload": reload,
         "kept": {name: [layer.tolist() for layer in layers] for name, layers in kept.items()},
+        BEFORE: before,
     }
     (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
     return details
+
+
+def best_units(budget: Budget, scores: Scores, allocation: str, round_to: int) -> Kept:
+    """The units to keep: by part that is cut, ascending int64 indices per layer.
+
+    Args:
+        budget: how many of each part, see `budget.units_to_keep`.
+        scores: by part, (units,) per layer.
+        allocation: a name in `allocation.ALLOCATIONS`.
+        round_to: every MLP keeps a multiple of so many neurons.
+    """
+    return {
+        name: allocate(allocation, scores[name], keep, round_to if name == "mlp" else 1)
+        for name, keep in budget.keep.items()
+    }
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Training after the cut, so that what stays makes up for what went: the transformers Trainer, PEFT's adapters."""
+"""Recovery training after the cut, with the transformers Trainer and PEFT's adapters."""
 
 import importlib.util
 import json
@@ -32,6 +32,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from hfprune.data.packing import NO_LABEL, Packed, read_examples
 from hfprune.errors import UserError
 from hfprune.models import checkpoint
+from hfprune.models.context import check_checkpoint
+from hfprune.models.history import BEFORE, read_step, since_the_last_cut, steps
 from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
 from hfprune.recovery.losses import chunked, cross_entropy, distillation
 from hfprune.runtime.matmul import fast_products
@@ -40,10 +42,10 @@ from hfprune.runtime.progress import bar
 from hfprune.runtime.signals import Sigterm, Stopped, sigterm_deferred
 from hfprune.store.filenames import ADAPTER, LOSSES, PRUNING, RECOVERY, RESUME
 
-MAX_GRADIENT = 1.0  # norm that a step's gradient is clipped to, the Trainer's default
-BYTES_PER_TRAINED = 12  # of each trained weight: its gradient and AdamW's two moments, float32
-WINDOW = 10  # steps that the loss is averaged over before it counts as rising
-STATE = "trainer_state.json"  # the last file that the Trainer writes of a checkpoint
+MAX_GRADIENT = 1.0  # gradients are clipped to this norm, the Trainer's default
+BYTES_PER_TRAINED = 12  # for each trained weight: the gradient and AdamW's two moments, float32
+WINDOW = 10  # steps to average the loss over when testing whether it rises
+STATE = "trainer_state.json"  # the file of a checkpoint that the Trainer writes last
 
 
 def recover(
@@ -52,48 +54,49 @@ def recover(
     rank: int, alpha: int, dropout: float, targets: Sequence[str], keep_adapter: bool, seed: int, save_steps: int,
     report_to: str, dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Stage `recover`: train the checkpoint in `model`, and write the checkpoint that comes out into `folder`.
+    """Stage `recover`: train the checkpoint in `model`, and write the trained checkpoint into `folder`.
 
-    It is a plain checkpoint, reloaded in a fresh process (`checkpoint.prove`); beside it stand `recovery.json`,
-    `losses.jsonl` (a line for each step) and, of a pruned model, its `pruning.json`. In several processes (`accelerate
-    launch`) all train, each on its share of every step, and the first writes.
+    The result is a plain checkpoint. A fresh process reloads it as a test (`checkpoint.prove`). The folder also gets
+    `recovery.json`, `losses.jsonl` (a line for each step) and, for a pruned model, its `pruning.json`. Several
+    processes (`accelerate launch`) share the rows of every step; the first one writes.
 
     Args:
-        folder: where to write; its `.resume` has the Trainer's checkpoints, from which a killed training goes on.
+        folder: folder to write to. Its `.resume` holds the Trainer's checkpoints, from which a killed run continues.
         model: folder of a checkpoint, dense or pruned.
-        text: folder of what to train on.
+        text: folder of the training text.
         teacher: folder of the dense checkpoint, for `loss` "distillation".
-        about: for `recovery.json`: what is known of the text and of the model's source.
+        about: facts on the text and the model's source, for `recovery.json`.
         method: a name in `METHODS`.
         loss: "cross_entropy", or "distillation": KL(teacher || student) over the whole vocabulary.
         epochs, length, seed: see `packing.Packed`.
-        batch_tokens: of one step, all processes together: `batch_tokens` / `length` rows.
-        micro_batch: rows that a process takes at a time.
-        learning_rate, weight_decay: of AdamW; the rate falls to 0 by a cosine, without warm-up.
-        rank, alpha, dropout, targets, keep_adapter: of "lora".
+        batch_tokens: tokens in one step, over all processes: `batch_tokens` / `length` rows.
+        micro_batch: rows that a process computes at a time.
+        learning_rate, weight_decay: settings of AdamW. A cosine takes the rate to 0, without warm-up.
+        rank, alpha, dropout, targets, keep_adapter: settings of "lora".
         save_steps: steps between the Trainer's checkpoints.
         report_to: "none", or a tracker that the Trainer knows.
-        dtype: of the checkpoint written; what is trained is float32 whatever it is.
+        dtype: type of the written checkpoint. Trained weights are always float32.
 
     Returns:
-        Details for the manifest: the method, `steps`, `tokens` (without padding), `flops`, `seconds_together` of all
-        attempts' steps, first and last loss.
+        Details for the manifest: the method, `steps`, `tokens` (without padding), `flops`, `seconds_together` (the
+        steps of all attempts), first and last loss.
 
     Raises:
-        UserError: nothing to train on, settings that do not fit one another, a loss that is not finite or rises, a
-            checkpoint that does not reload.
+        UserError: there is nothing to train on, a sequence is longer than the model's context, settings do not match,
+            the loss is not finite or rises, or the checkpoint does not reload.
     """
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UserError(f"report_to = {report_to!r}: not installed. Run `pip install {report_to}`, or leave it out.")
+    check_checkpoint(model, {"length": length})
     network = load_model(model, dtype, spread=False)
     own_dtype = network.dtype
     use_cache = network.config.use_cache
     rows = Packed(read_examples(load_tokenizer(model), network.config.vocab_size, text, length), length, epochs, seed)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     per_step = _rows_per_step(rows, batch_tokens, micro_batch, processes)
-    per_token = flops_per_token(network)
+    per_token = flops_per_token(network, length)
     set_seed(seed)  # of the adapters' first weights
-    network.name_or_path = model.name  # what an adapter says it belongs to: a key, not a path on this machine
+    network.name_or_path = model.name  # an adapter names its base model: by key, not by a path on this machine
     trained, finish = METHODS[method](network, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
     work = folder / RESUME
     work.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,7 @@ def recover(
         weight_decay=weight_decay,
         max_grad_norm=MAX_GRADIENT,
         optim="adamw_torch",
-        bf16=own_dtype != torch.float32,  # also of float16, whose small range would need its gradients scaled
+        bf16=own_dtype != torch.float32,  # also for float16, whose small range would need scaled gradients
         ddp_find_unused_parameters=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -123,11 +126,11 @@ def recover(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process would spread over all GPUs by DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise one process would use all GPUs, by DataParallel
     dense = load_model(teacher, dtype, spread=False).to(arguments.device) if teacher else None
-    learned = sum(each.numel() for each in trained.parameters() if each.requires_grad)
-    short = is_short(network, micro_batch * length, reserved=BYTES_PER_TRAINED * learned)
-    flops = training_flops(trained, method, per_token, short, flops_per_token(dense) if dense else 0)
+    trainable = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
+    short = is_short(network, micro_batch * length, reserved=BYTES_PER_TRAINED * trainable)
+    flops = training_flops(trained, method, per_token, short, flops_per_token(dense, length) if dense else 0)
     trainer = RecoveryTrainer(
         model=trained,
         network=network,
@@ -137,37 +140,37 @@ def recover(
         data_collator=default_data_collator,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Steps(work / LOSSES, rows.tokens(), per_step))
+    trainer.add_callback(StepLog(work / LOSSES, rows.tokens(), per_step))
     with arguments.main_process_first(local=False):
         last = _last_whole_checkpoint(work)
     with ExitStack() as stack:
-        stack.callback(network.model.register_forward_hook(trainer.take).remove)
+        stack.callback(network.model.register_forward_hook(trainer.keep_hidden).remove)
         stack.enter_context(fast_products(arguments.device))
         if short:
             print("memory is short: the backward pass computes each layer a second time", flush=True)
             stack.enter_context(checkpointed(network, nullcontext))
         sigterm = stack.enter_context(sigterm_deferred())
-        trainer.add_callback(Leave(sigterm, trainer.accelerator))
+        trainer.add_callback(StopOnSigterm(sigterm, trainer.accelerator))
         try:
             trainer.train(resume_from_checkpoint=last)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"out of memory with micro_batch = {micro_batch}, length = {length}: {learned:,} weights are trained. "
-                "Set a smaller micro_batch or length, or train less (method lora or norms)."
+                f"out of memory with micro_batch = {micro_batch}, length = {length}: {trainable:,} weights are "
+                "trained. Set a smaller micro_batch or length, or train less (method lora or norms)."
             ) from None
     if trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(f"the training is kept up to step {trainer.state.global_step} of {trainer.state.max_steps}")
     if not arguments.should_save:
         return {}
     history = [json.loads(line) for line in (work / LOSSES).read_text(encoding="utf-8").splitlines()]
-    trained = trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # its forward pass as it was
+    trained = trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)  # restores the forward pass
     network = finish(trained, folder / ADAPTER if keep_adapter else None).eval().requires_grad_(False)
     network.config.use_cache = use_cache  # the Trainer switches it off
-    for parameter in network.parameters():  # not `to`, which would round the rotary frequencies too
+    for parameter in network.parameters():  # `to` would also round the rotary frequencies
         parameter.data = parameter.data.to(own_dtype)
     expected = checkpoint.write(network, folder, model)
-    del network, trained, trainer, dense, finish  # one copy in memory at a time: the reload is the next
-    done = {
+    del network, trained, trainer, dense, finish  # free the memory: the reload needs as much again
+    details = {
         "method": method,
         "loss": loss,
         "steps": len(history),
@@ -177,21 +180,22 @@ def recover(
         "first_loss": history[0]["loss"],
         "last_loss": history[-1]["loss"],
     }
-    report = done | about | {
+    report = details | about | {
         "epochs": epochs, "length": length, "batch_tokens": batch_tokens, "learning_rate": learning_rate,
         "processes": processes, "reload": checkpoint.prove(folder, expected),
+        BEFORE: since_the_last_cut(steps(model)),
     }  # fmt: skip
     (folder / RECOVERY).write_text(json.dumps(report) + "\n", encoding="utf-8")
     shutil.copyfile(work / LOSSES, folder / LOSSES)
-    if (model / PRUNING).exists():
+    if read_step(model / PRUNING) is not None:
         shutil.copyfile(model / PRUNING, folder / PRUNING)
-    return done
+    return details
 
 
 def _rows_per_step(rows: Packed, batch_tokens: int, micro_batch: int, processes: int) -> int:
-    """How many rows make a step; `rows` keeps as many as fill whole steps."""
-    per_step, odd = divmod(batch_tokens, length := rows.length)
-    if odd or per_step % (micro_batch * processes):
+    """The number of rows in a step. `rows` is cut to whole steps."""
+    per_step, remainder = divmod(batch_tokens, length := rows.length)
+    if remainder or per_step % (micro_batch * processes):
         raise UserError(
             f"batch_tokens = {batch_tokens}: not a multiple of length x micro_batch x processes = "
             f"{length} x {micro_batch} x {processes} = {length * micro_batch * processes}. Write such a multiple."
@@ -206,67 +210,69 @@ def _rows_per_step(rows: Packed, batch_tokens: int, micro_batch: int, processes:
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:
-    """The Trainer's last checkpoint; what a kill left of a later one is removed."""
-    while (found := get_last_checkpoint(str(work))) is not None:
+    """The Trainer's last complete checkpoint. A later one that a kill cut short is removed."""
+    while (last := get_last_checkpoint(str(work))) is not None:
         try:
-            json.loads((Path(found) / STATE).read_text(encoding="utf-8"))
-            return found
+            json.loads((Path(last) / STATE).read_text(encoding="utf-8"))
+            return last
         except (OSError, ValueError):
-            shutil.rmtree(found)
+            shutil.rmtree(last)
     return None
 
 
-def in_step(make: Callable[[Callable[[Path], dict]], object], train: Callable[[Path], dict]) -> None:
-    """Let the first of several processes `make` the artifact, by `train`, and the others train with it.
+def distribute(make: Callable[[Callable[[Path], dict]], object], train: Callable[[Path], dict]) -> None:
+    """Make an artifact in several processes: the first one calls `make`, the others only train with it.
 
     Args:
-        make: calls the function that it is given with the artifact's folder, unless the store has the artifact.
-        train: does one process's share in that folder.
+        make: calls its argument with the artifact's folder, unless the store already has the artifact.
+        train: trains one process's share, in that folder.
     """
-    if PartialState(timeout=timedelta(days=1)).is_main_process:  # it may wait for another run that makes the same
-        told: list[Path] = []
+    if PartialState(timeout=timedelta(days=1)).is_main_process:  # it may wait for another run of the same artifact
+        has_started = False
 
-        def tell_and_train(folder: Path) -> dict:
-            told.append(folder)
+        def start_and_train(folder: Path) -> dict:
+            nonlocal has_started
+            has_started = True
             broadcast_object_list([folder])
             return train(folder)
 
-        make(tell_and_train)
-        if not told:
+        make(start_and_train)
+        if not has_started:
             broadcast_object_list([None])
     else:
-        heard = broadcast_object_list([None])
-        if heard[0] is not None:
-            train(heard[0])
+        (folder,) = broadcast_object_list([None])
+        if folder is not None:
+            train(folder)
 
 
 def training_flops(trained: nn.Module, method: str, forward: int, short: bool, teacher: int) -> int:
     """Floating-point operations of training on one token.
 
     Args:
-        trained: what a method of `METHODS` made of the model.
-        method: its name.
-        forward: operations of a forward pass of the model without what the method adds, for each token.
-        short: whether layers are computed anew in the backward pass.
-        teacher: operations of the teacher's forward pass, 0 without one.
+        trained: the model as prepared by a method of `METHODS`.
+        method: name of the method.
+        forward: operations of the model's forward pass per token, without the method's additions.
+        short: whether the backward pass computes each layer again.
+        teacher: operations of the teacher's forward pass per token, 0 without a teacher.
     """
-    # Forward, and backward to what enters each layer; adapters so too; then the gradients of the matrices trained.
+    # The forward pass, and the backward pass to each layer's input. Then the gradients of the trained matrices (2
+    # operations for each weight); adapters also add their own forward and backward pass (4 more).
     products = 2 if method == "full" else 6
-    matrices = sum(products * each.numel() for each in _matrices(trained) if each.requires_grad)
+    matrices = sum(products * weight.numel() for weight in _matrices(trained) if weight.requires_grad)
     return 2 * forward + matrices + (forward if short else 0) + teacher
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The weights of its linear layers, each once."""
-    found = {id(each.weight): each.weight for each in module.modules() if isinstance(each, nn.Linear)}
-    return list(found.values())
+    """The distinct weights of the module's linear layers."""
+    weights = {id(layer.weight): layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)}
+    return list(weights.values())
 
 
 def _lora(network: PreTrainedModel, rank: int, alpha: int, dropout: float, targets: Sequence[str]):
     """Low-rank adapters (arXiv 2106.09685) beside linear layers, merged into them at the end."""
     from peft import LoraConfig, get_peft_model
 
-    names = {name.split(".")[-1] for name, each in network.model.named_modules() if isinstance(each, nn.Linear)}
+    names = {name.split(".")[-1] for name, module in network.model.named_modules() if isinstance(module, nn.Linear)}
     if missing := sorted(set(targets) - names):
         raise UserError(f"targets: this model has no linear layer {missing[0]!r}; it has {', '.join(sorted(names))}.")
     adapters = LoraConfig(
@@ -282,17 +288,18 @@ def _lora(network: PreTrainedModel, rank: int, alpha: int, dropout: float, targe
 
 
 def _norms(network: PreTrainedModel, **_lora_settings: object):
-    """Norms, biases and a scale of the embeddings alone, as in PERP (arXiv 2312.15230).
+    """Only norms, biases and a scale of the embeddings, as in PERP (arXiv 2312.15230).
 
-    The scale, one factor for each dimension, is folded into the embeddings. Where the output projection is tied to
-    them, the last norm, before it, is divided by it: the same function, still a plain checkpoint.
+    The scale has one factor for each dimension. It is folded into the embeddings at the end. If the output projection
+    is tied to the embeddings, the last norm is divided by the scale. So the function stays the same, and the result is
+    a plain checkpoint.
     """
     embedding, last_norm = network.get_input_embeddings(), network.model.norm
     for parameter in network.parameters():
-        if parameter.ndim == 1:  # norms and biases; all else is a matrix
+        if parameter.ndim == 1:  # norms and biases; all others are matrices
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    embedding.scale = nn.Parameter(torch.zeros_like(last_norm.weight))  # less 1, so that weight decay draws to 1
+    embedding.scale = nn.Parameter(torch.zeros_like(last_norm.weight))  # scale - 1: weight decay pulls to 1
     hook = embedding.register_forward_hook(lambda module, _inputs, output: output * (1 + module.scale))
 
     @torch.no_grad()
@@ -317,11 +324,11 @@ METHODS = {"lora": _lora, "norms": _norms, "full": _full}
 
 
 class RecoveryTrainer(Trainer):
-    """The Trainer with a loss from final hidden states, whose logits are made a chunk at a time.
+    """The Trainer with a loss from final hidden states, whose logits are computed in chunks.
 
-    The forward pass is that of the module that the Trainer hands in, wrapped for several processes, so gradients are
-    averaged over them; the loss is a mean over the labels of a whole step, all processes together. `network` is the
-    causal model within that module.
+    The Trainer passes its module to `compute_loss`, wrapped for several processes, so gradients are averaged over the
+    processes. The loss is the mean over the labels of a whole step in all processes. `network` is the causal model
+    inside that module.
     """
 
     def __init__(self, *, network: PreTrainedModel, teacher: PreTrainedModel | None, **others: Any) -> None:
@@ -329,67 +336,69 @@ class RecoveryTrainer(Trainer):
         self.network, self.teacher = network, teacher
         self.hidden: Tensor | None = None
         self.started = time.monotonic()
-        self.trend: Trend | None = None
+        self.trend: LossTrend | None = None
 
-    def take(self, _module: nn.Module, _inputs: object, output: Any) -> None:
-        """The forward hook of `network.model` by which the loss gets at its final hidden states."""
+    def keep_hidden(self, _module: nn.Module, _inputs: object, output: Any) -> None:
+        """Forward hook of `network.model`: keeps the final hidden states for the loss."""
         self.hidden = output.last_hidden_state
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Sum over the labels, by the number of labels in the step; see transformers."""
+        """The summed loss, divided by the number of labels in the step; see transformers."""
         labels = inputs["labels"][:, 1:]
-        learned = labels != NO_LABEL
-        given = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
-        output = model(**given, logits_to_keep=1)
+        has_label = labels != NO_LABEL
+        sequence = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
+        output = model(**sequence, logits_to_keep=1)
         with self.accelerator.autocast():
-            hidden = self.hidden[:, :-1][learned]
+            hidden = self.hidden[:, :-1][has_label]
             if self.teacher is None:
-                term = cross_entropy(labels[learned])
+                term = cross_entropy(labels[has_label])
             else:
                 with torch.no_grad():
-                    dense = self.teacher.model(**given).last_hidden_state[:, :-1][learned]
+                    dense = self.teacher.model(**sequence).last_hidden_state[:, :-1][has_label]
                 term = distillation(dense, self.teacher.get_output_embeddings().weight)
             total = chunked(hidden, self.network.get_output_embeddings().weight, term)
-        # Gradients are averaged over the processes, each of which counts the labels of all.
+        # Gradients are averaged over the processes, but `num_items_in_batch` counts the labels of all processes.
         loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's seconds; refuse a loss that leads nowhere, before the step is saved."""
+        """Add the step's seconds. Refuse a loss that diverges, before the step is saved."""
         if "loss" in logs:
             now = time.monotonic()
             logs["seconds"], self.started = round(now - self.started, 3), now
-            self._refuse(logs)
+            self._refuse_divergence(logs)
         super().log(logs, start_time)
 
-    def _refuse(self, logs: dict[str, float]) -> None:
+    def _refuse_divergence(self, logs: dict[str, float]) -> None:
         if self.trend is None:  # the first step, or the first after a kill
-            self.trend = Trend()
+            self.trend = LossTrend()
             for entry in self.state.log_history:
                 if "loss" in entry:
                     self.trend.rises(entry["loss"])
         step, last = self.state.global_step, get_last_checkpoint(self.args.output_dir)
-        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(logs[name])]
-        if broken:
-            what = f"{broken[0]} is {logs[broken[0]]}; training has stopped; the last good checkpoint is {last}"
+        not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(logs[name])]
+        if not_finite:
+            reason = (
+                f"{not_finite[0]} is {logs[not_finite[0]]}; training has stopped; the last good checkpoint is {last}"
+            )
         elif self.trend.rises(logs["loss"], last=step == self.state.max_steps):
-            what = f"the loss rises: {self.trend}; training has stopped; the last checkpoint is {last}"
+            reason = f"the loss rises: {self.trend}; training has stopped; the last checkpoint is {last}"
         else:
             return
-        raise UserError(f"step {step}: {what}. Set a smaller learning_rate (now {self.args.learning_rate}).")
+        raise UserError(f"step {step}: {reason}. Set a smaller learning_rate (now {self.args.learning_rate}).")
 
 
-class Trend:
-    """The mean loss of the last steps, beside the lowest that it was."""
+class LossTrend:
+    """The mean loss of the last steps, and its lowest value so far."""
 
     def __init__(self) -> None:
         self.latest: deque[float] = deque(maxlen=WINDOW)
         self.mean = self.lowest = math.inf
 
     def rises(self, loss: float, last: bool = False) -> bool:
-        """Whether the loss leads nowhere after a further step; judged over `WINDOW` steps, or when no more come."""
+        """Whether the loss rises, now with one more step. Needs `WINDOW` steps, or the last one."""
         self.latest.append(loss)
         self.mean = sum(self.latest) / len(self.latest)
         self.lowest = min(self.mean, self.lowest)
@@ -399,32 +408,32 @@ class Trend:
         return f"{self.mean:.3g} over the last {len(self.latest)} steps, {self.lowest:.3g} at its best"
 
 
-def _unused(*_given: object, **_named: object) -> Tensor:
-    """Makes the Trainer count a step's labels, and not divide by its micro-batches; never called."""
+def _unused(*_positional: object, **_by_name: object) -> Tensor:
+    """Never runs. As a loss function, it makes the Trainer count a step's labels and not divide by micro-batches."""
     raise NotImplementedError
 
 
-class Steps(TrainerCallback):
-    """Shows how far training is, and keeps a line for each step in a file."""
+class StepLog(TrainerCallback):
+    """Shows the training's progress, and writes a line for each step into a file."""
 
     def __init__(self, file: Path, tokens: Sequence[int], per_step: int) -> None:
         self.file = file
-        self.tokens = [sum(tokens[row : row + per_step]) for row in range(0, len(tokens), per_step)]  # of each step
-        self.seen = list(accumulate(self.tokens))
+        self.tokens = [sum(tokens[row : row + per_step]) for row in range(0, len(tokens), per_step)]  # in each step
+        self.total_tokens = list(accumulate(self.tokens))  # up to each step
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_others: object) -> None:
-        """Begin, or go on from a checkpoint: what came after it is trained again."""
+        """Open the progress bar, and drop lines after the checkpoint: their steps are trained again."""
         if state.is_world_process_zero:
             self.bar = bar("recover", state.max_steps, "step", initial=state.global_step)
             self.file.write_text("".join(map(self._line, state.log_history)), encoding="utf-8")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_others: object) -> None:
-        """Write the step down, and show it."""
+        """Write and show the step."""
         if state.is_world_process_zero and "loss" in logs:
             with self.file.open("a", encoding="utf-8") as out:
                 out.write(self._line(state.log_history[-1]))
             pace = self.tokens[state.global_step - 1] / max(logs["seconds"], 1e-9)
-            with suppress(BrokenPipeError):  # SIGTERM has ended whoever reads; the step is still to be saved
+            with suppress(BrokenPipeError):  # SIGTERM may have ended the reader; the step must still be saved
                 self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {pace:,.0f} tokens/s", refresh=False)
                 self.bar.update(1)
 
@@ -437,18 +446,18 @@ class Steps(TrainerCallback):
         names = ("step", "loss", "learning_rate", "grad_norm", "seconds")
         if "loss" not in entry:
             return ""
-        found = {name: entry[name] for name in names} | {"tokens": self.seen[entry["step"] - 1]}
-        return json.dumps(found) + "\n"
+        values = {name: entry[name] for name in names} | {"tokens": self.total_tokens[entry["step"] - 1]}
+        return json.dumps(values) + "\n"
 
 
-class Leave(TrainerCallback):
-    """After the step in which SIGTERM came to any of the processes, all of them save and end their training."""
+class StopOnSigterm(TrainerCallback):
+    """Saves and ends the training in all processes after the step in which any of them received SIGTERM."""
 
     def __init__(self, sigterm: Sigterm, accelerator: Accelerator) -> None:
         self.sigterm, self.accelerator = sigterm, accelerator
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_others: object) -> None:
-        """Ask each process."""
+        """Check whether any process has received SIGTERM."""
         if self.sigterm.received:
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger():

@@ -29,11 +29,11 @@ def compare(artifacts: list[Artifact]) -> pd.DataFrame:
         (artifact.parameters["criterion"], artifact.parameters["seed"], layers(artifact)) for artifact in artifacts
     ]
     for (criterion, seed, one), (other_criterion, other_seed, other) in combinations(named, 2):
-        found = [(spearmanr(a, b).statistic, overlap(a, b)) for a, b in zip(one, other, strict=True)]
+        by_layer = [(spearmanr(a, b).statistic, overlap(a, b)) for a, b in zip(one, other, strict=True)]
         pair = {"criterion": criterion, "seed": seed, "other_criterion": other_criterion, "other_seed": other_seed}
-        for layer, (spearman, shared) in enumerate(found):
+        for layer, (spearman, shared) in enumerate(by_layer):
             rows.append({**pair, "layer": layer, "spearman": spearman, "overlap": shared})
-        spearman, shared = np.mean(found, axis=0)
+        spearman, shared = np.mean(by_layer, axis=0)
         rows.append({**pair, "layer": -1, "spearman": spearman, "overlap": shared})
     columns = ["criterion", "seed", "other_criterion", "other_seed", "layer", "spearman", "overlap"]
     return pd.DataFrame(rows, columns=columns)
@@ -60,9 +60,9 @@ def between_criteria(agreement: pd.DataFrame, measure: str) -> pd.DataFrame:
     overall = agreement[agreement["layer"] == -1]
     names = list(dict.fromkeys([*overall["criterion"], *overall["other_criterion"]]))
     table = pd.DataFrame(np.nan, index=names, columns=names)
-    for (a, b), found in overall.groupby(["criterion", "other_criterion"]):
-        same_seed = found["seed"] == found["other_seed"]
-        chosen = found[~same_seed] if a == b else found[same_seed]
+    for (a, b), pairs in overall.groupby(["criterion", "other_criterion"]):
+        same_seed = pairs["seed"] == pairs["other_seed"]
+        chosen = pairs[~same_seed] if a == b else pairs[same_seed]
         if len(chosen):
             table.loc[a, b] = table.loc[b, a] = chosen[measure].mean()
     return table

@@ -1,14 +1,9 @@
-"""Which differences between models are more than chance: intervals, paired differences and their tests.
+"""Which differences between models are more than chance: intervals, paired differences and tests.
 
-What is resampled. Documents: a task's, or a held-out text's, are drawn with replacement, the same draw for every model
-and seed, each task by itself. Calibration seeds: they too are drawn with replacement, the same draw for every method
-and task; a model that has no seed (the dense one) stays as it is. So a replicate is what a further sample of documents
-and of seeds might have given, with all models seen on the same ones; an interval holds the middle 95 % of `RESAMPLES`
-replicates. Tasks are not resampled: a mean is one over these tasks.
-
-What is tested. McNemar's exact test for answers that are right or wrong, where there is one seed. Else a paired t test,
-whose variance is that over documents (of a mean over tasks: each task's share of it) plus that over seeds, with Welch
-and Satterthwaite's degrees of freedom.
+Two models are compared on the same documents and the same calibration seeds: what varies is their difference on each
+document, and at each seed. `statistics.Spread` turns these variances into an interval, and into the p-value of the t
+test that agrees with it. If answers are right or wrong and there is one seed, the test is McNemar's exact
+one. Tasks are fixed: a mean is one over these tasks.
 """
 
 from collections.abc import Hashable, Iterator
@@ -19,16 +14,12 @@ import pandas as pd
 from scipy import stats
 
 from hfprune.errors import UserError
-from hfprune.reporting.statistics import MODEL
+from hfprune.reporting.statistics import LEVEL, MEASURE, MODEL, Spread, estimates, mean_accuracy
 
-RESAMPLES = 2000
-LEVEL = 0.95
-SEED = 0
 PAIRS_AT_ONCE = 1000
 LOWER_IS_BETTER = ("perplexity", "kl", "js")
 NO_SEED = -1
-CROWS = "crows_pairs"  # tasks whose metric is no accuracy: also left out of a second mean
-MEASURE = ["group", "task", "metric"]
+CROWS = "crows_pairs"  # tasks whose metric is no accuracy: a second mean excludes them
 
 
 @dataclass(frozen=True)
@@ -37,55 +28,76 @@ class Measure:
 
     Attributes:
         group, task, metric: as in metrics.csv; `mean` or `mean_without_crows` for a task.
-        documents: for each task, (models, documents) means over seeds.
-        by_seed: (models, seeds) means over documents, before `value`.
-        replicates: (models, RESAMPLES) of `value`.
-        value: (models,) the estimates.
-        binary: its documents are right or wrong.
+        documents: for each task, (models, seeds, documents) values; for a perplexity, losses.
+        binary: whether its values are right or wrong answers.
     """
 
     group: str
     task: str
     metric: str
     documents: list[np.ndarray]
-    by_seed: np.ndarray
-    replicates: np.ndarray
-    value: np.ndarray
     binary: bool = False
 
     @property
-    def n(self) -> int:
-        """The number of documents."""
-        return sum(each.shape[1] for each in self.documents)
+    def scaled(self) -> list[np.ndarray]:
+        """`documents` on the scale of the measure: their means are its values.
 
-    def welch(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """(pairs,) p-values of the t test between models (pairs,) and (pairs,); of a perplexity: of its loss."""
-        tasks, seeds = len(self.documents), self.by_seed.shape[1]
-        by_seed = self.by_seed[one] - self.by_seed[other]
-        parts = [((each[one] - each[other]), each.shape[1]) for each in self.documents]
-        variances = [(values.var(1, ddof=1) / n / tasks**2, n - 1) for values, n in parts if n > 1]
-        if len(variances) < tasks:  # one document says nothing of its error
-            return np.full(len(one), np.nan)
-        if seeds > 1:
-            variances.append((by_seed.var(1, ddof=1) / seeds, seeds - 1))
-        total = np.sum([variance for variance, _ in variances], 0)
-        difference = by_seed.mean(1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            freedom = total**2 / np.sum([variance**2 / free for variance, free in variances], 0)
-            p = 2 * stats.t.sf(np.abs(difference) / np.sqrt(total), freedom)
-        return np.where(total > 0, p, np.where(difference == 0, 1.0, 0.0))
+        A perplexity is exp of the mean loss; its documents' values are on the tangent there (delta method).
+        """
+        if self.metric != "perplexity":
+            return self.documents
+        (losses,) = self.documents
+        means = losses.mean(2, keepdims=True)
+        return [np.exp(means) * (1 + losses - means)]
+
+    def compare(self, one: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:
+        """Models (pairs,) against models (pairs,).
+
+        Returns:
+            (pairs,) each: `value`, `other_value`, `difference`, `low` and `high` of its interval, and `p` of the t
+            test; that of a perplexity is of its loss.
+        """
+        value = np.mean([values.mean((1, 2)) for values in self.scaled], 0)
+        difference, spread = _difference(self.scaled, one, other)
+        low, high = difference - spread.half(), difference + spread.half()
+        if self.group == "task":
+            low, high = np.maximum(low, -1), np.minimum(high, 1)
+        columns = {"value": value[one], "other_value": value[other], "difference": value[one] - value[other]}
+        if self.metric == "perplexity":
+            difference, spread = _difference(self.documents, one, other)
+        return columns | {"low": low, "high": high, "p": spread.p(difference)}
 
     def mcnemar(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """(pairs,) p-values of McNemar's exact test; NaN where answers are not right or wrong.
+        """(pairs,) p-values of McNemar's exact test; NaN if answers are not right or wrong.
 
-        Of several seeds a document counts once, for the model that is right about it with more of them.
+        With several seeds a document counts once, for the model that is right with more of them.
         """
         if not self.binary:
             return np.full(len(one), np.nan)
-        difference = self.documents[0][one] - self.documents[0][other]
+        right = self.documents[0].mean(1)
+        difference = right[one] - right[other]
         better, worse = (difference > 0).sum(1), (difference < 0).sum(1)
         # The binomial distribution with p = 1/2 is symmetric, so this is the two-sided exact test (binomtest).
         return np.minimum(1, 2 * stats.binom.cdf(np.minimum(better, worse), better + worse, 0.5))
+
+
+def _difference(documents: list[np.ndarray], one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, Spread]:
+    """(pairs,) differences of the means over tasks, seeds and documents, and their spread.
+
+    The spread over documents is that of each document's mean over the seeds, since both models answered the same
+    document at the same seed.
+    """
+    by_seed = np.mean([values.mean(2) for values in documents], 0)
+    by_seed = by_seed[one] - by_seed[other]
+    variances = [_variance_of_mean(values.mean(1)[one] - values.mean(1)[other]) for values in documents]
+    n = np.array([values.shape[2] for values in documents])
+    return by_seed.mean(1), Spread.of(by_seed, np.stack(variances, -1), n)
+
+
+def _variance_of_mean(values: np.ndarray) -> np.ndarray:
+    """(...) of the mean over the last axis; NaN if there is only one value."""
+    n = values.shape[-1]
+    return values.var(-1, ddof=1) / n if n > 1 else np.full(values.shape[:-1], np.nan)
 
 
 class Comparison:
@@ -93,84 +105,63 @@ class Comparison:
 
     Attributes:
         models: the settings, columns of `MODEL`; the dense model first.
-        seeds: how many calibration seeds they have.
-        measures: every task's, the means over tasks, and every held-out text's.
+        seeds: the calibration seeds.
+        unseeded: (models,) whether a model has no seed; its documents then count for every seed.
+        measures: every task's and every held-out text's.
+        means: over tasks; without CrowS-Pairs too where that is one of them.
     """
 
     def __init__(self, documents: pd.DataFrame) -> None:
         """
         Args:
-            documents: see `documents.read_documents`.
+            documents: see `samples.read_samples`.
 
         Raises:
             UserError: models were not measured on the same documents and seeds.
         """
-        seeds = sorted(documents["seed"].dropna().unique())
-        self.seeds = max(1, len(seeds))
+        self.seeds = sorted(documents["seed"].dropna().unique())
         self.models = documents[MODEL].drop_duplicates()
         self.models = self.models.sort_values("stage", key=lambda stage: stage != "dense", kind="stable")
         self.models = self.models.reset_index(drop=True)
-        self.measures: list[Measure] = []
         numbers = pd.MultiIndex.from_frame(self.models).get_indexer(pd.MultiIndex.from_frame(documents[MODEL]))
+        self.unseeded = np.isin(self.models.index, numbers[documents["seed"].isna()])
         documents = documents[[*MEASURE, "seed", "document", "value"]].assign(model=numbers)
         documents["seed"] = documents["seed"].fillna(NO_SEED)
-        share = np.random.default_rng(SEED).multinomial(self.seeds, [1 / self.seeds] * self.seeds, RESAMPLES)
-        drawn_seeds = share / self.seeds
-        for (_, task), found in documents.groupby([documents["group"] == "task", "task"], sort=False):
-            drawn = None  # one draw for all measures on a text
-            for (group, metric), rows in found.groupby(["group", "metric"], sort=False):
-                values = _arranged(rows, f"{metric} on {task}", len(self.models), seeds)
-                count = values.shape[2]
-                if drawn is None:
-                    draws = np.random.default_rng([SEED, *str(task).encode()])
-                    drawn = draws.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
-                by_seed = values.mean(2)
-                replicates = (values.reshape(-1, count) @ drawn.T).reshape(*by_seed.shape, RESAMPLES)
-                perplexity = metric == "loss"
-                if perplexity:
-                    replicates = np.exp(replicates)
-                self.measures.append(
-                    Measure(
-                        group,
-                        task,
-                        "perplexity" if perplexity else metric,
-                        documents=[values.mean(1)],
-                        by_seed=by_seed,
-                        replicates=np.einsum("msb,bs->mb", replicates, drawn_seeds),
-                        value=(np.exp(by_seed) if perplexity else by_seed).mean(1),
-                        binary=group == "task" and bool(np.isin(values, (0, 1)).all()),
-                    )
-                )
-        self.measures = [*self._means(), *self.measures]
-
-    def _means(self) -> Iterator[Measure]:
-        """The mean over tasks, and that without CrowS-Pairs where that is one of them."""
-        tasks = [each for each in self.measures if each.group == "task"]
-        others = [each for each in tasks if not each.task.startswith(CROWS)]
-        for name, chosen in {"mean": tasks, "mean_without_crows": others if len(others) < len(tasks) else []}.items():
-            if chosen:
-                yield Measure(
-                    "task",
-                    name,
-                    "accuracy",
-                    documents=[each.documents[0] for each in chosen],
-                    by_seed=np.mean([each.by_seed for each in chosen], 0),
-                    replicates=np.mean([each.replicates for each in chosen], 0),
-                    value=np.mean([each.value for each in chosen], 0),
-                )
+        self.measures: list[Measure] = []
+        for (group, task, metric), rows in documents.groupby(MEASURE, sort=False):
+            values = _arranged(rows, f"{metric} on {task}", len(self.models), self.seeds)
+            binary = group == "task" and bool(np.isin(values, (0, 1)).all())
+            self.measures.append(Measure(group, task, "perplexity" if metric == "loss" else metric, [values], binary))
+        self.means: dict[str, list[Measure]] = {}
+        if tasks := [measure for measure in self.measures if measure.group == "task"]:
+            self.means["mean"] = tasks
+            others = [measure for measure in tasks if not measure.task.startswith(CROWS)]
+            if 0 < len(others) < len(tasks):
+                self.means["mean_without_crows"] = others
 
     def intervals(self) -> pd.DataFrame:
-        """Each model's estimates, with their 95 % bootstrap intervals.
+        """Each model's estimates, with their 95 % intervals, as from metrics.csv.
 
         Returns:
-            Columns of `MODEL`, group, task, metric, value, low, high, n (documents), seeds.
+            Columns as of `statistics.estimates`; `mean` and `mean_without_crows` are tasks too.
         """
-        parts = []
-        for each in self.measures:
-            low, high = _interval(each.replicates)
-            estimate = {"value": each.value, "low": low, "high": high, "n": each.n, "seeds": self.seeds}
-            parts.append(self.models.assign(**{name: getattr(each, name) for name in MEASURE}, **estimate))
-        return pd.concat(parts, ignore_index=True)
+        parts = [
+            mean_accuracy(pd.concat(map(self._rows, measures))).assign(task=name)
+            for name, measures in self.means.items()
+        ]
+        return pd.concat([*parts, *(estimates(self._rows(measure)) for measure in self.measures)], ignore_index=True)
+
+    def _rows(self, measure: Measure) -> pd.DataFrame:
+        """A measure of one task or text as rows of metrics.csv."""
+        (documents,) = measure.scaled
+        has_row = ~self.unseeded[:, None] | (np.arange(documents.shape[1]) == 0)
+        model, place = np.nonzero(has_row)
+        seed = np.where(self.unseeded[model], np.nan, np.array([*self.seeds, np.nan])[place])
+        stderr = np.sqrt(_variance_of_mean(documents))
+        columns = {"value": documents.mean(2)[has_row], "stderr": stderr[has_row], "n": documents.shape[2]}
+        return self.models.iloc[model].assign(
+            **{name: getattr(measure, name) for name in MEASURE}, seed=seed, **columns
+        )
 
     def differences(self) -> pd.DataFrame:
         """Every pair of models of one ratio, every model against the dense one and against the dense one trained alike.
@@ -184,29 +175,24 @@ class Comparison:
         one, other = self._pairs()
         here = self.models.iloc[one].reset_index(drop=True)
         there = self.models.iloc[other].drop(columns="model").add_prefix("other_").reset_index(drop=True)
+        seeds = max(1, len(self.seeds))
+        means = [
+            Measure("task", name, "accuracy", [measure.documents[0] for measure in measures])
+            for name, measures in self.means.items()
+        ]
+        lots = np.split(np.arange(len(one)), range(PAIRS_AT_ONCE, len(one), PAIRS_AT_ONCE))
         parts = []
-        for each in self.measures:
-            exact = each.mcnemar(one, other)
-            test = "mcnemar" if each.binary and self.seeds == 1 else "t"
-            p = exact if test == "mcnemar" else each.welch(one, other)
-            chunks = [slice(first, first + PAIRS_AT_ONCE) for first in range(0, len(one), PAIRS_AT_ONCE)]
-            bounds = [_interval(each.replicates[one[chunk]] - each.replicates[other[chunk]]) for chunk in chunks]
-            low, high = np.concatenate(bounds, 1) if bounds else np.empty((2, 0))
-            found = {
-                **{name: getattr(each, name) for name in MEASURE},
-                "n": each.n,
-                "seeds": self.seeds,
-                "value": each.value[one],
-                "other_value": each.value[other],
-                "difference": each.value[one] - each.value[other],
-                "low": low,
-                "high": high,
-                "test": test,
-                "p": p,
-                "p_mcnemar": exact,
-                "p_holm": holm(p),
-            }
-            parts.append(pd.concat([here, there], axis=1).assign(**found))
+        for measure in (*means, *self.measures):
+            compared = pd.concat(
+                [pd.DataFrame(measure.compare(one[lot], other[lot])) for lot in lots], ignore_index=True
+            )
+            t, exact = compared.pop("p").to_numpy(), measure.mcnemar(one, other)
+            test = "mcnemar" if measure.binary and seeds == 1 else "t"
+            p = exact if test == "mcnemar" else t
+            columns = {name: getattr(measure, name) for name in MEASURE}
+            columns |= {"n": sum(values.shape[2] for values in measure.documents), "seeds": seeds}
+            columns |= dict(compared) | {"test": test, "p": p, "p_mcnemar": exact, "p_holm": holm(p)}
+            parts.append(pd.concat([here, there], axis=1).assign(**columns))
         table = pd.concat(parts, ignore_index=True)
         return table.assign(distinguishable=table["p_holm"] < 1 - LEVEL)
 
@@ -233,18 +219,13 @@ def _arranged(rows: pd.DataFrame, what: str, models: int, seeds: list) -> np.nda
         else [(model, seed) for seed in seeds]
         for model in range(models)
     }
-    index = [row for found in wanted.values() for row in found]
+    index = [row for seeds_of_model in wanted.values() for row in seeds_of_model]
     if table.isna().any(axis=None) or not set(index) == set(table.index):
         raise UserError(
             f"{what}: not every model was measured on the same documents, and with the same calibration seeds. Give "
             "artifacts of one experiment."
         )
     return table.loc[index].to_numpy().reshape(models, -1, table.shape[1])
-
-
-def _interval(replicates: np.ndarray) -> np.ndarray:
-    """(2, ...) the ends of the middle 95 % of (..., RESAMPLES) replicates."""
-    return np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -259,13 +240,13 @@ def holm(p: np.ndarray) -> np.ndarray:
 def best_of(rows: pd.DataFrame) -> Hashable:
     """The index of the best of some rows of `Comparison.intervals`, of one metric."""
     metric = rows["metric"].iloc[0]
-    # How far entropy moved is the worse the farther, whichever way.
+    # Any change of entropy is bad, up or down.
     cost = rows["value"].abs() if metric == "entropy_change" else rows["value"]
     return (cost if metric in (*LOWER_IS_BETTER, "entropy_change") else -cost).idxmin()
 
 
 def indistinguishable_from_best(rows: pd.DataFrame, differences: pd.DataFrame) -> pd.Series:
-    """Which of some models cannot be told from the best of them, and the best itself.
+    """Which models are not distinguishable from the best of them; the best is one of these.
 
     The p-values of the best's comparisons with the others are corrected by Holm for their number. That the best was
     chosen by the same data is not corrected for.
@@ -281,17 +262,19 @@ def indistinguishable_from_best(rows: pd.DataFrame, differences: pd.DataFrame) -
         ValueError: two of the models were not compared.
     """
     (measure,) = set(map(tuple, rows[MEASURE].to_numpy()))
-    found = differences[(differences[MEASURE] == list(measure)).all(axis=1)]
+    pairs = differences[(differences[MEASURE] == list(measure)).all(axis=1)]
     others = ["model", *(f"other_{name}" for name in MODEL[1:])]
-    p = dict(zip(_settings(found, MODEL, others), found["p"], strict=True))
+    p = dict(zip(_settings(pairs, MODEL, others), pairs["p"], strict=True))
     settings = list(rows[MODEL].itertuples(index=False, name=None))
     best = settings[rows.index.get_loc(best_of(rows))]
     rest = [setting for setting in settings if setting != best]
     known = [p.get((best, setting), p.get((setting, best))) for setting in rest]
     if None in known:
         raise ValueError(f"{measure}: {best} and {rest[known.index(None)]} were not compared")
-    told = {setting for setting, value in zip(rest, holm(np.array(known, float)), strict=True) if value < 1 - LEVEL}
-    return pd.Series([setting not in told for setting in settings], rows.index)
+    distinguishable = {
+        setting for setting, value in zip(rest, holm(np.array(known, float)), strict=True) if value < 1 - LEVEL
+    }
+    return pd.Series([setting not in distinguishable for setting in settings], rows.index)
 
 
 def _settings(table: pd.DataFrame, *columns: list[str]) -> Iterator[tuple[tuple, ...]]:

@@ -1,8 +1,9 @@
-"""The figures: drawn from `metrics.csv` and from scores, one look throughout."""
+"""The figures, in one style: drawn from `metrics.csv`, scores, widths and training curves."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 
@@ -12,18 +13,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 from scipy.stats import rankdata, spearmanr
 
 from hfprune.models.units import UNITS
+from hfprune.pruning.methods import DENSE
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
-from hfprune.reporting.statistics import MODEL, WAYS, WITHIN, mean_accuracy, over_seeds, varying
-from hfprune.reporting.tables import TASK_TITLES, headline, on_headline_text
+from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
+from hfprune.reporting.statistics import BESIDE_METHOD, MODEL, estimates, mean_accuracy, varying, with_sizes
 from hfprune.store.artifacts import Artifact
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
 MARKERS = "osD^vP*"
-LINES = ("-", "--", ":")  # for more lines than there are colours
+LINES = ("-", "--", ":")  # when there are more lines than colours
 MOST_LINES = 6  # in one panel
+OFFSET = 4  # points between models of one cost
 KL_LABEL = "KL(dense || pruned), nats per token"
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
 STYLE = {
@@ -36,83 +40,86 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "axes.prop_cycle": matplotlib.cycler(color=COLORS),
-    "svg.hashsalt": "hfprune",  # else every drawing of the same figure differs
+    "svg.hashsalt": "hfprune",  # without it, two drawings of one figure differ
 }
-PAIR = ("entropy", "cross_entropy")  # the paper argues for the one over the other
+PAIR = ("entropy", "cross_entropy")  # the paper argues for the first over the second
 NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
-def draw(metrics: pd.DataFrame, folder: Path) -> Iterator[Path]:
-    """Draw the figures of `metrics.csv` into `folder`, of accuracy where tasks were evaluated; their paths."""
+def draw(metrics: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw KL and, if tasks were evaluated, accuracy into `folder`; the files' paths."""
     figures = {"kl": lambda: kl(metrics)}
     if (metrics["group"] == "task").any():
         figures["accuracy"] = lambda: accuracy(metrics)
-    yield from _save(figures, folder)
+    return _save(figures, folder)
 
 
-def draw_scores(scores: list[Artifact], found: pd.DataFrame, folder: Path) -> Iterator[Path]:
-    """Draw the figures of the scores and, where there are several, of their agreement into `folder`; their paths."""
+def draw_scores(scores: list[Artifact], agreements: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw the scores and, if there are several, their agreement into `folder`; the files' paths."""
     figures = {"importance": lambda: importance(scores)}
     first = _first_of_each(scores)
     if set(PAIR) <= set(first):
         figures["entropy_cross_entropy"] = lambda: against_each_other(*(layers(first[name]) for name in PAIR))
     if len(scores) > 1:
-        figures["agreement"] = lambda: agreement(found)
-    yield from _save(figures, folder)
+        figures["agreement"] = lambda: agreement(agreements)
+    return _save(figures, folder)
 
 
-def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> Iterator[Path]:
-    """Draw what models are worth against their speed and their cost into `folder`; their paths."""
-    yield from _save({"pareto": lambda: pareto(metrics, timings)}, folder)
+def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw quality against speed and cost into `folder`; the files' paths."""
+    return _save({"pareto": lambda: pareto(metrics, timings)}, folder)
 
 
-def draw_widths(widths: pd.DataFrame, folder: Path) -> Iterator[Path]:
-    """Draw what every layer keeps into `folder`; their paths."""
-    yield from _save({"widths": lambda: kept_widths(widths)}, folder)
+def draw_widths(widths: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw the width of every layer into `folder`; the files' paths."""
+    return _save({"widths": lambda: kept_widths(widths)}, folder)
 
 
-def draw_losses(curves: pd.DataFrame, folder: Path) -> Iterator[Path]:
-    """Draw the loss curves of recovery into `folder`; their paths."""
-    yield from _save({"losses": lambda: losses(curves)}, folder)
+def draw_losses(curves: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw the loss curves of recovery into `folder`; the files' paths."""
+    return _save({"losses": lambda: losses(curves)}, folder)
 
 
-def draw_profile(bins: pd.DataFrame, folder: Path) -> Iterator[Path]:
-    """Draw where models differ from the dense one into `folder`; their paths."""
-    yield from _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
+def draw_profile(bins: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw where models differ from the dense one into `folder`; the files' paths."""
+    return _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
 
 
-def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> Iterator[Path]:
+def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
+    paths = []
     with plt.rc_context(STYLE):
         for name, make in figures.items():
             figure = make()
             for suffix, metadata in NO_DATE.items():
                 path = folder / f"{name}.{suffix}"
                 figure.savefig(path, metadata=metadata)
-                yield path
+                paths.append(path)
             plt.close(figure)
+    return paths
 
 
 def accuracy(metrics: pd.DataFrame) -> Figure:
     """Zero-shot accuracy against the share of parameters removed: every task, and their mean."""
-    tasks = over_seeds(headline(metrics))
-    names = list(dict.fromkeys(tasks["task"]))
-    panels = {"Mean of tasks": mean_accuracy(tasks)} | {
-        TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
-    }
+    headlines = headline(metrics)
+    names = list(dict.fromkeys(headlines["task"]))
     if not names:
         figure, axis = plt.subplots(figsize=(3.8, 1), layout="constrained")
         axis.set_axis_off()
         axis.text(0.5, 0.5, "No task has an accuracy.", ha="center")
         return figure
+    tasks = with_sizes(estimates(headlines), headlines)
+    panels = {"Mean of tasks": with_sizes(mean_accuracy(headlines), headlines)} | {
+        TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
+    }
+    if (ratio := _one_size(tasks)) is not None:
+        return _ranked_tasks(panels, ratio)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.3 * columns, 1.9 * rows), sharex=True, squeeze=False, layout="constrained"
     )
-    achieved = tasks.drop_duplicates(MODEL).set_index(MODEL)["ratio_achieved"]
-    for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
-        found = found.assign(ratio_achieved=achieved.reindex(pd.MultiIndex.from_frame(found[MODEL])).to_numpy())
-        _curves(axis, found, scale=100)
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        _curves(axis, panel, scale=100)
         axis.set_title(title, fontsize=9)
     for place, axis in enumerate(axes.flat):
         axis.tick_params(labelbottom=place + columns >= len(panels))  # the lowest panel of each column
@@ -123,109 +130,131 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
     return figure
 
 
-def kl(metrics: pd.DataFrame) -> Figure:
-    """KL divergence from the dense model on held-out text, by how models were made.
+def _ranked_tasks(panels: dict[str, pd.DataFrame], ratio: float) -> Figure:
+    """A panel for each task, a row for each model, in the order of the first panel's values, the highest on top."""
+    order = next(iter(panels.values())).sort_values("value")[MODEL].itertuples(index=False, name=None)
+    order = list(order)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.6 + 1.9 * columns, 0.6 + rows * (0.5 + 0.17 * len(order))), sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        _ranked(axis, panel.set_index(MODEL).loc[order].reset_index(), scale=100)
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.suptitle(f"Cut models: {ratio:.0%} of all parameters removed", fontsize=9)
+    figure.supxlabel("Accuracy (%)", fontsize=9)
+    return figure
 
-    Against the share of parameters removed. Where that would be too many lines in one panel: those of the ways that
-    were tried at several sizes, beside all models of the commonest size, one below the other, the nearest to the dense
-    one first. Where it still would be too many: in a panel for each structure and allocation.
+
+def kl(metrics: pd.DataFrame) -> Figure:
+    """KL divergence from the dense model on held-out text, against the share of parameters removed; a line a method.
+
+    If there is one size, or too many lines for a panel: all models of the commonest size, one below the other, the
+    nearest to the dense one on top, and beside them lines for the methods with several sizes. If there are still too
+    many lines: several panels.
     """
     heldout = on_headline_text(metrics)
-    found = over_seeds(heldout[heldout["metric"] == "kl"])
-    title = f"Held-out text: {', '.join(dict.fromkeys(found['task']))}"
-    pruned = found[found["criterion"] != "none"]
-    ways = pruned.groupby(["criterion", *WAYS])["ratio"]
-    several = pruned[ways.transform("nunique") > 1]
-    if ways.ngroups <= MOST_LINES:
-        height = 3.1 + 0.2 * ways.ngroups  # the legend stands above
+    models = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
+    title = f"Held-out text: {', '.join(dict.fromkeys(models['task']))}"
+    pruned = models[models["method"] != DENSE]
+    lines = pruned.groupby(["method", *BESIDE_METHOD])["ratio"]
+    several = pruned[lines.transform("nunique") > 1]
+    if lines.ngroups <= MOST_LINES and _one_size(models) is None:
+        height = 3.1 + 0.2 * lines.ngroups  # the legend stands above
         figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
-        _against_ratio(axis, found)
+        _against_ratio(axis, models)
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
-    elif several.groupby(["criterion", *WAYS]).ngroups <= MOST_LINES:
+    elif several.groupby(["method", *BESIDE_METHOD]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
-        rows = pruned[pruned["ratio"] == ratio]
+        controls = (models["method"] == DENSE) & (models["stage"] != "dense")
+        rows = models[controls | ((models["method"] != DENSE) & (models["ratio"] == ratio))]
         height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
         if len(several):
             figure, (left, right) = plt.subplots(
                 1, 2, figsize=(8.4, height), layout="constrained", width_ratios=[1, 1.1]
             )
-            _against_ratio(right, pd.concat([found[found["criterion"] == "none"], several]))
+            _against_ratio(right, pd.concat([models[models["method"] == DENSE], several]))
             right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
             figure, left = plt.subplots(figsize=(7.5, height), layout="constrained")
-        _ranked(left, rows)
+        _ranked(left, rows.sort_values("value", ascending=False))
+        left.set_xlim(left=0)
         left.set_xlabel(KL_LABEL)
-        left.set_title(f"{ratio:.0%} of all parameters removed", fontsize=9)
+        left.set_title(f"Cut models: {ratio:.0%} of all parameters removed", fontsize=9)
     else:
-        figure = _panels(found)
+        figure = _panels(models)
     figure.suptitle(title, fontsize=9)
     return figure
 
 
-def _against_ratio(axis: plt.Axes, found: pd.DataFrame) -> None:
+def _against_ratio(axis: plt.Axes, models: pd.DataFrame) -> None:
     """KL against the share of parameters removed."""
-    _curves(axis, found)
+    _curves(axis, models)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("Parameters removed (%)")
-    axis.set_ylabel(KL_LABEL)
+    axis.set_ylabel(KL_LABEL.replace(", ", ",\n"))
 
 
-def _panels(found: pd.DataFrame) -> Figure:
-    """A panel for each structure and allocation; the same look for the same criterion and refit. Logarithmic."""
-    pruned = found[found["criterion"] != "none"]
-    split = [way for way in varying(found) if way != "refit"]
-    panels = list(pruned.groupby(split, sort=False)) if split else [((), pruned)]
+def _panels(models: pd.DataFrame) -> Figure:
+    """Panels of at most `MOST_LINES` methods each, with a logarithmic KL axis."""
+    pruned = models[models["method"] != DENSE]
+    lines = [line for _, line in pruned.groupby(["method", *BESIDE_METHOD], sort=False)]
+    panels = [lines[first : first + MOST_LINES] for first in range(0, len(lines), MOST_LINES)]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.1 * columns, 0.8 + 2.1 * rows), sharex=True, sharey=True, squeeze=False,
+        rows, columns, figsize=(3.6 * columns, 0.5 + 3.2 * rows), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    criteria, refits = (list(dict.fromkeys(pruned[name])) for name in ("criterion", "refit"))
-    for axis, (chosen, panel) in zip(axes.flat, panels, strict=False):
-        for (criterion, refit), line in panel.groupby(["criterion", "refit"], sort=False):
-            look = (criteria.index(criterion), criteria.index(criterion), refits.index(refit))
-            label = f"{criterion}, {'no refit' if refit == 'none' else refit}" if len(refits) > 1 else criterion
-            _line(axis, line, label, *look)
+    differing = varying(models)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for number, line in enumerate(panel):
+            _line(axis, line, _name(line.iloc[0], differing), number, number, 0)
         axis.set_yscale("log")
-        axis.set_title(", ".join(chosen), fontsize=9)
+        axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel("Parameters removed (%)", fontsize=9)
     figure.supylabel(KL_LABEL, fontsize=9)
-    _legend(figure, axes[0, 0])
     return figure
 
 
-def _ranked(axis: plt.Axes, models: pd.DataFrame) -> None:
-    """A row for each model, the lowest value first, with bars of 95 %."""
-    criteria, ways = list(dict.fromkeys(models["criterion"])), varying(models)
-    models = models.sort_values("value", ascending=False)
+def _one_size(models: pd.DataFrame) -> float | None:
+    """The ratio of the cut models if all have the same; a line from the dense model to one point would mislead."""
+    ratios = models[models["method"] != DENSE]["ratio"].unique()
+    return ratios[0] if len(ratios) == 1 else None
+
+
+def _ranked(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
+    """A row for each model, the last on top, with 95 % intervals; one colour for each training."""
+    recoveries, differing = list(dict.fromkeys(sorted(models["recovery"]))), varying(models)
     for row, (_, model) in enumerate(models.iterrows()):
-        color = COLORS[criteria.index(model["criterion"]) % len(COLORS)]
-        axis.errorbar(
-            model["value"], row, xerr=WITHIN * model["stderr"], color=color, marker="o", markersize=4, capsize=2
-        )
-    labels = [", ".join(_words(model, ways)) for _, model in models.iterrows()]
+        color = COLORS[recoveries.index(model["recovery"]) % len(COLORS)]
+        look = {"color": color, "marker": "o", "markersize": 4, "capsize": 2}
+        axis.errorbar(scale * model["value"], row, xerr=_bars(model, scale), **look)
+    labels = [_name(model, differing) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
-    axis.set_xlim(left=0)
 
 
 def losses(curves: pd.DataFrame) -> Figure:
     """Loss, learning rate and speed of every training against the tokens seen; a column for each loss.
 
     Args:
-        curves: see `tables.training_curves`.
+        curves: see `curves.training_curves`.
     """
     panels = list(curves.groupby("loss_name", sort=False))
-    most = max(found["model"].nunique() for _, found in panels)
+    most = max(of_loss["model"].nunique() for _, of_loss in panels)
     figure, axes = plt.subplots(
         3, len(panels), figsize=(4.2 * len(panels), 4.8 + 0.17 * most), sharex="col", squeeze=False,
         layout="constrained", height_ratios=[3, 1, 1],
     )  # fmt: skip
-    for (above, *below), (name, found) in zip(axes.T, panels, strict=True):
-        for number, (model, curve) in enumerate(found.groupby("model", sort=False)):
+    for (above, *below), (name, of_loss) in zip(axes.T, panels, strict=True):
+        for number, (model, curve) in enumerate(of_loss.groupby("model", sort=False)):
             color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
             above.plot(curve["tokens"] / 1000, curve["loss"], color=color, linestyle=line, lw=1.2, label=model)
             for axis, column in zip(below, ("learning_rate", "tokens_per_second"), strict=True):
@@ -240,13 +269,13 @@ def losses(curves: pd.DataFrame) -> Figure:
 
 
 def fidelity_profile(bins: pd.DataFrame) -> Figure:
-    """KL by position in the document, and by how unsure the dense model was; a row for each text, a line a model.
+    """KL by position in the document, and by the dense model's entropy; a row for each text, a line a model.
 
-    Means over calibration seeds. Where there are more models than `MOST_LINES`: those of the commonest size; where
-    those are still more: some of them, from the nearest to the dense one to the farthest.
+    Means over calibration seeds. If there are more models than `MOST_LINES`: those of the commonest size, and if these
+    are still too many, an even choice from the nearest to the dense model to the farthest.
 
     Args:
-        bins: see `documents.read_profiles`.
+        bins: see `samples.read_profiles`.
     """
     kl = bins[(bins["metric"] == "kl") & (bins["stage"] != "dense")]
     kl = kl.groupby([*MODEL, "text", "by", "bin"], dropna=False, sort=False)[["low", "high", "value"]].mean()
@@ -254,7 +283,7 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
     first = kl[(kl["text"] == kl["text"].iloc[0]) & (kl["by"] == "entropy")]  # its bins are about equally full
     models = first.groupby(MODEL, sort=False)["value"].mean().reset_index()
     if len(models) > MOST_LINES:
-        models = models[models["ratio"] == models.loc[models["criterion"] != "none", "ratio"].mode().iloc[0]]
+        models = models[models["ratio"] == models.loc[models["method"] != DENSE, "ratio"].mode().iloc[0]]
     models = models.sort_values("value")
     if len(models) > MOST_LINES:
         models = models.iloc[np.linspace(0, len(models) - 1, MOST_LINES).round().astype(int)]
@@ -263,12 +292,11 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
         len(texts), 2, figsize=(6.6, 0.8 + 2.1 * len(texts)), sharex="col", sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    ways = varying(models)
+    differing = varying(models)
     several = models["ratio"].nunique() > 1
     for number, (_, model) in enumerate(models.iterrows()):
-        method, *others = _words(model, ways)
         size = [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
-        label = ", ".join([method, *size, *others])
+        label = ", ".join([_name(model, differing), *size])
         lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
         for row, text in zip(axes, texts, strict=True):
@@ -287,7 +315,7 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
 
 
 def importance(scores: list[Artifact]) -> Figure:
-    """The spread of the neurons' scores in each layer, by criterion: median, middle half and middle nine tenths."""
+    """The spread of the neurons' scores in each layer, by criterion: median, and the middle 50 % and 90 %."""
     first = _first_of_each(scores)
     columns = min(3, len(first))
     rows = -(-len(first) // columns)
@@ -314,11 +342,11 @@ def importance(scores: list[Artifact]) -> Figure:
 
 
 def _first_of_each(scores: list[Artifact]) -> dict[str, Artifact]:
-    """By criterion, its scores of one seed."""
-    found: dict[str, Artifact] = {}
+    """By criterion, its scores of the first seed."""
+    by_criterion: dict[str, Artifact] = {}
     for artifact in scores:
-        found.setdefault(artifact.parameters["criterion"], artifact)
-    return found
+        by_criterion.setdefault(artifact.parameters["criterion"], artifact)
+    return by_criterion
 
 
 def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure:
@@ -327,11 +355,16 @@ def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure
     Args:
         one, other: (neurons,) scores per layer, by the criteria of `PAIR`.
     """
-    shown = dict.fromkeys([0, len(one) // 2, len(one) - 1])
+    drawn = dict.fromkeys([0, len(one) // 2, len(one) - 1])
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(2.3 * len(shown) + 0.6, 2.6), layout="constrained", sharey=True, squeeze=False
+        1,
+        len(drawn),
+        figsize=(2.3 * len(drawn) + 0.6, 2.6),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
     )
-    for axis, layer in zip(axes.flat, shown, strict=True):
+    for axis, layer in zip(axes.flat, drawn, strict=True):
         ranks = [100 * rankdata(scores[layer]) / len(scores[layer]) for scores in (one, other)]
         image = axis.hexbin(*ranks, gridsize=24, cmap="viridis", mincnt=1, extent=(0, 100, 0, 100), lw=0.1)
         correlation = spearmanr(*ranks).statistic
@@ -348,7 +381,7 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
     """The share of its neurons and key-value groups that every layer keeps: a row a part, a column a size.
 
     Args:
-        widths: see `tables.kept_widths`.
+        widths: see `curves.kept_widths`.
     """
     parts = [part for part in UNITS if part in set(widths["part"])]
     ratios = sorted(set(widths["ratio"]))
@@ -363,8 +396,8 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
     )
     models = list(dict.fromkeys(widths["model"]))
     for (row, part), (column, ratio) in product(enumerate(parts), enumerate(ratios)):
-        axis, found = axes[row, column], widths[(widths["part"] == part) & (widths["ratio"] == ratio)]
-        for model, line in found.groupby("model", sort=False):
+        axis, panel = axes[row, column], widths[(widths["part"] == part) & (widths["ratio"] == ratio)]
+        for model, line in panel.groupby("model", sort=False):
             number = models.index(model)
             look = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
             axis.plot(line["layer"], 100 * line["kept"] / line["dense"], lw=1.2, label=model, **look)
@@ -382,42 +415,63 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
 
 
 def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
-    """What a model is worth against what it saves and what it took to make: fidelity or, of tasks, accuracy.
+    """Quality against speed and against the cost of making a model: mean accuracy, or KL if there are no tasks.
+
+    A model that was not timed has the time of one of the same shape. The title of a panel names the models that it
+    cannot show.
 
     Args:
         metrics: rows of metrics.csv.
-        timings: see `paper.read_timings`.
+        timings: see `paper_sheets.read_timings`.
     """
-    if len(headline(metrics)):
-        worth, title, scale = mean_accuracy(over_seeds(headline(metrics))), "Mean accuracy (%)", 100
+    if len(accuracies := headline(metrics)):
+        quality, title, scale = mean_accuracy(accuracies), "Mean accuracy (%)", 100
     else:
         heldout = on_headline_text(metrics)
-        worth, title, scale = over_seeds(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+        quality, title, scale = estimates(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+    quality = with_sizes(quality, metrics)
     prefill = timings[timings["metric"] == "prefill_seconds"]
-    flops = metrics[(metrics["group"] == "cost") & (metrics["metric"] == "flops")]
-    made = flops.groupby([*MODEL, "seed"], dropna=False)["value"].sum().groupby(MODEL).mean() / 1e12
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.1), sharey=True, layout="constrained")
-    ways = varying(worth)
-    labels = [", ".join(_words(row, ways)) for _, row in worth.iterrows()]
+    tokens = prefill["task"].iloc[0].split()[-1]
+    flops = pd.MultiIndex.from_frame(quality[MODEL]).map(operations(metrics).groupby(MODEL, dropna=False).mean())
+    flops = flops.to_series(quality.index).astype(float).mask(quality["stage"] == "dense", 0.0)  # nothing was made
+    panels = {
+        f"Prefill of {tokens} tokens (ms)": ("timed", 1e3 * prefill_seconds(quality, prefill)),
+        "Scoring, cutting and training (TFLOP)": ("counted", flops / 1e12),
+    }
+    differing, sizes = varying(quality), quality[quality["method"] != DENSE]["ratio"]
+    common = sizes.mode().max()  # NaN where nothing was cut
+    labels = [_name(row, differing) for _, row in quality.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-    tokens = prefill["task"].iloc[0].split()[-1]
-    panels = {
-        f"Prefill of {tokens} tokens (ms)": prefill.set_index(MODEL)["value"] * 1000,
-        "Scoring, cutting and training (TFLOP)": made,
-    }
-    for axis, (name, cost) in zip(axes, panels.items(), strict=True):
-        for (_, row), label in zip(worth.iterrows(), labels, strict=True):
-            setting, look = tuple(row[MODEL]), looks[label]
-            x = cost.get(setting, np.nan)
+    height = 3.1 + 0.18 * (-(-len(looks) // 2))  # the legend stands below
+    figure, axes = plt.subplots(1, 2, figsize=(7, height), sharey=True, layout="constrained")
+    for axis, (name, (measured, costs)) in zip(axes, panels.items(), strict=True):
+        left_out = []
+        places, counts = costs.groupby(costs).cumcount(), costs.groupby(costs).transform("size")
+        for (index, row), label, x in zip(quality.iterrows(), labels, costs, strict=True):
+            removed = f"{row['ratio']:.0%}" if row["ratio"] else ""
+            if not np.isfinite(x):
+                left_out.append(f"{label}, {removed}" if removed else label)
+                continue
+            look, y = looks[label], scale * row["value"]
             color, marker = COLORS[look % len(COLORS)], markers[look % len(markers)]
-            half = scale * WITHIN * row["stderr"]
-            axis.errorbar(x, scale * row["value"], yerr=half, color=color, marker=marker, markersize=5, lw=0.8)
-            if row["ratio"] and np.isfinite(x):
-                said = (x, scale * row["value"])
-                axis.annotate(f"{row['ratio']:.0%}", said, (4, 4), textcoords="offset points", fontsize=6)
+            offset = OFFSET * (places[index] - (counts[index] - 1) / 2)
+            moved = axis.transData + ScaledTranslation(offset / 72, 0, figure.dpi_scale_trans)
+            bar = {"color": color, "marker": marker, "markersize": 5, "lw": 0.8, "transform": moved}
+            bars = _bars(row, scale)
+            axis.errorbar(x, y, yerr=bars, **bar)
+            axis.update_datalim([(x, y - bars[0, 0]), (x, y + bars[1, 0])])  # matplotlib ignores what has a transform
+            if removed and row["ratio"] != common:
+                axis.annotate(removed, (x, y), (4 + offset, 4), textcoords="offset points", fontsize=6)
+        axis.margins(x=0.15)
+        axis.autoscale_view()
         axis.set_xlabel(name)
-    axes[0].set_ylabel(title)
+        if left_out:
+            axis.set_title(fill(f"Not {measured}: {'; '.join(left_out)}", 60), fontsize=6, loc="left")
+    axes[0].set_ylabel(title.replace(", ", ",\n"))
+    if len(sizes):
+        elsewhere = ", unless marked" if sizes.nunique() > 1 else ""
+        figure.suptitle(f"Cut models: {common:.0%} of all parameters removed{elsewhere}", fontsize=9)
     handles = [
         plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=markers[n % len(markers)], ls="", label=label)
         for label, n in looks.items()
@@ -426,15 +480,36 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     return figure
 
 
-def agreement(found: pd.DataFrame) -> Figure:
+def prefill_seconds(models: pd.DataFrame, timings: pd.DataFrame) -> pd.Series:
+    """The time of each model, or of a timed one of the same shape; NaN if there is none.
+
+    One model is timed for each cut. Of the same shape are models trained after that cut and, if all layers have one
+    width, models that other criteria cut to as many parameters.
+
+    Args:
+        models: columns of `MODEL`, `parameters`.
+        timings: rows of `prefill_seconds`.
+
+    Returns:
+        Seconds, with the index of `models`.
+    """
+    own = timings.groupby(MODEL)["value"].mean()
+    seconds = pd.MultiIndex.from_frame(models[MODEL]).map(own).to_series(models.index).astype(float)
+    shape = models[["model", "structure", "allocation", "ratio", "parent", "parameters"]].assign(
+        criterion=models["criterion"].where(models["allocation"] != "uniform", "")
+    )
+    return seconds.fillna(seconds.groupby([shape[name] for name in shape]).transform("mean"))
+
+
+def agreement(agreements: pd.DataFrame) -> Figure:
     """Two heat maps, criterion by criterion: rank correlation of the scores, and overlap of the kept neurons."""
     tables = {
-        "Spearman rank correlation": between_criteria(found, "spearman"),
-        f"Shared share of the best {KEPT:.0%} of neurons": between_criteria(found, "overlap"),
+        "Spearman\nrank correlation": between_criteria(agreements, "spearman"),
+        f"Overlap of the\nbest {KEPT:.0%} of neurons": between_criteria(agreements, "overlap"),
     }
     count = len(next(iter(tables.values())))
     figure, axes = plt.subplots(
-        1, 2, figsize=(2.2 + 0.9 * count, 1.4 + 0.45 * count), layout="constrained", sharey=True
+        1, 2, figsize=(2.2 + 0.9 * count, 1.6 + 0.45 * count), layout="constrained", sharey=True
     )
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
         image = axis.imshow(table, cmap="viridis", vmin=min(0, np.nanmin(table)), vmax=1, aspect="auto")
@@ -453,44 +528,43 @@ def agreement(found: pd.DataFrame) -> Figure:
     return figure
 
 
-def _curves(axis: plt.Axes, found: pd.DataFrame, scale: float = 1) -> None:
-    """One line per criterion and way of pruning, in a band of 95 %.
-
-    It starts at the dense model, trained in the same way: the control.
-    """
-    dense, pruned = found[found["criterion"] == "none"], found[found["criterion"] != "none"]
-    ways = varying(found)
-    for number, ((criterion, *chosen), line) in enumerate(pruned.groupby(["criterion", *ways], sort=False)):
-        label = ", ".join([criterion, *_said(ways, chosen)])
+def _curves(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
+    """A line for each method and training, with a 95 % band, from its control: the dense model, trained alike."""
+    dense, pruned = models[models["method"] == DENSE], models[models["method"] != DENSE]
+    differing = varying(models)
+    for number, (_, line) in enumerate(pruned.groupby(["method", *BESIDE_METHOD], sort=False)):
         control = dense[dense["recovery"] == line["recovery"].iloc[0]]
+        label = _name(line.iloc[0], differing)
         _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
 
 
-def _words(model: pd.Series, ways: list[str]) -> list[str]:
-    """A model in words: its criterion and how it was made; of the dense one, which has no ways, how it was trained."""
-    if model["criterion"] == "none":
-        return ["dense", *([] if model["recovery"] == "none" else [model["recovery"]])]
-    return [model["criterion"], *_said(ways, model[ways])]
-
-
-def _said(ways: list[str], chosen: Iterable[str]) -> list[str]:
-    """How a model was made, in words."""
-    return [f"no {way}" if value == "none" else value for way, value in zip(ways, chosen, strict=True)]
+def _name(model: pd.Series, differing: list[str]) -> str:
+    """A model's method and, if the models differ in them, its earlier cuts and its training."""
+    before = [f"after {model['parent']}"] if "parent" in differing and model["parent"] != "none" else []
+    trained = [model["recovery"]] if "recovery" in differing and model["recovery"] != "none" else []
+    return ", ".join([model["method"], *before, *trained])
 
 
 def _line(
     axis: plt.Axes, models: pd.DataFrame, label: str, color: int, marker: int, line: int, scale: float = 1
 ) -> None:
-    """Values against the share of parameters removed, in a band of 95 %."""
+    """Values against the share of parameters removed, with a 95 % band."""
     models = models.sort_values("ratio_achieved")
-    removed, value, half = 100 * models["ratio_achieved"], models["value"], WITHIN * models["stderr"].fillna(0)
+    removed, value = 100 * models["ratio_achieved"], models["value"]
+    low, high = (scale * models[end].fillna(value) for end in ("low", "high"))
     look = {"color": COLORS[color % len(COLORS)], "linestyle": LINES[line % len(LINES)], "lw": 1.2}
     axis.plot(removed, scale * value, label=label, marker=MARKERS[marker % len(MARKERS)], markersize=4, **look)
-    axis.fill_between(removed, scale * (value - half), scale * (value + half), color=look["color"], alpha=0.15, lw=0)
+    axis.fill_between(removed, low, high, color=look["color"], alpha=0.15, lw=0)
+
+
+def _bars(model: pd.Series, scale: float = 1) -> np.ndarray:
+    """(2, 1) how far a model's interval reaches below and above its value; 0 if it has none."""
+    reach = [[model["value"] - model["low"]], [model["high"] - model["value"]]]
+    return scale * np.nan_to_num(np.array(reach, float)).clip(min=0)
 
 
 def _legend(figure: Figure, axis: plt.Axes) -> None:
-    """Above the panels, or beside them where it is long."""
+    """A legend above the panels, or beside them if it is long."""
     handles, labels = axis.get_legend_handles_labels()
     above = {"loc": "outside upper center", "ncols": len(labels)}
     beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}

@@ -1,22 +1,26 @@
-"""The paper's tables for whatever model an experiment names, the published rows below its own."""
+"""The paper's tables, each declared once: which models it compares, and what it shows of them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import pandas as pd
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 
 from hfprune.errors import UserError
-from hfprune.reporting.comparison import MEASURE, Comparison, best_of, indistinguishable_from_best
-from hfprune.reporting.statistics import MODEL, WITHIN, mean_accuracy, over_seeds, varying
-from hfprune.reporting.tables import STANDARD_ERRORS, TASK_TITLES, headline, read_metrics
-from hfprune.reporting.targets import Setting, compared
-from hfprune.reporting.typeset import NOT_WORSE, Cell, Row, Sheet
 
-INTERVAL = (
-    "± is half of the 95 % bootstrap interval, over documents and, where there are several, calibration seeds; "
-    f"the csv has both ends. Bold: the best of its size; {NOT_WORSE}: not distinguishable from it (5 %, Holm)."
-)
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model was made, in the words of the results; all "none" for the dense model."""
+
+    criterion: str
+    structure: str
+    allocation: str
+    refit: str
+    recovery: str
+    budget: Hashable
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model, untrained."""
+        return self.criterion == self.recovery == "none"
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class Column:
     Attributes:
         title: with its unit.
         metric: the name of a task, `mean`, `mean_without_crows`, or a measure on held-out text.
-        digits: behind the point.
-        scale: what an estimate is multiplied by.
+        digits: after the decimal point.
+        scale: factor from the estimate to the title's unit.
     """
 
     title: str
@@ -36,7 +40,75 @@ class Column:
     scale: float = 1
 
 
-MEANS = (Column("Mean (%)", "mean", scale=100), Column("Mean w/o CrowS (%)", "mean_without_crows", scale=100))
+@dataclass(frozen=True)
+class Table:
+    """A table of an experiment's models.
+
+    Attributes:
+        caption: the first sentence of its caption.
+        compares: what it compares, for messages.
+        columns: its values.
+        choose: the cut models that it compares, out of all; none if there is nothing to compare.
+        has_accuracy: whether it needs tasks.
+        has_task_columns: whether a column for each task comes first.
+        has_text_rows: whether there is a row for each held-out text, not only for the first.
+    """
+
+    caption: str
+    compares: str
+    columns: Sequence[Column]
+    choose: Callable[[Sequence[Setting]], list[Setting]] = list
+    has_accuracy: bool = True
+    has_task_columns: bool = False
+    has_text_rows: bool = False
+
+
+def compared(table: str, settings: Sequence[Setting], has_tasks: bool) -> list[bool]:
+    """Which of an experiment's models a table shows: those that it compares, and the dense one.
+
+    Args:
+        table: a name in `TABLES`.
+        settings: of the models.
+        has_tasks: whether they are evaluated on tasks.
+
+    Raises:
+        UserError: there is nothing to compare; it says what to write into the config.
+    """
+    declared = TABLES[table]
+    if declared.has_accuracy and not has_tasks:
+        raise UserError(f"{table} shows accuracy: name tasks in `evaluation.tasks`.")
+    chosen = set(declared.choose([setting for setting in settings if not setting.is_dense]))
+    if not chosen:
+        raise UserError(f"{table} compares {declared.compares}. The experiment has fewer than two to compare.")
+    return [setting in chosen or setting.is_dense for setting in settings]
+
+
+def _criteria(settings: Sequence[Setting]) -> list[Setting]:
+    plain = ("mlp", "uniform", "none", "none")
+    chosen = [
+        setting
+        for setting in settings
+        if (setting.structure, setting.allocation, setting.refit, setting.recovery) == plain
+    ]
+    return chosen if len({setting.criterion for setting in chosen}) > 1 else []
+
+
+def _structures(settings: Sequence[Setting]) -> list[Setting]:
+    untrained = [setting for setting in settings if setting.recovery == "none"]
+    structures: dict[Setting, set[str]] = {}
+    for setting in untrained:
+        structures.setdefault(replace(setting, structure=""), set()).add(setting.structure)
+    return [setting for setting in untrained if len(structures[replace(setting, structure="")]) > 1]
+
+
+METHODS = "methods and sizes"
+CRITERIA = "criteria, with nothing else done: structure mlp, allocation uniform, no refit, no recovery"
+STRUCTURES = (
+    "structures, the rest alike: in `methods` also one with `structure: mlp+attention`, such as "
+    "`- HFPrune + attention: {like: HFPrune, structure: mlp+attention}`, without recovery"
+)
+MEAN = Column("Mean (%)", "mean", scale=100)
+MEANS = (MEAN, Column("Mean w/o CrowS (%)", "mean_without_crows", scale=100))
 PERPLEXITY = Column("Perplexity", "perplexity")
 KL = Column("KL (nats/token)", "kl", 3)
 FIDELITY = (
@@ -45,278 +117,19 @@ FIDELITY = (
     KL,
     Column("Top-1 agreement", "top1_agreement", 3),
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """What one of the paper's tables shows: `columns` of the models that `targets.TABLES` chooses.
-
-    Attributes:
-        caption: the first sentence of its caption.
-        columns: its values.
-        tasks: whether a column for each task comes first.
-        texts: whether there is a row for each held-out text, not only for the first.
-    """
-
-    caption: str
-    columns: Sequence[Column]
-    tasks: bool = False
-    texts: bool = False
-
-
 TABLES = {
-    "table1": Table("Zero-shot accuracy (%).", MEANS, tasks=True),
-    "table2": Table("Perplexity of held-out text, and mean zero-shot accuracy.", (PERPLEXITY, *MEANS)),
-    "table6": Table("Mean zero-shot accuracy by criterion, without recovery.", MEANS),
-    "table7": Table("Fidelity to the dense model by criterion, on held-out text.", FIDELITY, texts=True),
-    "table8": Table("The MLPs alone, and attention with them.", (*MEANS, KL, PERPLEXITY)),
+    "table1": Table("Zero-shot accuracy (%).", METHODS, MEANS, has_task_columns=True),
+    "table2": Table("Perplexity of held-out text, and mean zero-shot accuracy.", METHODS, (PERPLEXITY, *MEANS)),
+    "table6": Table("Mean zero-shot accuracy by criterion, without recovery.", CRITERIA, MEANS, _criteria),
+    "table7": Table(
+        "Fidelity to the dense model by criterion, on held-out text.",
+        CRITERIA, FIDELITY, _criteria, has_accuracy=False, has_text_rows=True,
+    ),
+    "table8": Table("The MLPs alone, and attention with them.", STRUCTURES, (*MEANS, KL, PERPLEXITY), _structures),
+}  # fmt: skip
+# The others are made from csv files, not from an experiment's artifacts: which files.
+FILE_TABLES = {
+    "table3": "the metrics.csv of several experiments",
+    "table4": "the csv of `hfprune efficiency`",
+    "table5": "the csv of `hfprune scoring-cost`",
 }
-
-
-def shown(name: str, documents: pd.DataFrame) -> pd.DataFrame:
-    """Of what every document says, that of the models which one of `TABLES` shows.
-
-    Args:
-        name: the table's.
-        documents: see `documents.read_documents`.
-
-    Raises:
-        UserError: there is nothing to compare, or there are several dense models.
-    """
-    if len(names := documents["model"].unique()) > 1:
-        raise UserError(f"{name} compares what was made of one dense model, not of {len(names)}: {', '.join(names)}.")
-    models = documents[MODEL].drop_duplicates()
-    settings = [
-        Setting(each.criterion, each.structure, each.allocation, each.refit, each.recovery, each.ratio)
-        for each in models.itertuples()
-    ]
-    models = models[compared(name, settings, tasks=(documents["group"] == "task").any())]
-    return documents.merge(models, on=MODEL)
-
-
-def estimates(documents: pd.DataFrame) -> pd.DataFrame:
-    """What every model reaches, with its interval, and which models of one size are the best.
-
-    Args:
-        documents: see `documents.read_documents`.
-
-    Returns:
-        Columns of `MODEL`; `seeds`; `text`, the corpus of a measure, empty for a task; `metric`, see `Column`; `value`,
-        `low`, `high`; `best` of the pruned models of its ratio, or `tied`: not distinguishable from that.
-    """
-    comparison = Comparison(documents)
-    found, differences = comparison.intervals(), comparison.differences()
-    found["best"] = found["tied"] = False
-    for (*_, ratio), rows in found.groupby([*MEASURE, "ratio"]):
-        if ratio and len(rows) > 1:
-            found.loc[rows.index, "tied"] = indistinguishable_from_best(rows, differences)
-            found.loc[best_of(rows), ["best", "tied"]] = True, False
-    task = found["group"] == "task"
-    return found.assign(text=found["task"].mask(task, ""), metric=found["metric"].mask(task, found["task"]))
-
-
-def sheet(name: str, estimates: pd.DataFrame, published: Path) -> Sheet:
-    """One of `TABLES`.
-
-    Args:
-        name: its name.
-        estimates: see `estimates`.
-        published: the csv of published values, which may be missing.
-    """
-    table = TABLES[name]
-    ours, theirs = estimates, read_published(published)
-    columns = [*(_task_columns(estimates) if table.tasks else ()), *table.columns]
-    columns = [column for column in columns if column.metric in set(estimates["metric"])]
-    if table.texts:
-        ours = ours[ours["text"] != ""]
-    else:
-        texts = [text for text in dict.fromkeys(ours["text"]) if text]
-        ours = ours[ours["text"].isin(["", *texts[:1]])].assign(text="")
-    theirs = theirs[theirs["ratio"].isin(ours["ratio"])]
-    ways = varying(ours)
-    heads = ["Removed (%)", *(["Text"] if table.texts else []), "Method", *map(str.capitalize, ways)]
-    rows = []
-    places = pd.concat([ours, theirs])[["ratio", "text"]].drop_duplicates().sort_values("ratio", kind="stable")
-    for ratio, text in places.itertuples(index=False):
-        where = [f"{100 * ratio:.4g}", *([text] if table.texts else [])]
-        here = ours[(ours["ratio"] == ratio) & (ours["text"] == text)]
-        for setting, found in here.groupby(MODEL, sort=False):
-            model = dict(zip(MODEL, setting, strict=True))
-            rows.append(Row([*where, _method(model), *(model[way] for way in ways)], _cells(found, columns)))
-        there = theirs[(theirs["ratio"] == ratio) & (theirs["text"] == text)]
-        for (model, method), found in there.groupby(["model", "method"], sort=False):
-            known = [*where, f"{method}, {model}, published"]
-            cells = _published_cells(found, {column.title: column.metric for column in columns})
-            rows.append(Row([*known, *[""] * len(ways)], cells, published=True))
-    digits = {column.title: column.digits for column in columns}
-    return Sheet(table.caption, heads, digits, rows, _notes(estimates, theirs))
-
-
-def _task_columns(estimates: pd.DataFrame) -> list[Column]:
-    tasks = dict.fromkeys(estimates[estimates["text"] == ""]["metric"])
-    return [Column(TASK_TITLES.get(name, name), name, scale=100) for name in tasks if not name.startswith("mean")]
-
-
-def _cells(found: pd.DataFrame, columns: Sequence[Column]) -> dict[str, Cell]:
-    cells = {}
-    for column in columns:
-        for _, each in found[found["metric"] == column.metric].iterrows():
-            numbers = [column.scale * each[name] for name in ("value", "low", "high")]
-            cells[column.title] = Cell(*numbers, bool(each["best"]), bool(each["tied"]))
-    return cells
-
-
-def read_published(path: Path) -> pd.DataFrame:
-    """Published values: columns model, ratio, method, text, metric, value, source, note; none where there is no file.
-
-    Raises:
-        UserError: it is not such a file.
-    """
-    columns = {"model": str, "ratio": float, "method": str, "text": str, "metric": str, "value": float}
-    columns |= {"source": str, "note": str}
-    if not path.exists():
-        return pd.DataFrame(columns=list(columns))
-    try:
-        return pd.read_csv(path, dtype=columns).fillna({"text": "", "source": "", "note": ""})[list(columns)]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: not published values with the columns {', '.join(columns)}: {error}") from None
-
-
-def _published_cells(found: pd.DataFrame, metrics: Mapping[str, str | None]) -> dict[str, Cell]:
-    """By column's title, the published value of its metric, where there is one."""
-    values = found.set_index("metric")["value"]
-    return {title: Cell(values[metric]) for title, metric in metrics.items() if metric in values}
-
-
-def _notes(estimates: pd.DataFrame, theirs: pd.DataFrame) -> list[str]:
-    return [INTERVAL, f"Calibration seeds: {estimates['seeds'].max()}.", *_published_notes(theirs)]
-
-
-def _published_notes(theirs: pd.DataFrame) -> list[str]:
-    """Where published values are from, and what is wrong with them."""
-    said = theirs[theirs["note"] != ""].drop_duplicates("note")
-    errata = [f"{each.method}, {each.metric}: {each.note}." for each in said.itertuples()]
-    return [" ".join([f"Published: {'; '.join(dict.fromkeys(theirs['source']))}.", *errata])] if len(theirs) else []
-
-
-def _method(model: Mapping[str, str]) -> str:
-    return "dense" if model["criterion"] == "none" else model["criterion"]
-
-
-def further_sheet(sources: Sequence[Path], published: Path) -> Sheet:
-    """Table 3: the tasks' accuracy of several dense models and of what was made of them.
-
-    Args:
-        sources: the metrics.csv of several experiments.
-        published: not read: the published table contradicts itself, see results/published/README.md.
-    """
-    found = [headline(read_metrics(path)) for path in sources]
-    if len(asked := {tuple(sorted(each["task"].unique())) for each in found}) > 1 or not any(asked):
-        raise UserError(f"{', '.join(map(str, sources))}: expected accuracy of the same tasks in each.")
-    # Experiments on one dense model share artifacts: each counts once.
-    metrics = pd.concat(found, ignore_index=True).drop_duplicates(["key", "task"])
-    if metrics.duplicated([*MODEL, "seed", "task"]).any():
-        raise UserError(
-            f"{', '.join(map(str, sources))}: one model was evaluated in two ways, such as other documents."
-        )
-    tasks = over_seeds(metrics)
-    both = pd.concat([tasks, mean_accuracy(tasks).assign(task="mean")])
-    names = list(dict.fromkeys(tasks["task"]))
-    columns = [*(Column(TASK_TITLES.get(name, name), name, scale=100) for name in names), MEANS[0]]
-    half = WITHIN * both["stderr"]
-    both = both.assign(metric=both["task"], low=both["value"] - half, high=both["value"] + half)
-    ways = varying(both)
-    rows = []
-    for setting, found in both.groupby(MODEL, sort=False):
-        model = dict(zip(MODEL, setting, strict=True))
-        heads = [model["model"], f"{100 * model['ratio']:.4g}", _method(model), *(model[way] for way in ways)]
-        rows.append(Row(heads, _cells(found.assign(best=False, tied=False), columns)))
-    heads = ["Model", "Removed (%)", "Method", *map(str.capitalize, ways)]
-    digits = {each.title: 1 for each in columns}
-    return Sheet("Zero-shot accuracy (%) of further models.", heads, digits, rows, [STANDARD_ERRORS])
-
-
-TIMINGS = {  # title: task and metric of efficiency.csv, metric of the published table, factor, digits
-    "Prefill (ms)": ("prefill 256", "prefill_seconds", "prefill_ms", 1e3, 1),
-    "Decoding, batch 1 (tokens/s)": ("decode batch 1", "decode_tokens_per_second", None, 1, 1),
-    "Decoding, batch 8 (tokens/s)": ("decode batch 8", "decode_tokens_per_second", "decode_tokens_per_second", 1, 1),
-    "Peak memory (GiB)": ("inference", "peak_bytes", None, 2**-30, 2),
-}
-
-
-def timing_sheet(sources: Sequence[Path], published: Path) -> Sheet:
-    """Table 4: prefill and decoding of the dense model and of pruned ones, on the machine that they were timed on.
-
-    Args:
-        sources: the csv of `hfprune efficiency`.
-        published: the csv of published values, which may be missing.
-    """
-    timings = read_timings(sources)
-    ways, rows = varying(timings), []
-    theirs = read_published(published)
-    theirs = theirs[theirs["ratio"].isin(timings["ratio"])]
-    for ratio in dict.fromkeys(timings["ratio"]):
-        removed = f"{100 * ratio:.4g}"
-        for _, found in timings[timings["ratio"] == ratio].groupby("key", sort=False):
-            model, values = found.iloc[0], found.set_index(["task", "metric"])["value"]
-            cells = {name: Cell(scale * values[task, metric]) for name, (task, metric, _, scale, _) in TIMINGS.items()}
-            rows.append(Row([removed, *("" if model["criterion"] == "none" else model[way] for way in ways)], cells))
-        for name, found in theirs[theirs["ratio"] == ratio].groupby("model", sort=False):
-            cells = _published_cells(found, {title: metric for title, (_, _, metric, _, _) in TIMINGS.items()})
-            rows.append(Row([f"{removed}, {name}, published", *[""] * len(ways)], cells, published=True))
-    heads = ["Removed (%)", *map(str.capitalize, ways)]
-    caption = "Prefill of 256 tokens, and decoding."
-    digits = {title: digits for title, (*_, digits) in TIMINGS.items()}
-    return Sheet(caption, heads, digits, rows, [_machine(timings), *_published_notes(theirs)])
-
-
-def read_timings(sources: Sequence[Path]) -> pd.DataFrame:
-    """The csv of `hfprune efficiency`.
-
-    Raises:
-        UserError: it is not one.
-    """
-    return _read(sources, ["key", *MODEL, "task", "metric", "value", "n", "device", "threads", "versions", "dtype"])
-
-
-def scoring_sheet(sources: Sequence[Path], published: Path) -> Sheet:
-    """Table 5: seconds and memory of scoring, each criterion alone.
-
-    Args:
-        sources: the csv of `hfprune scoring-cost`.
-        published: the csv of published values, which may be missing.
-    """
-    names = ["criterion", "light_cut", "seconds", "peak_bytes", "tokens", "flops", "n", "device", "threads", "versions"]
-    costs, theirs = _read(sources, [*names, "dtype"]), read_published(published)
-    first = costs["seconds"].iloc[0]
-    relative = f"Time / {costs['criterion'].iloc[0]}"
-    rows = []
-    for each in costs.itertuples():
-        named = each.criterion if each.light_cut == "none" else f"{each.criterion}, after scoring by {each.light_cut}"
-        values = {"Seconds": each.seconds, relative: each.seconds / first, "Tokens/s": each.tokens / each.seconds}
-        values |= {"TFLOP": each.flops / 1e12, "Peak memory (GB)": each.peak_bytes / 1e9}
-        rows.append(Row([named], {title: Cell(value) for title, value in values.items()}))
-    for (model, method), found in theirs.groupby(["model", "method"], sort=False):
-        cells = _published_cells(found, {"Seconds": "seconds", "Peak memory (GB)": "peak_gigabytes"})
-        rows.append(Row([f"{method}, {model}, published"], cells, published=True))
-    digits = {"Seconds": 1, relative: 2, "Tokens/s": 0, "TFLOP": 1, "Peak memory (GB)": 2}
-    caption = f"Scoring {costs['tokens'].iloc[0]:,} tokens by each criterion alone."
-    return Sheet(caption, ["Criterion"], digits, rows, [_machine(costs), *_published_notes(theirs)])
-
-
-OF_FILES = {"table3": further_sheet, "table4": timing_sheet, "table5": scoring_sheet}
-
-
-def _read(sources: Sequence[Path], columns: Sequence[str]) -> pd.DataFrame:
-    if len(sources) != 1:
-        raise UserError(f"one csv file is expected, not {len(sources)}: {', '.join(map(str, sources))}.")
-    try:
-        return pd.read_csv(sources[0])[list(columns)].fillna({way: "none" for way in MODEL if way in columns})
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{sources[0]}: not a csv with the columns {', '.join(columns)}: {error}") from None
-
-
-def _machine(timings: pd.DataFrame) -> str:
-    one = timings.iloc[0]
-    rounds = f"Medians over {one['n']} rounds, taken in turn."
-    return f"{rounds} {one['device']}, {one['threads']} threads, {one['dtype']}, {one['versions']}."

@@ -1,1 +1,4 @@
-"""The machine: memory, matrix products, GPUs, signals, progress. Any room may import it; it imports none."""
+"""The machine: memory, matrix products, GPUs, signals, progress.
+
+Any package may import it. It imports only `errors`.
+"""

@@ -106,13 +106,17 @@ def free_bytes(device: torch.device) -> int:
     return available_bytes()
 
 
+def is_offloaded(model: PreTrainedModel) -> bool:
+    """Whether some of the model's weights stand in the CPU's memory or on disk while it computes on a GPU."""
+    return bool({"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()})
+
+
 def is_short(model: PreTrainedModel, tokens: int, reserved: int = 0) -> bool:
     """Whether the graph of `tokens` tokens could take more than half of the free memory, or weights are offloaded.
 
     `reserved` bytes of the free memory count as taken.
     """
-    offloaded = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    return bool(offloaded) or graph_bytes(model, tokens) > (free_bytes(model.device) - reserved) / 2
+    return is_offloaded(model) or graph_bytes(model, tokens) > (free_bytes(model.device) - reserved) / 2
 
 
 @contextmanager

@@ -1,1 +1,4 @@
-"""Model cards, export and upload of checkpoints."""
+"""Model cards, export and upload of checkpoints.
+
+Imported by `stages`, `experiment` and `cli`. Imports `reporting` and the packages below it.
+"""

@@ -1,110 +1,135 @@
-"""A checkpoint to share: its files, and a model card with what was measured of it."""
+"""Export and upload of a checkpoint: its files and a model card with its results."""
 
 import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from hfprune.errors import UserError
-from hfprune.reporting.tables import collect, headline, lineage
-from hfprune.sharing.model_card import Estimate, Figure, write_card
+from hfprune.reporting.identity import lineage
+from hfprune.reporting.metrics import collect, headline
+from hfprune.sharing.model_card import Estimate, Figure, card, read_history
 from hfprune.store.artifacts import Artifact, Store
-from hfprune.store.filenames import CARD
+from hfprune.store.filenames import CARD, is_shared
+
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+Contents = dict[str, Path | bytes]  # path below the checkpoint's folder -> a file of the store, or bytes to write
 
 
-def export(
-    folder: Path,
-    model: Artifact,
-    results: list[Artifact],
-    store: Store,
-    address: str | None = None,
-    place: Callable[[Path, Path], object] = shutil.copyfile,
-) -> None:
-    """Write the checkpoint, and its card with figures, into `folder`; the manifest, which names this host, stays here.
+def contents(model: Artifact, results: list[Artifact], store: Store, address: str) -> Contents:
+    """The files to share: a model card with figures, and the files of the manifest that may leave the store.
+
+    The manifest itself is not shared, for it names this host; nor are other files in the folder.
 
     Args:
-        folder: where to write; made, must not hold anything yet.
         model: an artifact of `prune` or `recover`.
-        results: artifacts of `measure` and `evaluate`; those of this model and of its dense one are used.
-        store: where everything that they were made from has its manifests.
-        address: what the card says to load it by; its folder's name unless given.
-        place: puts a file of the store at a path.
+        results: artifacts of `measure` and `evaluate`; those of this model and of its dense model are used.
+        store: has the manifests of all artifacts that they were made from.
+        address: the name or path in the card's loading example.
 
     Raises:
-        UserError: `folder` is not empty, or see `figures`.
+        UserError: see `figures`.
     """
-    found = figures(model, results, store)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    model_card = card(read_history(model.folder), figures(model, results, store), address).encode()
+    return {CARD: model_card} | {
+        name: model.folder / name for name in model.manifest["files"] if name != CARD and is_shared(name)
+    }
+
+
+def listing(files: Contents) -> str:
+    """One line per file with its size, and the total."""
+    sizes = {
+        name: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for name, content in sorted(files.items())
+    }
+    lines = [f"{size:>15,} bytes  {name}" for name, size in sizes.items()]
+    return "\n".join([*lines, f"{sum(sizes.values()):>15,} bytes  in {len(sizes)} files"])
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that is not empty.
+
+    Raises:
+        UserError: it is not.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: not empty. Name a new folder, or empty this one.")
-    for name in model.manifest["files"]:
-        if name != CARD:
-            (folder / name).parent.mkdir(exist_ok=True)
-            place((model.folder / name).resolve(), folder / name)
-    write_card(folder, found, address or folder.resolve().name)
 
 
-def push(repository: str, private: bool, model: Artifact, results: list[Artifact], store: Store) -> str:
-    """`export` to a repository of the Hugging Face hub, made where there is none; the commit's address.
+def export(files: Contents, folder: Path) -> None:
+    """Write `contents` into `folder`, which is created."""
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)
 
-    Weights that stand there already are replaced. The token is that of `hf auth login` or HF_TOKEN.
+
+def push(files: Contents, repository: str, private: bool, key: str) -> str:
+    """Upload `contents` to a repository of the Hugging Face hub and return the commit's URL.
+
+    The repository is created if it does not exist. Weights in it are replaced. The token is that of `hf auth login` or
+    HF_TOKEN.
 
     Args:
+        files: all that is uploaded.
         repository: owner/name.
-        private: a new repository is private; else it is what the owner's settings say.
-        model: an artifact of `prune` or `recover`.
-        results: as for `export`.
-        store: as for `export`.
+        private: make a new repository private; if False, the owner's settings decide.
+        key: the model's key, for the commit message.
 
     Raises:
-        UserError: the hub refuses, or see `figures`.
+        UserError: the hub refuses the upload.
     """
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
     hub = HfApi()
-    with tempfile.TemporaryDirectory() as scratch:
-        export(Path(scratch), model, results, store, repository, place=lambda file, link: link.symlink_to(file))
-        try:
-            hub.create_repo(repository, private=private or None, exist_ok=True)
-            done = hub.upload_folder(
-                repo_id=repository,
-                folder_path=scratch,
-                commit_message=f"hfprune: {model.key}",
-                delete_patterns=["*.safetensors", "*.safetensors.index.json"],
-            )
-        except (errors.HTTPError, errors.HFValidationError, ConnectionError) as error:
-            raise UserError(
-                f"{repository}: the hub refused it: {str(error).splitlines()[0].rstrip('.')}. The name is owner/name, "
-                "the owner you or a group of yours; log in with `hf auth login`, or set HF_TOKEN, to a token that may "
-                "write there."
-            ) from None
-    return done.commit_url
+    try:
+        hub.create_repo(repository, private=private or None, exist_ok=True)
+        existing = hub.list_repo_files(repository)
+        stale = [name for name in existing if "/" not in name and name.endswith(WEIGHTS) and name not in files]
+        commit = hub.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=f"hfprune: {key}",
+        )
+    except (errors.HTTPError, errors.HFValidationError, ConnectionError) as error:
+        raise UserError(
+            f"{repository}: the hub refused it: {str(error).splitlines()[0].rstrip('.')}. The name is owner/name, "
+            "the owner you or a group of yours; log in with `hf auth login`, or set HF_TOKEN, to a token that may "
+            "write there."
+        ) from None
+    return commit.commit_url
 
 
 def figures(model: Artifact, results: list[Artifact], store: Store) -> list[Figure]:
-    """What `results` say of `model`, beside what they say of the dense model that it was cut from.
+    """The values of `model` in `results`, beside those of its dense model.
 
     Raises:
-        UserError: they say nothing of it, two of them say the same thing, or a model was evaluated but not measured.
+        UserError: no result is of this model, two results have the same value, or a model was evaluated but not
+            measured.
     """
-    dense = lineage(model.key, store)["model"]["key"]
-    ours = [each for each in results if each.manifest["inputs"]["model"] in (model.key, dense)]
-    if not any(each.manifest["inputs"]["model"] == model.key for each in ours):
+    dense = lineage(model.key, store)[0]["key"]
+    used = [result for result in results if result.manifest["inputs"]["model"] in (model.key, dense)]
+    if not any(result.manifest["inputs"]["model"] == model.key for result in used):
         raise UserError(
             f"{model.folder}: none of the {len(results)} results is of this model. Give its artifacts of measure and "
             "evaluate: those whose manifest has this key under inputs."
         )
-    table = collect(ours, store)
+    table = collect(used, store)
     table = table[table["group"].isin(["fidelity", "perplexity"]) | table.index.isin(headline(table).index)]
-    by = ["stage", "task", "metric"]
-    if (twice := table[table.duplicated(by)]).size:
-        row = twice.iloc[0]
+    columns = ["stage", "task", "metric"]
+    if (duplicates := table[table.duplicated(columns)]).size:
+        row = duplicates.iloc[0]
         raise UserError(
             f"{model.folder}: two results give {row['metric']} on {row['task']} of the {row['stage']} model, one of "
             f"them {row['key']}. Give one."
         )
     estimates = {
-        tuple(row[name] for name in by): Estimate(
+        tuple(row[name] for name in columns): Estimate(
             row["value"], None if row["stderr"] != row["stderr"] else row["stderr"], int(row["n"])
         )
         for _, row in table.iterrows()

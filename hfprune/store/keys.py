@@ -1,7 +1,7 @@
-"""Keys: what a result is made from decides its name.
+"""Keys: the hashes that artifacts are stored under.
 
-A key is a digest of the stage's parameters, of the keys of its inputs, of the code that the stage runs and of the
-versions of the libraries that do its arithmetic.
+A key is a digest of the stage's parameters, the keys of its inputs, the code that the stage runs and the versions of
+the libraries that compute.
 """
 
 import ast
@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
+DECLARATIONS = ("Field", "Input", "Stage")  # calls whose arguments `HELP` are only for people
+HELP = ("description", "examples")
+OUTSIDE_KEY = "outside_key"  # a decorator, see `stages.declaration`
 LIBRARIES = (
     "torch", "transformers", "safetensors", "gguf", "huggingface_hub", "datasets", "lm_eval", "peft", "numpy",
     "pandas", "matplotlib", "snakemake",
@@ -39,15 +42,15 @@ def file_sha256(path: Path) -> str:
 
 @functools.cache
 def code_digest(module: str) -> str:
-    """Digest of the code that `module` runs: itself and every module of this package that it imports, in turn.
+    """Digest of the code that `module` runs: its own and that of all modules of this package that it imports, in turn.
 
-    Every form of import is followed, inside functions too, and the `__init__` files of the sub-packages on the way.
-    Comments, docstrings and layout do not count, so that a better comment never costs a rerun. The package's own
-    `__init__` counts as text; its imports are not followed: it offers the Python interface, which no stage uses.
+    Every form of import is followed, also inside functions, and the `__init__` files of sub-packages. Comments,
+    docstrings, layout and help texts (`description=` and `examples=` of a declaration) do not count, so a better word
+    never costs a rerun. Functions that are marked `outside_key` do not count either. The imports in the package's own
+    `__init__` are not followed: they are the Python interface, which no stage uses.
 
     Raises:
-        UnresolvedImportError: an import of this package leads to nothing, or is made by a name that only running the
-            code would tell.
+        UnresolvedImportError: an imported module of this package does not exist, or its name is only known at run time.
     """
     code: dict[str, str] = {}
     pending = [module]
@@ -56,7 +59,7 @@ def code_digest(module: str) -> str:
         if name in code:
             continue
         tree = ast.parse(_module_file(name).read_text(encoding="utf-8"))
-        _strip_docstrings(tree)
+        _strip(tree)
         code[name] = ast.unparse(tree)
         if name != PACKAGE.name:
             pending += _package_imports(name, tree)
@@ -64,7 +67,7 @@ def code_digest(module: str) -> str:
 
 
 class UnresolvedImportError(ImportError):
-    """An import inside the package of which the digest cannot tell what code it runs."""
+    """An import of this package whose code cannot be determined without running it."""
 
 
 def _module_file(name: str) -> Path:
@@ -80,15 +83,25 @@ def _module_file(name: str) -> Path:
     raise UnresolvedImportError(f"{name}: no such module in {PACKAGE}")
 
 
-def _strip_docstrings(tree: ast.Module) -> None:
+def _strip(tree: ast.Module) -> None:
+    """Remove all that no artifact's content depends on."""
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Module):
+            node.body = [statement for statement in node.body if not _is_outside_key(statement)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in DECLARATIONS:
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg not in HELP]
+
+
+def _is_outside_key(node: ast.stmt) -> bool:
+    decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+    return any(isinstance(decorator, ast.Name) and decorator.id == OUTSIDE_KEY for decorator in decorators)
 
 
 def _package_imports(module: str, tree: ast.Module) -> list[str]:
-    """The package's modules that a module imports, each with the packages that it stands in."""
+    """The package's modules that a module imports, and the packages around them."""
     names: set[str] = set()
     for node in ast.walk(tree):
         for name in _imported(module, node):
@@ -106,9 +119,12 @@ def _imported(module: str, node: ast.AST) -> Iterator[str]:
         if _is_ours(source):
             yield from (_member(module, source, alias.name) for alias in node.names)
     elif isinstance(node, ast.Call):
-        called = ast.unparse(node.func).rpartition(".")[2]
-        if called in ("import_module", "__import__"):
+        function = ast.unparse(node.func).rpartition(".")[2]
+        if function in ("import_module", "__import__"):
             argument = node.args[0] if node.args else None
+            if modules := _package_modules(argument):
+                yield from modules
+                return
             if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
                 raise UnresolvedImportError(
                     f"{module}, line {node.lineno}: {ast.unparse(node)}: only running it tells what it imports; "
@@ -118,12 +134,22 @@ def _imported(module: str, node: ast.AST) -> Iterator[str]:
                 yield argument.value
 
 
+def _package_modules(argument: ast.expr | None) -> list[str]:
+    """For an import by f"hfprune.package.{name}": all modules of that sub-package."""
+    match argument:
+        case ast.JoinedStr(values=[ast.Constant(value=start), ast.FormattedValue()]) if _is_ours(start):
+            folder = PACKAGE.joinpath(*start.rstrip(".").split(".")[1:])
+            if start.endswith(".") and folder != PACKAGE and (folder / "__init__.py").is_file():
+                return [start + file.stem for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
+    return []
+
+
 def _is_ours(name: str) -> bool:
     return name.partition(".")[0] == PACKAGE.name
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
-    """The module that `from ... import` names, also where dots stand for the packages around it."""
+    """The full name of the module in `from ... import`, with leading dots resolved."""
     if not node.level:
         return node.module or ""
     parts = module.split(".")
@@ -133,10 +159,10 @@ def _absolute(module: str, node: ast.ImportFrom) -> str:
 
 
 def _member(module: str, source: str, name: str) -> str:
-    """`source.name` where that is a module, or else `source`, which then defines the name.
+    """`source.name` if that is a module, else `source`, which must define the name.
 
     Raises:
-        UnresolvedImportError: it does not.
+        UnresolvedImportError: it does not define it.
     """
     file = _module_file(source)
     if file.name == "__init__.py":
@@ -152,28 +178,28 @@ def _member(module: str, source: str, name: str) -> str:
 
 
 def _defined(file: Path) -> set[str]:
-    """The names that a module binds anywhere at its top level, also by import."""
-    found: set[str] = set()
+    """The names that a module defines or imports at its top level."""
+    names: set[str] = set()
     pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
     while pending:
         for node in ast.iter_child_nodes(pending.pop()):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                found.add(node.name)
+                names.add(node.name)
                 continue
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                found.add(node.id)
+                names.add(node.id)
             elif isinstance(node, ast.alias):
-                found.add((node.asname or node.name).partition(".")[0])
+                names.add((node.asname or node.name).partition(".")[0])
             pending.append(node)
-    return found
+    return names
 
 
 def versions(libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
-    """Installed versions of `libraries`, without importing them; those not installed are left out."""
-    return {library: found for library in libraries if (found := _version(library))}
+    """Versions of those `libraries` that are installed; none is imported."""
+    return {library: version for library in libraries if (version := _version(library))}
 
 
-@functools.cache  # each reads a file, and every recipe names some
+@functools.cache  # reads a file, and every recipe needs it
 def _version(library: str) -> str | None:
     try:
         return metadata.version(library)
@@ -187,10 +213,10 @@ class Recipe:
 
     Attributes:
         stage: the stage that makes it; the name of its folder in the store.
-        parameters: what that stage reads of the experiment, and nothing else (JSON values).
-        inputs: the keys of the artifacts that it is made from, by the name under which the stage knows them.
+        parameters: the settings that the stage reads, and no others (JSON values).
+        inputs: the keys of its input artifacts, by the stage's names for them.
         code: digest of the code that the stage runs, `code_digest`.
-        libraries: versions of the libraries that do its arithmetic.
+        libraries: versions of the libraries that compute.
     """
 
     stage: str

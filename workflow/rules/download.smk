@@ -1,9 +1,9 @@
 rule download:
-    """A model, a text or a task's documents: the only rule that uses the network, and the first to run."""
+    """Download a model, a text or a task's documents. The only rule that uses the network; it runs first."""
     output:
         update(str(STORE / "{kind}" / "{key}" / "manifest.json")),
     log:
-        "logs/{kind}/{key}.log",
+        LOGS / "{kind}" / "{key}.log",
     wildcard_constraints:
         kind="model|text|task",
     priority: 100
@@ -19,13 +19,13 @@ rule download:
 
 
 checkpoint overlap:
-    """What is calibrated or trained on beside what is tested on. Where the experiment is strict, all else waits for it."""
+    """Check for contamination of the test data. If the experiment is strict, all other jobs wait for it."""
     input:
         missing([job for jobs in plan.documents.values() for job in jobs.values()]),
     output:
         RESULTS / "tables" / "overlap.csv",
     log:
-        "logs/overlap.log",
+        LOGS / "overlap.log",
     priority: 75
     conda:
         ENVIRONMENT
@@ -38,6 +38,10 @@ checkpoint overlap:
         strict="--strict" if plan.experiment.strict else "",
         code=code_digest("hfprune.data.contamination"),
     message:
-        "look for documents of the tests in what is calibrated or trained on"
+        "look for test documents in the calibration and training text"
     shell:
         "python -m hfprune overlap {params.documents:q} {params.strict} --output {output:q} 2>&1 | tee {log:q}"
+
+
+# If the experiment is strict, results wait for the verdict too: finished artifacts do not make them wait.
+VERDICT = rules.overlap.output if plan.experiment.strict else []

@@ -1,11 +1,11 @@
 rule reference:
-    """What the dense model predicts on held-out text."""
+    """Record the dense model's predictions on held-out text."""
     input:
         made_from("reference"),
     output:
         artifact("reference"),
     log:
-        "logs/reference/{key}.log",
+        LOGS / "reference" / "{key}.log",
     priority: 50  # every measure waits for it
     conda:
         ENVIRONMENT
@@ -25,13 +25,13 @@ rule reference:
 
 
 rule measure:
-    """Perplexity, and fidelity to the dense model."""
+    """Measure perplexity, and fidelity to the dense model."""
     input:
         made_from("measure"),
     output:
         artifact("measure"),
     log:
-        "logs/measure/{key}.log",
+        LOGS / "measure" / "{key}.log",
     conda:
         ENVIRONMENT
     threads: half_the_cores
@@ -50,13 +50,13 @@ rule measure:
 
 
 rule evaluate:
-    """Zero-shot accuracy on every task."""
+    """Measure zero-shot accuracy on all tasks."""
     input:
         made_from("evaluate"),
     output:
         artifact("evaluate"),
     log:
-        "logs/evaluate/{key}.log",
+        LOGS / "evaluate" / "{key}.log",
     conda:
         ENVIRONMENT
     threads: half_the_cores
@@ -70,5 +70,30 @@ rule evaluate:
         label=label("evaluate"),
     message:
         "evaluate tasks: {params.label}"
+    shell:
+        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+
+
+rule evaluate_task:
+    """Evaluate one task again, if its results were removed after the evaluation of all tasks."""
+    input:
+        lambda wildcards: missing(plan.parts[wildcards.key].sources),
+    output:
+        artifact("evaluate-task"),
+    log:
+        LOGS / "evaluate-task" / "{key}.log",
+    conda:
+        ENVIRONMENT
+    threads: half_the_cores
+    resources:
+        gpu=gpus("evaluate"),
+        mem=memory("evaluate"),
+        runtime=minutes("evaluate"),
+    params:
+        python=python,
+        command=lambda wildcards: plan.command(plan.parts[wildcards.key].after),
+        label=lambda wildcards: plan.parts[wildcards.key].label,
+    message:
+        "evaluate tasks again: {params.label}"
     shell:
         "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"

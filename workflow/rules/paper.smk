@@ -1,4 +1,4 @@
-# The paper's tables. None is part of `all`: each asks only for the models that it compares.
+# The paper's tables. They are not part of `all`; every table needs only the models that it compares.
 SOURCES, REFUSED = table_sources()
 for table, timed in {"table4": rules.efficiency.output, "table5": rules.scoring_cost.output}.items():
     SOURCES[table] = timed, timed
@@ -11,11 +11,12 @@ for table, (inputs, results) in SOURCES.items():
             table
         input:
             inputs,
+            VERDICT,
             published=published(table),
         output:
             written(table),
         log:
-            f"logs/{table}.log",
+            LOGS / f"{table}.log",
         localrule: True
         conda:
             ENVIRONMENT
@@ -25,10 +26,10 @@ for table, (inputs, results) in SOURCES.items():
             folder=RESULTS / "tables",
             published=PUBLISHED,
             store=STORE,
-            texts=HELDOUT,
-            code=[code_digest(f"hfprune.reporting.{module}") for module in ("paper_tables", "documents")],
+            names=[*METHODS, *HELDOUT],
+            code=[code_digest(f"hfprune.reporting.{module}") for module in ("paper_sheets", "samples")],
         shell:
-            "python -m hfprune table {params.table} --store {params.store:q} {params.texts:q} --output {params.folder:q}"
+            "python -m hfprune table {params.table} --store {params.store:q} {params.names:q} --output {params.folder:q}"
             " --published {params.published:q} {params.results:q} 2>&1 | tee {log:q}"
 
 
@@ -40,7 +41,7 @@ for table, reason in REFUSED.items():
         output:
             written(table),
         log:
-            f"logs/{table}.log",
+            LOGS / f"{table}.log",
         localrule: True
         conda:
             ENVIRONMENT
@@ -51,14 +52,14 @@ for table, reason in REFUSED.items():
 
 
 rule pareto:
-    """What models are worth against their speed and their cost."""
+    """Draw the quality of models against their speed and their cost."""
     input:
         metrics=rules.collect.output[0],
         timings=rules.efficiency.output[0],
     output:
         drawn("pareto"),
     log:
-        "logs/pareto.log",
+        LOGS / "pareto.log",
     localrule: True
     conda:
         ENVIRONMENT
@@ -70,14 +71,14 @@ rule pareto:
         " | tee {log:q}"
 
 
-# What the report shows beside `all`: the tables that the experiment can fill, and timings that have been taken.
-PAPER = [file for table in (*targets.TABLES, "table3") if table in SOURCES for file in written(table)]
+# The report's results besides `all`: the tables that the experiment can fill, and timings that already exist.
+PAPER = [file for table in (*paper_tables.TABLES, "table3") if table in SOURCES for file in written(table)]
 TIMED = [*written("table4"), *written("table5"), *drawn("pareto")]
 SHOWN_TOO = [*PAPER, *(file for file in TIMED if file.exists())]
 
 
 rule paper:
-    """Every table and figure that the experiment has the models for, timings among them."""
+    """Make every table and figure that the experiment has the models for, including timings."""
     input:
         rules.all.input,
         PAPER,

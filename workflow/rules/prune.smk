@@ -1,11 +1,11 @@
 rule prune:
-    """The checkpoint without its least important neurons or key-value groups."""
+    """Remove a checkpoint's least important neurons or key-value groups."""
     input:
         made_from("prune"),
     output:
         artifact("prune"),
     log:
-        "logs/prune/{key}.log",
+        LOGS / "prune" / "{key}.log",
     priority: 50
     conda:
         ENVIRONMENT

@@ -1,11 +1,11 @@
 rule recover:
-    """The checkpoint trained after the cut; several GPUs share the work where the job is given them."""
+    """Train a checkpoint after the cut. If the job gets several GPUs, they share the work."""
     input:
         made_from("recover"),
     output:
         artifact("recover"),
     log:
-        "logs/recover/{key}.log",
+        LOGS / "recover" / "{key}.log",
     priority: 50
     conda:
         ENVIRONMENT

@@ -1,5 +1,5 @@
-# The report shows every table and figure that `rule all` and the paper have, each under the title and caption that
-# workflow/report/captions.yaml has for it: the first sentence is the title.
+# The report shows every table and figure of `rule all` and of the paper, with its text in
+# workflow/report/captions.yaml: the first sentence is the title, the others are the caption.
 SHOWN = shown([*rules.all.input, *SHOWN_TOO]) | {
     ("provenance", "config"): [RESULTS / "provenance" / "config.yaml"],
     ("provenance", "artifacts"): [RESULTS / "provenance" / "artifacts.csv"],
@@ -8,7 +8,7 @@ SHOWN = shown([*rules.all.input, *SHOWN_TOO]) | {
 
 
 rule page:
-    """A table or a figure with its title and caption."""
+    """Make a page with a table or a figure, its title and its caption."""
     input:
         lambda wildcards: SHOWN[wildcards.kind, wildcards.name],
     output:
@@ -19,7 +19,7 @@ rule page:
             labels=lambda wildcards: {"Title": title(wildcards)},
         ),
     log:
-        "logs/report/{kind}-{name}.log",
+        LOGS / "report" / "{kind}-{name}.log",
     conda:
         ENVIRONMENT
     params:
@@ -32,13 +32,13 @@ rule page:
 
 
 rule artifacts:
-    """What every artifact was made from, by which code and versions, where and when."""
+    """List every artifact's inputs, code, library versions, host and time."""
     input:
         missing(plan.needed),
     output:
         [RESULTS / "provenance" / f"{name}.csv" for name in ("artifacts", "versions")],
     log:
-        "logs/artifacts.log",
+        LOGS / "artifacts.log",
     conda:
         ENVIRONMENT
     params:
@@ -50,21 +50,21 @@ rule artifacts:
 
 
 rule config:
-    """The experiment with every default filled in."""
+    """Write the config with every default filled in."""
     output:
         RESULTS / "provenance" / "config.yaml",
     log:
-        "logs/config.log",
+        LOGS / "config.log",
     conda:
         ENVIRONMENT
     params:
-        experiment=lambda wildcards: plan.experiment.model_dump_json(exclude_none=True),  # its braces are no wildcards
+        experiment=lambda wildcards: plan.experiment.model_dump_json(exclude_none=True),  # a function: as a string, its braces would be wildcards
     shell:
-        "python -m hfprune config /dev/stdin <<< {params.experiment:q} 2> {log:q} > {output:q}"
+        "python -m hfprune config /dev/stdin --output {output:q} <<< {params.experiment:q} 2>&1 | tee {log:q}"
 
 
 rule report:
-    """All of it in one HTML file, by `snakemake --report` on the same experiment."""
+    """Put all pages into one HTML file, by `snakemake --report` on the same experiment."""
     input:
         pages=[RESULTS / "report" / kind / f"{name}.html" for kind, name in SHOWN],
         config=RESULTS / "provenance" / "config.yaml",
@@ -72,11 +72,14 @@ rule report:
     output:
         RESULTS / "report.html",
     log:
-        "logs/report.log",
+        LOGS / "report.log",
     conda:
         ENVIRONMENT
     params:
+        folder=RESULTS,  # for a temporary folder: Snakemake writes in place, and a partial report would look finished
         snakefile=workflow.main_snakefile,
     shell:
+        "aside=$(mktemp -d {params.folder:q}/.report-XXXXXX); trap 'rm -rf $aside' EXIT; "
         "snakemake {input.pages:q} --snakefile {params.snakefile:q} --configfile {input.config:q} --cores 1 --nolock"
-        " --report {output:q} --report-stylesheet {input.style:q} > {log:q} 2>&1 || {{ cat {log:q}; exit 1; }}"
+        " --report $aside/report.html --report-stylesheet {input.style:q} > {log:q} 2>&1 || {{ cat {log:q}; exit 1; }}; "
+        "mv $aside/report.html {output:q}"

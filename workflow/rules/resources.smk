@@ -1,11 +1,12 @@
-# What a job asks of a cluster, by the estimate that `hfprune plan` prints. On one machine jobs ask for nothing but its GPU.
-from functools import cache
+# Requests to a cluster, from the estimate that `hfprune plan` prints. On a single machine jobs request only its GPU.
+from functools import cache, partial
 from math import ceil
 
-ASKS = DEVICE and workflow.is_main_process  # a job that runs has been given what it has
+TOKENS = 256 if GPU else 64  # tokens to decode for a timing; the paper has 256
+ON_CLUSTER = DEVICE and workflow.is_main_process  # a running job already has its resources
 
-if ASKS:
-    from hfprune.experiment.estimate import device_of, estimate  # with torch, which planning does without
+if ON_CLUSTER:
+    from hfprune.experiment.estimate import device_of, estimate  # imports torch, which planning does not need
 
     try:
         device_of(DEVICE)
@@ -15,60 +16,74 @@ if ASKS:
 
 @cache
 def estimate_for(threads):
-    """The estimate of jobs that have so many threads."""
-    return estimate(plan, device_of(DEVICE, threads))[0]
+    """The estimate for jobs with this many threads. Refuses the whole workflow if a training does not fit."""
+    try:
+        estimated = estimate(plan, device_of(DEVICE, threads))[0]
+        estimated.refuse_trainings()
+    except UserError as error:
+        raise WorkflowError(str(error))
+    return estimated
+
+
+# Refuse at the start if the model's shape is known without a network; otherwise at the first request.
+(DENSE,) = plan.jobs["model"].values()
+if ON_CLUSTER and (plan.has(DENSE) or (plan.experiment.model.path and plan.experiment.model.path.is_dir())):
+    estimate_for(16)
 
 
 @cache
 def request(stage, key, threads):
-    """What a job asks for."""
+    """The request of a job; without a key, that of a timing job."""
+    estimated = estimate_for(threads)
+    timings = {"efficiency": partial(estimated.efficiency, TOKENS), "scoring_cost": estimated.scoring_cost}
     try:
-        return estimate_for(threads).request(plan.jobs[stage][key])
+        return estimated.request(plan.jobs[stage].get(key) or plan.parts[key].after) if key else timings[stage]()
     except UserError as error:
         raise WorkflowError(str(error))
 
 
-def requests(stage, wildcards, input, threads):
-    """What a job asks for; of one for all models, what each job of that stage would. Nothing on one machine.
+def cluster_request(stage, wildcards, input, threads):
+    """The request of a job; None on a single machine.
 
-    Before a job's inputs are there, the FileNotFoundError has Snakemake ask again later: a model's shape is in its files.
+    A model's shape is in its files. If a job's inputs are missing, the FileNotFoundError makes Snakemake call again later.
     """
-    for path in input if ASKS else []:
+    if not ON_CLUSTER:
+        return None
+    for path in input:
         os.stat(path)
-    keys = [wildcards.key] if wildcards else plan.jobs[stage]
-    return [request(stage, key, threads) for key in keys] if ASKS else []
+    return request(stage, wildcards.get("key"), threads)
 
 
 def memory(stage):
-    """A node's memory, more at each attempt."""
+    """Resource function: memory of the node, more at every attempt."""
 
     def size(wildcards, input, threads, attempt):
-        asked = requests(stage, wildcards, input, threads)
-        return f"{ceil(attempt * max(each.memory_bytes for each in asked) / 10**6)} MB" if asked else None
+        needs = cluster_request(stage, wildcards, input, threads)
+        return f"{ceil(attempt * needs.memory_bytes / 10**6)} MB" if needs else None
 
     return size
 
 
 def minutes(stage):
-    """Minutes after which the job may be ended, more at each attempt."""
+    """Resource function: time limit in minutes, more at every attempt."""
 
-    def until(wildcards, input, threads, attempt):
-        asked = requests(stage, wildcards, input, threads)
-        return ceil(attempt * sum(each.seconds for each in asked) / 60) if asked else None
+    def limit(wildcards, input, threads, attempt):
+        needs = cluster_request(stage, wildcards, input, threads)
+        return ceil(attempt * needs.seconds / 60) if needs else None
 
-    return until
+    return limit
 
 
 def gpus(stage):
-    """GPUs: as many as the weights spread over."""
+    """Resource function: number of GPUs, as many as the weights need."""
 
     def count(wildcards, input, threads):
-        asked = requests(stage, wildcards, input, threads)
-        if asked:
-            return max(each.gpus for each in asked)
-        if DEVICE:  # in a job, which sees those that it was given
-            seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-            return len(seen.split(",")) if seen else 0
+        needs = cluster_request(stage, wildcards, input, threads)
+        if needs:
+            return needs.gpus
+        if DEVICE:  # inside a job: the GPUs that it got
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            return len(visible.split(",")) if visible else 0
         return GPU
 
     return count

@@ -1,12 +1,14 @@
 rule score:
-    """The importance of every neuron and key-value group: one pass over the calibration text, or the sum of its shards."""
+    """Score every neuron and key-value group: in one pass over the calibration text, or as the sum of its shards."""
     input:
         made_from("score"),
     output:
         artifact("score"),
     log:
-        "logs/score/{key}.log",
-    priority: 50  # much waits for it
+        LOGS / "score" / "{key}.log",
+    wildcard_constraints:
+        key=last("score"),
+    priority: 50  # many jobs wait for it
     conda:
         ENVIRONMENT
     threads: 16
@@ -25,13 +27,15 @@ rule score:
 
 
 rule shard:
-    """One part of the pass over the calibration text, where `calibration.shards` cuts it into several jobs."""
+    """Score one shard of the calibration text, if `calibration.shards` splits the pass into several jobs."""
     input:
         made_from("shard"),
     output:
         artifact("shard"),
     log:
-        "logs/shard/{key}.log",
+        LOGS / "shard" / "{key}.log",
+    wildcard_constraints:
+        key=last("shard"),
     priority: 50
     conda:
         ENVIRONMENT
@@ -45,6 +49,21 @@ rule shard:
         command=command("shard"),
         label=label("shard"),
     message:
-        "add up for scores: {params.label}"
+        "score a shard: {params.label}"
     shell:
         "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+
+
+ruleorder: score > first_score
+ruleorder: shard > first_shard
+
+
+# Scores and shards that other jobs of the same stage wait for.
+use rule score as first_score with:
+    wildcard_constraints:
+        key="[0-9a-f]{16}",
+
+
+use rule shard as first_shard with:
+    wildcard_constraints:
+        key="[0-9a-f]{16}",

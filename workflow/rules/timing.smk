@@ -1,25 +1,26 @@
-# Timings: of this machine, as it is at the moment. So they are no artifacts, and no part of `all`.
+# Timings depend on this machine and its current load. So they are not artifacts and not part of `all`.
 rule efficiency:
-    """Prefill and decoding of the dense model and of the cut ones, side by side."""
+    """Time prefill and decoding of the dense and the pruned models, side by side."""
     input:
-        missing(plan.timed),
+        missing(plan.described(plan.timed)),
+        VERDICT,
     output:
         RESULTS / "efficiency.csv",
     log:
-        "logs/efficiency.log",
+        LOGS / "efficiency.log",
     conda:
         ENVIRONMENT
     threads: every_core
     resources:
-        gpu=GPU,
-        mem=memory("measure"),
-        runtime=minutes("measure"),
+        gpu=gpus("efficiency"),
+        mem=memory("efficiency"),
+        runtime=minutes("efficiency"),
     params:
         python=python,
         models=manifests(plan.timed),
         dtype=plan.experiment.model.dtype,
-        # Of where it runs, for which nothing is timed again. The paper decodes 256 tokens.
-        place=lambda wildcards, resources: ["--tokens", 256 if GPU else 64, "--store", STORE],
+        # A function, so that a change of these values causes no new timing.
+        place=lambda wildcards, resources: ["--tokens", TOKENS, "--store", STORE, *METHODS],
     message:
         "time models"
     shell:
@@ -28,20 +29,21 @@ rule efficiency:
 
 
 rule scoring_cost:
-    """Seconds and memory of scoring by each criterion alone, on the calibration's sequences."""
+    """Measure seconds and memory of scoring by each criterion alone, on the calibration sequences."""
     input:
-        missing([*plan.scores[0].sources, *plan.light_cuts]),
+        missing([*(plan.scores[0].inputs[name] for name in ("model", "text")), *plan.light_cuts]),
+        VERDICT,
     output:
         RESULTS / "scoring_cost.csv",
     log:
-        "logs/scoring_cost.log",
+        LOGS / "scoring_cost.log",
     conda:
         ENVIRONMENT
     threads: every_core
     resources:
-        gpu=GPU,
-        mem=memory("score"),
-        runtime=minutes("score"),
+        gpu=gpus("scoring_cost"),
+        mem=memory("scoring_cost"),
+        runtime=minutes("scoring_cost"),
     params:
         python=python,
         inputs=[

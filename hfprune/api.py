@@ -1,0 +1,313 @@
+"""hfprune in Python, for a notebook: the engine of the stages on a model that is loaded already.
+
+    import hfprune
+
+    small = hfprune.prune(model, tokenizer, texts, ratio=0.2, method="hfprune-best")
+
+`prune` is these pieces one after the other, which can be called alone:
+
+    tokens = hfprune.sample(model, tokenizer, texts)
+    scores = hfprune.score(model, tokens, "fisher_token")
+    kept = hfprune.allocate(model, scores, ratio=0.2, allocation="global")
+    hfprune.refit(model, kept, tokens)  # in place
+    hfprune.cut(model, kept)            # in place
+    hfprune.fidelity(model, dense, tokens)["kl"]
+
+The same model, texts and settings keep the same units as `hfprune score` and `hfprune prune`. Nothing is written.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hfprune.data.sampling import draw_sequences
+from hfprune.errors import UserError
+from hfprune.evaluation.fidelity import hidden_states, position_measures, summary
+from hfprune.models import checkpoint
+from hfprune.models.loading import check_config
+from hfprune.models.units import PARTS, Kept, Scores, parts
+from hfprune.pruning import surgery
+from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.criteria import CRITERIA, passes
+from hfprune.pruning.methods import MethodRecipe, preset
+from hfprune.pruning.refit import refit as refit_kept
+from hfprune.pruning.scoring import unit_scores
+from hfprune.runtime.matmul import fast_products
+
+SAMPLES, LENGTH = 32, 256  # an experiment's defaults
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    ratio: float | None = None,
+    method: str | Mapping[str, Any] = "hfprune-best",
+    *,
+    target_parameters: int | None = None,
+    ratio_of: str = "all",
+    round_to: int = 1,
+    pad: bool = False,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = 0,
+    draws: int = 1,
+) -> PreTrainedModel:
+    """A smaller model, cut from a copy; `model` itself stays as it is, so memory holds both.
+
+    Args:
+        model: of a supported family (Llama, Mistral, Qwen2, Qwen3), whole and on one device.
+        tokenizer: the model's.
+        texts: documents to score on, and to refit on; `samples` of them must have `length` tokens.
+        ratio: the share to remove, of what `ratio_of` says.
+        method: a preset's name (`hfprune methods` lists them), or a recipe: {"criterion": "entropy", "refit":
+            "sequential"}, with keys as in a config.
+        target_parameters: instead of a ratio: how many parameters to leave.
+        ratio_of: "all" parameters, tied embeddings once, or "mlp": the MLPs' neurons.
+        round_to: every MLP keeps a multiple of so many neurons.
+        pad: make layers of several widths as wide as the widest, with zeros.
+        samples, length: sequences to score on, and tokens of each.
+        seed: draws the sequences and the labels of `fisher_*`.
+        draws: labels per position for these.
+
+    Returns:
+        A model of the stock class where all layers keep one width, else of a class that `save_pretrained` saves the
+        code of. In training mode, and asking for gradients, where `model` is.
+
+    Raises:
+        UserError: the model is not supported, the texts are too short, or the budget cannot be met.
+    """
+    recipe = _recipe(method)
+    check_model(model)
+    small = copy.deepcopy(model).eval().requires_grad_(False)
+    tokens = sample(small, tokenizer, texts, samples, length, seed)
+    scores = score(small, tokens, recipe.criterion, seed, draws)
+    kept = allocate(
+        small,
+        scores,
+        ratio,
+        recipe.structure,
+        recipe.allocation,
+        target_parameters=target_parameters,
+        ratio_of=ratio_of,
+        attention_share=recipe.attention_share,
+        round_to=round_to,
+    )
+    if recipe.refit != "none":
+        refit(small, kept, tokens, recipe.refit, recipe.ridge)
+    cut(small, kept)
+    if pad:
+        checkpoint.pad(small)
+    return small.train(model.training).requires_grad_(any(each.requires_grad for each in model.parameters()))
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = 0,
+) -> Tensor:
+    """(samples, length) int64 token ids: a stretch of each of so many texts, drawn by the seed.
+
+    Raises:
+        UserError: too few texts have `length` tokens, or the tokenizer is not the model's.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise UserError("texts: expected a list of strings, one a document.")
+    return draw_sequences(tokenizer, model.config, list(texts), samples, length, seed, "texts")
+
+
+def score(model: PreTrainedModel, tokens: Tensor, criterion: str = "entropy", seed: int = 0, draws: int = 1) -> Scores:
+    """The importance of every unit: {"mlp": [(neurons,) per layer], "attention": [(key-value groups,) per layer]}.
+
+    Args:
+        model: stays as it is.
+        tokens: (sequences, length) int64, see `sample`.
+        criterion: a name in docs/criteria.md.
+        seed: of drawn labels and of `random`.
+        draws: labels per position for `fisher_*`.
+
+    Returns:
+        float32 on the CPU, the more important the higher.
+
+    Raises:
+        UserError: the model is not supported, the criterion not known, or a layer's scores are not finite or all zero.
+    """
+    if criterion not in CRITERIA:
+        raise UserError(f"criterion {criterion!r}: expected one of {', '.join(CRITERIA)}.")
+    check_model(model)
+    scores: dict[str, Scores] = {}
+    with _as_scored(model):
+        for light_cut, names in passes([criterion]):
+            silenced = scores[light_cut]["mlp"] if light_cut else None
+            scores |= unit_scores(model, tokens, names, seed, draws, silenced)
+    return scores[criterion]
+
+
+def allocate(
+    model: PreTrainedModel,
+    scores: Scores,
+    ratio: float | None = None,
+    structure: str = "mlp",
+    allocation: str = "uniform",
+    *,
+    target_parameters: int | None = None,
+    ratio_of: str = "all",
+    attention_share: float | None = None,
+    round_to: int = 1,
+) -> Kept:
+    """The units to keep: {part: [(kept,) int64, ascending, per layer]} for each part that `structure` cuts.
+
+    Args:
+        model: that the scores are of; read for its size.
+        scores: see `score`.
+        ratio, target_parameters, ratio_of, round_to: see `prune`.
+        structure: "mlp", "attention" or "mlp+attention".
+        allocation: "uniform" widths, or "global": one ranking over all layers.
+        attention_share: of what mlp+attention removes; by default what one ranking of all units gives.
+
+    Raises:
+        UserError: the budget cannot be met, or is given twice or not at all.
+    """
+    if (ratio is None) == (target_parameters is None):
+        raise UserError(f"give one of ratio and target_parameters, not {'none' if ratio is None else 'both'}.")
+    if ratio is not None and not 0 < ratio < 1:
+        raise UserError(f"ratio {ratio}: expected a share between 0 and 1, such as 0.2.")
+    check_model(model)
+    recipe = _recipe(
+        {"criterion": "entropy", "structure": structure, "allocation": allocation}
+        | ({} if attention_share is None else {"attention_share": attention_share})
+    )
+    if ratio_of not in ("all", "mlp") or (ratio_of == "mlp" and structure != "mlp"):
+        raise UserError(f"ratio_of {ratio_of!r} with structure {structure!r}: expected 'all', or 'mlp' with 'mlp'.")
+    if round_to < 1:
+        raise UserError(f"round_to {round_to}: expected a whole number from 1.")
+    budget = units_to_keep(
+        shape_of(model), ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, scores
+    )
+    return surgery.best_units(budget, scores, recipe.allocation, round_to)
+
+
+def refit(
+    model: PreTrainedModel, kept: Kept, tokens: Tensor, refit: str = "sequential", ridge: float = 0.1
+) -> dict[str, Any]:
+    """Let the units that stay make up for those that go, *in place*; `cut` the model to `kept` afterwards.
+
+    Args:
+        model: the intact model, no parameter of which asks for a gradient afterwards.
+        kept: see `allocate`.
+        tokens: (sequences, length) int64, best those that the scores were made on.
+        refit: "sequential", "least_squares" or "bias".
+        ridge: how strongly weights keep to what they were.
+
+    Returns:
+        `refit_tokens`, `refit_flops`, and except for `bias` `ridge` and `starved_layers`.
+
+    Raises:
+        UserError: the model cannot be refitted so.
+    """
+    recipe = _recipe({"criterion": "entropy", "refit": refit, "ridge": ridge})
+    if recipe.refit == "none":
+        raise UserError("refit 'none': expected 'sequential', 'least_squares' or 'bias'.")
+    check_model(model)
+    model.requires_grad_(False)
+    with fast_products(model.device):
+        return refit_kept(model, kept, tokens, recipe.refit, recipe.ridge)
+
+
+def cut(model: PreTrainedModel, kept: Kept) -> None:
+    """Remove every unit that is not in `kept`, *in place*; config and class then state the widths left.
+
+    Args:
+        model: of a supported family.
+        kept: see `allocate`.
+    """
+    check_model(model)
+    surgery.cut(model, kept)
+
+
+def fidelity(model: PreTrainedModel, dense: PreTrainedModel, tokens: Tensor) -> dict[str, float]:
+    """How far a model's predictions are from the dense model's, and its perplexity: means over the sequences.
+
+    Args:
+        model: any causal language model with the dense one's vocabulary, a pruned one say.
+        dense: the model to compare with.
+        tokens: (sequences, length) int64, best of text that was not scored on; see `sample`.
+
+    Returns:
+        `kl` (nats per token), `js`, `top1_agreement`, `top15_jaccard`, `entropy_change` and `perplexity`, as in
+        docs/evaluation.md. The dense model with itself has kl 0.
+    """
+    documents = []
+    with _as_scored(model), _as_scored(dense):
+        both = zip(hidden_states(model, tokens, "measure"), hidden_states(dense, tokens, "dense"), strict=True)
+        for sequence, (hidden, dense_hidden) in zip(tokens, both, strict=True):
+            head, dense_head = (each.get_output_embeddings().weight for each in (model, dense))
+            moved = [each.to(head.device) for each in (dense_hidden[0], dense_head, sequence)]
+            measures = position_measures(hidden[0].to(head.device), head, *moved)
+            documents.append({name: values.mean().item() for name, values in measures.items()})
+    return {name: estimate["value"] for name, estimate in summary(documents).items()}
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a model that the engine would get wrong.
+
+    Raises:
+        UserError: of another family, wrapped by adapters, quantised, or not whole on one device.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"{type(model).__name__} is no model of transformers. Of a model with adapters of peft: merge them first, "
+            "`model = model.merge_and_unload()`."
+        )
+    check_config(model.config, type(model).__name__)
+    if not hasattr(getattr(model, "model", None), "layers") or model.get_output_embeddings() is None:
+        raise UserError(
+            f"{type(model).__name__}: no language model with an output layer. Load it by AutoModelForCausalLM."
+        )
+    linears = [linear for name in PARTS for part in parts(model, name) for linear in part.linears]
+    if odd := [each for each in linears if type(each) is not nn.Linear or not each.weight.is_floating_point()]:
+        raise UserError(
+            f"{type(model).__name__}: its layers hold {type(odd[0]).__name__}, adapters or quantised weights. Merge "
+            "adapters, and load the model without quantisation."
+        )
+    places = {str(parameter.device) for parameter in model.parameters()}
+    if len(places) > 1 or "meta" in places:
+        raise UserError(
+            f"{type(model).__name__} is spread over {', '.join(sorted(places))}: load it whole, on one device."
+        )
+
+
+@contextmanager
+def _as_scored(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout, and no parameter that asks for a gradient; as before afterwards."""
+    training, asking = model.training, [each for each in model.parameters() if each.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def _recipe(method: str | Mapping[str, Any]) -> MethodRecipe:
+    """The recipe of a preset, or one that is written out.
+
+    Raises:
+        UserError: there is no such preset, or the recipe is wrong.
+    """
+    if isinstance(method, str):
+        return preset(method).recipe
+    try:
+        return MethodRecipe.model_validate(dict(method))
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, each['loc'])) or 'method'}: {each['msg']}" for each in error.errors()]
+        raise UserError("; ".join(faults).removesuffix(".") + ".") from None

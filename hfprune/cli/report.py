@@ -1,0 +1,140 @@
+"""Commands for the report: overlap of texts, pages, and the origin of results."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from hfprune.cli.commands import POSITIONAL, Command, NamedPath, Option, StoreCommand
+from hfprune.cli.results import results
+from hfprune.errors import UserError
+from hfprune.stages.run import open_artifact
+from hfprune.store.artifacts import Store
+from hfprune.store.filenames import MANIFEST
+from hfprune.store.results import publish, withdraw
+
+NamedTexts = Annotated[list[NamedPath], Option(metavar="NAME=PATH")]
+USES = ("calibration", "recovery", "fidelity", "task")  # of documents
+HELP = "name for the table, and the artifact's folder or manifest"
+
+
+class Overlap(Command):
+    """Check for contamination: find test documents that share 13 words in a row with calibration or training text."""
+
+    words = ("overlap",)
+    examples = (
+        "hfprune overlap --calibration xsum=store/text/KEY --fidelity quac=store/text/KEY \\\n"
+        "    --task boolq=store/task/KEY --output overlap.csv",
+    )
+    calibration: NamedTexts = Field([], description=HELP)
+    recovery: NamedTexts = Field([], description=HELP)
+    fidelity: NamedTexts = Field([], description=HELP)
+    task: NamedTexts = Field([], description=HELP)
+    strict: bool = Field(False, description="fail if any document overlaps")
+    output: Path = Field(description="csv file to write")
+
+    def run(self) -> None:
+        """Write the table. With `strict`, refuse an overlap."""
+        from hfprune.data.contamination import Corpus, compare, refusal, write
+
+        opened = {
+            use: [(name, open_artifact(path, "task" if use == "task" else "text")) for name, path in getattr(self, use)]
+            for use in USES
+        }
+        by_use = {
+            use: [Corpus(use, name, artifact.folder) for name, artifact in named] for use, named in opened.items()
+        }
+        pairs = compare(by_use["calibration"] + by_use["recovery"], by_use["fidelity"] + by_use["task"])
+        # The table at `--output` is the verdict: where a strict experiment has an overlap, there is none.
+        refused = self.output.with_name(f"{self.output.stem}.refused.csv")
+        message = refusal(pairs) if self.strict else ""
+        place, other = (refused, self.output) if message else (self.output, refused)
+        withdraw(other)
+        with results([artifact for named in opened.values() for _, artifact in named]) as aside:
+            write(pairs, aside.path(place))
+        if message:
+            raise UserError(f"{message} {place} is the whole table.")
+
+
+class Page(Command):
+    """Make one HTML page of the report: a table or a figure, with title and caption."""
+
+    words = ("page",)
+    examples = (
+        "hfprune page --title 'Every model' --caption 'In per cent.' --output summary.html summary.csv summary.md",
+    )
+    title: str = Field(description="title of the page")
+    caption: str = Field(description="text below the title")
+    output: Path = Field(description="HTML file to write")
+    files: Annotated[list[Path], POSITIONAL] = Field(
+        description="a figure's svg; a table's csv, with its md if there is one; or a yaml"
+    )
+
+    def run(self) -> None:
+        """Write the page."""
+        from hfprune.reporting.pages import page
+
+        try:
+            content = page(self.title, self.caption, self.files)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}.") from None
+        with publish() as aside:
+            aside.path(self.output).write_text(content, encoding="utf-8")
+
+
+class Artifacts(Command):
+    """List artifacts with their inputs, code and library versions, in artifacts.csv and versions.csv."""
+
+    words = ("artifacts",)
+    examples = ("hfprune artifacts --output results/default/provenance store/*/*/manifest.json",)
+    output: Path = Field(description="folder to write to")
+    manifests: Annotated[list[Path], POSITIONAL] = Field(description="manifests or folders of artifacts")
+
+    def run(self) -> None:
+        """Write both tables from the manifests alone. The stages that used the artifacts have verified their files."""
+        from hfprune.reporting.pages import list_artifacts
+
+        try:
+            files = [path / MANIFEST if path.is_dir() else path for path in self.manifests]
+            manifests = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{error}: expected the manifests, or the folders, of artifacts.") from None
+        with results() as aside:
+            list_artifacts(manifests, aside.folder(self.output))
+
+
+class Provenance(StoreCommand):
+    """Print how a figure, a table or a number was made, back to the sources."""
+
+    words = ("provenance",)
+    examples = (
+        "hfprune provenance results/default/figures/kl.svg",
+        "hfprune provenance results/default/metrics.csv --where ratio=0.2 metric=kl",
+        "hfprune provenance KEY --crate crate",
+    )
+    result: Annotated[str, POSITIONAL] = Field(
+        description="a result file, an artifact's folder, or the first characters of a key"
+    )
+    where: Annotated[list[str], Option(metavar="COLUMN=VALUE")] = Field(
+        [], description="only these rows of a csv with a column `key`"
+    )
+    crate: Annotated[Path | None, Option(metavar="FOLDER")] = Field(
+        None, description="also write an RO-Crate into this folder"
+    )
+
+    def run(self) -> None:
+        """Print the provenance."""
+        from hfprune.store.provenance import ProvenanceGraph, as_text
+
+        nodes = ProvenanceGraph(Store(self.store)).trace(self.result, self.where)
+        print(as_text(nodes))
+        if self.crate:
+            from hfprune.store.ro_crate import write
+
+            with publish() as aside:
+                metadata = write(nodes, aside.folder(self.crate))
+            print(self.crate / metadata.name)
+
+
+COMMANDS = (Overlap, Page, Artifacts, Provenance)

@@ -1,0 +1,191 @@
+"""Cutting a checkpoint: its least important neurons or key-value groups are removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from hfprune.errors import UserError
+from hfprune.models.units import STRUCTURES
+from hfprune.pruning.allocation import ALLOCATIONS
+from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Section, Stage, outside_key
+from hfprune.stages.lineage import origin
+
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
+AllocationName = Literal[tuple(ALLOCATIONS)]
+StructureName = Literal[tuple(STRUCTURES)]
+RefitName = Literal["none", "bias", "least_squares", "sequential"]
+# A command line's numbers are words, which a Literal does not take.
+RoundTo = Annotated[
+    Literal[1, 8, 64, 128],
+    BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value),
+]
+
+
+class Cut(Section):
+    """Settings that all cuts of an experiment share."""
+
+    ratio_of: Literal["all", "mlp"] = Field(
+        "all", description="what the ratio counts: all parameters (tied embeddings once), or the MLPs' neurons"
+    )
+    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of this many neurons")
+    attention_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="attention's share of what mlp+attention removes (default: one ranking of all units decides)",
+    )
+    ridge: float = Field(
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="how strongly a refit stays near the old weights, see docs/pruning.md",
+    )
+    pad: bool = Field(False, description="pad all layers to one width with zeros; the padding costs space and time")
+
+
+def one_budget(cut: Cut, ratio: str, target: str) -> None:
+    """Refuse a cut that has both kinds of budget, or none."""
+    budgets = [name for name in (ratio, target) if getattr(cut, name) is not None]
+    if len(budgets) != 1:
+        raise ValueError(f"give exactly one of {ratio} and {target}, not {'both' if budgets else 'none'}")
+    if budgets == [target] and cut.ratio_of != "all":
+        raise ValueError(f"'ratio_of' does not go with {target!r}, which counts all parameters")
+
+
+def fits_structures(cut: Cut, structures: Sequence[str], key: str) -> None:
+    """Refuse settings that do not fit the structures to cut."""
+    if cut.ratio_of == "mlp" and set(structures) != {"mlp"}:
+        raise ValueError(f"'ratio_of: mlp' goes with {key} mlp alone, not {', '.join(structures)}")
+    if cut.attention_share is not None and "mlp+attention" not in structures:
+        raise ValueError(f"'attention_share' goes with {key} mlp+attention, not {', '.join(structures)}")
+
+
+class PruneParameters(Cut, Parameters):
+    """Parameters of stage `prune`."""
+
+    ratio: Ratio | None = Field(None, description="share to remove, between 0 and 1")
+    target_parameters: Count | None = Field(None, description="instead of a ratio: number of parameters to keep in all")
+    structure: StructureName = Field("mlp", description="part of each layer to cut")
+    allocation: AllocationName = Field("uniform", description="how to share the budget among the layers")
+    refit: RefitName = Field(
+        "none", description="how to adjust the remaining weights to the cut; all but none need --text"
+    )
+    dtype: DType = "auto"
+
+    @model_validator(mode="after")
+    def _budget(self) -> PruneParameters:
+        one_budget(self, "ratio", "target_parameters")
+        fits_structures(self, [self.structure], "structure")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The size of the cut, for display."""
+        share = "" if self.ratio_of == "all" else " of the MLPs"
+        return f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
+
+    def read(self) -> dict[str, Any]:
+        """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
+        unread = {"ratio_of"} if self.ratio is None else set()
+        unread |= set() if self.refit in ("least_squares", "sequential") else {"ridge"}
+        return self.model_dump(exclude=unread, exclude_none=True)
+
+    def options(self) -> dict[str, Any]:
+        """The parameters to write on the command line."""
+        return self.read()
+
+
+def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
+    """Refuse scores of another model, a text that the cut does not read, and one that the scores do not come from."""
+    model, scores, text = inputs["model"], inputs["scores"], inputs["text"]
+    if (text is None) != (parameters.refit == "none"):
+        raise UserError(
+            f"refit {parameters.refit!r} reads no text: leave out --text."
+            if text
+            else f"refit {parameters.refit!r} reads the calibration text: give --text, the one that the scores were "
+            "made on."
+        )
+    if scores.manifest["inputs"]["model"] != model.key:
+        raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
+    if text and scores.manifest["inputs"]["text"] != text.key:
+        raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
+
+
+@outside_key  # the card only repeats the other files
+def _write_card(folder: Path) -> None:
+    from hfprune.sharing.model_card import write_card
+
+    write_card(folder)
+
+
+def _produce(folder: Path, inputs: Any, parameters: PruneParameters, run: Any) -> dict[str, Any]:
+    from hfprune.pruning.surgery import prune
+
+    model, scores, text = inputs["model"], inputs["scores"], inputs["text"]
+    calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
+    text_folder = text and text.folder
+    details = prune(
+        folder, model.folder, scores.folder, text_folder, origin(model), calibration, **parameters.model_dump()
+    )
+    _write_card(folder)
+    return details
+
+
+@outside_key
+def _cost(job: Any, estimate: Any) -> Any:
+    import torch
+
+    from hfprune.models.loading import flops_per_token
+    from hfprune.models.units import PARTS, part_of
+    from hfprune.pruning import refit
+    from hfprune.stages.costs import Cost, weight_bytes
+
+    dense, flops = estimate.models.dense, 0
+    memory = estimate.device.process + weight_bytes(dense)
+    if job.settings.refit != "none":
+        calibration = job.inputs["scores"].settings
+        tokens = calibration.samples * calibration.length
+        sequential = job.settings.refit == "sequential"
+        flops = tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
+        kept = estimate.models.kept(job)
+        for number, layer in enumerate(dense.model.layers):
+            for name in PARTS:
+                part = part_of(layer, name)
+                units = kept[name][number] if name in kept else torch.arange(part.units)
+                repair = refit.Repair(part, units, name, number)
+                if job.settings.refit != "bias" and (repair.lossy or sequential):
+                    repair.tokens = tokens
+                    flops += repair.flops
+        width, hidden = dense.config.intermediate_size, dense.config.hidden_size
+        streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
+        memory += streams * dense.dtype.itemsize + 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
+    return Cost(flops, memory, weight_bytes(estimate.models.of(job)))
+
+
+PRUNE = Stage(
+    name="prune",
+    module=__name__,
+    description="Remove the least important neurons or key-value groups, and save the smaller checkpoint.",
+    examples=(
+        "hfprune prune --model store/model/KEY --scores store/score/KEY --ratio 0.2",
+        "hfprune prune --model store/model/KEY --scores store/score/KEY --target-parameters 107000000 \\\n"
+        "    --refit least_squares --text store/text/KEY",
+    ),
+    parameters=PruneParameters,
+    produce=_produce,
+    inputs={
+        "model": Input(CHECKPOINTS, description="dense checkpoint"),
+        "scores": Input(("score",), description="the model's scores, from `hfprune score`"),
+        "text": Input(("text",), description="for a refit: the text that the scores come from", optional=True),
+    },
+    libraries=("torch", "transformers"),
+    check=_check,
+    reloads_checkpoint=True,
+    gpus="one",
+    cost=_cost,
+)

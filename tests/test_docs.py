@@ -1,0 +1,121 @@
+"""The README and the pages of docs/: links lead somewhere, what they name exists, configs are valid."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hfprune import cli
+from hfprune.experiment.schema import Experiment, parse, read
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`\n]+`")
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+HEADING = re.compile(r"^#+ +(.+?)\s*$", re.MULTILINE)
+COMMAND = re.compile(r"\bhfprune +([a-z][a-z-]*)((?:\\\n|[^`\n#|])*)")
+OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    found = set()
+    for heading in HEADING.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        repeats = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", anchor) is not None for anchor in found)
+        found.add(f"{slug}-{repeats}" if repeats else slug)
+    return found
+
+
+def broken_links(page):
+    """The relative links of a page that lead to no file, or to no heading of it."""
+    text = CODE.sub("", FENCE.sub("", page.read_text(encoding="utf-8")))
+    links = [link or attribute for link, attribute in LINK.findall(text)]
+    broken = []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+def subcommands(parser):
+    """The parsers of a parser's subcommands, by name."""
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return actions[0].choices if actions else {}
+
+
+def unknown_commands(page, parser):
+    """The commands, and their options, that stand in a page's code and that hfprune does not have."""
+    text = page.read_text(encoding="utf-8")
+    code = "\n".join([*FENCE.findall(text), *CODE.findall(FENCE.sub("", text))])
+    unknown = []
+    for command, rest in COMMAND.findall(code):
+        known = subcommands(parser).get(command)
+        action = rest.split()[0] if rest.split() else ""
+        if known and subcommands(known) and action.islower():
+            command, known = f"{command} {action}", subcommands(known).get(action)
+        if known is None:
+            unknown.append(f"hfprune {command}")
+            continue
+        options = OPTION.findall(rest)
+        unknown += [f"hfprune {command} {option}" for option in options if option not in known._option_string_actions]
+    return unknown
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """The parser of all commands."""
+    return cli._parser()
+
+
+@each_page
+def test_relative_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+@each_page
+def test_commands_and_options_exist(page, parser):
+    assert unknown_commands(page, parser) == []
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=[page.name for page in PAGES[1:]])
+def test_a_page_opens_with_its_question(page):
+    title, question, *_ = page.read_text(encoding="utf-8").split("\n\n")
+    assert title.startswith("# ")
+    assert re.fullmatch(r"\*[^*]+\?\*", question)
+
+
+def test_methods_in_a_config_are_ones_that_a_config_may_have():
+    experiment = read(ROOT / "config.yaml")
+    blocks = [(page.name, block) for page in PAGES for block in YAML.findall(page.read_text(encoding="utf-8"))]
+    for page, block in blocks:
+        values = yaml.safe_load(block)
+        if "methods" in values:
+            values.pop("texts", None)
+            for training in values.get("recovery", {}).values():
+                training["text"] = "xsum_summaries"
+            parse(Experiment, experiment | values, page)
+
+
+def test_what_is_wrong_is_found(tmp_path, parser):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page\n\n[here](#a-page) [no heading](#b) [no file](other.md) ![web](https://example.org/x.png)\n"
+        "`hfprune score --model M` `hfprune guess` `hfprune store burn` `hfprune plan --luck` `[code](x.md)`\n"
+        "```bash\nhfprune prune \\\n    --ratio 0.2 --hope 1 # --no-option\n```\n",
+        encoding="utf-8",
+    )
+    assert broken_links(page) == ["#b", "other.md"]
+    wrong = ["hfprune prune --hope", "hfprune guess", "hfprune store burn", "hfprune plan --luck"]
+    assert unknown_commands(page, parser) == wrong
