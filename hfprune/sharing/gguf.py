@@ -1,8 +1,8 @@
 """A checkpoint as one GGUF file, for llama.cpp and the programs built on it.
 
-The architectures `llama`, `qwen2` and `qwen3` of llama.cpp have one width for all layers. A checkpoint whose layers differ
-becomes another architecture with the same computation: `deci` (Llama's, with or without biases, rotary dimensions in
-Llama's order) or `openelm` (Qwen3's, with query, key and value rows fused, and without an output projection).
+The architectures `llama`, `qwen2` and `qwen3` of llama.cpp have one width for all layers. A checkpoint whose layers
+differ becomes another architecture with the same computation: `deci` (Llama's, with or without biases, rotary
+dimensions in Llama's order) or `openelm` (Qwen3's, with query, key and value rows fused, and no output projection).
 
 One tensor is in memory at a time, so the model may be larger than memory.
 """
@@ -18,16 +18,20 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from hfprune.errors import UserError
+from hfprune.models.widths import widths_of
 from hfprune.runtime.progress import progress
+from hfprune.sharing.gguf_identity import Identity
 from hfprune.sharing.gguf_vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BLOCK = 32  # columns that share one scale in Q8_0
 LARGEST_HALF = 65504.0
 ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
+# llama.cpp leaves out a layer's attention too where its MLP has no neurons: one block of zeros stands for none.
+NO_NEURONS = BLOCK
 
 # Our name of a layer's tensor -> llama.cpp's.
 NAMES = {
@@ -43,24 +47,25 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-ATTENTION = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+FUSED = ("attn_q.weight", "attn_k.weight", "attn_v.weight")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What of a checkpoint decides how llama.cpp has to read it.
+    """How llama.cpp has to read a checkpoint.
 
     Attributes:
         architecture: llama.cpp's name.
-        widths: neurons of each layer.
-        heads, groups: query heads and key-value heads of each layer.
+        neurons: of each layer in the file.
+        groups: key-value heads of each layer in the file.
+        per_group: query heads that read one key-value head.
         head_dim: dimension of a head.
     """
 
     architecture: str
-    widths: list[int]
-    heads: list[int]
+    neurons: list[int]
     groups: list[int]
+    per_group: int
     head_dim: int
 
     @property
@@ -74,18 +79,33 @@ class Layout:
         return self.architecture == "openelm"
 
 
-def write_gguf(folder: Path, output: Path, kind: str, about: Callable[["GGUFWriter"], None]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor to write: its name in the file, its shape, and a function that gives its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    def stored_as(self, kind: str) -> str:
+        """Its type in a file of type `kind`. With `q8_0`, rows that are no whole blocks are float16."""
+        if len(self.shape) == 1:
+            return "f32"
+        return "f16" if kind == "q8_0" and self.shape[-1] % BLOCK else kind
+
+
+def write_gguf(folder: Path, output: Path, kind: str, identity: Identity) -> dict[str, Any]:
     """Write the checkpoint in `folder` as the GGUF file `output`.
 
     Args:
-        folder: a checkpoint of one of the supported families, plain or with widths per layer.
-        output: the file to write. It appears whole or not at all.
-        kind: a name in `TYPES`. Norms and biases are always float32. With `q8_0`, a matrix whose row length is no
-            multiple of 32 is float16, as llama.cpp's own quantizer writes it.
-        about: adds the metadata that says what the model is (name, licence, base model).
+        folder: a checkpoint of one of `FAMILIES`, plain or with widths per layer.
+        output: the file to write.
+        kind: "f32", "f16", "bf16" or "q8_0", of matrices. Norms and biases are always float32. With `q8_0`, a matrix
+            whose row length is no multiple of 32 is float16, as llama.cpp's own quantizer writes it.
+        identity: what the header says about the model.
 
     Returns:
-        `architecture`, `type`, `bytes`, and `not_quantised`: names of the matrices that `q8_0` left in float16.
+        `architecture`, and `not_quantised`: the names of the matrices that `q8_0` left in float16.
 
     Raises:
         UserError: llama.cpp has no architecture, RoPE scaling or tokenizer for this checkpoint, or a value does not fit
@@ -96,29 +116,24 @@ def write_gguf(folder: Path, output: Path, kind: str, about: Callable[["GGUFWrit
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     layout = layout_of(config, folder)
     vocabulary = read_vocabulary(folder, config.vocab_size)
-    partial = output.with_name(f".{output.name}.partial")
-    writer = GGUFWriter(partial, layout.architecture)
+    writer = GGUFWriter(output, layout.architecture)
     try:
-        about(writer)
+        identity.describe(writer)
         _add_shape(writer, config, layout, folder)
         _add_vocabulary(writer, vocabulary)
         _add_type(writer, kind)
-        tensors = list(_tensors(folder, config, layout))
-        unquantised = [name for name, shape, _ in tensors if kind == "q8_0" and _is_matrix(shape) and shape[-1] % BLOCK]
-        for name, shape, _ in tensors:
-            _announce(writer, name, shape, kind)
+        tensors = list(_tensors(Weights(folder), config, layout))
+        for tensor in tensors:
+            _announce(writer, tensor, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, shape, read in progress(tensors, "gguf", len(tensors), "tensor"):
-            writer.write_tensor_data(_encoded(read(), name, shape, kind))
-        writer.close()
-        partial.replace(output)
+        for tensor in progress(tensors, "gguf", len(tensors), "tensor"):
+            writer.write_tensor_data(_encoded(tensor, kind))
     finally:
         writer.close()
-        partial.unlink(missing_ok=True)
-    size = output.stat().st_size
-    return {"architecture": layout.architecture, "type": kind, "bytes": size, "not_quantised": unquantised}
+    odd = [tensor.name for tensor in tensors if kind == "q8_0" and tensor.stored_as(kind) == "f16"]
+    return {"architecture": layout.architecture, "not_quantised": odd}
 
 
 def layout_of(config: PreTrainedConfig, folder: Path) -> Layout:
@@ -127,25 +142,26 @@ def layout_of(config: PreTrainedConfig, folder: Path) -> Layout:
     Raises:
         UserError: it cannot.
     """
-    family, count = config.model_type, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    widths = list(getattr(config, "intermediate_sizes", None) or [config.intermediate_size] * count)
-    groups = list(getattr(config, "key_value_heads", None) or [config.num_key_value_heads] * count)
-    heads = [per_group * number for number in groups]
-    alike = len(set(widths)) == len(set(groups)) == 1
-    if family not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise UserError(f"{folder}: model_type {family!r} cannot be written as GGUF yet.")
-    if alike and not (family == "qwen2" and heads[0] * head_dim != config.hidden_size):
-        return Layout({"mistral": "llama"}.get(family, family), widths, heads, groups, head_dim)
-    if family == "qwen3":
-        if not config.tie_word_embeddings:
-            raise UserError(
-                f"{folder}: llama.cpp has no architecture for a Qwen3 whose layers differ and whose output projection "
-                "is not the embedding. Prune with `allocation: uniform`, or with `pad: true`."
-            )
-        return Layout("openelm", widths, heads, groups, head_dim)
-    return Layout("deci", widths, heads, groups, head_dim)
+    family, widths = config.model_type, widths_of(config)
+    if family not in FAMILIES:
+        raise UserError(
+            f"{folder}: model_type {family!r} cannot be written as GGUF. Those that can: {', '.join(FAMILIES)}."
+        )
+    heads = widths.groups[0] * widths.per_group
+    if widths.alike and not (family == "qwen2" and heads * widths.head_dim != config.hidden_size):
+        return Layout(
+            {"mistral": "llama"}.get(family, family), widths.neurons, widths.groups, widths.per_group, widths.head_dim
+        )
+    if family == "qwen3" and not config.tie_word_embeddings:
+        raise UserError(
+            f"{folder}: llama.cpp has no architecture for a Qwen3 whose layers differ and whose output projection is "
+            "not the embedding. Prune with `allocation: uniform`, or with `pad: true`."
+        )
+    architecture = "openelm" if family == "qwen3" else "deci"
+    neurons = [count or NO_NEURONS for count in widths.neurons]
+    # llama.cpp takes the dimension of a head from layer 0, and `openelm` always computes attention.
+    groups = [count or int(number == 0 or architecture == "openelm") for number, count in enumerate(widths.groups)]
+    return Layout(architecture, neurons, groups, widths.per_group, widths.head_dim)
 
 
 def _add_shape(writer: "GGUFWriter", config: PreTrainedConfig, layout: Layout, folder: Path) -> None:
@@ -159,8 +175,8 @@ def _add_shape(writer: "GGUFWriter", config: PreTrainedConfig, layout: Layout, f
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(one_or_all(layout.widths))
-    writer.add_head_count(one_or_all(layout.heads))
+    writer.add_feed_forward_length(one_or_all(layout.neurons))
+    writer.add_head_count(one_or_all([layout.per_group * count for count in layout.groups]))
     writer.add_head_count_kv(one_or_all(layout.groups))
     writer.add_key_length(layout.head_dim)
     writer.add_value_length(layout.head_dim)
@@ -175,8 +191,11 @@ def _add_rope(writer: "GGUFWriter", config: PreTrainedConfig, layout: Layout, fo
 
     rope = config.rope_parameters
     scaling = rope.get("rope_type", "default")
-    if scaling not in ROPE_SCALINGS or (scaling == "llama3" and layout.architecture not in ("llama", "deci")):
-        raise UserError(f"{folder / 'config.json'}: RoPE scaling {scaling!r} cannot be written as GGUF.")
+    if scaling not in ROPE_SCALINGS or (scaling == "llama3" and not layout.permutes):
+        raise UserError(
+            f"{folder / 'config.json'}: rope_type {scaling!r} cannot be written as GGUF for architecture "
+            f"{layout.architecture}. Those that can: default, linear, yarn, and of Llama and Mistral llama3."
+        )
     writer.add_rope_freq_base(rope["rope_theta"])
     if scaling in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(scaling))
@@ -212,66 +231,94 @@ def _add_type(writer: "GGUFWriter", kind: str) -> None:
     writer.add_file_type(LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"])
 
 
-Read = Callable[[], Tensor]
+class Weights:
+    """The tensors of a checkpoint's safetensors files, read one at a time.
 
+    Attributes:
+        shapes: by name.
+    """
 
-def _tensors(folder: Path, config: PreTrainedConfig, layout: Layout) -> Iterator[tuple[str, tuple[int, ...], Read]]:
-    """llama.cpp's name, the shape, and how to read each tensor."""
-    files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (not a dictionary)
-                files[name], shapes[name] = file, tuple(stored.get_slice(name).get_shape())
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 (not a dictionary)
+                    self._files[name], self.shapes[name] = file, tuple(stored.get_slice(name).get_shape())
 
-    def read(name: str) -> Tensor:
-        with safe_open(files[name], "pt") as stored:
+    def tensor(self, name: str, name_in_file: str) -> FileTensor:
+        """A tensor as it is."""
+        return FileTensor(name_in_file, self.shapes[name], lambda: self._read(name))
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as stored:
             return stored.get_tensor(name)
 
-    def plain(ours: str, theirs: str) -> tuple[str, tuple[int, ...], Read]:
-        return theirs, shapes[ours], lambda: read(ours)
 
-    yield plain("model.embed_tokens.weight", "token_embd.weight")
-    yield plain("model.norm.weight", "output_norm.weight")
+def _tensors(weights: Weights, config: PreTrainedConfig, layout: Layout) -> Iterator[FileTensor]:
+    """All tensors of the file."""
+    yield weights.tensor("model.embed_tokens.weight", "token_embd.weight")
+    yield weights.tensor("model.norm.weight", "output_norm.weight")
     if not config.tie_word_embeddings:
-        yield plain("lm_head.weight", "output.weight")
+        yield weights.tensor("lm_head.weight", "output.weight")
     if config.rope_parameters.get("rope_type") == "llama3":
         factors = _frequency_factors(config, layout.head_dim)
-        yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        names = [name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]
-        for name in names:
-            module, _, suffix = name.rpartition(".")
-            if module not in NAMES:
-                raise UserError(
-                    f"{files[prefix + name]}: {prefix}{name}: no tensor of this name in llama.cpp's format."
-                )
-            if layout.fuses and name in ATTENTION:
-                continue
-            theirs, shape, load = plain(prefix + name, f"blk.{layer}.{NAMES[module]}.{suffix}")
-            if layout.permutes and module in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads = (layout.heads if module.endswith("q_proj") else layout.groups)[layer]
-                load = _permuted(load, heads)
-            yield theirs, shape, load
+        yield FileTensor("rope_freqs.weight", tuple(factors.shape), lambda: factors)
+    for number in range(config.num_hidden_layers):
+        tensors = {tensor.name: tensor for tensor in _layer(weights, number, config.hidden_size, layout)}
         if layout.fuses:
-            sizes = [shapes[prefix + name] for name in ATTENTION]
-            fused = (sum(size[0] for size in sizes), sizes[0][1])
-            yield (
-                f"blk.{layer}.attn_qkv.weight",
-                fused,
-                lambda prefix=prefix: torch.cat([read(prefix + name) for name in ATTENTION]),
-            )
+            parts = [tensors.pop(name) for name in FUSED]
+            shape = (sum(part.shape[0] for part in parts), config.hidden_size)
+            tensors["attn_qkv.weight"] = FileTensor("attn_qkv.weight", shape, _concatenated(parts))
+        for tensor in tensors.values():
+            yield FileTensor(f"blk.{number}.{tensor.name}", tensor.shape, tensor.read)
 
 
-def _permuted(read: Read, heads: int) -> Read:
+def _layer(weights: Weights, number: int, hidden: int, layout: Layout) -> Iterator[FileTensor]:
+    """The tensors of a layer, without its prefix. Zeros stand for parts that were removed whole."""
+    prefix, groups, widths = f"model.layers.{number}.", layout.groups[number], (hidden, layout.neurons[number])
+    heads = {"self_attn.q_proj": layout.per_group * groups, "self_attn.k_proj": groups}
+    names = [name for name in weights.shapes if name.startswith(prefix) and 0 not in weights.shapes[name]]
+    for name in names:
+        module, _, suffix = name.removeprefix(prefix).rpartition(".")
+        if module not in NAMES:
+            raise UserError(f"{weights.folder}: {name}: llama.cpp's format has no tensor of this name.")
+        if groups == 0 and module == "input_layernorm":
+            continue
+        tensor = weights.tensor(name, f"{NAMES[module]}.{suffix}")
+        yield _permuted(tensor, heads[module]) if layout.permutes and module in heads else tensor
+    if f"{prefix}mlp.up_proj.weight" not in names:
+        yield _constant("ffn_gate.weight", widths[::-1])
+        yield _constant("ffn_up.weight", widths[::-1])
+        yield _constant("ffn_down.weight", widths)
+    if groups and f"{prefix}self_attn.q_proj.weight" not in names:
+        keys, queries = groups * layout.head_dim, layout.per_group * groups * layout.head_dim
+        yield _constant("attn_q.weight", (queries, hidden))
+        yield _constant("attn_k.weight", (keys, hidden))
+        yield _constant("attn_v.weight", (keys, hidden))
+        yield _constant("attn_output.weight", (hidden, queries))
+        if layout.fuses:
+            yield _constant("attn_q_norm.weight", (layout.head_dim,))
+            yield _constant("attn_k_norm.weight", (layout.head_dim,))
+
+
+def _constant(name: str, shape: tuple[int, ...]) -> FileTensor:
+    return FileTensor(name, shape, lambda: torch.zeros(shape))
+
+
+def _concatenated(parts: list[FileTensor]) -> Callable[[], Tensor]:
+    return lambda: torch.cat([part.read() for part in parts])
+
+
+def _permuted(tensor: FileTensor, heads: int) -> FileTensor:
     """Rows of heads from the two halves of a rotary pair apart (ours) to side by side (llama.cpp's `llama`)."""
 
-    def load() -> Tensor:
-        rows = read()
+    def read() -> Tensor:
+        rows = tensor.read()
         return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
-    return load
+    return FileTensor(tensor.name, tensor.shape, read)
 
 
 def _frequency_factors(config: PreTrainedConfig, head_dim: int) -> Tensor:
@@ -283,32 +330,23 @@ def _frequency_factors(config: PreTrainedConfig, head_dim: int) -> Tensor:
     return (base / scaled.double()).float()
 
 
-def _is_matrix(shape: tuple[int, ...]) -> bool:
-    return len(shape) > 1
-
-
-def _stored_as(shape: tuple[int, ...], kind: str) -> str:
-    """The type that a tensor of this shape gets."""
-    if not _is_matrix(shape):
-        return "f32"
-    return "f16" if kind == "q8_0" and shape[-1] % BLOCK else kind
-
-
-def _announce(writer: "GGUFWriter", name: str, shape: tuple[int, ...], kind: str) -> None:
+def _announce(writer: "GGUFWriter", tensor: FileTensor, kind: str) -> None:
+    """Write a tensor's entry in the header."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    stored = GGMLQuantizationType[_stored_as(shape, kind).upper()]
+    stored = GGMLQuantizationType[tensor.stored_as(kind).upper()]
     block, size = GGML_QUANT_SIZES[stored]
-    count = int(np.prod(shape))
+    count = int(np.prod(tensor.shape))
     if stored in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-        writer.add_tensor_info(name, shape, np.dtype(np.float32 if size == 4 else np.float16), count * size)
+        dtype = np.dtype(np.float32 if size == 4 else np.float16)
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, count * size)
     else:
-        row_bytes = shape[-1] // block * size
-        writer.add_tensor_info(name, (*shape[:-1], row_bytes), np.dtype(np.uint8), count // block * size, stored)
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), count // block * size, stored)
 
 
-def _encoded(tensor: Tensor, name: str, shape: tuple[int, ...], kind: str) -> Any:
+def _encoded(tensor: FileTensor, kind: str) -> Any:
     """A tensor as the bytes that llama.cpp reads, a numpy array.
 
     Raises:
@@ -317,10 +355,9 @@ def _encoded(tensor: Tensor, name: str, shape: tuple[int, ...], kind: str) -> An
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    stored = _stored_as(shape, kind)
-    values = tensor.float().contiguous()
+    stored, values = tensor.stored_as(kind), tensor.read().float().contiguous()
     if stored == "f16" and values.abs().max() > LARGEST_HALF:
-        raise UserError(f"{name}: values up to {values.abs().max():.3g} do not fit float16. Take `--type bf16`.")
+        raise UserError(f"{tensor.name}: values up to {values.abs().max():.3g} do not fit float16. Take --type bf16.")
     if stored == "f32":
         return values.numpy()
     if stored == "f16":

@@ -1,7 +1,7 @@
 """A tokenizer as llama.cpp reads it: tokens with their types, merges, and how text is split before merging.
 
-`tokenizer.json` alone is read, the file that every fast tokenizer has. Two kinds are known: byte-level BPE (GPT-2's, with
-one of several ways to split a text) and BPE over SentencePiece's pieces with bytes as a fallback (Llama 2's).
+`tokenizer.json` alone is read, the file that every fast tokenizer has. Two kinds are known: byte-level BPE (GPT-2's,
+with one of several ways to split a text) and BPE over SentencePiece's pieces with bytes as a fallback (Llama 2's).
 """
 
 import json
@@ -144,8 +144,8 @@ def _split_name(content: dict[str, Any], file: Path) -> str:
     steps = tuple(_splits(content.get("pre_tokenizer") or {}))
     if content.get("normalizer") not in (None, {"type": "NFC"}) or steps not in SPLITS:
         raise UserError(
-            f"{file}: its pre_tokenizer is none of those that llama.cpp is known to have ({', '.join(SPLITS.values())}). "
-            "A wrong one would give other tokens in silence, so nothing is written."
+            f"{file}: its pre_tokenizer is none of those that llama.cpp is known to have "
+            f"({', '.join(SPLITS.values())}). A wrong one would give other tokens in silence, so nothing is written."
         )
     return SPLITS[steps]
 
