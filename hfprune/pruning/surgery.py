@@ -1,6 +1,7 @@
 """Cut a model to the units to keep."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from hfprune.pruning.refit import refit as refit_kept
 from hfprune.runtime.matmul import fast_products
 from hfprune.store.filenames import PRUNING, SCORES
 
+NOTICED = 5e-4  # difference of a share from the one asked for that is told
+
 
 def prune(
     folder: Path, model: Path, scores: Path, text: Path | None, source: Mapping[str, Any],
-    calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None, round_to: int,
-    structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float, pad: bool, dtype: str,
+    calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None,
+    round_to: int | None, structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float,
+    pad: bool, dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
@@ -38,7 +42,7 @@ def prune(
         source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
         ratio, ratio_of, target_parameters, attention_share: the budget, see `budget.units_to_keep`.
-        round_to: every MLP keeps a multiple of so many neurons.
+        round_to: every MLP keeps a multiple of so many neurons; None for `budget.default_step`.
         structure: a name in `structures.STRUCTURES`.
         allocation: a name in `allocation.ALLOCATIONS`.
         refit: "none", or a method of `refit.refit`.
@@ -57,7 +61,7 @@ def prune(
     budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
-    kept = best_units(budget, ranked, allocation, round_to)
+    kept = best_units(budget, ranked, allocation)
     units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
     refit_details = {}
     if refit != "none":
@@ -69,6 +73,7 @@ def prune(
     padding = checkpoint.pad(network) if pad else 0
     parameters, dense = count_parameters(network), dense_parameters(before, shape.total)
     expected = checkpoint.write(network, folder, model)
+    _tell_achieved(budget, 1 - parameters / shape.total)
     del network  # the reload needs the memory: one copy at a time
     reload = checkpoint.prove(folder, expected)
     details = {
@@ -91,7 +96,7 @@ def prune(
     report = {
         **details,
         "attention_share": attention_share,
-        "round_to": round_to,
+        "round_to": budget.round_to,
         "criterion": calibration["criterion"],
         "calibration": dict(calibration),
         "padding": padding,
@@ -104,17 +109,26 @@ def prune(
     return details
 
 
-def best_units(budget: Budget, scores: Scores, allocation: str, round_to: int) -> Kept:
+def _tell_achieved(budget: Budget, achieved: float) -> None:
+    """Tell the share that was removed, if steps keep it from being the one asked for."""
+    if abs(achieved - budget.share) > NOTICED:
+        print(
+            f"removed {achieved:.4f} of all parameters, asked {budget.share:.4f}: the nearest that whole units and "
+            f"widths in multiples of {budget.round_to} give",
+            file=sys.stderr,
+        )
+
+
+def best_units(budget: Budget, scores: Scores, allocation: str) -> Kept:
     """The units to keep: by part that is cut, ascending int64 indices per layer.
 
     Args:
         budget: how many of each part, see `budget.units_to_keep`.
         scores: by part, (units,) per layer.
         allocation: a name in `allocation.ALLOCATIONS`.
-        round_to: every MLP keeps a multiple of so many neurons.
     """
     return {
-        name: allocate(allocation, scores[name], keep, round_to if name == "mlp" else 1)
+        name: allocate(allocation, scores[name], keep, budget.round_to if name == "mlp" else 1)
         for name, keep in budget.keep.items()
     }
 
