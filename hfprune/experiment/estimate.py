@@ -409,7 +409,7 @@ class Estimate:
         """Bytes that scoring by these criteria in one pass computes in."""
         dense, batch = self.models.dense, max(scoring.TOKENS_PER_BATCH, length)
         logits = min(batch * dense.config.vocab_size, scoring.LOGITS_PER_CHUNK[self.kind])
-        memory = weight_bytes(dense) + 3 * 4 * logits
+        memory = weight_bytes(dense) + 3 * 4 * logits + scoring.bytes_of_sums(dense, criteria)
         if any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria):
             return memory + self.graph(dense, batch, reserved=memory)
         return memory + graph_bytes(dense, batch) // dense.config.num_hidden_layers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -28,6 +30,8 @@ from hfprune.models.loading import (
 )
 from hfprune.models.units import PARTS, Part, Scores, parts, read_scores
 from hfprune.pruning.criteria import CRITERIA, LIGHT_CUT, GradientCriterion, Moments, Positions, StaticCriterion
+from hfprune.pruning.greedy import one_by_one
+from hfprune.pruning.weight_recorder import WeightRecorder, reads_weights, sizes, sum_name
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import checkpointed, is_short
 from hfprune.runtime.progress import progress
@@ -42,9 +46,10 @@ PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, units) pr
     "absolute": lambda products: vector_norm(products, 1, dim=(0, 1)),
     "square": lambda products: vector_norm(products, 2, dim=(0, 1)).double().square(),
     "square_of_sum": lambda products: products.sum(1).square().sum(0),
+    "pairs": lambda products: products.flatten(0, 1).T @ products.flatten(0, 1),  # (units, units)
 }
+SUM_NAME = re.compile(r"(\w+)(-\d+)?\.")  # of a criterion or a moment, and the number of a linear layer
 LogitGradient = Callable[[Tensor, Positions], Tensor]  # see `criteria.GradientCriterion`
-MOMENTS = ("total", "squares")  # what static criteria read of the activations
 
 
 def score(
@@ -138,12 +143,42 @@ def shard_range(samples: int, length: int, shard: int, shards: int) -> range:
     return range(min(samples, units * shard // shards * unit), min(samples, units * (shard + 1) // shards * unit))
 
 
+def names_of_sums(criterion: str, part: Part) -> tuple[str, ...]:
+    """The names of the sums that a criterion needs of a part."""
+    if reads_weights(criterion):
+        return tuple(sum_name(criterion, number) for number in range(len(part.linears)))
+    entry = CRITERIA[criterion]
+    return (criterion,) if isinstance(entry, GradientCriterion) else entry.moments
+
+
+def bytes_of_sums(model: PreTrainedModel, criteria: Sequence[str]) -> int:
+    """Size of the sums of a pass for these criteria."""
+    numbers = 0
+    moments = _moments(criteria)
+    for part in (part for kind in PARTS for part in parts(model, kind)):
+        columns = part.output.in_features
+        numbers += sum(columns**2 if name == "products" else columns for name in moments)
+        for name in criteria:
+            if reads_weights(name):
+                numbers += sum(sizes(part, name))
+            elif isinstance(criterion := CRITERIA[name], GradientCriterion):
+                numbers += part.units ** (2 if criterion.products == "pairs" else 1)
+    return 8 * numbers
+
+
+def _moments(criteria: Sequence[str]) -> list[str]:
+    """The names of the moments that static criteria among these read."""
+    static = [criterion for name in criteria if isinstance(criterion := CRITERIA[name], StaticCriterion)]
+    return list(dict.fromkeys(name for criterion in static for name in criterion.moments))
+
+
 class Sums:
     """The sums of a pass over the calibration text, in float64.
 
     Attributes:
         sequences: number of sequences that the sums contain.
-        tensors: `<name>.<part>.<layer>` -> (units,) for names of gradient criteria, (columns,) for `MOMENTS`.
+        tensors: `<name>.<part>.<layer>`, for names see `names_of_sums` -> float64 sums, of a shape that depends on
+            the criterion: (units,) for most gradient criteria, (columns,) for most moments.
     """
 
     def __init__(self) -> None:
@@ -157,10 +192,11 @@ class Sums:
 
     def of(self, criterion: str) -> Sums:
         """The sums that one criterion needs."""
-        names = (criterion,) if isinstance(CRITERIA[criterion], GradientCriterion) else MOMENTS
         subset = Sums()
         subset.sequences = self.sequences
-        subset.tensors = {name: tensor for name, tensor in self.tensors.items() if name.split(".")[0] in names}
+        entry = CRITERIA[criterion]
+        names = (criterion,) if isinstance(entry, GradientCriterion) else entry.moments
+        subset.tensors = {key: tensor for key, tensor in self.tensors.items() if SUM_NAME.match(key)[1] in names}
         return subset
 
     def layers(self, name: str, part: str) -> list[Tensor]:
@@ -226,13 +262,16 @@ def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreT
     for kind in PARTS:
         if isinstance(criterion, GradientCriterion):
             times = count * (draws if criterion.sampled else 1)
-            by_part[kind] = [(layer / times).float() for layer in sums.layers(name, kind)]
+            by_part[kind] = [layer / times for layer in _summed(name, kind, sums)]
+            if criterion.products == "pairs":
+                by_part[kind] = [one_by_one(layer) for layer in by_part[kind]]
+            by_part[kind] = [layer.float() for layer in by_part[kind]]
         else:
             assert model is not None
-            moments = zip(parts(model, kind), *(sums.layers(moment, kind) for moment in MOMENTS), strict=True)
+            layers = zip(*(sums.layers(moment, kind) for moment in criterion.moments), strict=True)
             by_part[kind] = [
-                _static(criterion, part, count, total, squares, generator(seed, name, kind, layer))
-                for layer, (part, total, squares) in enumerate(moments)
+                _static(criterion, part, count, moments, generator(seed, name, kind, layer))
+                for layer, (part, moments) in enumerate(zip(parts(model, kind), layers, strict=True))
             ]
         for layer, scores in enumerate(by_part[kind]):
             if not scores.isfinite().all():
@@ -242,12 +281,24 @@ def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreT
     return by_part
 
 
+def _summed(name: str, kind: str, sums: Sums) -> list[Tensor]:
+    """The sums of a gradient criterion, per layer: (units,), or (units, units) for pairs."""
+    if not reads_weights(name):
+        return sums.layers(name, kind)
+    by_linear = itertools.takewhile(len, (sums.layers(sum_name(name, number), kind) for number in itertools.count()))
+    return [sum(each.abs().sum(1) for each in linears) for linears in zip(*by_linear, strict=True)]
+
+
 def _static(
-    criterion: StaticCriterion, part: Part, count: int, total: Tensor, squares: Tensor, random: torch.Generator
+    criterion: StaticCriterion, part: Part, count: int, moments: Sequence[Tensor], random: torch.Generator
 ) -> Tensor:
     with weights_in_memory(*part.linears):
-        device = part.output.weight.device
-        return criterion.score(part, Moments(count, total.to(device), squares.to(device)), random).float().cpu()
+        by_name = {
+            name: moment.to(part.output.weight.device) for name, moment in zip(criterion.moments, moments, strict=True)
+        }
+        if "products" in by_name and not by_name["squares"].any():  # nothing to invert; `finish` refuses zeros
+            return torch.zeros(part.units)
+        return criterion.score(part, Moments(count, **by_name), random).float().cpu()
 
 
 class UnitRecorder:
@@ -264,7 +315,7 @@ class UnitRecorder:
     """
 
     def __init__(
-        self, sums: Sums, moments: bool, differentiate: bool, silent: list[Tensor] | None, recompute: bool
+        self, sums: Sums, moments: Sequence[str], differentiate: bool, silent: list[Tensor] | None, recompute: bool
     ) -> None:
         self.sums, self.moments, self.differentiate, self.silent = sums, moments, differentiate, silent
         self.recompute = recompute
@@ -300,6 +351,9 @@ class UnitRecorder:
         if self.moments:
             self.sums.add(f"total.{location}", values.float().sum((0, 1)))
             self.sums.add(f"squares.{location}", vector_norm(values.float(), dim=(0, 1)).double().square())
+        if "products" in self.moments:
+            flat = values.flatten(0, 1).float()
+            self.sums.add(f"products.{location}", flat.T @ flat)
 
         kept = None if self.recompute else values
 
@@ -307,7 +361,8 @@ class UnitRecorder:
             activations = self.recomputed.pop(location) if kept is None else kept
             products = part.per_unit(gradient.float() * activations.float())
             for name in self.criteria:
-                self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
+                if not reads_weights(name):
+                    self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
 
         if self.differentiate:
             activation.register_hook(add)
@@ -341,23 +396,27 @@ def add_up(
     share = share if share is not None else range(len(tokens))
     all_parts = [(kind, layer, part) for kind in PARTS for layer, part in enumerate(parts(model, kind))]
     passes = _backward_passes(criteria, draws)
-    moments = any(isinstance(CRITERIA[name], StaticCriterion) for name in criteria)
+    moments = _moments(criteria)
     sums = Sums()
     # The file is named after what it sums: a pass over other criteria, or with other draws, must not continue it.
     times = Counter(name for names, _, _ in passes for name in names)
     summed = [f"{name}x{count}" for name, count in times.items()]
-    state = resume / f"{'-'.join(['sums', *sorted(summed), *['moments'] * moments])}.safetensors" if resume else None
+    state = resume / f"{'-'.join(['sums', *sorted(summed), *moments])}.safetensors" if resume else None
     if state and state.exists():
         sums.load(state)
     size = batch or _batch_size(tokens.shape[1])
     recompute = bool(passes) and is_short(model, size * tokens.shape[1])
     recorder = UnitRecorder(sums, moments, bool(passes), silenced(light_cut) if light_cut else None, recompute)
+    weight_recorder = WeightRecorder(recorder)
     output = model.get_output_embeddings()
     remaining = tokens[share.start + sums.sequences : share.stop]
     saved = time.monotonic()
     with ExitStack() as stack:
         for kind, layer, part in all_parts:
             stack.callback(part.output.register_forward_pre_hook(recorder.hook(kind, layer, part)).remove)
+            for number, linear in enumerate(part.linears if any(map(reads_weights, criteria)) else ()):
+                hook = weight_recorder.hook(kind, layer, part, number)
+                stack.callback(linear.register_forward_hook(hook).remove)
         stack.enter_context(weights_in_memory(output))
         stack.enter_context(fast_products(model.device))
         if recompute:
@@ -390,8 +449,8 @@ def add_up(
                 saved = time.monotonic()
             if stop:
                 raise Stopped(f"the sums over {sums.sequences} of {len(share)} sequences are kept")
-    for name in {*times, *(MOMENTS if moments else ())}:
-        for kind, layer, _ in all_parts:
+    for kind, layer, part in all_parts:
+        for name in {name for criterion in criteria for name in names_of_sums(criterion, part)}:
             if share and f"{name}.{kind}.{layer}" not in sums.tensors:
                 raise UserError(f"layer {layer}, {kind}: nothing reached it, neither activations nor gradients.")
     return sums
