@@ -14,17 +14,9 @@ from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.models.units import PARTS
 from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion
 from hfprune.pruning.greedy import one_by_one
-from hfprune.pruning.scoring import (
-    LOGITS_PER_CHUNK,
-    Sums,
-    add_up,
-    finish,
-    generator,
-    hidden_gradient,
-    positions_of,
-    shard_range,
-    unit_scores,
-)
+from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
+from hfprune.pruning.recorder import Sums
+from hfprune.pruning.scoring import add_up, finish, shard_range, unit_scores
 from hfprune.runtime.memory import graph_bytes
 from hfprune.runtime.signals import Stopped
 from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines

@@ -24,7 +24,9 @@ from hfprune.models.units import Part
 from hfprune.pruning.criteria import CRITERIA
 
 if TYPE_CHECKING:
-    from hfprune.pruning.scoring import UnitRecorder
+    from torch.utils.hooks import RemovableHandle
+
+    from hfprune.pruning.recorder import UnitRecorder
 
 # (units, vectors, length) weights times gradients of one sequence -> (units, numbers to sum over sequences). A vector
 # is a row of a layer that the unit reads through, or a column of the one that it writes through.
@@ -61,7 +63,14 @@ class WeightRecorder:
         self.recorder = recorder
         self.gradients: dict[str, Tensor] = {}  # dS/dy of an output layer, until its input can be read
 
-    def hook(self, kind: str, layer: int, part: Part, number: int) -> Callable:
+    def hooks(self, kind: str, layer: int, part: Part) -> list[RemovableHandle]:
+        """Attach to all linear layers of a part."""
+        return [
+            linear.register_forward_hook(self._hook(kind, layer, part, number))
+            for number, linear in enumerate(part.linears)
+        ]
+
+    def _hook(self, kind: str, layer: int, part: Part, number: int) -> Callable:
         """The forward hook of linear layer `number` of a part."""
         linear, recorder, key = part.linears[number], self.recorder, f"{kind}.{layer}.{number}"
         is_output = linear is part.output
@@ -100,4 +109,4 @@ class WeightRecorder:
                 by_unit = vectors.unflatten(0, (part.units, -1))
                 for name in names:
                     form = WEIGHT_FORMS[CRITERIA[name].products]
-                    self.recorder.sums.add(f"{sum_name(name, number)}.{location}", form(by_unit))
+                    self.recorder.sums.add(f"{sum_name(name, number)}.{location}", form(by_unit).contiguous())
