@@ -1,5 +1,6 @@
 """Loading and running checkpoints of the supported families, and counting their parameters, FLOPs and bytes."""
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -149,13 +150,19 @@ def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool 
 
 def _streamed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model whose weights stay in the files of its checkpoint."""
+    model = shape_only(config, dtype)
+    place_in_files(model, weight_files(folder), device())
+    return model
+
+
+def shape_only(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config with its parameters on the meta device: shapes without values."""
     built_by = model_class(config)
     build = built_by.from_config if built_by is AutoModelForCausalLM else built_by._from_config
     with init_empty_weights(include_buffers=False):  # buffers, such as rotary frequencies, are in no file
-        model = build(config, dtype=dtype)
+        model = build(copy.deepcopy(config), dtype=dtype)
     model.tie_weights()  # building on the meta device breaks it
-    place_in_files(model.eval().requires_grad_(False), weight_files(folder), device())
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def _dtype(folder: Path, config: PreTrainedConfig, dtype: str) -> torch.dtype:
