@@ -32,6 +32,7 @@ from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
+from hfprune.pruning.recorder import bytes_of_sums
 from hfprune.pruning.surgery import cut
 from hfprune.runtime.memory import forward_bytes, graph_bytes
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
@@ -269,12 +270,12 @@ class Models:
         parameters = job.recipe.parameters
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
         budget = {name: parameters[name] for name in names if name in parameters}
-        keep = units_to_keep(self.shape, **budget).keep
+        whole = units_to_keep(self.shape, **budget)
         generator = torch.Generator().manual_seed(0)
         kept = {}
-        for name, units in keep.items():
+        for name, units in whole.keep.items():
             scores = [torch.rand(width, generator=generator) for width in self.shape.units[name]]
-            step = parameters["round_to"] if name == "mlp" else 1
+            step = whole.round_to if name == "mlp" else 1
             kept[name] = allocate(parameters["allocation"], scores, units, step)
         return kept
 
@@ -317,7 +318,8 @@ class Estimate:
         memory = cost.memory_bytes if on_cpu else process + files
         memory += SNAKEMAKE_BYTES + DATA_IN_MEMORY * data
         if stage.reloads_checkpoint:
-            memory += process + self._size(job)
+            is_streamed = job.recipe.stage == "prune" and self.is_streamed(job, self.models.dense)
+            memory += process + (streamed_bytes(self.models.dense) if is_streamed else self._size(job))
         seconds = START_SECONDS + SECONDS_PER_GIB * files / GIB + self.seconds(cost.flops, SLOW_SHARE)
         if on_cpu or job.is_light or stage.gpus == "none":
             gpus = 0
@@ -420,9 +422,10 @@ class Estimate:
         dense, batch = self.models.dense, max(scoring.TOKENS_PER_BATCH, length)
         logits = min(batch * dense.config.vocab_size, LOGITS_PER_CHUNK[self.kind])
         layer = graph_bytes(dense, batch) // dense.config.num_hidden_layers
+        sums = bytes_of_sums(dense, criteria)
         if streamed:
-            return streamed_bytes(dense) + max(3 * 4 * logits, layer)
-        memory = weight_bytes(dense) + 3 * 4 * logits
+            return streamed_bytes(dense) + sums + max(3 * 4 * logits, layer)
+        memory = weight_bytes(dense) + sums + 3 * 4 * logits
         if any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria):
             return memory + self.graph(dense, batch, reserved=memory)
         return memory + layer

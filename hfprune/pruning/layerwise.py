@@ -82,7 +82,7 @@ class LayerwisePass:
         self.model, self.one_pass, self.streams = model, one_pass, streams
         self.device, self.layers = device_of(model), layers_of(model)
         self.forward_recorder = UnitRecorder(sums, one_pass.moments, False, one_pass.silent, False)
-        self.backward_recorder = UnitRecorder(sums, False, True, one_pass.silent, False)
+        self.backward_recorder = UnitRecorder(sums, (), True, one_pass.silent, False, one_pass.weights)
         with in_memory(*entrance(model)):
             _, self.arguments = enter(model, one_pass.tokens[:1])
 
