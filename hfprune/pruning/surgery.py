@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
 from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
-from hfprune.models.loading import count_parameters, load_model, load_tokenizer, set_linear
+from hfprune.models.loading import count_parameters, flops_per_token, load_model, load_tokenizer, set_linear
 from hfprune.models.units import Kept, Part, Scores, parts, read_scores, spread
-from hfprune.pruning.allocation import allocate
+from hfprune.pruning.allocation import ALLOCATIONS, allocate
 from hfprune.pruning.budget import Budget, shape_of, units_to_keep
+from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.runtime.matmul import fast_products
 from hfprune.store.filenames import PRUNING, SCORES
@@ -34,7 +35,7 @@ def prune(
         folder: where to write.
         model: folder of the dense checkpoint.
         scores: folder of its scores.
-        text: folder of the text that the scores were made on; only a refit reads it.
+        text: folder of the text that the scores were made on; only a refit and some allocations read it.
         source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
         ratio, ratio_of, target_parameters, attention_share: the budget, see `budget.units_to_keep`.
@@ -57,12 +58,19 @@ def prune(
     budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
-    kept = best_units(budget, ranked, allocation, round_to)
+    measure, influence, further = ALLOCATIONS[allocation].influence, None, {}
+    if measure or refit != "none":
+        sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
+        tokens = sample_sequences(load_tokenizer(model), network.config, text, **sampling)
+    if measure:
+        with fast_products(network.device):
+            influence = layer_influence(network, tokens, measure)
+        flops = tokens.numel() * flops_per_token(network, tokens.shape[1])
+        further = {"influence": influence.tolist(), "allocation_flops": flops}
+    kept = best_units(budget, ranked, allocation, round_to, influence)
     units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
     refit_details = {}
     if refit != "none":
-        sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
-        tokens = sample_sequences(load_tokenizer(model), network.config, text, **sampling)
         with fast_products(network.device):
             refit_details = refit_kept(network, kept, tokens, refit, ridge)
     cut(network, kept)
@@ -74,6 +82,7 @@ def prune(
     details = {
         "structure": structure,
         "allocation": allocation,
+        **further,
         "refit": refit,
         **refit_details,
         # Shares are of all parameters, however the budget was given: what was asked, of the model that is cut here,
@@ -104,7 +113,7 @@ def prune(
     return details
 
 
-def best_units(budget: Budget, scores: Scores, allocation: str, round_to: int) -> Kept:
+def best_units(budget: Budget, scores: Scores, allocation: str, round_to: int, influence: Tensor | None = None) -> Kept:
     """The units to keep: by part that is cut, ascending int64 indices per layer.
 
     Args:
@@ -112,9 +121,10 @@ def best_units(budget: Budget, scores: Scores, allocation: str, round_to: int) -
         scores: by part, (units,) per layer.
         allocation: a name in `allocation.ALLOCATIONS`.
         round_to: every MLP keeps a multiple of so many neurons.
+        influence: (layers,), for allocations that read it, see `influence.py`.
     """
     return {
-        name: allocate(allocation, scores[name], keep, round_to if name == "mlp" else 1)
+        name: allocate(allocation, scores[name], keep, round_to if name == "mlp" else 1, influence)
         for name, keep in budget.keep.items()
     }
 

@@ -89,6 +89,11 @@ class PruneParameters(Cut, Parameters):
         share = "" if self.ratio_of == "all" else " of the MLPs"
         return f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether this cut reads the calibration text: for a refit, or to measure the layers' influence."""
+        return self.refit != "none" or ALLOCATIONS[self.allocation].influence is not None
+
     def read(self) -> dict[str, Any]:
         """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
         unread = {"ratio_of"} if self.ratio is None else set()
@@ -103,12 +108,12 @@ class PruneParameters(Cut, Parameters):
 def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
     """Refuse scores of another model, a text that the cut does not read, and one that the scores do not come from."""
     model, scores, text = inputs["model"], inputs["scores"], inputs["text"]
-    if (text is None) != (parameters.refit == "none"):
+    if (text is not None) != parameters.reads_text:
+        both = f"refit {parameters.refit!r} with allocation {parameters.allocation!r}"
         raise UserError(
-            f"refit {parameters.refit!r} reads no text: leave out --text."
+            f"{both} reads no text: leave out --text."
             if text
-            else f"refit {parameters.refit!r} reads the calibration text: give --text, the one that the scores were "
-            "made on."
+            else f"{both} reads the calibration text: give --text, the one that the scores were made on."
         )
     if scores.manifest["inputs"]["model"] != model.key:
         raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
@@ -147,11 +152,14 @@ def _cost(job: Any, estimate: Any) -> Any:
 
     dense, flops = estimate.models.dense, 0
     memory = estimate.device.process + weight_bytes(dense)
+    if ALLOCATIONS[job.settings.allocation].influence:
+        calibration = job.inputs["scores"].settings
+        flops += calibration.samples * calibration.length * flops_per_token(dense, calibration.length)
     if job.settings.refit != "none":
         calibration = job.inputs["scores"].settings
         tokens = calibration.samples * calibration.length
         sequential = job.settings.refit == "sequential"
-        flops = tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
+        flops += tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
         kept = estimate.models.kept(job)
         for number, layer in enumerate(dense.model.layers):
             for name in PARTS:
@@ -181,7 +189,9 @@ PRUNE = Stage(
     inputs={
         "model": Input(CHECKPOINTS, description="dense checkpoint"),
         "scores": Input(("score",), description="the model's scores, from `hfprune score`"),
-        "text": Input(("text",), description="for a refit: the text that the scores come from", optional=True),
+        "text": Input(
+            ("text",), description="for a refit and some allocations: the text that the scores come from", optional=True
+        ),
     },
     libraries=("torch", "transformers"),
     check=_check,
