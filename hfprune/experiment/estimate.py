@@ -319,7 +319,8 @@ class Estimate:
         memory = cost.memory_bytes if on_cpu else process + files
         memory += SNAKEMAKE_BYTES + DATA_IN_MEMORY * data
         if stage.reloads_checkpoint:
-            memory += process + self._size(job)
+            is_streamed = job.recipe.stage == "prune" and self.is_streamed(job, self.models.dense)
+            memory += process + (streamed_bytes(self.models.dense) if is_streamed else self._size(job))
         seconds = START_SECONDS + SECONDS_PER_GIB * files / GIB + self.seconds(cost.flops, SLOW_SHARE)
         if on_cpu or job.is_light or stage.gpus == "none":
             gpus = 0

@@ -298,7 +298,8 @@ class Experiment(Section):
         budgets += [{"target_parameters": target} for target in source.target_parameters or []]
         shape = {key: getattr(self, key) if (own := getattr(settings, key)) is None else own for key in SHAPE}
         for budget in budgets:
-            parameters = {**recipe.model_dump(exclude={"criterion"}), **budget, **shape, "dtype": self.model.dtype}
+            loading = self.model.model_dump(include={"dtype", "memory"})
+            parameters = {**recipe.model_dump(exclude={"criterion"}), **budget, **shape, **loading}
             yield (
                 MethodCut(name, recipe.criterion, PruneParameters(**parameters)),
                 settings.recoveries or self.recoveries,
@@ -377,6 +378,12 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _recoveries(self) -> Experiment:
+        trained = [way for ways in self.cuts().values() for way in ways if way != "none"]
+        if trained and self.model.memory == "streamed":
+            raise ValueError(
+                f"model.memory = 'streamed' with recoveries {trained[0]!r}: training needs the weights in memory, "
+                "because every step changes or reads all of them. Write `memory: auto`, or leave out the recoveries"
+            )
         if "none" in self.recovery:
             raise ValueError("recovery.none: 'none' stands for no training after the cut; choose another name")
         named = {"recoveries": self.recoveries}

@@ -12,8 +12,17 @@ from transformers import PreTrainedModel
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
 from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
-from hfprune.models.loading import count_parameters, flops_per_token, load_model, load_tokenizer, set_linear
-from hfprune.models.units import Kept, Part, Scores, parts, read_scores, spread
+from hfprune.models.loading import (
+    count_parameters,
+    flops_per_token,
+    load_model,
+    load_tokenizer,
+    set_linear,
+    shape_only,
+)
+from hfprune.models.streamed import device_of, in_turn, memory_of
+from hfprune.models.units import PARTS, Kept, Part, Scores, part_of, parts, read_scores, spread
+from hfprune.models.walk import layers_of
 from hfprune.pruning.allocation import ALLOCATIONS, allocate
 from hfprune.pruning.budget import Budget, shape_of, units_to_keep
 from hfprune.pruning.influence import layer_influence
@@ -26,6 +35,7 @@ def prune(
     folder: Path, model: Path, scores: Path, text: Path | None, source: Mapping[str, Any],
     calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None, round_to: int,
     structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float, pad: bool, dtype: str,
+    memory: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
@@ -46,40 +56,42 @@ def prune(
         ridge: of the refit.
         pad: make layers of several widths as wide as the widest with zeros, see `checkpoint.pad`.
         dtype: of the checkpoint written.
+        memory: "resident", "streamed" or "auto", see `loading.load_model`.
 
     Raises:
         UserError: the budget cannot be met, the model cannot be refitted, or the checkpoint does not reload as it was
             saved.
     """
     before = steps(model)
-    network = load_model(model, dtype, spread=False)
+    network = load_model(model, dtype, memory, spread=False)
     ranked = read_scores(scores / SCORES)
     shape = shape_of(network)
     budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
-    measure, influence, further = ALLOCATIONS[allocation].influence, None, {}
+    measure, tokens, influence, further = ALLOCATIONS[allocation].influence, None, None, {}
     if measure or refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
         tokens = sample_sequences(load_tokenizer(model), network.config, text, **sampling)
     if measure:
-        with fast_products(network.device):
-            influence = layer_influence(network, tokens, measure)
+        with fast_products(device_of(network)):
+            influence = layer_influence(network, tokens, measure, folder)
         flops = tokens.numel() * flops_per_token(network, tokens.shape[1])
         further = {"influence": influence.tolist(), "allocation_flops": flops}
     kept = best_units(budget, ranked, allocation, round_to, influence)
     units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
-    refit_details = {}
-    if refit != "none":
-        with fast_products(network.device):
-            refit_details = refit_kept(network, kept, tokens, refit, ridge)
-    cut(network, kept)
-    padding = checkpoint.pad(network) if pad else 0
-    parameters, dense = count_parameters(network), dense_parameters(before, shape.total)
-    expected = checkpoint.write(network, folder, model)
-    del network  # the reload needs the memory: one copy at a time
+    network.config.tie_word_embeddings = checkpoint.is_tied(network)
+    final = shape_only(network.config, network.dtype)
+    cut(final, kept)
+    padding = checkpoint.pad(final) if pad else 0
+    parameters, dense = count_parameters(final), dense_parameters(before, shape.total)
+    writer = checkpoint.LayerWriter(folder, network, final, model)
+    refit_details = _cut_and_write(network, final, kept, writer, tokens if refit != "none" else None, refit, ridge)
+    expected, memory = writer.finish(), memory_of(network)
+    del network, writer  # the reload needs the memory: one copy at a time
     reload = checkpoint.prove(folder, expected)
     details = {
+        "memory": memory,
         "structure": structure,
         "allocation": allocation,
         **further,
@@ -111,6 +123,38 @@ def prune(
     }
     (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
     return details
+
+
+def _cut_and_write(
+    model: PreTrainedModel, final: PreTrainedModel, kept: Kept, writer: checkpoint.LayerWriter, tokens: Tensor | None,
+    refit: str, ridge: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Refit, cut and write one layer after another. Returns the refit's details.
+
+    Args:
+        model: streamed or in memory.
+        final: its shape after the cut.
+        kept: the units that stay.
+        writer: takes the layers.
+        tokens: (sequences, length) calibration tokens for a refit.
+        refit, ridge: see `prune`.
+    """
+    layers, final_layers = layers_of(model), layers_of(final)
+
+    def finish(number: int) -> None:
+        for name in PARTS:
+            part = part_of(layers[number], name)
+            if name in kept:
+                cut_part(part, kept[name][number].to(part.output.weight.device))
+            checkpoint.pad_part(part_of(layers[number], name), part_of(final_layers[number], name).units)
+        writer.add(number)
+
+    with fast_products(device_of(model)):
+        if tokens is not None:
+            return refit_kept(model, kept, tokens, refit, ridge, writer.folder, finish)
+        for number in in_turn([(layer,) for layer in layers]):
+            finish(number)
+    return {}
 
 
 def best_units(budget: Budget, scores: Scores, allocation: str, round_to: int, influence: Tensor | None = None) -> Kept:

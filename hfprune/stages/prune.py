@@ -11,7 +11,17 @@ from pydantic import BeforeValidator, Field, model_validator
 from hfprune.errors import UserError
 from hfprune.models.units import STRUCTURES
 from hfprune.pruning.allocation import ALLOCATIONS
-from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Section, Stage, outside_key
+from hfprune.stages.declaration import (
+    CHECKPOINTS,
+    NOT_IN_RESULT,
+    DType,
+    Input,
+    Memory,
+    Parameters,
+    Section,
+    Stage,
+    outside_key,
+)
 from hfprune.stages.lineage import origin
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -76,6 +86,7 @@ class PruneParameters(Cut, Parameters):
         "none", description="how to adjust the remaining weights to the cut; all but none need --text"
     )
     dtype: DType = "auto"
+    memory: Memory = "auto"
 
     @model_validator(mode="after")
     def _budget(self) -> PruneParameters:
@@ -96,13 +107,13 @@ class PruneParameters(Cut, Parameters):
 
     def read(self) -> dict[str, Any]:
         """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
-        unread = {"ratio_of"} if self.ratio is None else set()
+        unread = NOT_IN_RESULT | ({"ratio_of"} if self.ratio is None else set())
         unread |= set() if self.refit in ("least_squares", "sequential") else {"ridge"}
         return self.model_dump(exclude=unread, exclude_none=True)
 
     def options(self) -> dict[str, Any]:
         """The parameters to write on the command line."""
-        return self.read()
+        return self.read() | {"memory": self.memory}
 
 
 def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
@@ -145,19 +156,22 @@ def _produce(folder: Path, inputs: Any, parameters: PruneParameters, run: Any) -
 def _cost(job: Any, estimate: Any) -> Any:
     import torch
 
+    from hfprune.models.checkpoint import BYTES_PER_FILE
     from hfprune.models.loading import flops_per_token
     from hfprune.models.units import PARTS, part_of
     from hfprune.pruning import refit
-    from hfprune.stages.costs import Cost, weight_bytes
+    from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 
-    dense, flops = estimate.models.dense, 0
-    memory = estimate.device.process + weight_bytes(dense)
+    dense, flops, scratch = estimate.models.dense, 0, 0
+    streamed, written = estimate.is_streamed(job, dense), weight_bytes(estimate.models.of(job))
+    weights = streamed_bytes(dense) + min(BYTES_PER_FILE, written) if streamed else weight_bytes(dense)
+    memory = estimate.device.process + weights
+    calibration, streams = job.inputs["scores"].settings, 0
+    tokens = calibration.samples * calibration.length
     if ALLOCATIONS[job.settings.allocation].influence:
-        calibration = job.inputs["scores"].settings
-        flops += calibration.samples * calibration.length * flops_per_token(dense, calibration.length)
+        flops += tokens * flops_per_token(dense, calibration.length)
+        streams = tokens * dense.config.hidden_size
     if job.settings.refit != "none":
-        calibration = job.inputs["scores"].settings
-        tokens = calibration.samples * calibration.length
         sequential = job.settings.refit == "sequential"
         flops += tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
         kept = estimate.models.kept(job)
@@ -171,8 +185,12 @@ def _cost(job: Any, estimate: Any) -> Any:
                     flops += repair.flops
         width, hidden = dense.config.intermediate_size, dense.config.hidden_size
         streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
-        memory += streams * dense.dtype.itemsize + 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
-    return Cost(flops, memory, weight_bytes(estimate.models.of(job)))
+        memory += 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
+    if streamed:
+        scratch = streams * dense.dtype.itemsize
+    else:
+        memory += streams * dense.dtype.itemsize
+    return Cost(flops, memory, written, scratch)
 
 
 PRUNE = Stage(
