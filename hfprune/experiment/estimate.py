@@ -270,12 +270,12 @@ class Models:
         parameters = job.recipe.parameters
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
         budget = {name: parameters[name] for name in names if name in parameters}
-        keep = units_to_keep(self.shape, **budget).keep
+        whole = units_to_keep(self.shape, **budget)
         generator = torch.Generator().manual_seed(0)
         kept = {}
-        for name, units in keep.items():
+        for name, units in whole.keep.items():
             scores = [torch.rand(width, generator=generator) for width in self.shape.units[name]]
-            step = parameters["round_to"] if name == "mlp" else 1
+            step = whole.round_to if name == "mlp" else 1
             alike = torch.ones(len(scores), dtype=torch.float64)
             kept[name] = allocate(parameters["allocation"], scores, units, step, alike)
         return kept

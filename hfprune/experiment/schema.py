@@ -37,7 +37,7 @@ from hfprune.pruning.methods import (
 )
 from hfprune.stages.declaration import DType, Memory, Name, Sampling, Section, Seed, UserPath
 from hfprune.stages.evaluate import BATCHING, Batching
-from hfprune.stages.prune import Count, PruneParameters, Ratio, RoundTo
+from hfprune.stages.prune import ROUND_TO, Count, PruneParameters, Ratio, RoundTo
 from hfprune.stages.recover import Training
 from hfprune.stages.score import DRAWS
 from hfprune.stages.sources import Source
@@ -259,7 +259,7 @@ class Experiment(Section):
     ratio_of: Literal["all", "mlp"] = Field(
         "all", description="what ratios refer to: all parameters (tied embeddings count once), or the MLPs' neurons"
     )
-    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of this many neurons")
+    round_to: RoundTo | None = Field(None, description=ROUND_TO)
     pad: bool = Field(False, description="give all layers one width again by zeros, which save no memory")
     recoveries: list[Name] = Field(
         ["none"], min_length=1, description="trainings after the cut: none, or names in `recovery`"

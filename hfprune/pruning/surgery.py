@@ -1,6 +1,7 @@
 """Cut a model to the units to keep."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from hfprune.pruning.refit import refit as refit_kept
 from hfprune.runtime.matmul import fast_products
 from hfprune.store.filenames import PRUNING, SCORES
 
+NOTICED = 5e-4  # difference of a share from the one asked for that is told
+
 
 def prune(
     folder: Path, model: Path, scores: Path, text: Path | None, source: Mapping[str, Any],
-    calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None, round_to: int,
-    structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float, pad: bool, dtype: str,
-    memory: str = "auto",
+    calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None,
+    round_to: int | None, structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float,
+    pad: bool, dtype: str, memory: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
@@ -49,7 +52,7 @@ def prune(
         source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
         ratio, ratio_of, target_parameters, attention_share: the budget, see `budget.units_to_keep`.
-        round_to: every MLP keeps a multiple of so many neurons.
+        round_to: every MLP keeps a multiple of so many neurons; None for `budget.default_step`.
         structure: a name in `structures.STRUCTURES`.
         allocation: a name in `allocation.ALLOCATIONS`.
         refit: "none", or a method of `refit.refit`.
@@ -78,13 +81,14 @@ def prune(
             influence = layer_influence(network, tokens, measure, folder)
         flops = tokens.numel() * flops_per_token(network, tokens.shape[1])
         further = {"influence": influence.tolist(), "allocation_flops": flops}
-    kept = best_units(budget, ranked, allocation, round_to, influence)
+    kept = best_units(budget, ranked, allocation, influence)
     units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
     network.config.tie_word_embeddings = checkpoint.is_tied(network)
     final = shape_only(network.config, network.dtype)
     cut(final, kept)
     padding = checkpoint.pad(final) if pad else 0
     parameters, dense = count_parameters(final), dense_parameters(before, shape.total)
+    _tell_achieved(budget, 1 - parameters / shape.total)
     writer = checkpoint.LayerWriter(folder, network, final, model)
     refit_details = _cut_and_write(network, final, kept, writer, tokens if refit != "none" else None, refit, ridge)
     expected, memory = writer.finish(), memory_of(network)
@@ -112,7 +116,7 @@ def prune(
     report = {
         **details,
         "attention_share": attention_share,
-        "round_to": round_to,
+        "round_to": budget.round_to,
         "criterion": calibration["criterion"],
         "calibration": dict(calibration),
         "padding": padding,
@@ -123,6 +127,16 @@ def prune(
     }
     (folder / PRUNING).write_text(json.dumps(report) + "\n", encoding="utf-8")
     return details
+
+
+def _tell_achieved(budget: Budget, achieved: float) -> None:
+    """Tell the share that was removed, if steps keep it from being the one asked for."""
+    if abs(achieved - budget.share) > NOTICED:
+        print(
+            f"removed {achieved:.4f} of all parameters, asked {budget.share:.4f}: the nearest that whole units and "
+            f"widths in multiples of {budget.round_to} give",
+            file=sys.stderr,
+        )
 
 
 def _cut_and_write(
@@ -157,18 +171,17 @@ def _cut_and_write(
     return {}
 
 
-def best_units(budget: Budget, scores: Scores, allocation: str, round_to: int, influence: Tensor | None = None) -> Kept:
+def best_units(budget: Budget, scores: Scores, allocation: str, influence: Tensor | None = None) -> Kept:
     """The units to keep: by part that is cut, ascending int64 indices per layer.
 
     Args:
         budget: how many of each part, see `budget.units_to_keep`.
         scores: by part, (units,) per layer.
         allocation: a name in `allocation.ALLOCATIONS`.
-        round_to: every MLP keeps a multiple of so many neurons.
         influence: (layers,), for allocations that read it, see `influence.py`.
     """
     return {
-        name: allocate(allocation, scores[name], keep, round_to if name == "mlp" else 1, influence)
+        name: allocate(allocation, scores[name], keep, budget.round_to if name == "mlp" else 1, influence)
         for name, keep in budget.keep.items()
     }
 

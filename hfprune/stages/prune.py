@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from hfprune.errors import UserError
 from hfprune.models.units import STRUCTURES
 from hfprune.pruning.allocation import ALLOCATIONS
+from hfprune.pruning.budget import STEPS
 from hfprune.stages.declaration import (
     CHECKPOINTS,
     NOT_IN_RESULT,
@@ -31,9 +32,14 @@ StructureName = Literal[tuple(STRUCTURES)]
 RefitName = Literal["none", "bias", "least_squares", "sequential"]
 # A command line's numbers are words, which a Literal does not take.
 RoundTo = Annotated[
-    Literal[1, 8, 64, 128],
+    Literal[STEPS],
     BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value),
 ]
+
+ROUND_TO = (
+    "every MLP keeps a multiple of this many neurons (default: 64; 256 from hidden size 2048 on, 1 below hidden size "
+    "256)"
+)
 
 
 class Cut(Section):
@@ -42,7 +48,7 @@ class Cut(Section):
     ratio_of: Literal["all", "mlp"] = Field(
         "all", description="what the ratio counts: all parameters (tied embeddings once), or the MLPs' neurons"
     )
-    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of this many neurons")
+    round_to: RoundTo | None = Field(None, description=ROUND_TO)
     attention_share: float | None = Field(
         None,
         ge=0,
