@@ -20,7 +20,7 @@ from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
-from hfprune.reporting.statistics import BESIDE_METHOD, MODEL, estimates, mean_accuracy, varying, with_sizes
+from hfprune.reporting.statistics import BESIDE_METHOD, MODEL, estimates, mean_accuracy, name_of, varying, with_sizes
 from hfprune.store.artifacts import Artifact
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
@@ -213,7 +213,7 @@ def _panels(models: pd.DataFrame) -> Figure:
     differing = varying(models)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for number, line in enumerate(panel):
-            _line(axis, line, _name(line.iloc[0], differing), number, number, 0)
+            _line(axis, line, name_of(line.iloc[0], differing), number, number, 0)
         axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     for axis in axes.flat[len(panels) :]:
@@ -236,7 +236,7 @@ def _ranked(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
         color = COLORS[recoveries.index(model["recovery"]) % len(COLORS)]
         look = {"color": color, "marker": "o", "markersize": 4, "capsize": 2}
         axis.errorbar(scale * model["value"], row, xerr=_bars(model, scale), **look)
-    labels = [_name(model, differing) for _, model in models.iterrows()]
+    labels = [name_of(model, differing) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
 
@@ -296,7 +296,7 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
     several = models["ratio"].nunique() > 1
     for number, (_, model) in enumerate(models.iterrows()):
         size = [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
-        label = ", ".join([_name(model, differing), *size])
+        label = ", ".join([name_of(model, differing), *size])
         lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
         for row, text in zip(axes, texts, strict=True):
@@ -440,7 +440,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     }
     differing, sizes = varying(quality), quality[quality["method"] != DENSE]["ratio"]
     common = sizes.mode().max()  # NaN where nothing was cut
-    labels = [_name(row, differing) for _, row in quality.iterrows()]
+    labels = [name_of(row, differing) for _, row in quality.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     height = 3.1 + 0.18 * (-(-len(looks) // 2))  # the legend stands below
@@ -534,15 +534,8 @@ def _curves(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
     differing = varying(models)
     for number, (_, line) in enumerate(pruned.groupby(["method", *BESIDE_METHOD], sort=False)):
         control = dense[dense["recovery"] == line["recovery"].iloc[0]]
-        label = _name(line.iloc[0], differing)
+        label = name_of(line.iloc[0], differing)
         _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
-
-
-def _name(model: pd.Series, differing: list[str]) -> str:
-    """A model's method and, if the models differ in them, its earlier cuts and its training."""
-    before = [f"after {model['parent']}"] if "parent" in differing and model["parent"] != "none" else []
-    trained = [model["recovery"]] if "recovery" in differing and model["recovery"] != "none" else []
-    return ", ".join([model["method"], *before, *trained])
 
 
 def _line(
