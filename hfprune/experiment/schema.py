@@ -35,7 +35,7 @@ from hfprune.pruning.methods import (
     presets,
     unknown,
 )
-from hfprune.stages.declaration import DType, Name, Sampling, Section, Seed, UserPath
+from hfprune.stages.declaration import DType, Memory, Name, Sampling, Section, Seed, UserPath
 from hfprune.stages.evaluate import BATCHING, Batching
 from hfprune.stages.prune import Count, PruneParameters, Ratio, RoundTo
 from hfprune.stages.recover import Training
@@ -57,6 +57,7 @@ class ModelSource(Source):
     """A dense checkpoint: safetensors with a config and a tokenizer, or one GGUF file."""
 
     dtype: DType = Field("auto", description="number format to compute and save in; auto: that of the checkpoint")
+    memory: Memory = "auto"
 
 
 class Recovery(Training):
@@ -451,8 +452,8 @@ def schema() -> str:
     return json.dumps(Experiment.model_json_schema(), indent=1) + "\n"
 
 
-def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str) -> Any:
-    """`values` as a validated `model`.
+def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str = "") -> Any:
+    """`values` as a validated `model`. `origin` is where they stand; a command's options stand nowhere.
 
     Raises:
         UserError: one line per fault, each with the origin, the key, the value found and what was expected.
@@ -466,7 +467,7 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str) -> Any
 def _explain(model: type[Section], fault: Mapping[str, Any], origin: str) -> str:
     location = tuple(part for part in fault["loc"] if part not in (NAME, SETTINGS))
     path = ".".join(map(str, location))
-    where = f"{origin}: {path}" if path else origin
+    where = ": ".join(part for part in (origin, path) if part)
     if fault["type"] == "extra_forbidden":
         known = _keys_at(model, location[:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
@@ -475,7 +476,7 @@ def _explain(model: type[Section], fault: Mapping[str, Any], origin: str) -> str
         return f"{where}: missing; it has no default."
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{where}: {message}."
+        return ": ".join(part for part in (where, f"{message}.") if part)
     near = []
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         choices = [part.strip(" '") for part in fault["ctx"]["expected"].replace(" or ", ",").split(",")]

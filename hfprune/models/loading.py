@@ -1,6 +1,6 @@
 """Loading and running checkpoints of the supported families, and counting their parameters, FLOPs and bytes."""
 
-import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from accelerate.utils import align_module_device
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -20,7 +22,9 @@ from transformers import (
 )
 
 from hfprune.errors import UserError
+from hfprune.models.config_json import check_values, read_json
 from hfprune.models.modeling_per_layer import CLASSES
+from hfprune.models.streamed import device_of, in_memory, place_in_files, weight_files
 from hfprune.runtime.memory import available_bytes
 from hfprune.store.keys import versions
 
@@ -55,7 +59,7 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
     file = folder / "config.json"
     where = where or str(file)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read as JSON: {_reason(error, folder, where)}") from None
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
@@ -67,6 +71,7 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
                 f"{where}: {key}: the weights are quantised ({name}). Take the original checkpoint that they were made "
                 "from, in float32, bfloat16 or float16; its model card names it."
             )
+    check_values(values, where)
     kind = values["model_type"]
     if "text_config" in values and kind not in FAMILIES:
         raise UserError(
@@ -118,24 +123,79 @@ def model_class(config: PreTrainedConfig) -> Any:
     return CLASSES[config.model_type] if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
 
 
-def load_model(folder: Path, dtype: str, spread: bool = True) -> PreTrainedModel:
+def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool = True) -> PreTrainedModel:
     """Load the checkpoint in `folder` for inference, without gradients.
 
-    The model is placed on the first GPU if it fits. A larger one is spread over all visible GPUs and then the CPU's
-    memory, from where weights are copied layer by layer as they are needed. Without a GPU it is on the CPU.
+    A resident model is placed on the first GPU if it fits. A larger one is spread over all visible GPUs and then the
+    CPU's memory, from where weights are copied layer by layer as they are needed. Without a GPU it is on the CPU. A
+    streamed model's weights stay in the files, see `models.streamed`; it computes on the first GPU, or else the CPU.
 
     A model with different widths per layer is built by this package's own class: code in the folder never runs.
 
     Args:
         folder: a checkpoint of one of `FAMILIES`.
         dtype: "float32", "bfloat16", "float16", or "auto" for that of the checkpoint.
-        spread: allow several devices; if False, a model that does not fit the first GPU is on the CPU.
+        memory: "resident", "streamed", or "auto": resident if the weights fit into memory.
+        spread: allow several devices; if False, a resident model that does not fit the first GPU is on the CPU.
     """
     config = check_family(folder)
+    kind = _dtype(folder, config, dtype)
+    if memory == "streamed" or (memory == "auto" and not _fits(_values(folder) * kind.itemsize, spread)):
+        return _streamed(folder, config, kind)
     model = model_class(config).from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
+    if dtype == "float16":
+        _refuse_overflow(model, folder)
     if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - BYTES_BESIDE_WEIGHTS:
         model = model.to(device())
     return model.eval().requires_grad_(False)
+
+
+def _refuse_overflow(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model with weights that float16 turned into infinities. Offloaded ones are not looked at."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise UserError(
+                f"{folder}: tensor {name} holds numbers beyond those of float16: they would become infinite. Set "
+                "`dtype` to bfloat16 or float32."
+            )
+
+
+def _streamed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model whose weights stay in the files of its checkpoint."""
+    built_by = model_class(config)
+    build = built_by.from_config if built_by is AutoModelForCausalLM else built_by._from_config
+    with init_empty_weights(include_buffers=False):  # buffers, such as rotary frequencies, are in no file
+        model = build(config, dtype=dtype)
+    model.tie_weights()  # building on the meta device breaks it
+    place_in_files(model.eval().requires_grad_(False), weight_files(folder), device())
+    return model
+
+
+def _dtype(folder: Path, config: PreTrainedConfig, dtype: str) -> torch.dtype:
+    """The type that a model is loaded in, as transformers chooses it."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if config.dtype is not None:
+        return config.dtype
+    with safe_open(weight_files(folder)[0], "pt") as tensors:
+        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
+
+
+def _values(folder: Path) -> int:
+    """Number of values in a checkpoint's weights."""
+    count = 0
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
+
+
+def _fits(size: int, spread: bool) -> bool:
+    """Whether so many bytes of weights fit into the memory of the GPUs (of the first, without `spread`) or the CPU."""
+    if not torch.cuda.is_available():
+        return size + BYTES_BESIDE_WEIGHTS < available_bytes()
+    gpus = range(torch.cuda.device_count() if spread else 1)
+    return size < sum(torch.cuda.mem_get_info(gpu)[0] - BYTES_BESIDE_WEIGHTS for gpu in gpus)
 
 
 def _placement() -> dict[str, Any]:
@@ -216,13 +276,13 @@ def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
 
 def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """(batch, length) tokens -> (batch, length, hidden) final hidden states."""
-    return model.model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+    return model.model(input_ids=tokens.to(device_of(model)), use_cache=False).last_hidden_state
 
 
 @contextmanager
 def weights_in_memory(*modules: nn.Module) -> Iterator[None]:
-    """Keep the modules' own weights in memory for the block, also if accelerate has offloaded them."""
-    with ExitStack() as stack:
+    """Keep the modules' weights in memory for the block, also if they are streamed or accelerate has offloaded them."""
+    with in_memory(*modules), ExitStack() as stack:
         for module in modules:
             stack.enter_context(align_module_device(module))
         yield

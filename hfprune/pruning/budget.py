@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from hfprune.errors import UserError
 from hfprune.models.units import PARTS, STRUCTURES, UNITS, Scores, parts
-from hfprune.pruning.allocation import fewest_kept
+from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
@@ -129,7 +129,7 @@ def units_to_keep(
         target_parameters: number of parameters to keep.
         structure: a name in `structures.STRUCTURES`.
         attention_share: with "mlp+attention", the share of the removed parameters that comes from attention. None:
-            what attention loses in one ranking of all units of the model by score per parameter.
+            what attention loses in one ranking of all units of the model, by the allocation's `priority`.
         allocation: how the budget is shared among layers. It decides how many units a layer keeps at least.
         round_to: MLP widths are multiples of it.
         scores: needed where both parts are cut and `attention_share` is None. Without them all removed parameters come
@@ -166,7 +166,10 @@ def units_to_keep(
             f"{structure!r} with allocation {allocation!r} and round_to {round_to} removes at least "
             f"({smallest / total:.4g} of all parameters): nothing would go."
         )
-    removed = {structure: remove} if len(capacities) == 1 else _split(capacities, remove, attention_share, scores)
+    if len(capacities) == 1:
+        removed = {structure: remove}
+    else:
+        removed = _split(capacities, remove, attention_share, allocation, scores)
     keep = {name: sum(capacity.units) - removed[name] / capacity.parameters for name, capacity in capacities.items()}
     return Budget(remove / total, keep)
 
@@ -185,7 +188,11 @@ def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capa
 
 
 def _split(
-    capacities: Mapping[str, Capacity], remove: float, attention_share: float | None, scores: Scores | None
+    capacities: Mapping[str, Capacity],
+    remove: float,
+    attention_share: float | None,
+    allocation: str,
+    scores: Scores | None,
 ) -> dict[str, float]:
     """Number of parameters to remove from each part: whole groups from attention, the rest from neurons.
 
@@ -194,7 +201,7 @@ def _split(
     """
     mlp, attention = capacities["mlp"], capacities["attention"]
     if attention_share is None:
-        groups = _groups_among_the_lowest(capacities, remove, scores) if scores else 0
+        groups = _groups_among_the_lowest(capacities, remove, allocation, scores) if scores else 0
     else:
         groups = attention_share * remove / attention.parameters
         for name, wanted in (("attention", attention_share * remove), ("mlp", (1 - attention_share) * remove)):
@@ -214,8 +221,8 @@ def _split(
     return {"attention": from_attention, "mlp": max(0.0, remove - from_attention)}
 
 
-def _groups_among_the_lowest(capacities: Mapping[str, Capacity], remove: float, scores: Scores) -> int:
-    """Number of key-value groups among the removed units when the lowest scores per parameter go, whatever their part.
+def _groups_among_the_lowest(capacities: Mapping[str, Capacity], remove: float, allocation: str, scores: Scores) -> int:
+    """Number of key-value groups among the removed units when the lowest go by the allocation's order of both parts.
 
     The `fewest` best units of every layer always stay.
     """
@@ -224,8 +231,9 @@ def _groups_among_the_lowest(capacities: Mapping[str, Capacity], remove: float, 
     names, values, sizes = [], [], []
     for name, capacity in capacities.items():
         for layer, least in zip(scores[name], capacity.fewest, strict=True):
-            free = layer.double().sort(descending=True).values[least:]
-            values.append(free / capacity.parameters)
+            priority = ALLOCATIONS[allocation].priority(layer.double(), capacity.parameters)
+            free = priority.sort(descending=True).values[least:]
+            values.append(free)
             sizes.append(torch.full_like(free, capacity.parameters))
             names.append(torch.full_like(free, name == "attention"))
     order = torch.cat(values).argsort(stable=True)

@@ -1,0 +1,92 @@
+"""Walking a model layer by layer: all tokens pass one layer before the next.
+
+A walk needs the weights of one layer at a time, so it works for models in memory and for those that are `streamed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hfprune.models.streamed import device_of, in_memory, in_turn
+from hfprune.runtime.matmul import fast_products
+from hfprune.runtime.progress import progress
+
+
+def entrance(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The modules around the layers that `enter` needs."""
+    return model.get_input_embeddings(), model.model.norm
+
+
+def exit_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last layer and the output projection."""
+    return model.model.norm
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers, first to last."""
+    return model.model.layers
+
+
+@torch.no_grad()
+def enter(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What enters the first layer, and the keyword arguments of every layer: positions, the mask of the layer's kind.
+
+    They are those that the model's own forward pass gives to its layers, which here return their input at once. The
+    arguments for one sequence fit all sequences of its length: none has padding.
+
+    Args:
+        model: with the weights of its `entrance` in memory.
+        tokens: (batch, length) int64.
+
+    Returns:
+        (batch, length, hidden), and the arguments of each layer.
+    """
+    entered: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+
+    def record(hidden: Tensor, **keywords: Any) -> Tensor:
+        entered.append(hidden)
+        arguments.append(keywords)
+        return hidden
+
+    layers = layers_of(model)
+    forwards = [layer.forward for layer in layers]
+    for layer in layers:
+        layer.forward = record
+    try:
+        model.model(input_ids=tokens.to(device_of(model)), use_cache=False)
+    finally:
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
+    return entered[0], arguments
+
+
+@torch.no_grad()
+def final_states(model: PreTrainedModel, tokens: Tensor, batch: int, what: str) -> Iterator[Tensor]:
+    """Pass all tokens through one layer after another.
+
+    Args:
+        model: streamed or in memory.
+        tokens: (sequences, length) int64.
+        batch: sequences that pass a layer at once.
+        what: name of the work, for its progress.
+
+    Yields:
+        (1, length, hidden) final hidden states of each sequence.
+    """
+    device, layers, norm = device_of(model), layers_of(model), exit_norm(model)
+    with in_memory(*entrance(model)):
+        _, arguments = enter(model, tokens[:1])
+        stream = [enter(model, rows)[0].cpu() for rows in tokens.split(batch)]
+    for number in progress(in_turn([(layer,) for layer in layers]), what, len(layers), "layer"):
+        for i, states in enumerate(stream):
+            with fast_products(device):
+                stream[i] = layers[number](states.to(device), **arguments[number]).cpu()
+    with in_memory(norm):
+        for states in stream:
+            yield from norm(states.to(device)).split(1)

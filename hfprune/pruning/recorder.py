@@ -1,0 +1,278 @@
+"""What a pass over the calibration text adds up: activations and gradients at the input of every output layer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.linalg import vector_norm
+from transformers import PreTrainedModel
+
+from hfprune.errors import UserError
+from hfprune.models.units import PARTS, Part, part_of, parts
+from hfprune.pruning.criteria import CRITERIA, GradientCriterion, StaticCriterion
+from hfprune.pruning.head import LogitGradient, hidden_gradient, positions_of
+from hfprune.pruning.weight_recorder import WeightRecorder, reads_weights, sizes, sum_name
+
+PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, units) products -> (units,) their sum
+    "absolute": lambda products: vector_norm(products, 1, dim=(0, 1)),
+    "square": lambda products: vector_norm(products, 2, dim=(0, 1)).double().square(),
+    "square_of_sum": lambda products: products.sum(1).square().sum(0),
+    "pairs": lambda products: products.flatten(0, 1).T @ products.flatten(0, 1),  # (units, units)
+}
+SUM_NAME = re.compile(r"(\w+)(-\d+)?\.")  # of a criterion or a moment, and the number of a linear layer
+
+
+def names_of_sums(criterion: str, part: Part) -> tuple[str, ...]:
+    """The names of the sums that a criterion needs of a part."""
+    if reads_weights(criterion):
+        return tuple(sum_name(criterion, number) for number in range(len(part.linears)))
+    entry = CRITERIA[criterion]
+    return (criterion,) if isinstance(entry, GradientCriterion) else entry.moments
+
+
+def moments_of(criteria: Sequence[str]) -> tuple[str, ...]:
+    """The names of the moments that static criteria among these read."""
+    static = [criterion for name in criteria if isinstance(criterion := CRITERIA[name], StaticCriterion)]
+    return tuple(dict.fromkeys(name for criterion in static for name in criterion.moments))
+
+
+def flops_of_sums(part: Part, passes: Sequence[tuple[list[str], LogitGradient, int]], criteria: Sequence[str]) -> int:
+    """Operations per token for the matrix products that the sums of a part need."""
+    columns = part.output.in_features
+    flops = 2 * columns**2 if "products" in moments_of(criteria) else 0
+    for names, _, _ in passes:
+        flops += 2 * sum(linear.weight.numel() for linear in part.linears) * any(map(reads_weights, names))
+        flops += 2 * part.units**2 * sum(CRITERIA[name].products == "pairs" for name in names)
+    return flops
+
+
+def bytes_of_sums(model: PreTrainedModel, criteria: Sequence[str]) -> int:
+    """Size of the sums of a pass for these criteria."""
+    numbers = 0
+    for part in (part for kind in PARTS for part in parts(model, kind)):
+        columns = part.output.in_features
+        numbers += sum(columns**2 if name == "products" else columns for name in moments_of(criteria))
+        for name in criteria:
+            if reads_weights(name):
+                numbers += sum(sizes(part, name))
+            elif isinstance(criterion := CRITERIA[name], GradientCriterion):
+                numbers += part.units ** (2 if criterion.products == "pairs" else 1)
+    return 8 * numbers
+
+
+class Sums:
+    """The sums of a pass over the calibration text, in float64.
+
+    Attributes:
+        sequences: number of sequences that the sums contain.
+        steps: number of steps of a pass layer by layer that the sums contain.
+        tensors: `<name>.<part>.<layer>`, for names see `names_of_sums` -> float64 sums, of a shape that depends on
+            the criterion: (units,) for most gradient criteria, (columns,) for most moments.
+    """
+
+    def __init__(self) -> None:
+        self.sequences = 0
+        self.steps = 0
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add `value`, on any device, to the sum of that name."""
+        total = self.tensors.get(name)
+        self.tensors[name] = value.double() if total is None else total.to(value.device) + value
+
+    def of(self, criterion: str) -> Sums:
+        """The sums that one criterion needs."""
+        entry = CRITERIA[criterion]
+        names = (criterion,) if isinstance(entry, GradientCriterion) else entry.moments
+        subset = Sums()
+        subset.sequences = self.sequences
+        subset.tensors = {key: tensor for key, tensor in self.tensors.items() if SUM_NAME.match(key)[1] in names}
+        return subset
+
+    def layers(self, name: str, part: str) -> list[Tensor]:
+        """The sums of that name and part, on the CPU, in the order of the layers."""
+        by_key = {key: tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}.{part}.")}
+        return [by_key[f"{name}.{part}.{layer}"].cpu() for layer in range(len(by_key))]
+
+    def save(self, file: Path) -> None:
+        """Write all sums to `file`, whole or not at all."""
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_suffix(".partial")
+        save_file(self.tensors, partial, metadata={"sequences": str(self.sequences), "steps": str(self.steps)})
+        partial.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Add what `save` wrote."""
+        with safe_open(file, "pt") as stored:
+            self.sequences += int(stored.metadata()["sequences"])
+            self.steps += int(stored.metadata()["steps"])
+            for name in stored.keys():  # noqa: SIM118 (not a dictionary)
+                self.add(name, stored.get_tensor(name))
+
+    def refuse_not_finite(self) -> None:
+        """Refuse sums that cannot become finite again.
+
+        Raises:
+            UserError: with the layer, the part and the criterion of the first.
+        """
+        by_layer = sorted(self.tensors.items(), key=lambda item: int(item[0].rpartition(".")[2]))
+        for name, tensor in by_layer:
+            if not tensor.isfinite().all():
+                criterion, _, layer = name.split(".")
+                raise UserError(f"layer {layer}: scores by {criterion} are not finite; compute in float32 or bfloat16.")
+
+
+@dataclass(frozen=True)
+class CalibrationPass:
+    """What one pass over calibration tokens computes.
+
+    Attributes:
+        tokens: (sequences, length) int64.
+        first: number of the first sequence in the whole sample.
+        seed: draws sampled labels.
+        passes: for each backward pass the criteria that it serves, its gradient, and the number of its draw.
+        moments: the names of the moments that static criteria read.
+        silent: per layer, 0 for the neurons that are silenced and 1 for the others, (neurons,); None if all are intact.
+        batch: sequences that run through the model, or a layer, at once.
+    """
+
+    tokens: Tensor
+    first: int
+    seed: int
+    passes: list[tuple[list[str], LogitGradient, int]]
+    moments: tuple[str, ...]
+    silent: list[Tensor] | None
+    batch: int
+
+    @property
+    def weights(self) -> bool:
+        """Whether a criterion sums over weights times their gradients."""
+        return any(reads_weights(name) for names, _, _ in self.passes for name in names)
+
+    def state(self, folder: Path | None) -> Path | None:
+        """The file of partial sums in `folder`.
+
+        It is named after what it sums: a pass over other criteria, or with other draws, must not continue it.
+        """
+        draws = Counter(name for names, _, _ in self.passes for name in names)
+        summed = sorted(f"{name}x{count}" for name, count in draws.items())
+        return folder and folder / f"{'-'.join(['sums', *summed, *self.moments])}.safetensors"
+
+    def gradient(self, number: int, first: int, hidden: Tensor, head: Tensor, dense: Tensor | None) -> Tensor:
+        """The gradient of backward pass `number` at final hidden states, see `head.hidden_gradient`.
+
+        `hidden` are those of the sequences from `first` on, counted in `tokens`.
+        """
+        _, logit_gradient, draw = self.passes[number]
+        rows = self.tokens[first : first + len(hidden)]
+        positions = positions_of(rows, self.first + first, self.seed, draw, head.device)
+        return hidden_gradient(hidden, head, logit_gradient, positions, dense)
+
+
+class UnitRecorder:
+    """Reads the units' activations and gradients while the model runs, at the input of every part's output layer.
+
+    Attributes:
+        criteria: criteria whose gradient the current backward pass carries.
+        phase: "dense": units pass through unchanged. "scored": units are silenced, summed and differentiated.
+            "recompute": the backward pass computes a layer of a scored pass a second time; the computation must be the
+            same, but nothing is summed again.
+        recompute: whether the backward pass computes layers a second time. Then no activation is kept in between: the
+            backward pass reads what the second computation leaves in `recomputed`.
+        recomputed: by part and layer, activations (batch, length, columns).
+        weights: what sums over weights times their gradients, for criteria that read those.
+    """
+
+    def __init__(
+        self,
+        sums: Sums,
+        moments: tuple[str, ...],
+        differentiate: bool,
+        silent: list[Tensor] | None,
+        recompute: bool,
+        weights: bool = False,
+    ) -> None:
+        self.sums, self.moments, self.differentiate, self.silent = sums, moments, differentiate, silent
+        self.recompute = recompute
+        self.criteria: list[str] = []
+        self.recomputed: dict[str, Tensor] = {}
+        self.phase = "scored"
+        self.weights = WeightRecorder(self) if weights else None
+
+    def in_phase(self, phase: str) -> Phase:
+        """A context with another phase."""
+        return Phase(self, phase)
+
+    @contextmanager
+    def attached(self, layer: int, module: nn.Module) -> Iterator[None]:
+        """A context in which the activations of a decoder layer, number `layer`, are read."""
+        by_kind = {kind: part_of(module, kind) for kind in PARTS}
+        hooks = [part.output.register_forward_pre_hook(self._hook(kind, layer, part)) for kind, part in by_kind.items()]
+        if self.weights:
+            hooks += [hook for kind, part in by_kind.items() for hook in self.weights.hooks(kind, layer, part)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, kind: str, layer: int, part: Part) -> Callable:
+        """The forward pre-hook of a part's output layer."""
+
+        def before_output(_module: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            activation = inputs[0]  # (batch, length, columns)
+            if self.phase == "dense":
+                return (activation,)
+            if self.silent and kind == "mlp":
+                activation = activation * self.silent[layer].to(activation)
+            if self.differentiate and not activation.requires_grad:  # layer 0: no layer before it needs a gradient
+                activation = activation.detach().requires_grad_()
+            if self.phase == "scored":
+                self._add_to_sums(f"{kind}.{layer}", part, activation)
+            else:
+                self.recomputed[f"{kind}.{layer}"] = activation.detach()
+            return (activation,)
+
+        return before_output
+
+    def _add_to_sums(self, location: str, part: Part, activation: Tensor) -> None:
+        values = activation.detach()
+        if self.moments:
+            self.sums.add(f"total.{location}", values.float().sum((0, 1)))
+            self.sums.add(f"squares.{location}", vector_norm(values.float(), dim=(0, 1)).double().square())
+        if "products" in self.moments:
+            flat = values.flatten(0, 1).float()
+            self.sums.add(f"products.{location}", flat.T @ flat)
+
+        kept = None if self.recompute else values
+
+        def add(gradient: Tensor) -> None:
+            activations = self.recomputed.pop(location) if kept is None else kept
+            products = part.per_unit(gradient.float() * activations.float())
+            for name in self.criteria:
+                if not reads_weights(name):
+                    self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
+
+        if self.differentiate:
+            activation.register_hook(add)
+
+
+class Phase:
+    """See `UnitRecorder.in_phase`. Several backward passes enter one context, which a generator does not allow."""
+
+    def __init__(self, recorder: UnitRecorder, phase: str) -> None:
+        self.recorder, self.phase, self.previous = recorder, phase, recorder.phase
+
+    def __enter__(self) -> None:
+        self.previous, self.recorder.phase = self.recorder.phase, self.phase
+
+    def __exit__(self, *_error: object) -> None:
+        self.recorder.phase = self.previous
