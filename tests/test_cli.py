@@ -10,7 +10,7 @@ from hfprune.cli import main
 
 STAGES = (
     "score", "shard", "prune", "gguf", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare",
-    "config", "overlap", "page", "artifacts", "provenance",
+    "config", "overlap", "page", "index", "artifacts", "provenance",
 )  # fmt: skip
 OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")
 BELOW = {"download": ("model", "text", "task"), "store": ("list", "verify", "prune")}

@@ -5,7 +5,8 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 
-from hfprune.reporting.interactive import spread
+from hfprune.reporting.figures import COLUMN, draw_widths
+from hfprune.reporting.labels import spread
 from hfprune.reporting.overview import ACCURACY_CHANGE, KL, accuracy_finding, kl_finding, trained_finding
 
 
@@ -49,3 +50,13 @@ def test_a_caption_claims_no_difference_that_may_be_chance():
         "Mean accuracy differs from the dense model's for A, 30% (-5.2 points). The other 1 cannot be told from it."
     )
     assert "tells none of 2 models" in accuracy_finding(changes.assign(distinguishable=False))
+
+
+def test_every_figure_is_as_wide_as_a_column_or_a_page(tmp_path):
+    draw_widths(
+        pd.DataFrame(
+            [{"model": name, "ratio": 0.1, "part": "mlp", "layer": 0, "kept": 9, "dense": 10} for name in "ab"]
+        ),
+        tmp_path,
+    )
+    assert b'width="%d' % (72 * COLUMN) in (tmp_path / "widths.svg").read_bytes()

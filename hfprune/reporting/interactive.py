@@ -6,30 +6,13 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from hfprune.reporting.labels import spread
+
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#000000"]  # Okabe and Ito, yellow darker
 MOST_NAMED = 8  # lines that have their names beside them; more have a legend
 NAME_SHARE = 0.45  # room for names right of the lines, as a share of the lines' extent
 GAP = 0.055  # between the names of two lines, as a share of the axis
 STEP = 22  # pixels of a row
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Places for texts beside `values`, in their order: at least `gap` apart, and as near as that allows."""
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    groups: list[tuple[list[int], float]] = []  # indices of texts that touch, and the place of their middle
-    for index in order:
-        groups.append(([index], values[index]))
-        while len(groups) > 1:
-            (before, below), (after, above) = groups[-2:]
-            if above - below >= gap * (len(before) + len(after)) / 2:
-                break
-            together = before + after
-            groups[-2:] = [(together, sum(values[member] for member in together) / len(together))]
-    places = list(values)
-    for members, middle in groups:
-        for number, index in enumerate(members):
-            places[index] = middle + gap * (number - (len(members) - 1) / 2)
-    return places
 
 
 def lines(models: pd.DataFrame, x: str, y: str) -> dict[str, Any]:

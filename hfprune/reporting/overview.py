@@ -16,8 +16,9 @@ from markupsafe import Markup
 
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting import interactive
+from hfprune.reporting.labels import name_of
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text
-from hfprune.reporting.statistics import MODEL, name_of, note, varying
+from hfprune.reporting.statistics import MODEL, note, varying
 from hfprune.reporting.summary import COST_NOTE, DIGITS, PARAMETERS, REMOVED, SCALES, cost, summary
 
 TEMPLATE = Path(__file__).with_suffix(".html")

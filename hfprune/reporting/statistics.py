@@ -34,18 +34,6 @@ def varying(models: pd.DataFrame) -> list[str]:
     return [name for name in BESIDE_METHOD if models[name].nunique() > 1]
 
 
-def name_of(model: "pd.Series | dict", differing: list[str]) -> str:
-    """A model's method and, if the models differ in them, its earlier cuts and its training.
-
-    Args:
-        model: with the columns of `MODEL`.
-        differing: the columns of `varying`.
-    """
-    before = [f"after {model['parent']}"] if "parent" in differing and model["parent"] != "none" else []
-    trained = [model["recovery"]] if "recovery" in differing and model["recovery"] != "none" else []
-    return ", ".join([model["method"], *before, *trained])
-
-
 @dataclass(frozen=True)
 class Spread:
     """The uncertainty of estimates. All arrays have the estimates' shape.
