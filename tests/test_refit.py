@@ -10,8 +10,9 @@ from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import token_measures
 from hfprune.models.loading import flops_per_token
 from hfprune.models.units import part_of
+from hfprune.models.walk import enter
 from hfprune.pruning.allocation import allocate
-from hfprune.pruning.refit import DRIFT, Repair, layer_inputs, refit, run_part
+from hfprune.pruning.refit import DRIFT, Repair, refit, run_part
 from hfprune.pruning.surgery import cut
 from tests.conftest import make_model
 
@@ -59,10 +60,10 @@ def output(model, sequences):
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
-def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family, changes, monkeypatch):
-    monkeypatch.setattr("hfprune.pruning.refit.TOKENS_PER_BATCH", 96)
+def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family, changes):
     model, sequences = make_model(family, **changes), tokens(10)
-    stream, arguments = layer_inputs(model, sequences)
+    arguments = enter(model, sequences[:1])[1]
+    stream = [enter(model, rows)[0] for rows in sequences.split(3)]
     for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):
         assert len(stream) == 4
         for name in ("attention", "mlp"):

@@ -15,12 +15,16 @@ the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + 
   noise. The output layers of all parts are refitted, also of parts that keep all their units.
 - `bias`: h comes from the intact model. The output layer's bias repairs the mean of r (FLAP, arXiv 2312.11983).
 
-Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. Beside the weights,
-memory holds the hidden states of the calibration tokens at one layer (with `sequential` also the dense model's, and the
-activations of one part), and G and C of one part.
+Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. The weights of one
+layer are needed at a time, and the hidden states of the calibration tokens at one place (with `sequential` also the
+dense model's, and the activations of one part), see `Streams`; and G and C of one part.
 """
 
 import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,32 +33,47 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
 from hfprune.models.loading import flops_per_token
+from hfprune.models.streamed import device_of, in_memory, in_turn, is_streamed
 from hfprune.models.units import UNITS, Kept, Part, part_of, parts
+from hfprune.models.walk import enter, entrance, layers_of
+from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.progress import progress
+from hfprune.runtime.scratch import Scratch
 
 TOKENS_PER_BATCH = 4096
 DRIFT = 0.5
 
-Stream = list[Tensor]  # batches of hidden states that enter one layer, (batch, length, hidden) each, of all tokens
+Stream = list[Tensor]  # batches of hidden states at one place, (batch, length, hidden) each, of all tokens
 
 
 @torch.no_grad()
-def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge: float) -> dict[str, Any]:
+def refit(
+    model: PreTrainedModel,
+    kept: Kept,
+    tokens: Tensor,
+    method: str,
+    ridge: float,
+    folder: Path | None = None,
+    finished: Callable[[int], None] = lambda _layer: None,
+) -> dict[str, Any]:
     """Refit every output layer in place for a cut to `kept`, and set the columns of the removed units to 0.
 
     Args:
-        model: the intact model, on its device.
+        model: the intact model, in memory or streamed.
         kept: for each part, the int64 indices of the units to keep, per layer.
         tokens: (sequences, length) int64 calibration tokens.
         method: "bias", "least_squares" or "sequential".
         ridge: at least 0; not used by `bias`.
+        folder: for hidden states that do not fit into memory; by default the system's temporary folder.
+        finished: called with the number of each layer when it is refitted. The weights of a streamed model are in
+            memory only until then.
 
     Returns:
         Details for the record: `refit_tokens` and `refit_flops` of the passes and solved systems. Except for `bias`,
         also `ridge` and `starved_layers`, the layers that keep more columns than there are tokens.
 
     Raises:
-        UserError: `bias` where an output layer has none; a layer's system cannot be solved.
+        UserError: `bias` where an output layer has none; a layer's system cannot be solved; the disk is too small.
     """
     for name in kept:
         if method == "bias" and any(part.output.bias is None for part in parts(model, name)):
@@ -65,36 +84,40 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
             )
     sequential, starved = method == "sequential", set()
     flops = tokens.numel() * flops_per_token(model, tokens.shape[1]) * (1 + sequential)
-    stream, arguments = layer_inputs(model, tokens)
-    dense = list(stream)
-    layers = list(zip(model.model.layers, arguments, strict=True))
-    for number, (layer, keywords) in enumerate(progress(layers, "refit", len(layers), "layer")):
-        for name in ("attention", "mlp"):
-            part = part_of(layer, name)
-            units = kept[name][number] if name in kept else torch.arange(part.units)
-            repair, activations_seen = Repair(part, units, name, number), []
-            for i, states in enumerate(stream):
-                written, activations = run_part(layer, name, keywords, states)
-                if sequential:
-                    dense[i] = dense[i] + run_part(layer, name, keywords, dense[i])[0]
-                    repair.add(activations, DRIFT * (dense[i].float() - (states + written).float()))
-                    activations_seen.append(activations)
-                else:
-                    stream[i] = states + written
-                    if repair.lossy:
-                        repair.add(activations, mean=method == "bias")
-            if repair.lossy and method == "bias":
-                repair.shift()
-            elif repair.lossy or sequential:
-                repair.solve(ridge)
-                flops += repair.flops
-                if len(repair.kept) > tokens.numel():
-                    starved.add(number)
-            if sequential:  # the layers above must see this part as it is now
-                stream = [
-                    states + part.output(activations)
-                    for states, activations in zip(stream, activations_seen, strict=True)
-                ]
+    layers, device = layers_of(model), device_of(model)
+    with ExitStack() as stack:
+        streams = Streams(model, tokens, sequential, Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))))
+        for number in progress(in_turn([(layer,) for layer in layers]), "refit", len(layers), "layer"):
+            layer, keywords = layers[number], streams.arguments[number]
+            for name in ("attention", "mlp"):
+                part = part_of(layer, name)
+                units = kept[name][number] if name in kept else torch.arange(part.units)
+                repair = Repair(part, units, name, number)
+                seen = streams.activations(part) if sequential else []
+                for i, stored in enumerate(streams.states):
+                    states = stored.to(device)
+                    written, activations = run_part(layer, name, keywords, states)
+                    if sequential:
+                        dense = streams.dense[i].to(device)
+                        dense = dense + run_part(layer, name, keywords, dense)[0]
+                        streams.dense[i].copy_(dense)
+                        repair.add(activations, DRIFT * (dense.float() - (states + written).float()))
+                        seen[i].copy_(activations)
+                    else:
+                        stored.copy_(states + written)
+                        if repair.lossy:
+                            repair.add(activations, mean=method == "bias")
+                if repair.lossy and method == "bias":
+                    repair.shift()
+                elif repair.lossy or sequential:
+                    repair.solve(ridge)
+                    flops += repair.flops
+                    if len(repair.kept) > tokens.numel():
+                        starved.add(number)
+                if sequential:  # the layers above must see this part as it is now
+                    for stored, activations in zip(streams.states, seen, strict=True):
+                        stored.copy_(stored.to(device) + part.output(activations.to(device)))
+            finished(number)
     details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
     if method == "bias":
         return details
@@ -106,6 +129,47 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
             file=sys.stderr,
         )
     return details | {"ridge": ridge, "starved_layers": sorted(starved)}
+
+
+class Streams:
+    """What is kept of all calibration tokens between one part and the next.
+
+    It stands on the model's device, or in files if the model is streamed or less than half of the memory would be left.
+
+    Attributes:
+        states: the residual stream of the model that is refitted.
+        dense: that of the intact model, for `sequential`.
+        arguments: the keyword arguments of each layer, see `walk.enter`.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, sequential: bool, folder: Path) -> None:
+        self._shape, self._batch = tuple(tokens.shape), max(1, TOKENS_PER_BATCH // tokens.shape[1])
+        self._dtype, self._device, hidden = model.dtype, device_of(model), model.config.hidden_size
+        widest = max(part.output.in_features for name in UNITS for part in parts(model, name)) if sequential else 0
+        size = tokens.numel() * (hidden * (1 + sequential) + widest) * model.dtype.itemsize
+        self._folder = folder if is_streamed(model) or size > free_bytes(self._device) / 2 else None
+        self.states, self.dense = self._room("states", hidden), self._room("dense", hidden * sequential)
+        self._activations = self._room("activations", widest)
+        with in_memory(*entrance(model)):
+            _, self.arguments = enter(model, tokens[:1])
+            for i, rows in enumerate(tokens.split(self._batch)):
+                self.states[i].copy_(enter(model, rows)[0])
+                self.dense[i].copy_(self.states[i]) if sequential else None
+
+    def activations(self, part: Part) -> Stream:
+        """Room for the input of a part's output layer."""
+        columns = part.output.in_features
+        rooms = [room.flatten()[: room[..., 0].numel() * columns] for room in self._activations]
+        return [room.view(-1, self._shape[1], columns) for room in rooms]
+
+    def _room(self, name: str, width: int) -> Stream:
+        """Room for so many values of each token, in the batches that run together."""
+        shape = (*self._shape, width)
+        if self._folder and width:
+            whole = Scratch(self._folder / name, shape, self._dtype).tensor
+        else:
+            whole = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return list(whole.split(self._batch))
 
 
 class Repair:
@@ -192,34 +256,13 @@ class Repair:
         self.part.output.weight[:, self.removed] = 0
 
 
-def layer_inputs(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[str, Any]]]:
-    """The hidden states that enter the first layer, and the keyword arguments of every layer.
-
-    The arguments (positions, the mask of the layer's kind) are those that the model itself passes. One sequence's
-    forward pass gives them, and they fit all sequences: all have the same length and no padding.
-    """
-    arguments: list[dict[str, Any]] = []
-
-    def record(_layer: nn.Module, _positional: tuple, keywords: dict[str, Any]) -> None:
-        arguments.append(keywords)
-
-    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in model.model.layers]
-    try:
-        model.model(input_ids=tokens[:1].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    batches = tokens.to(model.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1]))
-    return [model.get_input_embeddings()(batch) for batch in batches], arguments
-
-
 def run_part(layer: nn.Module, name: str, keywords: dict[str, Any], states: Tensor) -> tuple[Tensor, Tensor]:
     """Run one part of a layer, with the norm before it.
 
     Args:
         layer: a decoder layer that computes a = x + attention(norm(x)) and then a + mlp(norm(a)).
         name: the part's name.
-        keywords: the layer's keyword arguments, see `layer_inputs`.
+        keywords: the layer's keyword arguments, see `walk.enter`.
         states: (batch, length, hidden), the input of the part.
 
     Returns:
