@@ -89,6 +89,12 @@ def test_a_users_mistake_is_one_message_and_exit_2(words, message, capsys):
     assert said.count(f"hfprune {words[0]}: ") == 1
 
 
+def test_a_home_of_nobody_is_told_of_an_option_too(capsys):
+    with pytest.raises(SystemExit):
+        main(["store", "list", "--store", "~nobody-of-that-name"])
+    assert "--store: '~nobody-of-that-name': nobody here has such a home" in capsys.readouterr().err
+
+
 def test_an_unknown_stage_is_exit_2():
     with pytest.raises(SystemExit) as exited:
         main(["prnue"])
