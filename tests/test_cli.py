@@ -10,7 +10,7 @@ from hfprune.cli import main
 
 STAGES = (
     "score", "shard", "prune", "gguf", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare",
-    "config", "overlap", "page", "artifacts", "provenance",
+    "config", "overlap", "page", "index", "artifacts", "provenance",
 )  # fmt: skip
 OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")
 BELOW = {"download": ("model", "text", "task"), "store": ("list", "verify", "prune")}
@@ -87,6 +87,12 @@ def test_a_users_mistake_is_one_message_and_exit_2(words, message, capsys):
     assert said.startswith(f"hfprune {words[0]}: ")
     assert message in said
     assert said.count(f"hfprune {words[0]}: ") == 1
+
+
+def test_a_home_of_nobody_is_told_of_an_option_too(capsys):
+    with pytest.raises(SystemExit):
+        main(["store", "list", "--store", "~nobody-of-that-name"])
+    assert "--store: '~nobody-of-that-name': nobody here has such a home" in capsys.readouterr().err
 
 
 def test_an_unknown_stage_is_exit_2():
