@@ -125,8 +125,9 @@ def test_stages_by_hand_refuse_what_does_not_belong_together(checkpoint, data, t
     other = command("download", "text", "--path", data / "heldout.jsonl")
     by_text = ("prune", "--model", model, "--scores", scores, "--ratio", 0.1, "--text")
     assert "scores on text" in refused(*by_text, other, "--refit", "sequential")
-    assert "refit 'none' reads no text" in refused(*by_text, text)
-    assert "give --text, the one that the scores were made on" in refused(*by_text[:-1], "--refit", "sequential")
+    assert "refit 'none' with allocation 'uniform' reads no text" in refused(*by_text, text)
+    for reads in (("--refit", "sequential"), ("--allocation", "angular")):
+        assert "give --text, the one that the scores were made on" in refused(*by_text[:-1], *reads)
     assert "refit 'bias': the MLPs of this llama model have no bias" in refused(*by_text, text, "--refit", "bias")
     assert "largest ratio that allows is 0." in refused("prune", "--model", model, "--scores", scores, "--ratio", 0.9)
 
