@@ -337,9 +337,10 @@ def importance(scores: list[Artifact]) -> Figure:
         axis.fill_between(index, levels[0], levels[4], color=COLORS[0], alpha=0.15, lw=0, label="5 to 95 % of neurons")
         axis.fill_between(index, levels[1], levels[3], color=COLORS[0], alpha=0.35, lw=0, label="25 to 75 %")
         axis.plot(index, levels[2], color=COLORS[0], label="median")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        if (levels >= 0).all():  # z-scores are not
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(criterion)
     figure.supxlabel("Layer")
     figure.supylabel("Score of a neuron")
