@@ -8,10 +8,12 @@ import torch
 
 from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import token_measures
+from hfprune.models.families import layout_of
 from hfprune.models.loading import flops_per_token
-from hfprune.models.units import part_of
+from hfprune.models.units import parts
+from hfprune.models.walk import Passed, layer_inputs, run_part
 from hfprune.pruning.allocation import allocate
-from hfprune.pruning.refit import DRIFT, Repair, layer_inputs, refit, run_part
+from hfprune.pruning.refit import DRIFT, Repair, Space, refit
 from hfprune.pruning.surgery import cut
 from tests.conftest import make_model
 
@@ -50,7 +52,8 @@ def seen_at(model, sequences, place, take):
 
 def activations(model, sequences, name="mlp"):
     """What meets every output layer: (tokens, columns) per layer."""
-    return seen_at(model, sequences, lambda layer: part_of(layer, name).output, lambda meets, _output: meets)
+    outputs = iter([part.output for part in parts(model, name)])
+    return seen_at(model, sequences, lambda _layer: next(outputs), lambda meets, _output: meets)
 
 
 def output(model, sequences):
@@ -59,17 +62,17 @@ def output(model, sequences):
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
-def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family, changes, monkeypatch):
-    monkeypatch.setattr("hfprune.pruning.refit.TOKENS_PER_BATCH", 96)
+def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family, changes):
     model, sequences = make_model(family, **changes), tokens(10)
-    stream, arguments = layer_inputs(model, sequences)
+    stream, arguments = layer_inputs(model, sequences, 96)
     for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):
         assert len(stream) == 4
         for name in ("attention", "mlp"):
             with torch.no_grad():
-                passed = [run_part(layer, name, keywords, states) for states in stream]
-            stream = [states + written for states, (written, _) in zip(stream, passed, strict=True)]
-        found = torch.cat([seen for _, seen in passed]).flatten(0, 1)
+                how = (layout_of(model), model.config, layer, name, keywords)
+                passed = [run_part(*how, states) for states in stream]
+            stream = [states + each.written for states, each in zip(stream, passed, strict=True)]
+        found = torch.cat([each.activations for each in passed]).flatten(0, 1)
         assert torch.allclose(found, expected, atol=1e-5)
         assert torch.allclose(found.T @ found, expected.T @ expected, rtol=1e-4, atol=1e-4)
 
@@ -97,7 +100,7 @@ def test_least_squares_solves_the_ridge_problem_on_the_intact_model(structure):
     assert details.pop("refit_flops") > 640 * flops_per_token(dense, sequences.shape[1])
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
     for number, (name, columns) in product(range(3), (("mlp", neurons), ("attention", COLUMNS))):
-        weight, found = (part_of(each.model.layers[number], name).output.weight for each in (dense, model))
+        weight, found = (parts(each, name)[number].output.weight for each in (dense, model))
         if name not in kept or len(columns[number]) == weight.shape[1]:
             assert torch.equal(found, weight)
             continue
@@ -124,14 +127,14 @@ def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_
     columns = {"mlp": neurons if "mlp" in kept else [torch.arange(48)] * 3}
     columns["attention"] = COLUMNS if "attention" in kept else [torch.arange(32)] * 3
     for number, name in product(range(3), ("attention", "mlp")):
-        stays, weight = columns[name][number], part_of(dense.model.layers[number], name).output.weight
+        stays, weight = columns[name][number], parts(dense, name)[number].output.weight
         right = behind(dense, sequences, name)[number]
         drift = right - behind(seen, sequences, name)[number]
         h = activations(seen, sequences, name)[number]
         expected = ridge_solution(h, weight, stays, DRIFT * drift)
-        found = part_of(model.model.layers[number], name).output.weight
+        found = parts(model, name)[number].output.weight
         assert torch.allclose(found[:, stays].double(), expected, atol=2e-5), (number, name)
-        part_of(seen.model.layers[number], name).output.weight.copy_(found)  # what everything above sees
+        parts(seen, name)[number].output.weight.copy_(found)  # what everything above sees
         lost = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, stays, False)
         assert not found[:, lost].any()
     assert DRIFT == 0.5
@@ -205,8 +208,10 @@ def test_a_system_that_cannot_be_solved_names_its_layer():
     model.model.layers[1].mlp.gate_proj.weight[:5] = 0  # neurons that are always silent
     with pytest.raises(UserError, match=r"layer 1, mlp: .* with ridge 0.*Set a larger `ridge`"):
         refit(model, {"mlp": [torch.arange(47)] * 3}, tokens(8), "least_squares", 0.0)
-    broken = Repair(part_of(model.model.layers[0], "mlp"), torch.arange(40), "mlp", 7)
-    broken.add(torch.full((2, 3, 48), torch.nan), mean=False)
+    space = Space(layout_of(model), model.config, model.model.layers[0], "mlp")
+    broken = Repair(parts(model, "mlp")[0], torch.arange(40), "mlp", 7, space)
+    nothing = torch.zeros(2, 3, 32)
+    broken.add(Passed(torch.full((2, 3, 48), torch.nan), nothing, nothing))
     with pytest.raises(UserError, match="layer 7, mlp: "):
         broken.solve(0.1)
 

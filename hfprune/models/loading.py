@@ -11,6 +11,7 @@ import transformers
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,17 +19,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import UserError
-from hfprune.models.modeling_per_layer import CLASSES
+from hfprune.models.families import FAMILIES
+from hfprune.models.modeling_per_layer import per_layer
+from hfprune.models.units import parts
 from hfprune.runtime.memory import available_bytes
 from hfprune.store.keys import versions
 
-# `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 QUANTISED = ("quantization_config", "compression_config", "quantization")  # keys in config.json of quantised models
 SENTENCEPIECE = ("sentencepiece", "protobuf")  # libraries with which transformers reads tokenizer.model
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no network, and no code from a checkpoint
+LINEAR = (nn.Linear, Conv1D)  # classes of linear layers in models of transformers
 PREFILL = 256  # tokens of the sequence for which FLOPs are counted and time is measured
 
 # This much memory of every GPU is not used for weights: scoring 1024 tokens of a 7B model needs it (docs/scoring.md).
@@ -115,7 +118,8 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
 
 def model_class(config: PreTrainedConfig) -> Any:
     """The class that builds a config's model: one of this package's if widths differ between layers."""
-    return CLASSES[config.model_type] if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return per_layer(stock) if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
 
 
 def load_model(folder: Path, dtype: str, spread: bool = True) -> PreTrainedModel:
@@ -180,11 +184,15 @@ def _reason(error: Exception, folder: Path, where: str) -> str:
     return " ".join(lines[:count] or [type(error).__name__]).replace(str(folder), where)
 
 
-def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+def set_linear(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Replace the weights of a linear layer; shapes (out, in) and (out,) may be new."""
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    conv = isinstance(linear, Conv1D)  # GPT-2's, which holds (in, out)
+    linear.weight = nn.Parameter((weight.T if conv else weight).contiguous(), requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    linear.out_features, linear.in_features = weight.shape
+    if conv:
+        linear.nf, linear.nx = weight.shape
+    else:
+        linear.out_features, linear.in_features = weight.shape
 
 
 def count_parameters(model: PreTrainedModel) -> int:
@@ -199,9 +207,8 @@ def flops_per_token(model: PreTrainedModel, length: int) -> int:
     per head dimension and token of the sequence: 2 for the scores and 2 for the sum of values, without the causal mask.
     Norms, activations, softmax and embedding lookups do not count. `torch.utils.flop_counter` counts the same.
     """
-    linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    heads = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
-    return linear + 4 * heads * length
+    linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, LINEAR))
+    return linear + 4 * sum(part.width for part in parts(model, "attention")) * length
 
 
 def weight_bytes(folder: Path) -> int:
@@ -209,14 +216,9 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
-    """(..., hidden) final hidden states and (vocabulary, hidden) output projection -> float32 logits."""
-    return (hidden @ head.T).float()
-
-
 def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """(batch, length) tokens -> (batch, length, hidden) final hidden states."""
-    return model.model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+    return model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
 
 
 @contextmanager

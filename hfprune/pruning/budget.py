@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
 from hfprune.errors import UserError
+from hfprune.models.families import head_size, hidden_size, layout_for, layout_of, queries_of
+from hfprune.models.layout import Layout
 from hfprune.models.units import PARTS, STRUCTURES, UNITS, Scores, parts
 from hfprune.pruning.allocation import fewest_kept
 
@@ -27,11 +29,13 @@ class Shape:
         total: all parameters, tied embeddings once.
         units: by part, how many units each layer has.
         parameters: by part, those of one unit.
+        refusals: by part that cannot be cut, why, and what can be instead.
     """
 
     total: int
     units: dict[str, list[int]]
     parameters: dict[str, int]
+    refusals: dict[str, str] = field(default_factory=dict)
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -43,7 +47,13 @@ def shape_of(model: PreTrainedModel) -> Shape:
         count_parameters(model),
         {name: [part.units for part in layers] for name, layers in parts_by_name.items()},
         {name: layers[0].parameters for name, layers in parts_by_name.items()},
+        refusals(layout_of(model)),
     )
+
+
+def refusals(layout: Layout) -> dict[str, str]:
+    """See `Shape`."""
+    return {name: layout.block(name).refused for name in PARTS if layout.block(name).refused}
 
 
 def shape_on_disk(folder: Path) -> Shape:
@@ -53,25 +63,24 @@ def shape_on_disk(folder: Path) -> Shape:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "numpy") as stored:
             shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
-    # A base model's file lacks the prefix.
-    shapes = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": shapes[name] for name in shapes}
-    if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in shapes:
+    if config.get("tie_word_embeddings") and len(shapes) > 1:
         shapes.pop("lm_head.weight", None)
     sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith((".weight", ".bias"))}
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    layers = [f"model.layers.{number}." for number in range(config["num_hidden_layers"])]
-    units = {
-        "mlp": [shapes[f"{layer}mlp.up_proj.weight"][0] for layer in layers],
-        "attention": [shapes[f"{layer}self_attn.k_proj.weight"][0] // head for layer in layers],
-    }
-    prefixes = {"mlp": ("mlp.",), "attention": tuple(f"self_attn.{letter}_proj" for letter in "qkvo")}
-    shared = {"mlp.down_proj.bias", "self_attn.o_proj.bias"}  # biases of the output belong to no unit
-    parameters = {}
-    for name, first in units.items():
-        own = [key.removeprefix(layers[0]) for key in sizes if key.startswith(layers[0])]
-        size = sum(sizes[layers[0] + key] for key in own if key.startswith(prefixes[name]) and key not in shared)
-        parameters[name] = size // first[0]
-    return Shape(sum(sizes.values()), units, parameters)
+    layout, head, hidden = layout_for(config), head_size(config), hidden_size(config)
+    block = layout.mlp
+    first = next(name for name in shapes if name.endswith(f"{layout.layers}.0.{block.output}.weight"))
+    before, after = first.removesuffix(f"0.{block.output}.weight"), f".{block.output}.weight"  # some lack a prefix
+    numbers = range(sum(name.startswith(before) and name.endswith(after) for name in shapes))
+    units, parameters = {}, {}
+    for name in PARTS:
+        block, columns = layout.block(name), 1 if name == "mlp" else queries_of(config, layout) * head
+        widths = [sizes[f"{before}{number}.{block.output}.weight"] // hidden for number in numbers]
+        units[name] = [width // columns for width in widths]
+        of_units = [f"{before}0.{block.output}.weight"]  # the bias of the output belongs to no unit
+        of_units += [f"{before}0.{rows.path}.{kind}" for rows in block.rows for kind in ("weight", "bias")]
+        of_units += [f"{before}0.{path}.weight" for path in block.per_head]
+        parameters[name] = sum(sizes.get(key, 0) for key in of_units) // units[name][0]
+    return Shape(sum(sizes.values()), units, parameters, refusals(layout))
 
 
 @dataclass(frozen=True)
@@ -136,8 +145,10 @@ def units_to_keep(
             from the neurons as far as possible, which is enough to see whether the budget can be met.
 
     Raises:
-        UserError: nothing would be removed, or the structure does not hold that much.
+        UserError: the structure cannot be cut, does not hold that much, or nothing would be removed.
     """
+    if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
+        raise UserError(f"structure {structure!r}: {faults[0]}")
     capacities = {name: capacity_of(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
     total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
     if target_parameters is not None:
@@ -246,7 +257,7 @@ def check(folder: Path, cuts: list[dict[str, Any]]) -> None:
     """
     try:
         shape = shape_on_disk(folder)
-    except KeyError:  # of config.json, for which transformers has a default: stage `prune` will see
+    except (KeyError, StopIteration):  # the family, or a key for which transformers has a default: `prune` will see
         return
     faults = []
     for cut in cuts:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from hfprune.models.units import matrix
+
 if TYPE_CHECKING:  # the config reads the names of the criteria without paying for torch
     from torch import Generator, Tensor
 
@@ -147,7 +149,7 @@ def fisher_gradient(logits: Tensor, positions: Positions) -> Tensor:
 
 def _column_norms(part: Part) -> Tensor:
     """(columns,) l2 norm of what a column writes."""
-    return part.output.weight.double().norm(dim=0)
+    return matrix(part.output).double().norm(dim=0)
 
 
 def wanda(part: Part, moments: Moments, _generator: Generator) -> Tensor:

@@ -1,8 +1,8 @@
 """Refit output layers so that the remaining units replace what the removed units wrote.
 
 An MLP or an attention block writes W h into the residual stream, where h are the activations that enter its output
-layer (down_proj, o_proj) at a token. Let S be the columns that stay, P the columns that go, and r the target of the
-repair at a token. With sums over all calibration tokens,
+layer (Llama's down_proj, o_proj) at a token. Let S be the columns that stay, P the columns that go, and r the target of
+the repair at a token. With sums over all calibration tokens,
 
     G = sum h[S] h[S]^T,    C = sum r h[S]^T,    lambda = ridge * mean(diag G),
 
@@ -14,6 +14,10 @@ the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + 
   nothing, so their difference is the error of the layers below. a is `DRIFT`: repairing all of that error would fit
   noise. The output layers of all parts are refitted, also of parts that keep all their units.
 - `bias`: h comes from the intact model. The output layer's bias repairs the mean of r (FLAP, arXiv 2312.11983).
+
+Some families norm what a block writes, or multiply it by m, before it is added. The repair is of the output W h all the
+same, and right to first order: an RMS norm divides a token's error by the RMS of its output, so tokens are weighted by
+1 / RMS(W h)^2, and the drift is carried back through norm and m (`Space`).
 
 Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. Beside the weights,
 memory holds the hidden states of the calibration tokens at one layer (with `sequential` also the dense model's, and the
@@ -28,14 +32,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
+from hfprune.models.families import layout_of
+from hfprune.models.layout import Layout
 from hfprune.models.loading import flops_per_token
-from hfprune.models.units import UNITS, Kept, Part, part_of, parts
+from hfprune.models.units import PARTS, UNITS, Kept, Part, layers_of, matrix, parts
+from hfprune.models.walk import Passed, factor, layer_inputs, run_part, written
 from hfprune.runtime.progress import progress
 
 TOKENS_PER_BATCH = 4096
 DRIFT = 0.5
-
-Stream = list[Tensor]  # batches of hidden states that enter one layer, (batch, length, hidden) each, of all tokens
+SMALLEST_GAIN = 1e-2  # of a norm, as a share of its largest, that drift is carried back through
 
 
 @torch.no_grad()
@@ -65,24 +71,28 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
             )
     sequential, starved = method == "sequential", set()
     flops = tokens.numel() * flops_per_token(model, tokens.shape[1]) * (1 + sequential)
-    stream, arguments = layer_inputs(model, tokens)
+    layout, config = layout_of(model), model.config
+    stream, arguments = layer_inputs(model, tokens, TOKENS_PER_BATCH)
     dense = list(stream)
-    layers = list(zip(model.model.layers, arguments, strict=True))
-    for number, (layer, keywords) in enumerate(progress(layers, "refit", len(layers), "layer")):
+    layers, all_parts = layers_of(model), {name: parts(model, name) for name in PARTS}
+    for number, layer in enumerate(progress(layers, "refit", len(layers), "layer")):
+        entered, dense_entered = list(stream), list(dense)
         for name in ("attention", "mlp"):
-            part = part_of(layer, name)
+            reads_entry = layout.parallel and name == "mlp"
+            part = all_parts[name][number]
             units = kept[name][number] if name in kept else torch.arange(part.units)
-            repair, activations_seen = Repair(part, units, name, number), []
+            repair, activations_seen = Repair(part, units, name, number, Space(layout, config, layer, name)), []
             for i, states in enumerate(stream):
-                written, activations = run_part(layer, name, keywords, states)
+                how = (layout, config, layer, name, arguments[number])
+                passed = run_part(*how, entered[i] if reads_entry else states)
                 if sequential:
-                    dense[i] = dense[i] + run_part(layer, name, keywords, dense[i])[0]
-                    repair.add(activations, DRIFT * (dense[i].float() - (states + written).float()))
-                    activations_seen.append(activations)
+                    dense[i] = dense[i] + run_part(*how, dense_entered[i] if reads_entry else dense[i]).written
+                    repair.add(passed, DRIFT * (dense[i].float() - (states + passed.written).float()))
+                    activations_seen.append(passed.activations)
                 else:
-                    stream[i] = states + written
+                    stream[i] = states + passed.written
                     if repair.lossy:
-                        repair.add(activations, mean=method == "bias")
+                        repair.add(passed, mean=method == "bias")
             if repair.lossy and method == "bias":
                 repair.shift()
             elif repair.lossy or sequential:
@@ -92,7 +102,7 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
                     starved.add(number)
             if sequential:  # the layers above must see this part as it is now
                 stream = [
-                    states + part.output(activations)
+                    states + written(layout, config, layer, name, part.output(activations))
                     for states, activations in zip(stream, activations_seen, strict=True)
                 ]
     details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
@@ -108,6 +118,44 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
     return details | {"ridge": ridge, "starved_layers": sorted(starved)}
 
 
+class Space:
+    """Where the error of a block's output is measured: after the norm and the factor that follow it, to first order.
+
+    A norm of root mean squares writes g * z / s, with s = RMS(z) and gains g. A small change dz writes
+    g * (dz - the part of dz along z) / s.
+    """
+
+    def __init__(self, layout: Layout, config: Any, layer: nn.Module, name: str) -> None:
+        self.factor, after = factor(layout, config), layout.block(name).after
+        self.norm = layer.get_submodule(after) if after else None
+
+    def weights(self, output: Tensor) -> Tensor | None:
+        """(tokens, hidden) float32 outputs -> (tokens, 1), 1 / RMS of each; None without a norm."""
+        if self.norm is None:
+            return None
+        return output.square().mean(1, keepdim=True).clamp(min=torch.finfo(output.dtype).tiny).rsqrt()
+
+    def back(self, drift: Tensor, output: Tensor) -> Tensor:
+        """The change of the output that the hidden states see as `drift`, to first order.
+
+        Args:
+            drift: (tokens, hidden) float32, wanted behind norm and factor.
+            output: (tokens, hidden) float32, of the output layer.
+
+        Returns:
+            (tokens, hidden) float32.
+        """
+        if self.factor != 1:
+            drift = drift / self.factor
+        if self.norm is None:
+            return drift
+        gains = self.norm(torch.ones_like(output[:1], dtype=self.norm.weight.dtype)).float()  # of a token of RMS 1
+        small = gains.abs() < SMALLEST_GAIN * gains.abs().max()  # where the norm hides what the output does
+        change = torch.where(small, 0, drift / gains.masked_fill(small, 1)) / self.weights(output)
+        along = (change * output).sum(1, keepdim=True) / output.square().sum(1, keepdim=True).clamp(min=1e-30)
+        return change - along * output
+
+
 class Repair:
     """The refit of one part of a layer: sums over calibration tokens, and the solution.
 
@@ -116,20 +164,22 @@ class Repair:
         kept, removed: int64 columns of its output layer.
         name: the part's name.
         layer: the layer's number.
+        space: where errors are measured; None: in the output itself.
         tokens: how many tokens the sums contain.
     """
 
-    def __init__(self, part: Part, units: Tensor, name: str, layer: int) -> None:
-        self.part, self.name, self.layer = part, name, layer
+    def __init__(self, part: Part, units: Tensor, name: str, layer: int, space: Space | None = None) -> None:
+        self.part, self.name, self.layer, self.space = part, name, layer, space
         is_removed = torch.ones(part.units, dtype=torch.bool).index_fill_(0, units.cpu(), False)
         device = part.output.weight.device
         self.kept, self.removed = (
             part.columns_of(mask.nonzero()[:, 0]).to(device) for mask in (~is_removed, is_removed)
         )
-        self.removed_weights = part.output.weight[:, self.removed].float()
+        self.removed_weights = matrix(part.output)[:, self.removed].float()
         self.gram: Tensor | float = 0.0  # G
         self.cross: Tensor | float = 0.0  # C
-        self.lost: Tensor | float = 0.0  # sum of W[:, P] h[P]
+        self.lost: Tensor | float = 0.0  # sum of W[:, P] h[P], each token times its squared weight
+        self.weight: Tensor | float = 0.0  # sum of the squared weights
         self.tokens = 0
 
     @property
@@ -140,33 +190,37 @@ class Repair:
     @property
     def flops(self) -> int:
         """Floating-point operations for G, C and the solution by Cholesky's method."""
-        kept, hidden = len(self.kept), self.part.output.out_features
+        kept, hidden = len(self.kept), matrix(self.part.output).shape[0]
         return 2 * self.tokens * kept * (kept + hidden) + kept**3 // 3 + 2 * kept**2 * hidden
 
-    def add(self, activations: Tensor, drift: Tensor | None = None, mean: bool = False) -> None:
+    def add(self, passed: Passed, drift: Tensor | None = None, mean: bool = False) -> None:
         """Add a batch to the sums. Products are float32, sums float64.
 
         Args:
-            activations: (batch, length, columns), the input of the output layer.
-            drift: (batch, length, hidden) float32, added to the target beside what the cut loses here.
+            passed: the part's pass over (batch, length) tokens, with all its units.
+            drift: (batch, length, hidden) float32, the target beside what the cut loses here, in the hidden states.
             mean: only sum the target, which is all that `shift` needs.
         """
-        flat = activations.flatten(0, 1).float()
+        flat, output = passed.activations.flatten(0, -2).float(), passed.output.flatten(0, -2).float()
         target = flat[:, self.removed] @ self.removed_weights.T
-        self.lost += target.sum(0).double()
-        self.tokens += len(flat)
-        if mean:
-            return
         if drift is not None:
-            target += drift.flatten(0, 1)
+            target += self.space.back(drift.flatten(0, 1), output)
         kept = flat[:, self.kept]
+        self.tokens += len(flat)
+        weights = self.space.weights(output)
+        if mean:
+            self.lost += (target if weights is None else target * weights.square()).sum(0).double()
+            self.weight += len(flat) if weights is None else weights.square().sum().double()
+            return
+        if weights is not None:
+            target, kept = target * weights, kept * weights
         self.gram += (kept.T @ kept).double()
         self.cross += (target.T @ kept).double()
 
     def shift(self) -> None:
         """Repair the mean of the loss, with the bias."""
         bias = self.part.output.bias
-        bias += (self.lost / self.tokens).to(bias.dtype)
+        bias += (self.lost / self.weight).to(bias.dtype)
         self._silence()
 
     def solve(self, ridge: float) -> None:
@@ -183,57 +237,10 @@ class Repair:
                 f"{UNITS[self.name]} are linearly dependent or not finite. Set a larger `ridge`, take more samples, or "
                 "compute in float32."
             )
-        weight = self.part.output.weight
+        weight = matrix(self.part.output)
         correction = torch.cholesky_solve(self.cross.T, factor).T
         weight[:, self.kept] = (weight[:, self.kept] + correction).to(weight.dtype)
         self._silence()
 
     def _silence(self) -> None:
-        self.part.output.weight[:, self.removed] = 0
-
-
-def layer_inputs(model: PreTrainedModel, tokens: Tensor) -> tuple[Stream, list[dict[str, Any]]]:
-    """The hidden states that enter the first layer, and the keyword arguments of every layer.
-
-    The arguments (positions, the mask of the layer's kind) are those that the model itself passes. One sequence's
-    forward pass gives them, and they fit all sequences: all have the same length and no padding.
-    """
-    arguments: list[dict[str, Any]] = []
-
-    def record(_layer: nn.Module, _positional: tuple, keywords: dict[str, Any]) -> None:
-        arguments.append(keywords)
-
-    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in model.model.layers]
-    try:
-        model.model(input_ids=tokens[:1].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    batches = tokens.to(model.device).split(max(1, TOKENS_PER_BATCH // tokens.shape[1]))
-    return [model.get_input_embeddings()(batch) for batch in batches], arguments
-
-
-def run_part(layer: nn.Module, name: str, keywords: dict[str, Any], states: Tensor) -> tuple[Tensor, Tensor]:
-    """Run one part of a layer, with the norm before it.
-
-    Args:
-        layer: a decoder layer that computes a = x + attention(norm(x)) and then a + mlp(norm(a)).
-        name: the part's name.
-        keywords: the layer's keyword arguments, see `layer_inputs`.
-        states: (batch, length, hidden), the input of the part.
-
-    Returns:
-        (batch, length, hidden) what the part adds to the residual stream, and (batch, length, columns) the input of its
-        output layer.
-    """
-    output_inputs: list[Tensor] = []
-    output = part_of(layer, name).output
-    hook = output.register_forward_pre_hook(lambda _module, inputs: output_inputs.append(inputs[0]))
-    try:
-        if name == "attention":
-            written, _ = layer.self_attn(hidden_states=layer.input_layernorm(states), **keywords)
-        else:
-            written = layer.mlp(layer.post_attention_layernorm(states))
-    finally:
-        hook.remove()
-    return written, output_inputs[0]
+        matrix(self.part.output)[:, self.removed] = 0

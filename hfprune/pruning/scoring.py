@@ -18,18 +18,12 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
-from hfprune.models.loading import (
-    final_hidden,
-    flops_per_token,
-    load_model,
-    load_tokenizer,
-    logits_of,
-    weights_in_memory,
-)
+from hfprune.models.activations import checkpointed, is_short
+from hfprune.models.head import Head, head_of
+from hfprune.models.loading import final_hidden, flops_per_token, load_model, load_tokenizer, weights_in_memory
 from hfprune.models.units import PARTS, Part, Scores, parts, read_scores
 from hfprune.pruning.criteria import CRITERIA, LIGHT_CUT, GradientCriterion, Moments, Positions, StaticCriterion
 from hfprune.runtime.matmul import fast_products
-from hfprune.runtime.memory import checkpointed, is_short
 from hfprune.runtime.progress import progress
 from hfprune.runtime.signals import Stopped, sigterm_deferred
 from hfprune.store.filenames import RESUME, SCORES, SUMS
@@ -352,18 +346,16 @@ def add_up(
     size = batch or _batch_size(tokens.shape[1])
     recompute = bool(passes) and is_short(model, size * tokens.shape[1])
     recorder = UnitRecorder(sums, moments, bool(passes), silenced(light_cut) if light_cut else None, recompute)
-    output = model.get_output_embeddings()
     remaining = tokens[share.start + sums.sequences : share.stop]
     saved = time.monotonic()
     with ExitStack() as stack:
         for kind, layer, part in all_parts:
             stack.callback(part.output.register_forward_pre_hook(recorder.hook(kind, layer, part)).remove)
-        stack.enter_context(weights_in_memory(output))
+        head = stack.enter_context(head_of(model))
         stack.enter_context(fast_products(model.device))
         if recompute:
             print("memory is short: the backward pass computes each layer a second time", flush=True)
             stack.enter_context(checkpointed(model, lambda: recorder.in_phase("recompute")))
-        head = output.weight
         sigterm = stack.enter_context(sigterm_deferred())
         for rows in progress(
             remaining.split(size) if len(remaining) else (), "score", remaining.numel(), " tokens", torch.numel
@@ -376,7 +368,7 @@ def add_up(
                 hidden = final_hidden(model, rows)
             for number, (names, logit_gradient, draw) in enumerate(passes):
                 recorder.criteria = names
-                positions = positions_of(rows, share.start + sums.sequences, seed, draw, head.device)
+                positions = positions_of(rows, share.start + sums.sequences, seed, draw, head.weight.device)
                 gradient = hidden_gradient(hidden.detach(), head, logit_gradient, positions, dense)
                 hidden.backward(gradient, retain_graph=number + 1 < len(passes))
             dense = hidden = gradient = None  # frees the graph before the next forward pass builds another
@@ -441,7 +433,7 @@ def positions_of(tokens: Tensor, first: int, seed: int, draw: int, device: torch
 
 def hidden_gradient(
     hidden: Tensor,
-    head: Tensor,
+    head: Head,
     logit_gradient: LogitGradient,
     positions: Positions,
     dense: Tensor | None = None,
@@ -450,7 +442,7 @@ def hidden_gradient(
 
     Args:
         hidden: (batch, length, hidden) final hidden states.
-        head: (vocabulary, hidden) output projection.
+        head: the model's head.
         logit_gradient: see `criteria.GradientCriterion`.
         positions: what the gradient may read beside the logits, for batch * length positions.
         dense: the intact model's final hidden states, if the criterion compares with them.
@@ -458,15 +450,17 @@ def hidden_gradient(
     Returns:
         dS/dhidden of the shape, dtype and device of `hidden`, S summed over all positions.
     """
-    flat = hidden.flatten(0, 1).to(head.device)
-    flat_dense = dense.flatten(0, 1).to(head.device) if dense is not None else None
+    place = head.weight.device
+    flat = hidden.flatten(0, 1).to(place)
+    flat_dense = dense.flatten(0, 1).to(place) if dense is not None else None
     gradient = torch.empty_like(flat)
-    size = max(1, LOGITS_PER_CHUNK[head.device.type] // head.shape[0])
+    size = max(1, LOGITS_PER_CHUNK[place.type] // head.vocabulary)
     for first in range(0, len(flat), size):
         chunk = slice(first, first + size)
-        dense_logits = logits_of(flat_dense[chunk], head) if flat_dense is not None else None
+        dense_logits = head.logits(flat_dense[chunk]) if flat_dense is not None else None
         here = Positions(positions.next_tokens[chunk], positions.uniforms[chunk], dense_logits)
-        gradient[chunk] = logit_gradient(logits_of(flat[chunk], head), here).to(head.dtype) @ head
+        pulled = head.pulled_back(head.logits(flat[chunk]), lambda logits, here=here: logit_gradient(logits, here))
+        gradient[chunk] = pulled @ head.weight
     return gradient.view(hidden.shape).to(hidden.device)
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
 from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
 from hfprune.models.loading import count_parameters, load_model, load_tokenizer, set_linear
-from hfprune.models.units import Kept, Part, Scores, parts, read_scores, spread
+from hfprune.models.modeling_per_layer import count_heads
+from hfprune.models.units import Kept, Part, Scores, matrix, parts, read_scores
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import Budget, shape_of, units_to_keep
 from hfprune.pruning.refit import refit as refit_kept
@@ -130,12 +131,16 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
     for name, layers in kept.items():
         for part, units in zip(parts(model, name), layers, strict=True):
             cut_part(part, units.to(part.output.weight.device))
+            if name == "attention":
+                count_heads(part.block, len(units), part.units)
     checkpoint.declare_widths(model)
 
 
 def cut_part(part: Part, units: Tensor) -> None:
     """Remove the rows and columns of the units that are not in `units`, (count,) int64."""
-    for linear in part.inputs:
-        rows = spread(units, linear.out_features // part.units)
-        set_linear(linear, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
-    set_linear(part.output, part.output.weight[:, part.columns_of(units)], part.output.bias)
+    for number, linear in enumerate(part.inputs):
+        rows = part.rows_of(units, number)
+        set_linear(linear, matrix(linear)[rows], None if linear.bias is None else linear.bias[rows])
+    for norm in part.per_head:
+        norm.weight = nn.Parameter(norm.weight.unflatten(0, (part.units, -1))[units].flatten(0, 1), False)
+    set_linear(part.output, matrix(part.output)[:, part.columns_of(units)], part.output.bias)
