@@ -171,7 +171,7 @@ def allocate(
         scores: see `score`.
         ratio, target_parameters, ratio_of, round_to: see `prune`.
         structure: "mlp", "attention" or "mlp+attention".
-        allocation: "uniform" widths, or "global": one ranking over all layers.
+        allocation: a name in docs/pruning.md: "uniform" widths, or "global": one ranking over all layers.
         attention_share: of what mlp+attention removes; by default what one ranking of all units gives.
 
     Raises:

@@ -6,7 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from hfprune.pruning.allocation import ALLOCATIONS, allocate, fewest_kept
+from hfprune.pruning.allocation import ALLOCATIONS, allocate, fewest_kept, standard_scores
+from hfprune.pruning.budget import Shape, units_to_keep
 
 
 def random_scores(*widths):
@@ -59,6 +60,42 @@ def test_a_layer_that_loses_everywhere_keeps_the_floor():
     assert [len(layer) for layer in allocate("global", scores, 60, 1)][1] == 4
     assert [len(layer) for layer in allocate("global", scores, 64, 8)][1] == 8
     assert set(allocate("global", scores, 60, 1)[1].tolist()) == set(scores[1].topk(4).indices.tolist())
+
+
+def test_standardized_keeps_the_units_that_stand_out_in_their_own_layer():
+    scores = [torch.tensor([1.0, 2, 3, 10]), torch.tensor([0.0, 0.9, 0.9, 0.9]) / 100]
+    assert [len(kept) for kept in allocate("global", scores, 4, 1)] == [3, 1]
+    assert [kept.tolist() for kept in allocate("standardized", scores, 4, 1)] == [[3], [1, 2, 3]]
+    moved = [scores[0], scores[1] * 1e6 - 7]
+    assert [kept.tolist() for kept in allocate("standardized", moved, 4, 1)] == [[3], [1, 2, 3]]
+
+
+def test_standardized_ranks_groups_and_neurons_by_z_scores_whatever_their_scale_and_size():
+    shape = Shape(2000, {"mlp": [20, 20], "attention": [4, 4]}, {"mlp": 10, "attention": 40})
+    scores = {"mlp": random_scores(20, 20), "attention": [1e6 + layer for layer in random_scores(4, 4)]}
+    cut = {"structure": "mlp+attention", "scores": scores, "ratio": 0.14}
+    by_z = [
+        (z, size)
+        for name, size in shape.parameters.items()
+        for layer in scores[name]
+        for z in ((layer.double() - layer.double().mean()) / layer.double().std()).tolist()
+    ]
+    groups, free = 0, 280
+    for _, size in sorted(by_z):
+        groups += size == 40 and free >= 40
+        free -= size
+    assert 0 < groups < 6
+    assert units_to_keep(shape, allocation="standardized", **cut).keep == {
+        "mlp": 40 - (280 - 40 * groups) / 10, "attention": 8 - groups
+    }  # fmt: skip
+    assert units_to_keep(shape, allocation="global", **cut).keep["attention"] == 8, "a group's score is much larger"
+
+
+def test_z_scores_have_mean_0_and_deviation_1_and_equal_scores_are_all_0():
+    z = standard_scores(torch.tensor([1.0, 2, 3, 10]).double())
+    assert z.mean().item() == pytest.approx(0, abs=1e-12) and z.std().item() == pytest.approx(1)
+    assert not standard_scores(torch.full((3,), 7.0)).any()
+    assert not standard_scores(torch.tensor([7.0])).any()
 
 
 def test_among_equal_scores_the_first_layers_and_the_lower_indices_stay():

@@ -107,8 +107,8 @@ def test_the_result_is_a_model_of_transformers_that_saves_and_loads(family, tmp_
 
 def test_a_recipe_may_be_written_out():
     model, tokenizer = make_model(), make_tokenizer()
-    named = hfprune.prune(model, tokenizer, TEXTS, ratio=0.2, method="FLAP", **SAMPLING)
-    written = hfprune.prune(model, tokenizer, TEXTS, ratio=0.2, method={"criterion": "flap"}, **SAMPLING)
+    named = hfprune.prune(model, tokenizer, TEXTS, ratio=0.2, method="Wanda-sp", **SAMPLING)
+    written = hfprune.prune(model, tokenizer, TEXTS, ratio=0.2, method={"criterion": "wanda"}, **SAMPLING)
     same(named.state_dict(), written.state_dict())
 
 

@@ -128,10 +128,18 @@ def per_unit(values, kind):
     return values if kind == "mlp" else np.array([values[:16].sum(), values[16:].sum()])
 
 
-def written(layer, kind):
+def written(layer, kind, order=2):
     """(columns,) norms of the columns of the output layer."""
     output = layer.mlp.down_proj if kind == "mlp" else layer.self_attn.o_proj
-    return np.linalg.norm(output.weight.numpy(), axis=0)
+    return np.linalg.norm(output.weight.double().numpy(), order, axis=0)
+
+
+def flap_standardized(layer, kind, h):
+    fluctuation = h.var(axis=0, ddof=1) * written(layer, kind) ** 2
+    fluctuation = fluctuation**2 if kind == "attention" else fluctuation
+    z = (fluctuation - fluctuation.mean()) / fluctuation.std(ddof=1)
+    weights_of_a_unit = sum(rows[0].size for rows in weights(layer, kind))
+    return per_unit(z, kind) / (1 if kind == "mlp" else 16) * weights_of_a_unit
 
 
 def spread(rows):
@@ -144,8 +152,9 @@ def ppm(layer, kind, h):
 
 
 FORMULAS = {
-    "wanda": lambda layer, kind, h: per_unit(np.linalg.norm(h, axis=0) * written(layer, kind), kind),
+    "wanda": lambda layer, kind, h: per_unit(np.linalg.norm(h, axis=0) * written(layer, kind, 1), kind),
     "flap": lambda layer, kind, h: per_unit(h.var(axis=0, ddof=1) * written(layer, kind) ** 2, kind),
+    "flap_standardized": flap_standardized,
     "ppm_activation": ppm,
     "magnitude": lambda layer, kind, _h: np.sqrt(sum((rows**2).sum(1) for rows in weights(layer, kind))),
 }

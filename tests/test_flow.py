@@ -224,7 +224,7 @@ def test_operations_of_scoring_are_those_of_its_sequences():
     model = make_model(attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(40)[None].repeat(3, 1), use_cache=False)
-    assert cost(model, (3, 40), ["wanda"], 1, False) == {"tokens": 120, "flops": counter.get_total_flops()}
+    assert cost(model, (3, 40), ["wanda"], 1, False, False) == {"tokens": 120, "flops": counter.get_total_flops()}
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

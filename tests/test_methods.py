@@ -68,7 +68,7 @@ def test_names_presets_and_own_methods_stand_in_one_list(experiment):
     assert cuts(plan) == [
         ("HFPrune", "entropy", 0.1, "none"),
         ("HFPrune", "entropy", 0.2, "none"),
-        ("FLAP", "flap", 0.3, "none"),
+        ("FLAP", "flap_standardized", 0.3, "none"),
         ("mine", "fisher_token", 0.1, "none"),
         ("mine", "fisher_token", 0.2, "none"),
         ("HFPrune + refit", "entropy", None, "none"),
@@ -198,7 +198,7 @@ def test_methods_that_differ_only_in_widths_are_two_where_they_have_two_names(ex
     "changes",
     [
         {},
-        {"methods": ["FLAP", {"mine": MINE}], "ratio_of": "mlp", "round_to": 8},
+        {"methods": ["Wanda-sp", {"mine": MINE}], "ratio_of": "mlp", "round_to": 8},
         {"methods": [{"FLAP": {"target_parameters": [9]}}, {"mine": {"like": "FLAP", "refit": "bias", "pad": True}}]},
     ],
 )

@@ -10,8 +10,8 @@ from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import token_measures
 from hfprune.models.families import layout_of
 from hfprune.models.loading import flops_per_token
+from hfprune.models.run_part import Passed, layer_inputs, run_part
 from hfprune.models.units import parts
-from hfprune.models.walk import Passed, layer_inputs, run_part
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.refit import DRIFT, Repair, Space, refit
 from hfprune.pruning.surgery import cut

@@ -8,6 +8,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
+from hfprune.models import walk
 from hfprune.models.head import Head, head_of
 from hfprune.models.loading import (
     PREFILL,
@@ -27,34 +29,38 @@ from hfprune.models.loading import (
     load_tokenizer,
     weight_bytes,
 )
+from hfprune.models.streamed import is_streamed, memory_of
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.progress import progress
 from hfprune.store.filenames import PROFILE, REFERENCE, RESULTS, SAMPLES
 
 LOGITS_PER_CHUNK = 2**24
+TOKENS_PER_BATCH = 1024  # that pass a layer at once, where the weights are streamed
 LIKELIEST = 15  # size of the token sets to compare, as in the paper's table 7
 POSITION_BINS = 8  # equal parts of a document
 ENTROPY_BINS = 10  # deciles of the dense model's entropy over all positions of the text
 
 
-def reference(folder: Path, model: Path, text: Path, samples: int, length: int, seed: int, dtype: str):
+def reference(
+    folder: Path, model: Path, text: Path, samples: int, length: int, seed: int, dtype: str, memory: str = "auto"
+):
     """Stage `reference`: write the dense model's predictions on the held-out text into `folder`.
 
     `reference.safetensors` holds `tokens` (samples, length); `hidden` (samples, length, hidden size), the final hidden
     states; `head` (vocabulary, hidden size), the output projection; and `entropy` (samples, length), nats, the entropy
     of the dense model's predictions, by which `measure` bins positions. `Head.from_tensors` reads the head.
     """
-    network = load_model(model, dtype)
+    network = load_model(model, dtype, memory)
     tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
     hidden = torch.cat(list(hidden_states(network, tokens, "reference")))
     with head_of(network) as head:
         entropies = torch.stack([_entropies(document, head).cpu() for document in hidden])
         kept = {name: tensor.cpu().clone() for name, tensor in head.tensors().items()}
     save_file({"tokens": tokens, "hidden": hidden.cpu(), "entropy": entropies} | kept, folder / REFERENCE)
-    return {"tokens": tokens.numel()}
+    return {"tokens": tokens.numel(), "memory": memory_of(network)}
 
 
-def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str, int]:
+def measure(folder: Path, model: Path, reference: Path, dtype: str, memory: str = "auto") -> dict[str, Any]:
     """Stage `measure`: compare `model` with the dense model on the reference's text, and write into `folder`.
 
     - `results.json`: for each measure of `token_measures` and for the perplexity, the mean over documents, its standard
@@ -65,10 +71,10 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
     The dense model compared with itself gives kl = js = entropy_change = 0 and top1_agreement = top15_jaccard = 1.
 
     Returns:
-        The model's `parameters`, `flops_per_token` of a forward pass over `PREFILL` tokens, and `bytes` of its weights
-        on disk.
+        The model's `parameters`, `flops_per_token` of a forward pass over `PREFILL` tokens, `bytes` of its weights on
+        disk, and the `memory` used.
     """
-    network = load_model(model, dtype)
+    network = load_model(model, dtype, memory)
     documents: list[dict[str, float]] = []
     with head_of(network) as head:
         place = head.weight.device
@@ -88,6 +94,7 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str) -> dict[str,
         "parameters": count_parameters(network),
         "flops_per_token": flops_per_token(network, PREFILL),
         "bytes": weight_bytes(model),
+        "memory": memory_of(network),
     }
 
 
@@ -143,6 +150,9 @@ class Profile:
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, tokens: Tensor, what: str):
     """Yield the final hidden states (1, length, hidden size) of each sequence of `tokens` (sequences, length)."""
+    if is_streamed(model):
+        yield from walk.final_states(model, tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1]), what)
+        return
     for sequence in progress(tokens.split(1), what, len(tokens), "document"):
         with fast_products(model.device):
             hidden = final_hidden(model, sequence)

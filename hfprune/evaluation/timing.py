@@ -121,7 +121,7 @@ def time_scoring(
             unit_scores(network, tokens if number else tokens[:1], [name], seed, draws, cut)
             if number:
                 seconds[name].append(_now() - started)
-    costs = {name: cost(network, tokens.shape, [name], draws, cut is not None) for name, cut in cuts.items()}
+    costs = {name: cost(network, tokens.shape, [name], draws, cut is not None, False) for name, cut in cuts.items()}
     del network
     batch = tokens[: max(1, TOKENS_PER_BATCH // length)]
     rows = []

@@ -27,13 +27,14 @@ from hfprune.errors import UserError
 from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import DType, Experiment, Source
 from hfprune.models.activations import forward_bytes, graph_bytes
-from hfprune.models.loading import PREFILL, check_family, flops_per_token, load_tokenizer
+from hfprune.models.loading import BYTES_BESIDE_WEIGHTS, PREFILL, check_family, flops_per_token, load_tokenizer
 from hfprune.pruning import scoring
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
+from hfprune.pruning.head import LOGITS_PER_CHUNK
 from hfprune.pruning.surgery import cut
-from hfprune.stages.costs import Cost, weight_bytes
+from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import DOCUMENTS
@@ -343,9 +344,9 @@ class Estimate:
         """The request of `hfprune scoring-cost` for the plan's criteria."""
         calibration, criteria = self.plan.experiment.calibration, self.plan.experiment.criteria
         dense, shape, draws = self.models.dense, (calibration.samples, calibration.length), calibration.draws
-        costs = [scoring.cost(dense, shape, [name], draws, bool(CRITERIA[name].light_cut)) for name in criteria]
+        costs = [scoring.cost(dense, shape, [name], draws, bool(CRITERIA[name].light_cut), False) for name in criteria]
         seconds = self.seconds(SCORED_ROUNDS * sum(cost["flops"] for cost in costs), SLOW_SHARE)
-        memory = max(self.scoring_memory([name], calibration.length) for name in criteria)
+        memory = max(self.scoring_memory([name], calibration.length, False) for name in criteria)
         return self._timing(memory, weight_bytes(dense), len(criteria), seconds)
 
     def _timing(self, memory: int, files: int, processes: int, seconds: float) -> Request:
@@ -387,7 +388,7 @@ class Estimate:
     def stages(self) -> list[dict[str, Any]]:
         """A row for each stage: its name, its jobs, how many are in the store, and the cost of the others.
 
-        Operations and disk are sums; memory is that of the largest job.
+        Operations and disk are sums; memory and scratch are those of the largest job.
         """
         rows = []
         for stage, jobs in self.plan.jobs.items():
@@ -400,19 +401,31 @@ class Estimate:
                 "flops": sum(cost.flops for cost in costs),
                 "memory_bytes": max((cost.memory_bytes for cost in costs), default=0),
                 "disk_bytes": sum(cost.disk_bytes for cost in costs),
+                "scratch_bytes": max((cost.scratch_bytes for cost in costs), default=0),
             })  # fmt: skip
         return rows
 
     # What the stages' costs share.
 
-    def scoring_memory(self, criteria: list[str], length: int) -> int:
+    def is_streamed(self, job: Job, model: PreTrainedModel) -> bool:
+        """Whether a job reads the model's weights layer by layer, as `loading.load_model` decides in the run.
+
+        A model that does not fit one GPU is streamed, unless `memory: resident` asks for several.
+        """
+        too_large = weight_bytes(model) + BYTES_BESIDE_WEIGHTS > self.device.memory
+        return job.settings.memory == "streamed" or (job.settings.memory == "auto" and too_large)
+
+    def scoring_memory(self, criteria: list[str], length: int, streamed: bool) -> int:
         """Bytes that scoring by these criteria in one pass computes in."""
         dense, batch = self.models.dense, max(scoring.TOKENS_PER_BATCH, length)
-        logits = min(batch * dense.config.vocab_size, scoring.LOGITS_PER_CHUNK[self.kind])
+        logits = min(batch * dense.config.vocab_size, LOGITS_PER_CHUNK[self.kind])
+        layer = graph_bytes(dense, batch) // dense.config.num_hidden_layers
+        if streamed:
+            return streamed_bytes(dense) + max(3 * 4 * logits, layer)
         memory = weight_bytes(dense) + 3 * 4 * logits
         if any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria):
             return memory + self.graph(dense, batch, reserved=memory)
-        return memory + graph_bytes(dense, batch) // dense.config.num_hidden_layers
+        return memory + layer
 
     def is_short(self, model: PreTrainedModel, tokens: int, reserved: int) -> bool:
         """Whether the backward pass will compute each layer again, as `memory.is_short` decides in the run."""
@@ -548,6 +561,8 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
     large = [row["stage"] for row in rows[:-1] if row["memory_bytes"] > device.memory]
     if large:
         lines.append(f"more than the {device.memory / GIB:.3g} GiB of {device.name}: {', '.join(large)}")
+    if scratch := max(row["scratch_bytes"] for row in rows[:-1]):
+        lines.append(f"weights are read layer by layer: up to {scratch / GIB:.3g} GiB more disk while a job runs")
     lines += costs.trainings_without_room()
     if costs.assumptions:
         lines += ["assumed:", *(f"  {assumption}" for assumption in sorted(costs.assumptions))]

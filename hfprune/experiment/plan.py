@@ -245,7 +245,7 @@ class Plan:
 
     def _fill(self) -> None:
         config = self.experiment
-        dtype = {"dtype": config.model.dtype}
+        loading = {"dtype": config.model.dtype, "memory": config.model.memory}
         dense = self._download("model", config.model, {}, f"model {config.model.label}")
         trained = dict.fromkeys(name for ways in config.cuts().values() for name in ways if name != "none")
         used = {
@@ -263,7 +263,7 @@ class Plan:
             for name, task in config.evaluation.tasks.items()
         }
         self.documents = {use: {name: texts[name] for name in names} for use, names in used.items()} | {"task": tasks}
-        sampling = config.fidelity.model_dump(exclude={"texts"}) | dtype
+        sampling = config.fidelity.model_dump(exclude={"texts"}) | loading
         references = {
             name: self.add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
             for name, text in self.documents["fidelity"].items()
@@ -291,7 +291,7 @@ class Plan:
         for model in self.models:
             for name, reference in references.items():
                 inputs = {"model": model.job, "reference": reference}
-                model.results.append(self.add("measure", dtype, inputs, f"{model.label}, on {name}"))
+                model.results.append(self.add("measure", loading, inputs, f"{model.label}, on {name}"))
             if tasks:
                 model.results.append(self._evaluate(model, tasks))
 
@@ -318,7 +318,7 @@ class Plan:
         """By criterion asked for, the job that makes its scores."""
         calibration, criteria = self.experiment.calibration, self.experiment.criteria
         sampling = calibration.model_dump(include={"samples", "length", "draws"})
-        sampling |= {"seed": seed, "dtype": self.experiment.model.dtype}
+        sampling |= {"seed": seed} | self.experiment.model.model_dump(include={"dtype", "memory"})
         scores: dict[str, Job] = {}
         for cut, together in passes(criteria):
             inputs = {"model": model, "text": text} | ({"light_cut": scores[cut]} if cut else {})

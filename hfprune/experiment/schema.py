@@ -35,7 +35,7 @@ from hfprune.pruning.methods import (
     presets,
     unknown,
 )
-from hfprune.stages.declaration import DType, Name, Sampling, Section, Seed, UserPath
+from hfprune.stages.declaration import DType, Memory, Name, Sampling, Section, Seed, UserPath
 from hfprune.stages.evaluate import BATCHING, Batching
 from hfprune.stages.prune import Count, PruneParameters, Ratio, RoundTo
 from hfprune.stages.recover import Training
@@ -57,6 +57,7 @@ class ModelSource(Source):
     """A dense checkpoint: safetensors with a config and a tokenizer, or one GGUF file."""
 
     dtype: DType = Field("auto", description="number format to compute and save in; auto: that of the checkpoint")
+    memory: Memory = "auto"
 
 
 class Recovery(Training):

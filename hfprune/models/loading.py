@@ -1,6 +1,7 @@
 """Loading and running checkpoints of the supported families, and counting their parameters, FLOPs and bytes."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from accelerate.utils import align_module_device
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,8 +25,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import UserError
-from hfprune.models.families import FAMILIES
+from hfprune.models.families import FAMILIES, layout_of, refusal
 from hfprune.models.modeling_per_layer import per_layer
+from hfprune.models.streamed import device_of, in_memory, place_in_files, weight_files
 from hfprune.models.units import parts
 from hfprune.runtime.memory import available_bytes
 from hfprune.store.keys import versions
@@ -96,50 +100,100 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
     Raises:
         UserError: it is such a model.
     """
+    if reason := refusal(config):
+        raise UserError(f"{where}: model_type {config.model_type!r} is not supported: {reason}")
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(
             f"{where}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
         )
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type {config.model_type!r} is not supported: its blocks may not have the MLP "
-            f"down_proj(act(gate_proj(x)) * up_proj(x)). Supported families: {', '.join(FAMILIES)}."
-        )
-    if others := [name for name in config.architectures or [] if not name.endswith(("ForCausalLM", "Model"))]:
+    causal = ("ForCausalLM", "LMHeadModel", "Model")  # endings of language models' names
+    if others := [name for name in config.architectures or [] if not name.endswith(causal)]:
         raise UserError(
             f"{where}: architectures {others[0]!r} is no language model, so that there are no predictions to keep. "
             "Take the language model (...ForCausalLM) that it was made from."
         )
-    if getattr(config, "final_logit_softcapping", None):
+    if config.model_type in FAMILIES:
+        return
+    try:
+        with torch.device("meta"):
+            layout_of(AutoModelForCausalLM.from_config(config))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except Exception as error:  # of any class, whatever building this model raises
         raise UserError(
-            f"{where}: final_logit_softcapping = {config.final_logit_softcapping}: capped logits are not supported."
-        )
+            f"{where}: transformers makes no language model of model_type {config.model_type!r}: "
+            f"{str(error).partition(chr(10))[0]}. Supported families: {', '.join(FAMILIES)}."
+        ) from None
 
 
 def model_class(config: PreTrainedConfig) -> Any:
     """The class that builds a config's model: one of this package's if widths differ between layers."""
-    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return per_layer(stock) if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
+    if hasattr(config, "intermediate_sizes"):
+        return per_layer(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return AutoModelForCausalLM
 
 
-def load_model(folder: Path, dtype: str, spread: bool = True) -> PreTrainedModel:
+def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool = True) -> PreTrainedModel:
     """Load the checkpoint in `folder` for inference, without gradients.
 
-    The model is placed on the first GPU if it fits. A larger one is spread over all visible GPUs and then the CPU's
-    memory, from where weights are copied layer by layer as they are needed. Without a GPU it is on the CPU.
+    A resident model is placed on the first GPU if it fits. A larger one is spread over all visible GPUs and then the
+    CPU's memory, from where weights are copied layer by layer as they are needed. Without a GPU it is on the CPU. A
+    streamed model's weights stay in the files, see `models.streamed`; it computes on the first GPU, or else the CPU.
 
     A model with different widths per layer is built by this package's own class: code in the folder never runs.
 
     Args:
         folder: a checkpoint of one of `FAMILIES`.
         dtype: "float32", "bfloat16", "float16", or "auto" for that of the checkpoint.
-        spread: allow several devices; if False, a model that does not fit the first GPU is on the CPU.
+        memory: "resident", "streamed", or "auto": resident if the weights fit into memory.
+        spread: allow several devices; if False, a resident model that does not fit the first GPU is on the CPU.
     """
     config = check_family(folder)
+    kind = _dtype(folder, config, dtype)
+    if memory == "streamed" or (memory == "auto" and not _fits(_values(folder) * kind.itemsize, spread)):
+        return _streamed(folder, config, kind)
     model = model_class(config).from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
     if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - BYTES_BESIDE_WEIGHTS:
         model = model.to(device())
     return model.eval().requires_grad_(False)
+
+
+def _streamed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model whose weights stay in the files of its checkpoint."""
+    built_by = model_class(config)
+    build = built_by.from_config if built_by is AutoModelForCausalLM else built_by._from_config
+    with init_empty_weights(include_buffers=False):  # buffers, such as rotary frequencies, are in no file
+        model = build(config, dtype=dtype)
+    model.tie_weights()  # building on the meta device breaks it
+    place_in_files(model.eval().requires_grad_(False), weight_files(folder), device())
+    return model
+
+
+def _dtype(folder: Path, config: PreTrainedConfig, dtype: str) -> torch.dtype:
+    """The type that a model is loaded in, as transformers chooses it."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if config.dtype is not None:
+        return config.dtype
+    with safe_open(weight_files(folder)[0], "pt") as tensors:
+        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
+
+
+def _values(folder: Path) -> int:
+    """Number of values in a checkpoint's weights."""
+    count = 0
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
+
+
+def _fits(size: int, spread: bool) -> bool:
+    """Whether so many bytes of weights fit into the memory of the GPUs (of the first, without `spread`) or the CPU."""
+    if not torch.cuda.is_available():
+        return size + BYTES_BESIDE_WEIGHTS < available_bytes()
+    gpus = range(torch.cuda.device_count() if spread else 1)
+    return size < sum(torch.cuda.mem_get_info(gpu)[0] - BYTES_BESIDE_WEIGHTS for gpu in gpus)
 
 
 def _placement() -> dict[str, Any]:
@@ -218,13 +272,13 @@ def weight_bytes(folder: Path) -> int:
 
 def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """(batch, length) tokens -> (batch, length, hidden) final hidden states."""
-    return model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+    return model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False).last_hidden_state
 
 
 @contextmanager
 def weights_in_memory(*modules: nn.Module) -> Iterator[None]:
-    """Keep the modules' own weights in memory for the block, also if accelerate has offloaded them."""
-    with ExitStack() as stack:
+    """Keep the modules' weights in memory for the block, also if they are streamed or accelerate has offloaded them."""
+    with in_memory(*modules), ExitStack() as stack:
         for module in modules:
             stack.enter_context(align_module_device(module))
         yield

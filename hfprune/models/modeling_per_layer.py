@@ -18,12 +18,38 @@ from transformers.pytorch_utils import Conv1D
 
 # Paths below a decoder layer, of all families: what is there of them is made narrower.
 ROWS = {
-    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
-    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp": (
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.gate_up_proj",
+        "mlp.c_fc",
+        "mlp.fc1",
+        "mlp.dense_h_to_4h",
+        "fc1",
+    ),
+    "attention": (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.qkv_proj",
+        "attention.query_key_value",
+        "self_attention.query_key_value",
+        "attn.c_attn",
+    ),
 }
-COLUMNS = {"mlp": ("mlp.down_proj",), "attention": ("self_attn.o_proj",)}
+COLUMNS = {
+    "mlp": ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "fc2"),
+    "attention": (
+        "self_attn.o_proj",
+        "self_attn.dense",
+        "self_attn.out_proj",
+        "attention.dense",
+        "self_attention.dense",
+        "attn.c_proj",
+    ),
+}
 KEY_VALUE_HEADS = ("num_kv_heads", "num_key_value_heads", "num_attention_heads")  # keys of configs, the first counts
-HEADS = ()  # norms that may have a row for every head
+HEADS = ("self_attn.q_norm", "self_attn.k_norm")  # norms that may have a row for every head
 COUNTS = ("num_heads", "num_key_value_heads", "num_kv_heads", "split_size")  # attributes of attention, as heads go
 
 

@@ -123,22 +123,21 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 def parts(model: PreTrainedModel, name: str) -> list[Part]:
     """One part of all layers, first to last."""
-    layout = layout_of(model)
+    return [part_of(model, name, number) for number in range(len(layers_of(model)))]
+
+
+def part_of(model: PreTrainedModel, name: str, number: int) -> Part:
+    """A part of layer `number`."""
+    layout, layer = layout_of(model), layers_of(model)[number]
     block, queries = layout.block(name), queries_of(model.config, layout)
     columns = 1 if name == "mlp" else queries * head_size(model.config)
     sections = tuple(tuple(queries if size == QUERIES else size for size in rows.sections) for rows in block.rows)
-    made = []
-    for layer in layers_of(model):
-        output = layer.get_submodule(block.output)
-        per_head = [module for path in block.per_head if (module := _find(layer, path)) is not None]
-        inputs = tuple(layer.get_submodule(rows.path) for rows in block.rows)
-        units = matrix(output).shape[1] // columns
-        made.append(Part(inputs, output, units, sections, tuple(per_head), layer.get_submodule(block.module or "")))
-    return made
-
-
-def _find(layer: nn.Module, path: str) -> nn.Module | None:
-    return dict(layer.named_modules()).get(path)
+    output = layer.get_submodule(block.output)
+    inputs = tuple(layer.get_submodule(rows.path) for rows in block.rows)
+    modules = dict(layer.named_modules()) if block.per_head else {}
+    per_head = tuple(modules[path] for path in block.per_head if path in modules)
+    units = matrix(output).shape[1] // columns
+    return Part(inputs, output, units, sections, per_head, layer.get_submodule(block.module or ""))
 
 
 def save_scores(file: Path, scores: Scores) -> None:

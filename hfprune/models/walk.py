@@ -1,120 +1,100 @@
-"""Run a model a layer at a time, and one part of a layer at a time.
+"""Walking a model layer by layer: all tokens pass one layer before the next.
 
-    stream, arguments = layer_inputs(model, tokens, 4096)
-    for layer, own in zip(layers_of(model), arguments):
-        for name in ("attention", "mlp"):  # with `layout.parallel`, the MLP reads what attention read
-            passed = run_part(layout_of(model), model.config, layer, name, own, states)
-            states = states + passed.written
-
-The arithmetic of a layer (where the norms stand, what multiplies what a part writes) is that of the family's layout.
+A walk needs the weights of one layer at a time, so it works for models in memory and for those that are `streamed`.
 """
 
-from contextlib import suppress
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfprune.models.families import layout_of, setting
-from hfprune.models.layout import Layout
+from hfprune.models.families import layout_of
+from hfprune.models.streamed import device_of, in_memory, in_turn
 from hfprune.models.units import layers_of
+from hfprune.runtime.matmul import fast_products
+from hfprune.runtime.progress import progress
 
-Stream = list[Tensor]  # batches of hidden states that enter one layer, (batch, length, hidden) each, of all tokens
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a layer's attention, beside the hidden states
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What one part of a layer computes.
-
-    Attributes:
-        activations: (batch, length, columns), the input of the part's output layer.
-        output: (batch, length, hidden), the output of that layer.
-        written: (batch, length, hidden), what the part adds to the hidden states; see `written`.
-    """
-
-    activations: Tensor
-    output: Tensor
-    written: Tensor
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a layer, beside the hidden states
 
 
-class _Reached(Exception):  # noqa: N818 (no error)
-    """The first layer is reached; no other needs to run."""
+def entrance(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The modules around the layers that `enter` needs."""
+    beside = model.base_model.get_submodule(layout_of(model).layers.rpartition(".")[0])
+    return tuple(module for module in beside.children() if module is not layers_of(model))
 
 
-def layer_inputs(model: PreTrainedModel, tokens: Tensor, size: int) -> tuple[Stream, list[Arguments]]:
-    """The hidden states that enter the first layer, and the arguments of every layer's attention.
+def exit_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last layer and the output projection."""
+    return model.base_model.get_submodule(layout_of(model).final_norm)
 
-    The arguments (positions, the mask of the layer's kind) are those that the model itself passes. One sequence's
-    forward pass gives them, and they fit all sequences: all have the same length and no padding.
+
+@torch.no_grad()
+def enter(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, list[Arguments]]:
+    """What enters the first layer, and the arguments of every layer: positions, the mask of the layer's kind.
+
+    They are those that the model's own forward pass gives to its layers, which here return their input at once. The
+    arguments for one sequence fit all sequences of its length: none has padding.
 
     Args:
-        model: on its device.
-        tokens: (sequences, length) int64.
-        size: tokens of a batch, at least one sequence.
+        model: with the weights of its `entrance` in memory.
+        tokens: (batch, length) int64.
+
+    Returns:
+        (batch, length, hidden), and the arguments of each layer.
     """
+    entered: list[Tensor] = []
     arguments: list[Arguments] = []
-    stream: Stream = []
-    path = layout_of(model).attention.module
+    in_tuple = layout_of(model).layers_return_tuples
 
-    def record(_block: nn.Module, positional: tuple, keywords: dict[str, Any]) -> None:
-        arguments.append((positional[1:], {name: value for name, value in keywords.items() if name != "hidden_states"}))
-
-    def enter(_layer: nn.Module, positional: tuple, keywords: dict[str, Any]) -> None:
-        stream.append(positional[0] if positional else keywords["hidden_states"])
-        raise _Reached
+    def record(hidden: Tensor, *positional: Any, **keywords: Any) -> Tensor | tuple[Tensor, None]:
+        entered.append(hidden)
+        arguments.append((positional, keywords))
+        return (hidden, None) if in_tuple else hidden
 
     layers = layers_of(model)
-    hooks = [layer.get_submodule(path).register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    forwards = [layer.forward for layer in layers]
+    for layer in layers:
+        layer.forward = record
     try:
-        model.base_model(input_ids=tokens[:1].to(model.device), use_cache=False)
-        hooks.append(layers[0].register_forward_pre_hook(enter, with_kwargs=True))
-        for batch in tokens.to(model.device).split(max(1, size // tokens.shape[1])):
-            with suppress(_Reached):
-                model.base_model(input_ids=batch, use_cache=False)
+        model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return stream, arguments
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
+    return entered[0], arguments
 
 
-def run_part(layout: Layout, config: Any, layer: nn.Module, name: str, arguments: Arguments, states: Tensor) -> Passed:
-    """Run one part of a layer.
+def run_layer(layer: nn.Module, states: Tensor, arguments: Arguments) -> Tensor:
+    """(batch, length, hidden) that enter a layer -> those that leave it."""
+    positional, keywords = arguments
+    left = layer(states, *positional, **keywords)
+    return left[0] if isinstance(left, tuple) else left
+
+
+@torch.no_grad()
+def final_states(model: PreTrainedModel, tokens: Tensor, batch: int, what: str) -> Iterator[Tensor]:
+    """Pass all tokens through one layer after another.
 
     Args:
-        layout, config: of the model.
-        layer: a decoder layer.
-        name: the part's name.
-        arguments: of its attention, see `layer_inputs`.
-        states: (batch, length, hidden), the hidden states that the part reads.
+        model: streamed or in memory.
+        tokens: (sequences, length) int64.
+        batch: sequences that pass a layer at once.
+        what: name of the work, for its progress.
+
+    Yields:
+        (1, length, hidden) final hidden states of each sequence.
     """
-    block, seen = layout.block(name), []
-    output = layer.get_submodule(block.output)
-    hook = output.register_forward_hook(lambda _module, inputs, made: seen.append((inputs[0], made)))
-    normed = states if block.norm is None else layer.get_submodule(block.norm)(states)
-    try:
-        if block.module is None:
-            (rows,) = block.rows
-            output(layer.get_submodule(block.activation)(layer.get_submodule(rows.path)(normed)))
-        elif name == "attention":
-            positional, keywords = arguments
-            layer.get_submodule(block.module)(normed, *positional, **keywords)
-        else:
-            layer.get_submodule(block.module)(normed)
-    finally:
-        hook.remove()
-    ((activations, made),) = seen
-    return Passed(activations, made, written(layout, config, layer, name, made))
-
-
-def written(layout: Layout, config: Any, layer: nn.Module, name: str, output: Tensor) -> Tensor:
-    """What a part adds to the hidden states, from the output (..., hidden) of its output layer."""
-    block = layout.block(name)
-    normed = output if block.after is None else layer.get_submodule(block.after)(output)
-    return normed * factor(layout, config)
-
-
-def factor(layout: Layout, config: Any) -> float:
-    """The number by which what a part writes is multiplied before it is added to the hidden states."""
-    return setting(config, layout.multiplier) if layout.multiplier else 1.0
+    device, layers, norm = device_of(model), layers_of(model), exit_norm(model)
+    with in_memory(*entrance(model)):
+        _, arguments = enter(model, tokens[:1])
+        stream = [enter(model, rows)[0].cpu() for rows in tokens.split(batch)]
+    for number in progress(in_turn([(layer,) for layer in layers]), what, len(layers), "layer"):
+        for i, states in enumerate(stream):
+            with fast_products(device):
+                stream[i] = run_layer(layers[number], states.to(device), arguments[number]).cpu()
+    with in_memory(norm):
+        for states in stream:
+            yield from norm(states.to(device)).split(1)

@@ -16,6 +16,18 @@ if TYPE_CHECKING:  # the config reads the names of the allocations without payin
     from torch import Tensor
 
 
+def per_parameter(scores: Tensor, parameters: int) -> Tensor:
+    """How much score the parameters of a unit buy."""
+    return scores / parameters
+
+
+def standard_scores(scores: Tensor, _parameters: int = 1) -> Tensor:
+    """z-scores of one layer's units: (s - mean) / standard deviation; all 0 where the scores are equal."""
+    centred = scores - scores.mean()
+    deviation = centred.norm() / math.sqrt(max(1, len(scores) - 1))
+    return centred / deviation if deviation > 0 else centred
+
+
 @dataclass(frozen=True)
 class Allocation:
     """A way to share a budget among the layers.
@@ -27,11 +39,14 @@ class Allocation:
             least `fewest`.
         floor: share of each layer's units that always stays; at least one step stays.
         source: the publication.
+        priority: where neurons and key-value groups are ranked together, the order in which units stay: a function of
+            one layer's float64 scores and the parameters of one unit.
     """
 
     widths: Callable[[list[Tensor], float, list[int], int], list[int]]
     floor: float
     source: str
+    priority: Callable[[Tensor, int], Tensor] = per_parameter
 
 
 def uniform(scores: list[Tensor], keep: float, fewest: list[int], step: int) -> list[int]:
@@ -60,9 +75,17 @@ def ranked_together(scores: list[Tensor], keep: float, fewest: list[int], step: 
     return widths
 
 
+def standardized(scores: list[Tensor], keep: float, fewest: list[int], step: int) -> list[int]:
+    """As `ranked_together`, of z-scores: for criteria whose scores have a scale of their own in each layer."""
+    return ranked_together([standard_scores(layer.double()) for layer in scores], keep, fewest, step)
+
+
 ALLOCATIONS = {
     "uniform": Allocation(uniform, 0.0, "High-Fidelity Pruning, arXiv 2603.08083"),
     "global": Allocation(ranked_together, 0.1, "one ranking over all layers, as LLM-Pruner's, arXiv 2305.11627"),
+    "standardized": Allocation(
+        standardized, 0.1, "one ranking of z-scores, after FLAP, arXiv 2312.11983", standard_scores
+    ),
 }
 
 

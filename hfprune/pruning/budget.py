@@ -15,10 +15,13 @@ from hfprune.errors import UserError
 from hfprune.models.families import head_size, hidden_size, layout_for, layout_of, queries_of
 from hfprune.models.layout import Layout
 from hfprune.models.units import PARTS, STRUCTURES, UNITS, Scores, parts
-from hfprune.pruning.allocation import fewest_kept
+from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
+
+EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")  # endings of names
+PARAMETERS = (".weight", ".bias", ".alpha_p", ".alpha_n")  # endings of their names; the last two of Apertus' activation
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ def shape_on_disk(folder: Path) -> Shape:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "numpy") as stored:
             shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
-    if config.get("tie_word_embeddings") and len(shapes) > 1:
+    if config.get("tie_word_embeddings") and any(name.endswith(EMBEDDINGS) for name in shapes):
         shapes.pop("lm_head.weight", None)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith((".weight", ".bias"))}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith(PARAMETERS)}
     layout, head, hidden = layout_for(config), head_size(config), hidden_size(config)
     block = layout.mlp
     first = next(name for name in shapes if name.endswith(f"{layout.layers}.0.{block.output}.weight"))
@@ -138,7 +141,7 @@ def units_to_keep(
         target_parameters: number of parameters to keep.
         structure: a name in `structures.STRUCTURES`.
         attention_share: with "mlp+attention", the share of the removed parameters that comes from attention. None:
-            what attention loses in one ranking of all units of the model by score per parameter.
+            what attention loses in one ranking of all units of the model, by the allocation's `priority`.
         allocation: how the budget is shared among layers. It decides how many units a layer keeps at least.
         round_to: MLP widths are multiples of it.
         scores: needed where both parts are cut and `attention_share` is None. Without them all removed parameters come
@@ -177,7 +180,10 @@ def units_to_keep(
             f"{structure!r} with allocation {allocation!r} and round_to {round_to} removes at least "
             f"({smallest / total:.4g} of all parameters): nothing would go."
         )
-    removed = {structure: remove} if len(capacities) == 1 else _split(capacities, remove, attention_share, scores)
+    if len(capacities) == 1:
+        removed = {structure: remove}
+    else:
+        removed = _split(capacities, remove, attention_share, allocation, scores)
     keep = {name: sum(capacity.units) - removed[name] / capacity.parameters for name, capacity in capacities.items()}
     return Budget(remove / total, keep)
 
@@ -196,7 +202,11 @@ def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capa
 
 
 def _split(
-    capacities: Mapping[str, Capacity], remove: float, attention_share: float | None, scores: Scores | None
+    capacities: Mapping[str, Capacity],
+    remove: float,
+    attention_share: float | None,
+    allocation: str,
+    scores: Scores | None,
 ) -> dict[str, float]:
     """Number of parameters to remove from each part: whole groups from attention, the rest from neurons.
 
@@ -205,7 +215,7 @@ def _split(
     """
     mlp, attention = capacities["mlp"], capacities["attention"]
     if attention_share is None:
-        groups = _groups_among_the_lowest(capacities, remove, scores) if scores else 0
+        groups = _groups_among_the_lowest(capacities, remove, allocation, scores) if scores else 0
     else:
         groups = attention_share * remove / attention.parameters
         for name, wanted in (("attention", attention_share * remove), ("mlp", (1 - attention_share) * remove)):
@@ -225,8 +235,8 @@ def _split(
     return {"attention": from_attention, "mlp": max(0.0, remove - from_attention)}
 
 
-def _groups_among_the_lowest(capacities: Mapping[str, Capacity], remove: float, scores: Scores) -> int:
-    """Number of key-value groups among the removed units when the lowest scores per parameter go, whatever their part.
+def _groups_among_the_lowest(capacities: Mapping[str, Capacity], remove: float, allocation: str, scores: Scores) -> int:
+    """Number of key-value groups among the removed units when the lowest go by the allocation's order of both parts.
 
     The `fewest` best units of every layer always stay.
     """
@@ -235,8 +245,9 @@ def _groups_among_the_lowest(capacities: Mapping[str, Capacity], remove: float, 
     names, values, sizes = [], [], []
     for name, capacity in capacities.items():
         for layer, least in zip(scores[name], capacity.fewest, strict=True):
-            free = layer.double().sort(descending=True).values[least:]
-            values.append(free / capacity.parameters)
+            priority = ALLOCATIONS[allocation].priority(layer.double(), capacity.parameters)
+            free = priority.sort(descending=True).values[least:]
+            values.append(free)
             sizes.append(torch.full_like(free, capacity.parameters))
             names.append(torch.full_like(free, name == "attention"))
     order = torch.cat(values).argsort(stable=True)

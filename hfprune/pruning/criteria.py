@@ -147,20 +147,37 @@ def fisher_gradient(logits: Tensor, positions: Positions) -> Tensor:
     return p.neg_().scatter_add_(-1, drawn.clamp(max=p.shape[-1] - 1), logits.new_ones(drawn.shape))
 
 
-def _column_norms(part: Part) -> Tensor:
-    """(columns,) l2 norm of what a column writes."""
-    return matrix(part.output).double().norm(dim=0)
-
-
 def wanda(part: Part, moments: Moments, _generator: Generator) -> Tensor:
-    """Norm of the activation times norm of the weights that it meets, ||h|| * ||W[:, i]||, summed over columns."""
-    return part.per_unit(moments.squares.sqrt() * _column_norms(part))
+    """Norm of the activation times the l1 norm of the weights that it meets, ||h|| * sum_j |W[j, i]|, over columns.
+
+    Wanda's |W[j, i]| * ||h_i||, summed over all weights that a unit writes through.
+    """
+    return part.per_unit(moments.squares.sqrt() * matrix(part.output).double().norm(1, dim=0))
+
+
+def _fluctuation(part: Part, moments: Moments) -> Tensor:
+    """(columns,) FLAP's WIFV: the variance of the activation times the squared l2 norm of the column."""
+    variance = (moments.squares - moments.total**2 / moments.count) / (moments.count - 1)
+    return variance.clamp(min=0) * matrix(part.output).double().norm(dim=0) ** 2
 
 
 def flap(part: Part, moments: Moments, _generator: Generator) -> Tensor:
     """Weighted fluctuation (WIFV): variance of the activation times ||W[:, i]||**2, summed over columns."""
-    variance = (moments.squares - moments.total**2 / moments.count) / (moments.count - 1)
-    return part.per_unit(variance.clamp(min=0) * _column_norms(part) ** 2)
+    return part.per_unit(_fluctuation(part, moments))
+
+
+def flap_standardized(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """FLAP's score for one ranking of all units (AL-AM): the mean z-score of a unit's columns, times its parameters.
+
+    The z-score of a column's WIFV is taken among all columns of its layer's part. As in FLAP's code, the WIFV of
+    attention is squared first. The factor makes allocation `global`, which ranks by score per parameter, rank by
+    z-score. Half of the scores are negative.
+    """
+    fluctuation = _fluctuation(part, moments)
+    if part.columns > 1:  # attention
+        fluctuation = fluctuation**2
+    z = (fluctuation - fluctuation.mean()) / fluctuation.std()
+    return part.per_unit(z) / part.columns * part.parameters
 
 
 def ppm_activation(part: Part, moments: Moments, _generator: Generator) -> Tensor:
@@ -194,8 +211,9 @@ CRITERIA: dict[str, GradientCriterion | StaticCriterion] = {
     "fisher_sequence": GradientCriterion(
         fisher_gradient, "square_of_sum", "Fisher information, labels of the model", True
     ),
-    "wanda": StaticCriterion(wanda, "Wanda, arXiv 2306.11695, a neuron at a time"),
+    "wanda": StaticCriterion(wanda, "Wanda-sp, arXiv 2306.11695 and 2312.11983"),
     "flap": StaticCriterion(flap, "FLAP, arXiv 2312.11983"),
+    "flap_standardized": StaticCriterion(flap_standardized, "FLAP's AL-AM, arXiv 2312.11983"),
     "ppm_activation": StaticCriterion(ppm_activation, "optipfair 0.4.2, arXiv 2512.22671"),
     "magnitude": StaticCriterion(magnitude, "weights alone"),
     "random": StaticCriterion(random, "none"),

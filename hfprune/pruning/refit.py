@@ -35,8 +35,8 @@ from hfprune.errors import UserError
 from hfprune.models.families import layout_of
 from hfprune.models.layout import Layout
 from hfprune.models.loading import flops_per_token
+from hfprune.models.run_part import Passed, factor, layer_inputs, run_part, written
 from hfprune.models.units import PARTS, UNITS, Kept, Part, layers_of, matrix, parts
-from hfprune.models.walk import Passed, factor, layer_inputs, run_part, written
 from hfprune.runtime.progress import progress
 
 TOKENS_PER_BATCH = 4096

@@ -6,18 +6,31 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a command's help must not pay for torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a job: floating-point operations, peak bytes of the device's memory, bytes in the store."""
+    """The cost of a job: floating-point operations, peak bytes of the device's memory, bytes in the store.
+
+    `scratch_bytes` are those of files that it only has while it runs.
+    """
 
     flops: int
     memory_bytes: int
     disk_bytes: int
+    scratch_bytes: int = 0
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters."""
+def streamed_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that are in memory at once where they are streamed: of a layer and what is read next."""
+    from hfprune.models.units import layers_of
+
+    layer = max(weight_bytes(layer) for layer in layers_of(model))
+    return layer + max(layer, weight_bytes(model.get_output_embeddings()))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a module's parameters."""
     return sum(weight.nbytes for weight in model.parameters())

@@ -13,11 +13,19 @@ DType = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     Field(description="type to compute and save in; auto: the checkpoint's own"),
 ]
+Memory = Annotated[
+    Literal["auto", "resident", "streamed"],
+    Field(
+        description="resident: all weights in memory; streamed: read layer by layer from the checkpoint's files; "
+        "auto: resident if they fit"
+    ),
+]
 Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 UserPath = Annotated[Path, AfterValidator(expanded)]
 Function = TypeVar("Function", bound=Callable)
 
+NOT_IN_RESULT = frozenset({"memory"})  # parameters that decide how a stage runs, not what it makes
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are checkpoints
 
 
@@ -49,7 +57,7 @@ class Parameters(Section):
 
     def read(self) -> dict[str, Any]:
         """The parameters that affect the artifact's content, as JSON values. They are part of its key."""
-        return self.model_dump()
+        return self.model_dump(exclude=NOT_IN_RESULT)
 
     def options(self) -> dict[str, Any]:
         """The parameters to write on the stage's command line."""

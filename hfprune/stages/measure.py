@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from hfprune.stages.declaration import DType, Input, Parameters, Stage, outside_key
+from hfprune.stages.declaration import DType, Input, Memory, Parameters, Stage, outside_key
 
 
 class MeasureParameters(Parameters):
     """Parameters of stage `measure`."""
 
     dtype: DType = "auto"
+    memory: Memory = "auto"
 
 
 def _produce(folder: Path, inputs: Any, parameters: MeasureParameters, run: Any) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def _cost(job: Any, estimate: Any) -> Any:
     from hfprune.evaluation.fidelity import LOGITS_PER_CHUNK
     from hfprune.models.activations import graph_bytes
     from hfprune.models.loading import flops_per_token
-    from hfprune.stages.costs import Cost, weight_bytes
+    from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 
     model, reference = estimate.models.of(job.inputs["model"]), job.inputs["reference"]
     length, config = reference.settings.length, model.config
@@ -31,7 +32,8 @@ def _cost(job: Any, estimate: Any) -> Any:
     flops = reference.settings.samples * length * (flops_per_token(model, length) + dense_logits)
     layer = graph_bytes(model, length) // config.num_hidden_layers
     chunk = min(length * config.vocab_size, LOGITS_PER_CHUNK)
-    memory = weight_bytes(model) + estimate.cost(reference).disk_bytes + layer + 8 * 4 * chunk
+    weights = streamed_bytes(model) if estimate.is_streamed(job, model) else weight_bytes(model)
+    memory = weights + estimate.cost(reference).disk_bytes + layer + 8 * 4 * chunk
     return Cost(flops, estimate.device.process + memory, 2**10)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Sampling, Seed, Stage, outside_key
+from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Memory, Parameters, Sampling, Seed, Stage, outside_key
 
 
 class ReferenceParameters(Sampling, Parameters):
@@ -13,6 +13,7 @@ class ReferenceParameters(Sampling, Parameters):
 
     seed: Seed = Field(0, description="seed for drawing the sequences")
     dtype: DType = "auto"
+    memory: Memory = "auto"
 
 
 def _produce(folder: Path, inputs: Any, parameters: ReferenceParameters, run: Any) -> dict[str, Any]:
@@ -25,13 +26,14 @@ def _produce(folder: Path, inputs: Any, parameters: ReferenceParameters, run: An
 def _cost(job: Any, estimate: Any) -> Any:
     from hfprune.models.activations import graph_bytes
     from hfprune.models.loading import flops_per_token
-    from hfprune.stages.costs import Cost, weight_bytes
+    from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 
     dense, length = estimate.models.dense, job.settings.length
     tokens = job.settings.samples * length
     size = (tokens + dense.config.vocab_size) * dense.config.hidden_size * dense.dtype.itemsize
     layer = graph_bytes(dense, length) // dense.config.num_hidden_layers
-    memory = estimate.device.process + weight_bytes(dense) + size + layer
+    weights = streamed_bytes(dense) if estimate.is_streamed(job, dense) else weight_bytes(dense)
+    memory = estimate.device.process + weights + size + layer
     return Cost(tokens * flops_per_token(dense, length), memory, size + 8 * tokens)
 
 

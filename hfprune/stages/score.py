@@ -11,7 +11,18 @@ from pydantic import Field, model_validator
 
 from hfprune.errors import UserError
 from hfprune.pruning.criteria import CRITERIA
-from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Sampling, Seed, Stage, outside_key
+from hfprune.stages.declaration import (
+    CHECKPOINTS,
+    NOT_IN_RESULT,
+    DType,
+    Input,
+    Memory,
+    Parameters,
+    Sampling,
+    Seed,
+    Stage,
+    outside_key,
+)
 from hfprune.store.filenames import SCORES, SUMS
 
 CriterionName = Literal[tuple(CRITERIA)]
@@ -25,10 +36,11 @@ class ScoreParameters(Sampling, Parameters):
     seed: Seed = Field(0, description="seed for the sequences, labels and random scores")
     draws: int = DRAWS
     dtype: DType = "auto"
+    memory: Memory = "auto"
 
     def read(self) -> dict[str, Any]:
         """The parameters that affect the scores: `draws` only if the criterion samples labels."""
-        return self.model_dump(exclude=set() if CRITERIA[self.criterion].sampled else {"draws"})
+        return self.model_dump(exclude=NOT_IN_RESULT | (set() if CRITERIA[self.criterion].sampled else {"draws"}))
 
 
 class ShardParameters(ScoreParameters):
@@ -104,7 +116,7 @@ def _merge(folder: Path, inputs: Any, parameters: ScoreParameters, run: Any) -> 
 
     shards = inputs["shards"]
     folders = {shard.key: shard.folder for shard in shards}
-    read = parameters.model_dump(include={"criterion", "length", "seed", "draws", "dtype"})
+    read = parameters.model_dump(include={"criterion", "length", "seed", "draws", "dtype", "memory"})
     merged = merge([folders[key] for key in _shard_keys(parameters, inputs, run)], model=inputs["model"].folder, **read)
     save_scores(folder / SCORES, merged)
     cost = {
@@ -141,9 +153,12 @@ def _pass_cost(job: Any, estimate: Any, sequences: int, disk: int) -> Any:
     from hfprune.stages.costs import Cost
 
     criteria, shape = [job.settings.criterion, *job.together], (sequences, job.settings.length)
-    flops = scoring.cost(estimate.models.dense, shape, criteria, job.settings.draws, "light_cut" in job.inputs)["flops"]
-    memory = estimate.device.process + estimate.scoring_memory(criteria, job.settings.length)
-    return Cost(0 if job.after else flops, memory, disk)
+    dense, streamed = estimate.models.dense, estimate.is_streamed(job, estimate.models.dense)
+    light_cut = "light_cut" in job.inputs
+    flops = scoring.cost(dense, shape, criteria, job.settings.draws, light_cut, streamed)["flops"]
+    memory = estimate.device.process + estimate.scoring_memory(criteria, job.settings.length, streamed)
+    scratch = scoring.scratch_bytes(dense, shape, criteria, job.settings.draws, light_cut) if streamed else 0
+    return Cost(0 if job.after else flops, memory, disk, scratch)
 
 
 @outside_key
@@ -159,11 +174,13 @@ def _shard_cost(job: Any, estimate: Any) -> Any:
 
 @outside_key
 def _score_cost(job: Any, estimate: Any) -> Any:
-    from hfprune.stages.costs import Cost, weight_bytes
+    from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 
     disk = sum(4 * sum(units) for units in estimate.models.shape.units.values())
     if "shards" in job.inputs:  # the shards are only added up
-        return Cost(0, estimate.device.process + weight_bytes(estimate.models.dense), disk)
+        dense = estimate.models.dense
+        weights = streamed_bytes(dense) if estimate.is_streamed(job, dense) else weight_bytes(dense)
+        return Cost(0, estimate.device.process + weights, disk)
     return _pass_cost(job, estimate, job.settings.samples, disk)
 
 

@@ -1,0 +1,89 @@
+"""Presets of published methods keep what the published procedure keeps, computed here without the package's parts."""
+
+import numpy as np
+import pytest
+import torch
+
+from hfprune import api
+from hfprune.pruning.methods import presets
+from tests.conftest import make_model
+
+
+def tokens(count=8, length=32):
+    return torch.randint(320, (count, length), generator=torch.Generator().manual_seed(5))
+
+
+def activations(model, sequences, kind):
+    """(tokens, columns) float64 per layer: what meets the output layers of that part."""
+    seen = []
+
+    def remember(_module, inputs):
+        seen.append(inputs[0].flatten(0, 1).double().numpy())
+
+    outputs = [layer.mlp.down_proj if kind == "mlp" else layer.self_attn.o_proj for layer in model.model.layers]
+    hooks = [output.register_forward_pre_hook(remember) for output in outputs]
+    model(sequences)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def kept_by(preset, model, sequences, ratio):
+    """What a preset keeps: {part: [indices per layer]}."""
+    recipe = presets()[preset].recipe
+    scores = api.score(model, sequences, recipe.criterion)
+    kept = api.allocate(model, scores, ratio, recipe.structure, recipe.allocation)
+    return {name: [layer.tolist() for layer in layers] for name, layers in kept.items()}
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4])
+def test_flap_keeps_what_its_one_list_of_z_scores_keeps(ratio):
+    """Single heads, as in LLaMA: every head has its own keys and values."""
+    model, sequences = make_model(num_key_value_heads=4), tokens()
+    heads, neurons, dimensions = 4, 48, 8
+    cost = {"attention": 4 * 32 * dimensions, "mlp": 3 * 32}
+    units = []  # (z, part, layer, unit)
+    for kind in ("attention", "mlp"):
+        for number, h in enumerate(activations(model, sequences, kind)):
+            layer = model.model.layers[number]
+            weight = (layer.mlp.down_proj if kind == "mlp" else layer.self_attn.o_proj).weight.double().numpy()
+            wifv = h.var(axis=0, ddof=1) * (weight**2).sum(0)
+            if kind == "attention":
+                wifv = wifv**2
+            z = (wifv - wifv.mean()) / wifv.std(ddof=1)
+            z = z if kind == "mlp" else z.reshape(heads, dimensions).mean(1)
+            units += [(value, kind, number, unit) for unit, value in enumerate(z)]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lowest_first, free, gone = sorted(units), ratio * total, set()
+    left = {"attention": [heads] * 3, "mlp": [neurons] * 3}
+    floor = {"attention": 1, "mlp": 5}  # a tenth
+    for _, kind, number, unit in lowest_first:
+        if cost[kind] <= free + cost["mlp"] / 2 and left[kind][number] > floor[kind]:
+            free -= cost[kind]
+            left[kind][number] -= 1
+            gone.add((kind, number, unit))
+    expected = {
+        kind: [[unit for unit in range(count) if (kind, number, unit) not in gone] for number in range(3)]
+        for kind, count in (("mlp", neurons), ("attention", heads))
+    }
+    found = kept_by("FLAP", model, sequences, ratio)
+    assert found == expected
+    assert len({len(layer) for layer in found["mlp"]}) > 1
+
+
+def test_wanda_sp_keeps_the_neurons_with_the_largest_sums_of_its_scores():
+    model, sequences = make_model(), tokens()
+    found = kept_by("Wanda-sp", model, sequences, 0.2)["mlp"]
+    for layer, h, kept in zip(model.model.layers, activations(model, sequences, "mlp"), found, strict=True):
+        weight = layer.mlp.down_proj.weight.double().numpy()
+        score = (np.abs(weight) * np.sqrt((h**2).mean(0))).mean(0)
+        assert kept == sorted(np.argsort(-score)[: len(kept)].tolist())
+        assert len(kept) < 48
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2])
+def test_z_scores_of_the_allocation_and_of_the_criterion_are_the_same_for_neurons(ratio):
+    model, sequences = make_model(), tokens()
+    one = api.allocate(model, api.score(model, sequences, "flap"), ratio, "mlp", "standardized")["mlp"]
+    other = api.allocate(model, api.score(model, sequences, "flap_standardized"), ratio, "mlp", "global")["mlp"]
+    assert [layer.tolist() for layer in one] == [layer.tolist() for layer in other]

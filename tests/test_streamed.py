@@ -1,0 +1,151 @@
+"""Models whose weights stay in files: what a stage gets from them equals what it gets from a model in memory."""
+
+import json
+import shutil
+import signal
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hfprune.errors import UserError
+from hfprune.evaluation.fidelity import measure, reference
+from hfprune.models.loading import load_model
+from hfprune.pruning.scoring import unit_scores
+from hfprune.runtime.signals import Stopped
+from hfprune.store.filenames import REFERENCE, RESULTS
+from tests.conftest import FAMILIES, make_model, make_tokenizer, save_dense
+from tests.test_scoring import INTACT, assert_close, flat, tokens
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}  # masks of two kinds
+VARIANTS = [
+    *((family, {"tie_word_embeddings": tied}, None) for family in FAMILIES for tied in (True, False)),
+    ("mistral", {"sliding_window": 8}, 1),
+    ("qwen2", SLIDING, 4),
+    ("llama", {"mlp_bias": True}, 4),
+]
+
+
+@pytest.fixture
+def streamed(tmp_path):
+    """A model with streamed weights."""
+    return load_model(save_dense(tmp_path / "model"), "float32", "streamed")
+
+
+@pytest.mark.parametrize(("family", "changes", "batch"), VARIANTS)
+def test_scores_of_all_criteria_equal_those_of_the_model_in_memory(family, changes, batch, tmp_path):
+    folder = save_dense(tmp_path / "model", family, **changes)
+    streamed, resident = (load_model(folder, "float32", memory) for memory in ("streamed", "resident"))
+    expected = unit_scores(resident, tokens(), INTACT, seed=4, draws=2, batch=batch)
+    scores = unit_scores(streamed, tokens(), INTACT, seed=4, draws=2, batch=batch)
+    for name in INTACT:
+        assert_close(scores[name], flat(expected[name]), 1e-6)
+    light_cut = expected["cross_entropy"]["mlp"]
+    after_cut, expected = (
+        unit_scores(model, tokens(), ["self_distillation"], light_cut=light_cut, batch=batch)["self_distillation"]
+        for model in (streamed, resident)
+    )
+    assert_close(after_cut, flat(expected), 1e-6)
+    assert {parameter.device.type for parameter in streamed.parameters()} == {"meta"}, "no weights stay in memory"
+
+
+def test_each_layer_is_read_twice_however_many_tokens_there_are(streamed, monkeypatch):
+    read = []
+    stored = type(streamed.model.norm.weight.stored)
+    monkeypatch.setattr(stored, "read", lambda self, once=stored.read: (read.append(self.name), once(self))[1])
+    unit_scores(streamed, tokens(), ["entropy", "fisher_token"], batch=1)
+    assert [read.count(f"model.layers.{layer}.mlp.up_proj.weight") for layer in range(3)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_type_and_the_number_of_parameters_are_those_of_the_model_in_memory(dtype, tmp_path):
+    folder = save_dense(tmp_path / "model")
+    streamed, resident = (load_model(folder, dtype, memory) for memory in ("streamed", "resident"))
+    assert {name: (weight.dtype, weight.shape) for name, weight in streamed.named_parameters()} == {
+        name: (weight.dtype, weight.shape) for name, weight in resident.named_parameters()
+    }
+    assert_close(*(unit_scores(model, tokens(), ["entropy"])["entropy"] for model in (streamed, resident)), 1e-6)
+
+
+def test_weights_in_several_files_and_without_the_prefix_of_a_whole_model(tmp_path):
+    save_dense(tmp_path / "whole", tie_word_embeddings=True)
+    make_model(tie_word_embeddings=True).model.save_pretrained(tmp_path / "core", max_shard_size="20KB")
+    make_tokenizer().save_pretrained(tmp_path / "core")
+    assert len(list((tmp_path / "core").glob("*.safetensors"))) > 2
+    model = load_model(tmp_path / "core", "float32", "streamed")
+    expected = unit_scores(make_model(tie_word_embeddings=True), tokens(), ["entropy"])["entropy"]
+    assert_close(unit_scores(model, tokens(), ["entropy"])["entropy"], flat(expected), 1e-6)
+
+
+@pytest.mark.parametrize("calls", [3, 8, 13, 17])  # of 9 of three layers on three batches, forward and backward
+def test_a_pass_that_was_cut_short_goes_on_at_the_layer_where_it_was(calls, streamed, tmp_path):
+    whole = unit_scores(streamed, tokens(), INTACT, batch=2)
+    passed = []
+
+    def interrupt(*_):
+        passed.append(1)
+        if len(passed) == calls:
+            raise KeyboardInterrupt
+
+    for layer in streamed.model.layers:
+        layer.mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        unit_scores(streamed, tokens(), INTACT, batch=2, resume=tmp_path / "resume")
+    resumed = unit_scores(streamed, tokens(), INTACT, batch=2, resume=tmp_path / "resume")
+    assert len(passed) == calls + 18 - (calls - 1) // 3 * 3, "finished layers do not run again"
+    for name in INTACT:
+        assert all(a.equal(b) for a, b in zip(flat(resumed[name]), flat(whole[name]), strict=True)), name
+
+
+def test_sigterm_keeps_the_layers_that_are_finished(streamed, tmp_path):
+    whole = unit_scores(streamed, tokens(), ["entropy"], batch=2)["entropy"]
+    handle = streamed.model.layers[2].mlp.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped, match="2 of 7 steps from layer to layer are kept"):
+        unit_scores(streamed, tokens(), ["entropy"], batch=2, resume=tmp_path / "resume")
+    handle.remove()
+    resumed = unit_scores(streamed, tokens(), ["entropy"], batch=2, resume=tmp_path / "resume")["entropy"]
+    assert all(a.equal(b) for a, b in zip(flat(resumed), flat(whole), strict=True))
+
+
+def test_a_disk_too_small_for_the_hidden_states_is_refused_with_the_number(streamed, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage(0, 0, 2**10))
+    with pytest.raises(UserError, match=r"hidden states of all tokens take 0\.00 GiB there, and 0\.00 GiB are free"):
+        unit_scores(streamed, tokens(), ["entropy"], resume=tmp_path / "resume")
+    assert not list((tmp_path / "resume").iterdir())
+
+
+def test_a_file_that_vanishes_in_the_middle_is_named(streamed, tmp_path):
+    def remove(*_):
+        (tmp_path / "model/model.safetensors").unlink(missing_ok=True)
+
+    streamed.model.layers[0].mlp.register_forward_pre_hook(remove)
+    with pytest.raises(UserError, match=r"model\.safetensors: .* cannot be read: .*What is finished is kept"):
+        unit_scores(streamed, tokens(), ["entropy"])
+
+
+def test_auto_streams_what_does_not_fit(tmp_path, monkeypatch):
+    folder = save_dense(tmp_path / "model")
+    size = (folder / "model.safetensors").stat().st_size
+    for free, device in ((size - 10**5, "meta"), (size, "cpu")):
+        monkeypatch.setattr("hfprune.models.loading.available_bytes", lambda free=free: free + 3 * 2**30)
+        assert load_model(folder, "float32", "auto").device.type == device
+
+
+def test_predictions_and_measures_equal_those_of_the_model_in_memory(checkpoint, texts, tmp_path):
+    other = save_dense(tmp_path / "other", "qwen2", **SLIDING)
+    results = {}
+    for memory in ("streamed", "resident"):
+        folders = [tmp_path / memory / name for name in ("reference", "measure")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        assert reference(folders[0], checkpoint, texts, 4, 16, 0, "float32", memory)["memory"] == memory
+        details = measure(folders[1], other, folders[0], "float32", memory)
+        assert details.pop("memory") == memory
+        results[memory] = load_file(folders[0] / REFERENCE), json.loads((folders[1] / RESULTS).read_text()), details
+    for name, expected in results["resident"][0].items():
+        torch.testing.assert_close(results["streamed"][0][name], expected, rtol=1e-5, atol=1e-5)
+    for name, expected in results["resident"][1].items():
+        assert results["streamed"][1][name] == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
+    assert results["streamed"][2] == results["resident"][2]
