@@ -18,7 +18,9 @@ PARTS = {
 }  # fmt: skip
 
 
-def write_gguf(file: Path, model, architecture="llama", keys=None, tensors=None, without=(), tokenizer=True) -> Path:
+def write_gguf(
+    file: Path, model, architecture="llama", keys=None, tensors=None, without=(), tokenizer=True, general=None
+) -> Path:
     """The model as a GGUF file.
 
     Args:
@@ -29,6 +31,7 @@ def write_gguf(file: Path, model, architecture="llama", keys=None, tensors=None,
         tensors: beside the model's.
         without: tensors and keys that are left out.
         tokenizer: whether it has one.
+        general: keys of the header by their whole names, of the tokenizer's too.
     """
     config, state = model.config, {name: value.numpy() for name, value in model.state_dict().items()}
     writer = gguf.GGUFWriter(str(file), architecture)
@@ -39,12 +42,11 @@ def write_gguf(file: Path, model, architecture="llama", keys=None, tensors=None,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": config.rope_parameters["rope_theta"],
         "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
     }  # fmt: skip
-    for key, value in (header | (keys or {})).items():
+    header = {f"{architecture}.{key}": value for key, value in (header | (keys or {})).items() if key not in without}
+    for key, value in (header | (_tokenizer(config.vocab_size) if tokenizer else {}) | (general or {})).items():
         if key not in without:
             add = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool, list: writer.add_array}
-            add.get(type(value), writer.add_uint32)(f"{architecture}.{key}", value)
-    if tokenizer:
-        _add_tokenizer(writer, config.vocab_size)
+            add.get(type(value), writer.add_uint32)(key, value)
     for name, value in ({_named(name): _laid_out(name, value, config, architecture) for name, value in state.items()}
                         | (tensors or {})).items():  # fmt: skip
         if name not in without and not (name == "output.weight" and config.tie_word_embeddings):
@@ -56,17 +58,17 @@ def write_gguf(file: Path, model, architecture="llama", keys=None, tensors=None,
     return file
 
 
-def _add_tokenizer(writer, size: int) -> None:
+def _tokenizer(size: int) -> dict:
     bpe = _bpe()
     tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
     tokens += [f"[PAD{i}]" for i in range(len(tokens), size)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in bpe["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    keys = {
+        "model": "gpt2", "pre": "default", "tokens": tokens,
+        "token_type": [3 if token in ("<s>", "</s>") else 1 for token in tokens],
+        "merges": [" ".join(pair) if isinstance(pair, list) else pair for pair in bpe["merges"]],
+        "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
 
 
 @functools.cache

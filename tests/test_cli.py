@@ -9,8 +9,8 @@ import pytest
 from hfprune.cli import main
 
 STAGES = (
-    "score", "shard", "prune", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare", "config",
-    "overlap", "page", "artifacts", "provenance",
+    "score", "shard", "prune", "gguf", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare",
+    "config", "overlap", "page", "artifacts", "provenance",
 )  # fmt: skip
 OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")
 BELOW = {"download": ("model", "text", "task"), "store": ("list", "verify", "prune")}
@@ -86,6 +86,7 @@ def test_a_users_mistake_is_one_message_and_exit_2(words, message, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"hfprune {words[0]}: ")
     assert message in said
+    assert said.count(f"hfprune {words[0]}: ") == 1
 
 
 def test_an_unknown_stage_is_exit_2():

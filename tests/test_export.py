@@ -18,7 +18,7 @@ from hfprune.reporting.summary import summary
 from hfprune.sharing.export import contents
 from hfprune.sharing.model_card import CheckpointHistory, Estimate, Figure, card, read_history
 from hfprune.store.artifacts import Artifact, Store, read
-from tests.conftest import run_hfprune, save_checkpoint
+from tests.conftest import ENVIRONMENT, run_hfprune, save_checkpoint
 from tests.hub import serve
 from tests.test_surgery import run_prune
 
@@ -408,3 +408,118 @@ def test_pushed_to_a_hub_it_loads_from_there(made, tmp_path):
         now = repository.commits[repository.branches["main"]]
         assert set(now) == there | {".gitattributes", "notes.md"}
         assert not any(hub.token in request for request in hub.requests)
+
+
+GGUF = ("--format", "gguf", "--type")
+
+
+def test_export_writes_gguf_that_llama_cpp_has_read(made, tmp_path):
+    given = (*results(made, "measured"), *GGUF, "f32", "q8_0")
+    run_hfprune(made["store"], "export", *given, "--output", tmp_path / "tiny")
+    files = {file.name: file for file in (tmp_path / "tiny").iterdir()}
+    names = [name for name in files if name.endswith(".gguf")]
+    assert {name.rpartition("-")[2] for name in names} == {"F32.gguf", "Q8_0.gguf"}
+    assert all(name.startswith("tiny-") and "-pruned-10-v1.0-" in name for name in names)
+    assert {*files} - {*names} == {"README.md", "Modelfile", "LICENSE", "NOTICE.txt", "pruning.json"}
+    (stored,) = made["store"].glob("gguf/*/*-F32.gguf")
+    assert files[stored.name].read_bytes() == stored.read_bytes()
+    proof = load_json(stored.parent / "manifest.json")["details"]["proof"]
+    assert proof["max_difference"] < proof["tolerance"] == 1e-3
+    assert files["Modelfile"].read_text() == f"FROM ./{stored.name}\n"
+    found = ModelCard(files["README.md"].read_text())
+    assert (found.data.library_name, found.data.base_model) == ("gguf", "someone/tiny")
+    assert "gguf" in found.data.tags
+    for line in (
+        f"| `{stored.name}` | F32 | ",
+        f"| {proof['max_difference']:.2g} |",
+        "It calls the model's architecture `llama`",
+        f"llama-cli -m {stored.name}",
+        f'"tiny/{stored.name}"',
+        "its licence, tiny-licence, holds",
+        "Of the checkpoint that the files were written from",
+        "| Perplexity |",
+    ):
+        assert line in found.content
+
+
+def test_a_key_names_a_model_and_figures_may_be_left_out(made, tmp_path):
+    words = ("export", "--model", made["recovered"].name, *GGUF, "f16", "--output", tmp_path / "tiny")
+    run_hfprune(made["store"], *words)
+    (file,) = (tmp_path / "tiny").glob("*.gguf")
+    assert "-pruned-10-lora-v1.0-F16.gguf" in file.name
+    text = (tmp_path / "tiny" / "README.md").read_text()
+    assert ModelCard(text).data.base_model_relation == "finetune"
+    assert "Nothing yet" in text
+
+
+QUANTIZER = """#!/usr/bin/env python3
+import shutil, sys
+source, output, kind = sys.argv[1:]
+if "broken" in sys.argv[0]:
+    sys.exit("no such luck")
+shutil.copyfile(source, output)
+if "wrong" in sys.argv[0]:
+    with open(output, "r+b") as file:
+        file.seek(-4000, 2)
+        file.write(bytes(4000))
+"""
+
+
+def test_k_quants_are_made_by_llama_cpps_quantizer_where_there_is_one(made, tmp_path, monkeypatch, capsys):
+    words = ["export", "--model", made["pruned"].name, *GGUF, "q4_k_m", "--output", str(tmp_path / "tiny")]
+
+    def run() -> tuple[int, str]:
+        return main([*words, "--store", str(made["store"])]), capsys.readouterr().err
+
+    status, message = run()
+    said, command = message.splitlines()
+    assert status == 2
+    assert "`llama-quantize` is not on the PATH. Export --type f16, and where you have llama.cpp, run" in said
+    program, source, output, kind = command.split()
+    assert (program, kind) == ("llama-quantize", "Q4_K_M")
+    assert source.endswith("-v1.0-F16.gguf")
+    assert output == source.replace("F16", "Q4_K_M")
+    for name, status, said in (
+        ("broken", 2, f"llama-quantize cannot make {output} of {source}: no such luck"),
+        ("wrong", 2, f"{output}: llama.cpp does not read it as the checkpoint"),
+        ("right", 0, ""),
+    ):
+        assert not (tmp_path / "tiny").exists()
+        quantizer = tmp_path / name / "llama-quantize"
+        quantizer.parent.mkdir()
+        quantizer.write_text(QUANTIZER)
+        quantizer.chmod(0o755)
+        monkeypatch.setenv("PATH", os.pathsep.join([str(quantizer.parent), ENVIRONMENT["PATH"]]))
+        found, message = run()
+        assert found == status
+        assert said in message
+    assert (tmp_path / "tiny" / output).is_file()
+    assert f"| `{output}` | Q4_K_M |" in (tmp_path / "tiny" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "{model}", *GGUF, "f16"), "an artifact of 'model'; expected one of prune or recover"),
+        (("--model", "{pruned}", *GGUF, "q4_x"), "Input should be 'f16', 'bf16', 'f32', 'q8_0', 'q2_k'"),
+        (("--model", "{pruned}", "--type", "f16"), "'type' goes with --format gguf"),
+        (("--model", "0" * 16, *GGUF, "f16"), "0000000000000000: no artifact here"),
+    ],
+)
+def test_what_cannot_become_gguf_is_refused_in_one_message(words, message, made, tmp_path):
+    words = [str(word).format(**made) for word in words]
+    assert message in refused(made, "export", *words, "--output", tmp_path / "tiny")
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_gguf_is_pushed_with_its_card(made, monkeypatch, capsys):
+    pushed = {}
+    monkeypatch.setattr("hfprune.sharing.export.push", lambda files, *where: pushed.update({where: files}) or "address")
+    words = ["push", "--model", made["pruned"].name, *GGUF, "f32", "--to", "me/tiny-GGUF"]
+    assert main([*words, "--store", str(made["store"])]) == 0
+    ((where, files),) = pushed.items()
+    assert where == ("me/tiny-GGUF", False, made["pruned"].name)
+    assert {"README.md", "Modelfile", "LICENSE"} <= {*files}
+    assert [name for name in files if name.endswith("-F32.gguf")]
+    assert b'"me/tiny-GGUF/tiny-' in files["README.md"]
+    assert capsys.readouterr().out.endswith("address\n")

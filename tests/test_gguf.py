@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune.data import download
 from hfprune.errors import UserError
+from hfprune.store.filenames import is_companion
 from tests.conftest import make_model, sentences
 from tests.gguf_files import write_gguf
 
@@ -136,7 +137,17 @@ def test_llama3s_scaling_comes_back_out_of_its_tensor(head, theta, ours, tmp_pat
         ({"keys": {"rope.scaling.type": "longrope"}}, "rope.scaling.type = 'longrope'"),
         ({"keys": {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}}, "rope.scaling.type = 'yarn'"),
         ({"keys": {"attention.head_count": 3}}, "the header makes no model"),
-        ({"keys": {"context_length": "512"}}, "the header makes no model"),
+        ({"keys": {"context_length": "512"}}, "llama.context_length = '512': expected a number"),
+        ({"keys": {"rope.scaling.factor": "4"}}, "llama.rope.scaling.factor = '4': expected a number"),
+        ({"keys": {"attention.layer_norm_rms_epsilon": float("nan")}}, "rms_epsilon = nan: expected a number"),
+        ({"keys": {"attention.layer_norm_rms_epsilon": 0.0}}, "rms_norm_eps = 0.0: expected a number above"),
+        ({"without": ("tokenizer.ggml.merges",)}, "the header lacks tokenizer.ggml.merges, which make the tokens"),
+        ({"general": {"tokenizer.ggml.pre": "deepseek-llm"}}, "tokenizer.ggml.pre = 'deepseek-llm': transformers does"),
+        (
+            {"general": {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}},
+            "add_space_prefix = False is not read",
+        ),
+        ({"general": {"tokenizer.chat_template.../../x": "{{ a }}"}}, "'../../x' is no name for a chat template"),
         ({"keys": {"rope.freq_base": 0.0}}, "rope.freq_base = 0.0"),
         ({"keys": {"rope.scaling.type": "yarn", "rope.scaling.factor": 0.0}}, "is no RoPE scaling of type 'yarn'"),
         ({"keys": {"rope.scaling.yarn_attn_factor": 2.0}}, "yarn_attn_factor = 2.0 is not read here"),
@@ -150,6 +161,16 @@ def test_llama3s_scaling_comes_back_out_of_its_tensor(head, theta, ours, tmp_pat
 )  # fmt: skip
 def test_what_would_be_dropped_or_invented_is_refused(changes, message, tmp_path):
     assert message in refused(write_gguf(tmp_path / "x.gguf", make_model(), **changes), tmp_path)
+
+
+def test_all_chat_templates_of_a_gguf_file_are_kept(tmp_path):
+    names = {"": "{{ messages }}", ".tool_use": "{{ tools }}", ".rag": "{{ documents }}"}
+    general = {f"tokenizer.chat_template{name}": template for name, template in names.items()}
+    taken(write_gguf(tmp_path / "x.gguf", make_model(), general=general), tmp_path / "made")
+    expected = {name.removeprefix(".") or "default": template for name, template in names.items()}
+    assert AutoTokenizer.from_pretrained(tmp_path / "made").chat_template == expected
+    assert all(map(is_companion, ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")))
+    assert (tmp_path / "made" / "additional_chat_templates" / "rag.jinja").read_text() == "{{ documents }}"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.3, 0.9])

@@ -125,6 +125,31 @@ def classifier(folder):
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
+def indexed(files, twice=False):
+    """A folder without weights whose index names these files, one of them in two lines."""
+
+    def harm(folder):
+        (folder / "model.safetensors").unlink()
+        content = json.dumps({"metadata": {}, "weight_map": files})
+        content = content.replace('"x": ', '"x": "b", "x": ') if twice else content
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return harm
+
+
+def written_twice(key):
+    def harm(folder):
+        content = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(content.replace(f'"{key}"', f'"{key}": 7, "{key}"'))
+
+    return harm
+
+
+def too_large_for_float16(folder):
+    edit(folder, dtype="float16")
+    spoilt(DOWN, 1e30)(folder)
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -137,7 +162,8 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         (configured(intermediate_size=64), "model.layers.0.mlp.down_proj.weight (32, 48), config.json asks for (32,"),
         (configured(vocab_size=400), "lm_head.weight (320, 32), config.json asks for (400, 32)"),
         (configured(model_type="qwen3"), "asks for model.layers.0.self_attn.k_norm.weight"),
-        (configured(hidden_size="many"), "config.json: not a checkpoint that transformers can read"),
+        (configured(hidden_size="many"), "config.json: hidden_size = 'many': expected a number above 0"),
+        (configured(initializer_range="x"), "config.json: not a checkpoint that transformers can read"),
         (configured(quantization_config={"quant_method": "gptq", "bits": 4}), "the weights are quantised (gptq)"),
         (configured(quantization_config={"quant_method": "awq"}), "the weights are quantised (awq)"),
         (configured(quantization_config={"load_in_4bit": True}), "the weights are quantised (quantization_config)"),
@@ -164,6 +190,24 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         (shard_cut, "b.safetensors: cut short, or not safetensors"),
         (shard_gone, "names 'b.safetensors', which is not beside it. Get the checkpoint whole."),
         (twice, "is in a.safetensors and in b.safetensors: keep one"),
+        (holding(**{"model.layers.0.self_attn.bias": torch.ones(1, 9).bool()}), "it holds model.layers.0.self_attn"),
+        (holding(**{"model.position_counts": torch.ones(3).long()}), "it holds model.position_counts, which the model"),
+        (holding(**{DOWN: torch.ones(32, 48).long()}), f"tensor {DOWN} is I64: weights are numbers in one of F64, F32"),
+        (indexed({}), "model.safetensors.index.json: its weight_map names no f"),
+        (indexed({DOWN: "a", "x": "a"}, twice=True), "index.json: not an index of weights (ValueError: key 'x'"),
+        (written_twice("hidden_size"), "config.json: cannot be read as JSON: key 'hidden_size' stands there twice"),
+        (configured(architectures="LlamaForCausalLM"), "architectures = 'LlamaForCausalLM': expected a list"),
+        (configured(rope_parameters={"rope_type": "foo"}), "config.json: rope_parameters.rope_type = 'foo': expected"),
+        (configured(rope_scaling={"type": "foo"}), "rope_scaling.type = 'foo': expected one of default"),
+        (configured(rope_scaling={"type": "linear", "factor": "4"}), "rope_scaling.factor = '4': expected a number"),
+        (configured(rope_parameters="yarn"), "config.json: rope_parameters = 'yarn': expected an object"),
+        (configured(rope_theta=-1.0), "config.json: rope_theta = -1.0: expected a number above 0"),
+        (configured(rms_norm_eps=float("nan")), "config.json: rms_norm_eps = nan: expected a number above 0"),
+        (configured(rms_norm_eps=0), "config.json: rms_norm_eps = 0: expected a number above 0"),
+        (configured(rms_norm_eps=-1e-5), "config.json: rms_norm_eps = -1e-05: expected a number above 0"),
+        (configured(num_attention_heads=0), "config.json: num_attention_heads = 0: expected a number above 0"),
+        (configured(hidden_act="foo"), "config.json: transformers cannot build this model: KeyError: "),
+        (too_large_for_float16, f"tensor {DOWN} holds numbers beyond those of config.json's dtype, float16"),
         (spoilt(DOWN, float("nan")), f"model.safetensors: tensor {DOWN} holds 1 of 1,536 values that are NaN"),
         (spoilt("model.norm.weight", float("-inf")), "tensor model.norm.weight holds 1 of 32 values"),
     ],
@@ -191,6 +235,11 @@ def rotary(folder):
     weights(folder, lambda state: state.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
 
 
+def masked(folder):
+    """As in checkpoints of transformers 3."""
+    weights(folder, lambda state: state.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4).long()}))
+
+
 def tied_to_another_head(folder):
     edit(folder, tie_word_embeddings=True)
 
@@ -214,7 +263,16 @@ def base_model(folder):
 
 @pytest.mark.parametrize(
     "change",
-    [consolidated, sharded, rotary, tied_to_another_head, tied_and_written_twice, tied_and_only_the_head, base_model],
+    [
+        consolidated,
+        sharded,
+        rotary,
+        masked,
+        tied_to_another_head,
+        tied_and_written_twice,
+        tied_and_only_the_head,
+        base_model,
+    ],
 )
 def test_what_is_counted_is_what_is_loaded(change, model, tmp_path):
     change(model)
@@ -235,6 +293,14 @@ def test_another_head_than_the_embeddings_stays_in_what_is_written(model, tmp_pa
     assert not again.config.tie_word_embeddings
     assert torch.equal(again.lm_head.weight, head)
     assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
+
+
+def test_weights_that_float16_makes_infinite_are_refused_where_it_is_asked_for(model, tmp_path):
+    spoilt(DOWN, 1e30)(model)
+    folder = taken(model, tmp_path / "made")
+    load_model(folder, "bfloat16")
+    with pytest.raises(UserError, match=f"tensor {DOWN} holds numbers beyond those of float16"):
+        load_model(folder, "float16")
 
 
 def newer(folder):

@@ -105,6 +105,28 @@ def test_a_long_cell_of_several_lines_is_one_document(tmp_path, capsys):
     assert documents(capsys, tmp_path, tmp_path / "a.csv") == [text, "b"]
 
 
+def test_blank_lines_are_no_documents(tmp_path, capsys):
+    for name, content in {"a.txt": "\none\n\n \ntwo\r\n\t\n", "a.jsonl": '\n{"text": "one"}\n \n{"text": "two"}\n\n',
+                          "a.csv": "text\none\n\ntwo\n\n"}.items():  # fmt: skip
+        (tmp_path / name).write_text(content)
+        assert documents(capsys, tmp_path, tmp_path / name) == ["one", "two"]
+    (tmp_path / "a.txt").write_text("\none\n\ntwo\n")
+    assert documents(capsys, tmp_path, tmp_path / "a.txt", "--documents", "1", "2") == ["two"]
+
+
+def test_a_key_that_stands_twice_where_nobody_reads_it_changes_nothing(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "x": 1, "x": 2, "y": {"text": 1, "text": 2}}\n')
+    assert documents(capsys, tmp_path, tmp_path / "a.jsonl") == ["a"]
+    with pytest.raises(UserError, match="line 1: field 'x' stands there twice"):  # a task reads every field
+        next(read(tmp_path / "a.jsonl", "it"))
+
+
+def test_a_folder_is_no_text(tmp_path, capsys):
+    assert main(["download", "text", "--path", str(tmp_path), "--store", str(tmp_path / "store")]) == 2
+    expected = f"hfprune download: path '{tmp_path}' is a folder; expected one file that ends in .jsonl, .json, .csv, "
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_a_column_that_nobody_asked_for_may_change_its_type(tmp_path, capsys):
     write_lines(tmp_path / "a.jsonl", [{"text": "w" * 1000, "other": None}] * 12_000 + [{"text": "b", "other": "c"}])
     found = documents(capsys, tmp_path, tmp_path / "a.jsonl")
@@ -149,11 +171,9 @@ FAULTS = {
     "cut quote": ("a.csv", b'text\nx\n"cut', "line 3: cannot be read: cut short, or not CSV"),
     "ragged": ("a.csv", b'text,y\n"a\nb",1\nHello, you,1\n', "line 4: 3 cells, but 2 columns"),
     "twice": ("a.csv", b"text,text\na,b\n", "line 1: two columns are called 'text'"),
-    "twice inside": (
-        "a.jsonl",
-        GOOD + b'{"text": "a", "text": "b"}',
-        "line 2: cannot be read: field 'text' stands",
-    ),
+    "twice inside": ("a.jsonl", GOOD + b'{"text": "a", "text": "b"}', "line 2: field 'text' stands there twice"),
+    "twice in an array": ("a.json", b'[{"text": "a", "text": "b"}]', "record 1: field 'text' stands there twice"),
+    "all lines blank": ("a.txt", b"\n \n\t\n", "it has 0 documents. Give a file that holds some"),
     "blank": ("a.csv", b"text,y\nx,1\n,1\n", "line 3: field 'text' is blank"),
     "null": ("a.jsonl", GOOD + b'{"text": null}\n', "line 2: field 'text' is blank"),
     "missing": ("a.jsonl", GOOD + b'{"y": 1}\n', "line 2: no field 'text'; its fields are y. Set `field`"),

@@ -143,6 +143,7 @@ TASKS = {"evaluate", "evaluate-task"}
         ("stages/run", set()),
         ("stages/registry", set()),
         ("sharing/model_card", set()),
+        ("sharing/gguf", {"gguf"}),
         ("stages/score", SCORING),
         ("stages/measure", {"measure"}),
         ("stages/evaluate", TASKS),

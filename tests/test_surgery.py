@@ -334,7 +334,7 @@ def test_cutting_nothing_changes_nothing():
         ({"model_type": "qwen3_moe"}, "'qwen3_moe' is a mixture of experts; experts are not supported yet"),
         (
             {"model_type": "rwkv"},
-            "'rwkv' is not supported: no family's modules match them.*Supported families: llama, mi",
+            "'rwkv' is not supported: no family's modules match.*Supported families: llama",
         ),
         ({"model_type": "llama", "final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0, which models of"),
     ],

@@ -96,7 +96,7 @@ def validated(args: argparse.Namespace, section: type[BaseModel]) -> Any:
     """
     names = [field.alias or name for name, field in section.model_fields.items()]
     values = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return parse(section, values, f"hfprune {args.command}")
+    return parse(section, values)
 
 
 def add_options(parser: argparse.ArgumentParser, section: type[BaseModel]) -> None:

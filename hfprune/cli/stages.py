@@ -53,7 +53,7 @@ def _make(stage: Stage, args: argparse.Namespace) -> None:
     """Make a stage's artifact and print its folder."""
     parameters, store = validated(args, stage.parameters), Store(validated(args, StoreCommand).store)
     together = [
-        parse(stage.parameters, parameters.model_dump() | {stage.together: value}, f"hfprune {args.command}")
+        parse(stage.parameters, parameters.model_dump() | {stage.together: value})
         for value in getattr(args, "together", [])
         if value != getattr(parameters, stage.together)
     ]

@@ -72,7 +72,7 @@ class ScoringCost(Sampling, Command):
 
         sampling = self.model_dump(include={"samples", "length", "seed", "draws", "dtype"})
         for name in self.criteria:
-            parse(ScoreParameters, sampling | {"criterion": name}, "hfprune scoring-cost")
+            parse(ScoreParameters, sampling | {"criterion": name})
         model, text = open_artifact(self.model, *CHECKPOINTS), open_artifact(self.text, "text")
         scores = [open_artifact(path, "score") for path in self.light_cut]
         cuts = {

@@ -123,16 +123,16 @@ def _json(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Iterat
                 records = _parsed(line + lines.read(), name, number)
                 for index, record in enumerate(records, 1):
                     place = f"record {index}"
-                    yield place, _object(record, f"{name}: {place}")
+                    yield place, _record(record, fields, f"{name}: {place}")
                 return
             place = f"line {number}"
-            yield place, _object(_parsed(line, name, number), f"{name}: {place}")
+            yield place, _record(_parsed(line, name, number), fields, f"{name}: {place}")
 
 
 def _parsed(content: str, name: str, number: int) -> Any:
     """The JSON value of a text that begins in line `number`."""
     try:
-        value = json.loads(content, object_pairs_hook=_fields_once)
+        value = json.loads(content, object_pairs_hook=Record)
         if SURROGATE.search(content):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -148,18 +148,21 @@ def _parsed(content: str, name: str, number: int) -> Any:
         raise UserError(f"{name}: line {number}: cannot be read: {error}.") from None
 
 
-def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of an object, none of which may stand in it twice: which one is meant is not known."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return fields
+class Record(dict):
+    """A JSON object, and the names that stand in it more than once. As for any JSON reader, the last one counts."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs] if len(self) < len(pairs) else []
+        self.repeated = {name for name in names if names.count(name) > 1}
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
+def _record(value: Any, fields: Collection[str] | None, where: str) -> dict[str, Any]:
+    """Refuse what is no object, or has a field that is read twice: which one is meant is not known."""
+    if not isinstance(value, Record):
         raise UserError(f"{where}: holds {type(value).__name__}; expected an object with fields, {{...}}.")
+    if repeated := sorted(value.repeated if fields is None else value.repeated & set(fields)):
+        raise UserError(f"{where}: field {repeated[0]!r} stands there twice. Keep one.")
     return value
 
 
@@ -237,9 +240,11 @@ def _parquet(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Ite
 
 
 def _text(opened: BinaryIO, name: str, fields: Collection[str] | None) -> Iterator[Row]:
-    """One document per line."""
+    """One document per line; blank lines only separate them."""
     with text(opened, name) as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             yield f"line {number}", {"text": line.removesuffix("\n")}
 
 

@@ -452,8 +452,8 @@ def schema() -> str:
     return json.dumps(Experiment.model_json_schema(), indent=1) + "\n"
 
 
-def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str) -> Any:
-    """`values` as a validated `model`.
+def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str = "") -> Any:
+    """`values` as a validated `model`. `origin` is where they stand; a command's options stand nowhere.
 
     Raises:
         UserError: one line per fault, each with the origin, the key, the value found and what was expected.
@@ -467,7 +467,7 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str) -> Any
 def _explain(model: type[Section], fault: Mapping[str, Any], origin: str) -> str:
     location = tuple(part for part in fault["loc"] if part not in (NAME, SETTINGS))
     path = ".".join(map(str, location))
-    where = f"{origin}: {path}" if path else origin
+    where = ": ".join(part for part in (origin, path) if part)
     if fault["type"] == "extra_forbidden":
         known = _keys_at(model, location[:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
@@ -476,7 +476,7 @@ def _explain(model: type[Section], fault: Mapping[str, Any], origin: str) -> str
         return f"{where}: missing; it has no default."
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{where}: {message}."
+        return ": ".join(part for part in (where, f"{message}.") if part)
     near = []
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         choices = [part.strip(" '") for part in fault["ctx"]["expected"].replace(" or ", ",").split(",")]

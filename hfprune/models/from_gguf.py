@@ -2,10 +2,11 @@
 
 transformers dequantises the tensors and builds the tokenizer. The config is built here, because transformers ignores
 RoPE scaling, the head size of Qwen and special tokens in the header and uses defaults instead. Keys and tensors that
-are not known here are refused, so that nothing that changes the model is dropped.
+are not known here are refused, so that nothing that changes the model or its tokens is dropped.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -40,6 +42,12 @@ WITHOUT_EFFECT = {
     "attention.causal": True, "use_parallel_residual": False, "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_log_multiplier": 0.0,
 }  # fmt: skip
+TEXTS = ("rope.scaling.type", "tensor_data_layout")  # keys of text; all others are numbers
+# Ways to split a text before BPE merges, by llama.cpp's names. transformers knows those of its own table, and takes
+# GPT-2's for all others: right for those that split like GPT-2, and for those that also part digits, which no merge of
+# theirs joins again.
+GPT2_SPLITS = ("default", "gpt-2", "mpt", "olmo", "smollm", "starcoder", "refact", "command-r", "codeshell")
+TEMPLATE = "tokenizer.chat_template"  # the default one; others have a name after it
 BIASES = {"attention": "attn_q", "mlp": "ffn_gate"}  # a part has biases if this tensor has one
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 FREQUENCIES = "rope_freqs.weight"  # the divisor of every frequency in llama3's scaling
@@ -69,6 +77,8 @@ def dequantise(file: Path, folder: Path, where: str) -> dict[str, Any]:
             f"{where}: cut short, or not GGUF ({type(error).__name__}: {_line(error)}). Get the file again."
         ) from None
     config = _config(header, shapes, where)
+    templates = _chat_templates(header, where)
+    _check_tokenizer(header, where)
     if FREQUENCIES in shapes:
         (divisors,) = (tensor.data for tensor in reader.tensors if tensor.name == FREQUENCIES)
         _restore_llama3(config, torch.from_numpy(divisors.astype("float32").flatten()), where)
@@ -91,10 +101,49 @@ def dequantise(file: Path, folder: Path, where: str) -> dict[str, Any]:
         del network.config.quantization_config
     network.save_pretrained(folder)
     try:
-        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        if templates:
+            tokenizer.chat_template = templates
+        tokenizer.save_pretrained(folder)
     except Exception as error:  # of any class: the header has no tokenizer, or one of an unknown kind
         raise UserError(f"{where}: no tokenizer that transformers can read in it: {_line(error)}") from None
     return header
+
+
+def _chat_templates(header: dict[str, Any], where: str) -> dict[str, str]:
+    """The chat templates by name, if there are others than the default one; transformers reads only that.
+
+    Raises:
+        UserError: a name cannot be that of a file, which it becomes.
+    """
+    templates = {
+        key.removeprefix(TEMPLATE).removeprefix(".") or "default": value
+        for key, value in header.items()
+        if key == TEMPLATE or key.startswith(f"{TEMPLATE}.")
+    }
+    if odd := [name for name in templates if not re.fullmatch(r"[\w-]+", name, re.ASCII)]:
+        raise UserError(
+            f"{where}: {TEMPLATE}.{odd[0]}: {odd[0]!r} is no name for a chat template: letters, digits, _ and - alone."
+        )
+    return templates if set(templates) - {"default"} else {}
+
+
+def _check_tokenizer(header: dict[str, Any], where: str) -> None:
+    """Refuse a tokenizer for which transformers would give other tokens than the model's, without a word.
+
+    Raises:
+        UserError: it has no merges, or splits or begins texts in another way.
+    """
+    remedy = "Take the checkpoint in safetensors that it was made from."
+    kind, split = (header.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind == "gpt2" and "tokenizer.ggml.merges" not in header:
+        raise UserError(f"{where}: the header lacks tokenizer.ggml.merges, which make the tokens. {remedy}")
+    if kind == "gpt2" and split not in (None, *GPT2_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS):
+        raise UserError(
+            f"{where}: tokenizer.ggml.pre = {split!r}: transformers does not know this way to split a text. {remedy}"
+        )
+    if kind == "llama" and header.get("tokenizer.ggml.add_space_prefix") is False:
+        raise UserError(f"{where}: tokenizer.ggml.add_space_prefix = False is not read by transformers. {remedy}")
 
 
 def _line(error: Exception) -> str:
@@ -130,6 +179,11 @@ def _config(header: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: s
     for key in REQUIRED:
         if isinstance(own[key], list):
             raise UserError(f"{where}: {kind}.{key} differs from layer to layer, which is not supported.")
+    for key, value in own.items():
+        if key not in TEXTS and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise UserError(
+                f"{where}: {kind}.{key} = {value!r}: expected a number. Get the file again, or convert the model anew."
+            )
     size = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, size) != size:

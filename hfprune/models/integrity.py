@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.errors import UserError
+from hfprune.models.config_json import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers loads the first, or what this names
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that hold plain weights
+BUFFERS = ("BOOL", "I64")  # those of masks and positions, which old checkpoints hold beside the weights
 MAX_NAMES = 3  # in a message
 CHUNK = 2**24  # values checked at once
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -63,12 +65,14 @@ def _reason_and_remedy(names: list[str]) -> str:
 
 def _indexed(names: Collection[str], index: Path, where: str) -> list[str]:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index)
         content["metadata"]  # transformers reads it
         named = sorted(set(content["weight_map"].values()))
         absent = [name for name in named if name not in names]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{where}: {INDEX}: not an index of weights ({type(error).__name__}: {error}).") from None
+    if not named:
+        raise UserError(f"{where}: {INDEX}: its weight_map names no file. Get the checkpoint whole.")
     if absent:
         raise UserError(
             f"{where}: {INDEX} names {absent[0]!r}, which is not beside it"
@@ -94,9 +98,9 @@ def check(folder: Path, where: str) -> None:
     from hfprune.models.loading import check_family
 
     config = check_family(folder, f"{where}: config.json")
-    files = _files_of_tensors(folder, where)
-    _check_names(folder, config, where)
-    _check_numbers(files, where)
+    files, buffers = _files_of_tensors(folder, where)
+    _check_names(folder, config, buffers, where)
+    _check_numbers(files, config.dtype, where)
     if config.tie_word_embeddings and _has_own_head(files):
         print(f"{where}: lm_head.weight is not the embeddings: loaded as it is, not tied", file=sys.stderr)
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -106,8 +110,8 @@ def check(folder: Path, where: str) -> None:
     _check_tokenizer(folder, where)
 
 
-def _files_of_tensors(folder: Path, where: str) -> dict[str, Path]:
-    """The file of every tensor, by the tensor's name.
+def _files_of_tensors(folder: Path, where: str) -> tuple[dict[str, Path], dict[str, str]]:
+    """The file of every tensor, by the tensor's name; and the dtype of those that are `BUFFERS` by theirs.
 
     Raises:
         UserError: a file is cut short, two files hold the same tensor, or a tensor is quantised.
@@ -115,6 +119,7 @@ def _files_of_tensors(folder: Path, where: str) -> dict[str, Path]:
     from safetensors import SafetensorError, safe_open
 
     files: dict[str, Path] = {}
+    buffers: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as stored:
@@ -126,14 +131,18 @@ def _files_of_tensors(folder: Path, where: str) -> dict[str, Path]:
         for name, dtype in dtypes.items():
             if name in files:
                 raise UserError(f"{where}: tensor {name} is in {files[name].name} and in {file.name}: keep one.")
-            if dtype not in FLOATS:
+            if dtype in BUFFERS:
+                buffers[name] = dtype
+            elif dtype not in FLOATS:
                 raise UserError(f"{where}: {file.name}: tensor {name} is {dtype}: quantised; {ORIGINAL}.")
             files[name] = file
-    return files
+    return files, buffers
 
 
-def _check_names(folder: Path, config: Any, where: str) -> None:
+def _check_names(folder: Path, config: Any, buffers: dict[str, str], where: str) -> None:
     """Compare the names and shapes of the tensors with the model of config.json, by loading on the meta device.
+
+    transformers ignores some buffers of old checkpoints. They may stay: they change nothing.
 
     Raises:
         UserError: they differ.
@@ -145,12 +154,14 @@ def _check_names(folder: Path, config: Any, where: str) -> None:
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # the messages below replace its warnings
     try:
-        _, loading_info = model_class(config).from_pretrained(
+        model, loading_info = model_class(config).from_pretrained(
             folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **LOCAL
         )
     except Exception as error:  # whatever a config that no model can be built from makes it raise
         reason = str(error).partition("\n")[0].replace(str(folder), where)
-        raise UserError(f"{where}: config.json: transformers cannot build this model: {reason}") from None
+        raise UserError(
+            f"{where}: config.json: transformers cannot build this model: {type(error).__name__}: {reason}"
+        ) from None
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     missing = sorted(loading_info["missing_keys"])
@@ -159,6 +170,12 @@ def _check_names(folder: Path, config: Any, where: str) -> None:
         f"{name} {tuple(shape)}, config.json asks for {tuple(expected)}"
         for name, shape, expected in sorted(loading_info["mismatched_keys"])
     ]
+    weights = {name.removeprefix("model.") for name in model.state_dict()}  # a base model's file lacks the prefix
+    if integers := [name for name in buffers if name.removeprefix("model.") in weights]:
+        raise UserError(
+            f"{where}: tensor {integers[0]} is {buffers[integers[0]]}: weights are numbers in one of "
+            f"{', '.join(FLOATS)}. Get the checkpoint whole, as its authors wrote it."
+        )
     if quantised := [name for name in surplus if is_quantised(name)]:
         raise UserError(f"{where}: quantised: it holds {first_few(quantised)}; {ORIGINAL}.")
     if any(".lora_" in name for name in surplus):
@@ -202,11 +219,16 @@ def is_quantised(name: str) -> bool:
     return any(part in name for part in parts)
 
 
-def _check_numbers(files: dict[str, Path], where: str) -> None:
+def _check_numbers(files: dict[str, Path], dtype: Any, where: str) -> None:
     """Read every tensor once.
 
+    Args:
+        files: by tensor.
+        dtype: of torch, in which config.json says that the model computes; None if it does not say.
+        where: the user's name for the checkpoint.
+
     Raises:
-        UserError: one holds NaN or an infinity.
+        UserError: one holds NaN or an infinity, or a number that `dtype` cannot hold.
     """
     from safetensors import safe_open
 
@@ -219,6 +241,14 @@ def _check_numbers(files: dict[str, Path], where: str) -> None:
                     raise UserError(
                         f"{where}: {file.name}: tensor {name} holds {bad:,} of {values.numel():,} values that are NaN "
                         "or infinite: damaged, or written by a training that went wrong. Get another copy."
+                    )
+                if dtype not in (None, values.dtype) and not all(
+                    bool(chunk.to(dtype).isfinite().all()) for chunk in values.split(CHUNK)
+                ):
+                    raise UserError(
+                        f"{where}: {file.name}: tensor {name} holds numbers beyond those of config.json's dtype, "
+                        f'{str(dtype).removeprefix("torch.")}: they would become infinite. Write "dtype": "float32" or '
+                        '"bfloat16" there.'
                     )
 
 

@@ -1,6 +1,5 @@
 """Loading and running checkpoints of the supported families, and counting their parameters, FLOPs and bytes."""
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import UserError
+from hfprune.models.config_json import check_values, read_json
 from hfprune.models.families import FAMILIES, layout_of, refusal
 from hfprune.models.modeling_per_layer import per_layer
 from hfprune.models.streamed import device_of, in_memory, place_in_files, weight_files
@@ -62,7 +62,7 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
     file = folder / "config.json"
     where = where or str(file)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read as JSON: {_reason(error, folder, where)}") from None
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
@@ -74,6 +74,7 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
                 f"{where}: {key}: the weights are quantised ({name}). Take the original checkpoint that they were made "
                 "from, in float32, bfloat16 or float16; its model card names it."
             )
+    check_values(values, where)
     kind = values["model_type"]
     if "text_config" in values and kind not in FAMILIES:
         raise UserError(
@@ -153,9 +154,21 @@ def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool 
     if memory == "streamed" or (memory == "auto" and not _fits(_values(folder) * kind.itemsize, spread)):
         return _streamed(folder, config, kind)
     model = model_class(config).from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
+    if dtype == "float16":
+        _refuse_overflow(model, folder)
     if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - BYTES_BESIDE_WEIGHTS:
         model = model.to(device())
     return model.eval().requires_grad_(False)
+
+
+def _refuse_overflow(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model with weights that float16 turned into infinities. Offloaded ones are not looked at."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise UserError(
+                f"{folder}: tensor {name} holds numbers beyond those of float16: they would become infinite. Set "
+                "`dtype` to bfloat16 or float32."
+            )
 
 
 def _streamed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,18 +1,20 @@
-"""Export and upload of a checkpoint: its files and a model card with its results."""
+"""Export and upload of a checkpoint or its GGUF files, with a model card that has the checkpoint's results."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from hfprune.errors import UserError
 from hfprune.reporting.identity import lineage
 from hfprune.reporting.metrics import collect, headline
+from hfprune.sharing.gguf_repository import MODELFILE, GGUFFile, gguf_card, modelfile
 from hfprune.sharing.model_card import Estimate, Figure, card, read_history
 from hfprune.store.artifacts import Artifact, Store
-from hfprune.store.filenames import CARD, is_shared
+from hfprune.store.filenames import CARD, HISTORY, is_licence, is_shared
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
-Contents = dict[str, Path | bytes]  # path below the checkpoint's folder -> a file of the store, or bytes to write
+Contents = dict[str, Path | bytes]  # path below the folder that is shared -> a file to copy, or bytes to write
 
 
 def contents(model: Artifact, results: list[Artifact], store: Store, address: str) -> Contents:
@@ -22,7 +24,8 @@ def contents(model: Artifact, results: list[Artifact], store: Store, address: st
 
     Args:
         model: an artifact of `prune` or `recover`.
-        results: artifacts of `measure` and `evaluate`; those of this model and of its dense model are used.
+        results: artifacts of `measure` and `evaluate`; those of this model and of its dense model are used. Without
+            any, the card has no figures.
         store: has the manifests of all artifacts that they were made from.
         address: the name or path in the card's loading example.
 
@@ -32,6 +35,28 @@ def contents(model: Artifact, results: list[Artifact], store: Store, address: st
     model_card = card(read_history(model.folder), figures(model, results, store), address).encode()
     return {CARD: model_card} | {
         name: model.folder / name for name in model.manifest["files"] if name != CARD and is_shared(name)
+    }
+
+
+def gguf_contents(
+    model: Artifact, gguf_files: Sequence[GGUFFile], results: list[Artifact], store: Store, address: str
+) -> Contents:
+    """The files to share of a checkpoint in GGUF: these, a card, a Modelfile, the licences, and how it was made.
+
+    Args:
+        model: the checkpoint: an artifact of `prune` or `recover`.
+        gguf_files: written from it.
+        results, store, address: see `contents`.
+
+    Raises:
+        UserError: see `figures`.
+    """
+    own_card = gguf_card(read_history(model.folder), gguf_files, figures(model, results, store), address)
+    return {
+        CARD: own_card.encode(),
+        MODELFILE: modelfile(gguf_files[0].path.name, model.folder).encode(),
+        **{file.path.name: file.path for file in gguf_files},
+        **{name: model.folder / name for name in model.manifest["files"] if name in HISTORY or is_licence(name)},
     }
 
 
@@ -106,12 +131,14 @@ def push(files: Contents, repository: str, private: bool, key: str) -> str:
 
 
 def figures(model: Artifact, results: list[Artifact], store: Store) -> list[Figure]:
-    """The values of `model` in `results`, beside those of its dense model.
+    """The values of `model` in `results`, beside those of its dense model; none without results.
 
     Raises:
         UserError: no result is of this model, two results have the same value, or a model was evaluated but not
             measured.
     """
+    if not results:
+        return []
     dense = lineage(model.key, store)[0]["key"]
     used = [result for result in results if result.manifest["inputs"]["model"] in (model.key, dense)]
     if not any(result.manifest["inputs"]["model"] == model.key for result in used):

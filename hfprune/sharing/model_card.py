@@ -107,29 +107,38 @@ def card(history: CheckpointHistory, figures: Sequence[Figure], address: str) ->
         figures: its results; if empty, the card says that nothing was measured.
         address: the name or path in the loading example.
     """
-    hubs = [source["hub"] for source in history.sources if "hub" in source]
     header = ModelCardData(
-        base_model=hubs[0] if hubs else None,
+        **base_model(history),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hfprune", *(["pruning", "structured-pruning"] if history.cut else [])],
-        **_licence(history),
+        **licence(history),
     )
     parts = [
         f"---\n{header.to_yaml()}\n---\n",
         f"# {history.title}\n",
-        _process(history),
+        process(history),
         "## Measured\n",
-        _measured(history, figures),
+        measured(history, figures),
         "## Loading\n",
         _loading(history.last["reload"], address),
         "## Source and licence\n",
-        _source(history),
+        source_and_licence(history),
     ]
     return "\n".join(parts)
 
 
-def _process(history: CheckpointHistory) -> str:
+def base_model(history: CheckpointHistory) -> dict[str, str]:
+    """The newest source on the hub and how this model relates to it, by the keys of a card's header.
+
+    The hub knows no relation for a model that was only cut.
+    """
+    hubs = [source["hub"] for source in history.sources if "hub" in source]
+    relation = {} if all(map(is_cut, history.steps)) else {"base_model_relation": "finetune"}
+    return {"base_model": hubs[0], **relation} if hubs else {}
+
+
+def process(history: CheckpointHistory) -> str:
     """The steps in a sentence, and a table for every step."""
     first, *others = ["cut" if is_cut(step) else "trained" for step in history.steps]
     text = ", then ".join([f"{first.capitalize()} by hfprune", *others])
@@ -199,9 +208,10 @@ def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _measured(history: CheckpointHistory, figures: Sequence[Figure]) -> str:
+def measured(history: CheckpointHistory, figures: Sequence[Figure]) -> str:
+    """The table of figures."""
     if not figures:
-        return "Nothing yet: this card was written with the checkpoint. `hfprune export` adds what was measured.\n"
+        return "Nothing yet. `hfprune export --results` adds what was measured.\n"
     rows = "".join(
         f"| {TITLES.get(row.metric, row.metric)} | {row.on} | {row.dense or ''} | {row.value} | {row.value.n} |\n"
         for row in figures
@@ -233,15 +243,16 @@ def _loading(reload: Mapping[str, Any], address: str) -> str:
     )
 
 
-def _licence(history: CheckpointHistory) -> dict[str, str]:
-    """The licence of the newest source that names one."""
+def licence(history: CheckpointHistory) -> dict[str, str]:
+    """The licence of the newest source that names one, by the keys of a card's header."""
     licences = [{key: source[key] for key in LICENCE if key in source} for source in history.sources]
     return next(filter(None, licences), {})
 
 
-def _source(history: CheckpointHistory) -> str:
-    licence = _licence(history)
-    name = licence.get("license_name") or licence.get("license")
+def source_and_licence(history: CheckpointHistory) -> str:
+    """The sources and the licence, in a sentence."""
+    known_licence = licence(history)
+    name = known_licence.get("license_name") or known_licence.get("license")
     known = f"its licence, {name}, holds for this checkpoint too"
     unknown = "its licence is not known here: look it up before you share this checkpoint"
     origins = ", itself made from ".join(map(_origin, history.sources))

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hfprune.data.download import content_digest
+from hfprune.data.readers import READERS
 from hfprune.stages.declaration import Parameters, UserPath
 from hfprune.stages.wheel import WHEEL, WheelParameters
 
@@ -95,6 +96,14 @@ class DataSource(Source):
 
     subset: str | None = Field(None, description="configuration of the hub dataset")
     split: str | None = Field(None, description="split of the hub dataset")
+
+    @model_validator(mode="after")
+    def _one_file(self) -> DataSource:
+        if self.path and self.path.is_dir():
+            raise ValueError(
+                f"path {str(self.path)!r} is a folder; expected one file that ends in {', '.join(READERS)}, also .gz"
+            )
+        return self
 
 
 def wheel_fetcher(run: Any) -> Callable[[str], Path]:

@@ -1,0 +1,89 @@
+"""What the JSON files of a checkpoint may say: every key once, and numbers that a model can be built from.
+
+transformers takes many values as they are, and warns at most: with an unknown kind of RoPE scaling or an epsilon of NaN
+a model fails later, or computes something else.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfprune.errors import UserError
+
+POSITIVE = (
+    "rms_norm_eps", "rope_theta", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+POSITIVE_IN_ROPE = (
+    "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "low_freq_factor",
+    "high_freq_factor", "attention_factor",
+)  # fmt: skip
+ROPE = ("rope_parameters", "rope_scaling")  # transformers 5, and before
+
+
+def read_json(file: Path) -> Any:
+    """The JSON value in one of a checkpoint's files.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or not UTF-8, or an object in it has a key twice: which value is meant is not known.
+    """
+    return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_keys_once)
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"key {repeated[0]!r} stands there twice")
+    return dict(pairs)
+
+
+def check_values(values: Mapping[str, Any], where: str) -> None:
+    """Refuse values of a config.json that no model can be built from, or only a broken one.
+
+    Args:
+        values: by key, as they stand in the file.
+        where: the file's name in messages.
+
+    Raises:
+        UserError: there is such a value.
+    """
+    architectures = values.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise UserError(
+            f'{where}: architectures = {architectures!r}: expected a list of names, such as ["LlamaForCausalLM"].'
+        )
+    _check_positive(values, POSITIVE, where, "")
+    for section in ROPE:
+        rope = values.get(section)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise UserError(f"{where}: {section} = {rope!r}: expected an object, or null for plain RoPE.")
+        for key in ("rope_type", "type"):  # the second in older files
+            if rope.get(key) is not None and rope[key] not in _kinds_of_rope():
+                raise UserError(
+                    f"{where}: {section}.{key} = {rope[key]!r}: expected one of {', '.join(_kinds_of_rope())}."
+                )
+        _check_positive(rope, POSITIVE_IN_ROPE, where, f"{section}.")
+
+
+def _check_positive(values: Mapping[str, Any], keys: tuple[str, ...], where: str, prefix: str) -> None:
+    for key in keys:
+        value = values.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(
+                f"{where}: {prefix}{key} = {value!r}: expected a number above 0. Take the value of the model's authors."
+            )
+
+
+def _kinds_of_rope() -> list[str]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return ["default", *ROPE_INIT_FUNCTIONS]
