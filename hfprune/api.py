@@ -62,7 +62,7 @@ def prune(
     """A smaller model, cut from a copy; `model` itself stays as it is, so memory holds both.
 
     Args:
-        model: of a supported family (Llama, Mistral, Qwen2, Qwen3), whole and on one device.
+        model: of a supported family (docs/families.md), whole and on one device.
         tokenizer: the model's.
         texts: documents to score on, and to refit on; `samples` of them must have `length` tokens.
         ratio: the share to remove, of what `ratio_of` says.

@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune.cli.families import ANY, table
 from hfprune.errors import UserError
+from hfprune.evaluation.shared_prefix import Line, Tree, forward
 from hfprune.models import checkpoint, modeling_per_layer
+from hfprune.models.activations import graph_bytes
 from hfprune.models.families import FAMILIES, REFUSED, layout_for, layout_of
 from hfprune.models.loading import check_config, count_parameters, load_model
 from hfprune.models.run_part import layer_inputs, run_part
@@ -18,6 +20,7 @@ from hfprune.pruning.budget import shape_of, shape_on_disk, units_to_keep
 from hfprune.pruning.refit import refit
 from hfprune.pruning.scoring import unit_scores
 from hfprune.pruning.surgery import cut
+from hfprune.recovery.training import METHODS
 from tests.conftest import REPOSITORY
 
 SHAPE = {
@@ -228,6 +231,56 @@ def test_the_class_with_widths_per_layer_knows_the_modules_of_every_family():
 
 def test_the_table_in_the_docs_is_that_of_the_registry():
     assert table() in (REPOSITORY / "docs/families.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)
+def test_texts_with_a_common_beginning_get_the_likelihoods_of_each_alone(name, keys):
+    model, draw = make(name, **keys), torch.Generator().manual_seed(0)
+    beginning = torch.randint(2, 320, (14,), generator=draw).tolist()
+    texts = sorted(beginning + torch.randint(2, 320, (more,), generator=draw).tolist() for more in (3, 5, 4))
+    lines = [Line(number, tuple(text[:-1]), tuple(text[-2:]), "") for number, text in enumerate(texts)]
+    found = [likelihood for likelihood, _ in forward(model, [Tree(lines)])]
+    for line, likelihood in zip(lines, found, strict=True):
+        log_p = logits(model, torch.tensor([line.tokens]))[0, -2:].log_softmax(-1)
+        assert likelihood == pytest.approx(
+            sum(log_p[i, token].item() for i, token in enumerate(line.targets)), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)
+def test_packed_documents_see_one_another_only_where_the_layout_says_so(name, keys):
+    model, ids = make(name, **keys), TOKENS.flatten()[None]
+    together = model(ids, position_ids=torch.arange(12).repeat(2)[None], use_cache=False).logits.view(2, 12, -1)
+    assert layout_of(model).keeps_documents_apart == bool((together - logits(model)).abs().max() < 1e-4)
+
+
+@pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)
+def test_a_forward_pass_keeps_no_more_than_is_estimated(name, keys):
+    model, held = make(name, **keys), {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _kept = model.base_model(TOKENS.repeat(4, 2), use_cache=False)
+    for parameter in model.parameters():
+        held.pop(parameter.untyped_storage().data_ptr(), None)
+    assert 0 < sum(held.values()) < graph_bytes(model, 8 * 24)
+
+
+SCALED = ["llama", "granite", "gemma2", "cohere", "smollm3", "starcoder2", "nemotron", "phi", "gpt_neox", "gpt2"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", SCALED)
+def test_a_trained_scale_of_the_embeddings_folds_into_the_weights(name, tied):
+    model, finish = METHODS["norms"](make(name, tie_word_embeddings=tied))
+    scale = model.get_input_embeddings().scale
+    scale.data += 0.3 * torch.randn(scale.shape, generator=torch.Generator().manual_seed(0))
+    before = logits(model)
+    torch.testing.assert_close(logits(finish(model, None)), before, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_makes_fused_rows_as_wide_again():

@@ -128,9 +128,7 @@ def _falcon(config: Any) -> Layout:
         queries = heads // setting(config, "num_kv_heads", heads)
     elif one_group:
         queries = heads
-    if setting(config, "alibi", False):
-        refused = "its positions (ALiBi) depend on the number of heads. Cut mlp."
-    elif one_group and not new:
+    if one_group and not new:
         refused = "all its query heads share one key-value head, which has to stay. Cut mlp."
     return Layout(
         attention=Block(
@@ -152,6 +150,7 @@ def _falcon(config: Any) -> Layout:
         final_norm="ln_f",
         parallel=parallel,
         layers_return_tuples=True,
+        keeps_documents_apart=False,
         queries=queries,
     )
 
@@ -160,6 +159,7 @@ OPT = Layout(
     attention=Block(LLAMA.attention.rows, "self_attn.out_proj", "self_attn", "self_attn_layer_norm"),
     mlp=Block((Rows("fc1"),), "fc2", None, "final_layer_norm", activation="activation_fn", size="ffn_dim"),
     layers="decoder.layers",
+    keeps_documents_apart=False,
     final_norm="decoder.final_layer_norm",
 )
 GPT_2 = Layout(
@@ -217,10 +217,7 @@ FAMILIES = {
     "falcon": Family(
         "Falcon 7B",
         _falcon,
-        {
-            "Falcon 11B, 40B, 180B": {"new_decoder_architecture": True},
-            "Falcon RW": {"alibi": True, "multi_query": False, "parallel_attn": False},
-        },
+        {"Falcon 11B, 40B, 180B": {"new_decoder_architecture": True}},
     ),
     "opt": Family("OPT", OPT),
     "gpt2": Family("GPT-2", GPT_2),
@@ -268,6 +265,11 @@ def refusal(config: Any) -> str | None:
         return (
             "do_layer_norm_before = false: its norms stand behind the sum of hidden states and block (OPT 350M alone). "
             "The other OPT models can be pruned."
+        )
+    if kind == "falcon" and config.alibi:
+        return (
+            "its positions are linear biases of attention (alibi), which rows of several texts do not allow. Falcon 7B "
+            "and larger can be pruned."
         )
     if kind in FAMILIES and setting(config, "final_logit_softcapping") and not layout_for(config).logit_cap:
         return f"final_logit_softcapping = {config.final_logit_softcapping}, which models of this family do not have."

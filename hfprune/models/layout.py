@@ -81,6 +81,7 @@ class Layout:
         masks_by_kind: whether the base model takes a dictionary of attention masks, by kind of layer.
         gain_offset: what a norm adds to its weight before it multiplies by it.
         layers_return_tuples: whether a layer returns its hidden states as the first of several values.
+        keeps_documents_apart: whether documents in one row do not see one another when positions begin anew.
         queries: query heads to a key-value head; None: as the config's numbers of heads say.
     """
 
@@ -96,6 +97,7 @@ class Layout:
     masks_by_kind: bool = False
     gain_offset: float = 0.0
     layers_return_tuples: bool = False
+    keeps_documents_apart: bool = True
     queries: int | None = None
 
     def block(self, name: str) -> Block:

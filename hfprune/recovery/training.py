@@ -91,6 +91,11 @@ def recover(
         raise UserError(f"report_to = {report_to!r}: not installed. Run `pip install {report_to}`, or leave it out.")
     check_checkpoint(model, {"length": length})
     network = load_model(model, dtype, spread=False)
+    if not layout_of(network).keeps_documents_apart:
+        raise UserError(
+            f"{model}: training packs several documents into a row, and in models of model_type "
+            f"{network.config.model_type!r} they would see one another. These can be pruned and refitted, not trained."
+        )
     own_dtype = network.dtype
     use_cache = network.config.use_cache
     rows = Packed(read_examples(load_tokenizer(model), network.config.vocab_size, text, length), length, epochs, seed)
