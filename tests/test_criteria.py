@@ -65,6 +65,10 @@ DEFINITIONS = {
     "self_distillation": self_distillation,
     "fisher_token": log_likelihood,
     "fisher_sequence": log_likelihood,
+    "fisher_pairs": log_likelihood,
+    "llm_pruner_element_1": cross_entropy,
+    "llm_pruner_element_2": cross_entropy,
+    "llm_pruner_vector": cross_entropy,
 }
 LOGITS = 2 * torch.randn(TOKENS, VOCABULARY, dtype=torch.float64)
 
@@ -151,7 +155,81 @@ def ppm(layer, kind, h):
     return sum(each / each.max() for each in ranges) * np.sqrt(per_unit((h**2).sum(0), kind))
 
 
+def output_weight(layer, kind):
+    """(hidden, columns) float64."""
+    return (layer.mlp.down_proj if kind == "mlp" else layer.self_attn.o_proj).weight.double().numpy()
+
+
+def blocks(kind):
+    """The columns of every unit."""
+    return [[unit] for unit in range(48)] if kind == "mlp" else [list(range(16)), list(range(16, 32))]
+
+
+def cheapest_first(units, error):
+    """Scores by greedy choice: error(columns that are gone) is computed anew for every candidate."""
+    gone, before, last, scores = [], error([]), -np.inf, np.zeros(len(units))
+    left = set(range(len(units)))
+    while left:
+        costs = {unit: error(gone + units[unit]) - before for unit in left}
+        unit = min(costs, key=costs.get)
+        scores[unit] = last = max(costs[unit], last)
+        left.remove(unit)
+        gone, before = gone + units[unit], before + costs[unit]
+    return scores
+
+
+def contribution(layer, kind, h):
+    weight = output_weight(layer, kind)
+    return cheapest_first(blocks(kind), lambda gone: ((h[:, gone] @ weight[:, gone].T) ** 2).sum() / len(h))
+
+
+def obs(layer, kind, h):
+    """The residual of a least squares problem with the ridge as further rows."""
+    weight, columns = output_weight(layer, kind), h.shape[1]
+    rows = np.concatenate([h / np.sqrt(len(h)), np.sqrt(0.01 * (h**2).mean()) * np.eye(columns)])
+
+    def error(gone):
+        stays = [column for column in range(columns) if column not in gone]
+        kept = rows[:, stays]
+        solution = np.linalg.solve(kept.T @ kept, kept.T @ rows @ weight.T)
+        return ((rows @ weight.T - kept @ solution) ** 2).sum()
+
+    return cheapest_first(blocks(kind), error)
+
+
+def leverage(_layer, kind, h):
+    """By the singular values of the activations."""
+    _, values, directions = np.linalg.svd(h / np.sqrt(len(h)), full_matrices=False)
+    ridge = 0.01 * (values**2).sum() / h.shape[1]
+    return per_unit((values**2 / (values**2 + ridge) * directions.T**2).sum(1), kind)
+
+
+def spectral(layer, kind, _h):
+    rows = (layer.mlp.gate_proj if kind == "mlp" else layer.self_attn.q_proj).weight.double().numpy()
+    left, values, _ = np.linalg.svd(rows, full_matrices=False)
+    ridge = (values**2).sum() / rows.shape[1]
+    return per_unit((left**2 * values**2 / (values**2 + ridge)).sum(1), kind)
+
+
+def cfsp(layer, kind, h):
+    """CFSP's `three_w_one_wa` with a = b = c = 1, word for word, but for a factor that all units share."""
+    size = np.sqrt((h**2).mean(0))
+    if kind == "attention":  # CFSP has none
+        return np.sqrt(per_unit((h**2).sum(0), kind))
+    gate, up, down = (
+        np.abs(linear.weight.double().numpy()) for linear in layer.mlp.children() if hasattr(linear, "weight")
+    )
+    down = down * size
+    per_weight = (down / down.sum(0) + up.T / up.T.sum(0) + gate.T / gate.T.sum(0)) * size
+    return per_weight.mean(0) * 32 / 3 * np.sqrt(len(h))
+
+
 FORMULAS = {
+    "contribution": contribution,
+    "obs": obs,
+    "leverage": leverage,
+    "spectral": spectral,
+    "activation_norm": cfsp,
     "wanda": lambda layer, kind, h: per_unit(np.linalg.norm(h, axis=0) * written(layer, kind, 1), kind),
     "flap": lambda layer, kind, h: per_unit(h.var(axis=0, ddof=1) * written(layer, kind) ** 2, kind),
     "flap_standardized": flap_standardized,
@@ -166,7 +244,7 @@ def test_static_scores_equal_their_formulas(name, kind):
     model = make_model()
     layer, part = model.model.layers[1], parts(model, kind)[1]
     h = np.random.default_rng(0).normal(0.3, 1, (200, 48 if kind == "mlp" else 32))
-    moments = Moments(200, torch.tensor(h.sum(0)), torch.tensor((h**2).sum(0)))
+    moments = Moments(200, *map(torch.tensor, (h.sum(0), (h**2).sum(0), h.T @ h)))
     found = CRITERIA[name].score(part, moments, torch.Generator())
     np.testing.assert_allclose(found.numpy(), FORMULAS[name](layer, kind, h), rtol=1e-5)
 

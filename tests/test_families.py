@@ -242,9 +242,8 @@ def test_texts_with_a_common_beginning_get_the_likelihoods_of_each_alone(name, k
     found = [likelihood for likelihood, _ in forward(model, [Tree(lines)])]
     for line, likelihood in zip(lines, found, strict=True):
         log_p = logits(model, torch.tensor([line.tokens]))[0, -2:].log_softmax(-1)
-        assert likelihood == pytest.approx(
-            sum(log_p[i, token].item() for i, token in enumerate(line.targets)), abs=1e-4
-        )
+        expected = sum(log_p[i, token].item() for i, token in enumerate(line.targets))
+        assert likelihood == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)

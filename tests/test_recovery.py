@@ -128,6 +128,7 @@ def test_a_trained_scale_of_the_embeddings_folds_into_a_plain_checkpoint(family,
     assert not hasattr(network.get_input_embeddings(), "scale")
 
 
+@pytest.mark.filterwarnings("error:Unable to fetch remote file")  # no training asks the hub
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_trained_with_adapters(tmp_path, family, instructions):
     dense = save_dense(tmp_path / "dense", family)

@@ -15,12 +15,14 @@ from hfprune.models.head import Head
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.models.units import PARTS
 from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion
+from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
 from hfprune.pruning.recorder import Sums
 from hfprune.pruning.scoring import add_up, finish, shard_range, unit_scores
 from hfprune.runtime.signals import Stopped
 from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines
 
+WEIGHT_FORMS = ["llm_pruner_element_1", "llm_pruner_element_2", "llm_pruner_vector"]
 INTACT = [name for name, criterion in CRITERIA.items() if not criterion.light_cut]
 GRADIENT = [name for name, criterion in CRITERIA.items() if isinstance(criterion, GradientCriterion)]
 
@@ -93,6 +95,44 @@ def scores_by_autograd(name, model, sequences, seed=0, silent=(), kind="mlp"):
     return totals / sequences.numel()
 
 
+def scores_by_weights(name, model, sequences, kind):
+    """LLM-Pruner's form: float64, the gradients of all weights, every unit's rows and columns by themselves."""
+    model = model.double()
+    scores = []
+    for layer in model.model.layers:
+        if kind == "mlp":
+            rows = [(layer.mlp.gate_proj, 1), (layer.mlp.up_proj, 1)]
+            output, columns, units = layer.mlp.down_proj, 1, 48
+        else:
+            block = layer.self_attn
+            rows = [(block.q_proj, 16), (block.k_proj, 8), (block.v_proj, 8)]
+            output, columns, units = block.o_proj, 16, 2
+        weights = [linear.weight.requires_grad_() for linear in (*(linear for linear, _ in rows), output)]
+        by_sequence = [
+            torch.autograd.grad(loss("cross_entropy", model(sequence[None]).logits[0], sequence, 0, 0), weights)
+            for sequence in sequences
+        ]
+        saliences = [
+            torch.stack([weight.detach() * gradient for gradient in gradients])
+            for weight, gradients in zip(weights, zip(*by_sequence, strict=True), strict=True)
+        ]
+        for weight in weights:
+            weight.requires_grad_(False)
+        sizes = [*(size for _, size in rows), columns]
+        saliences[-1] = saliences[-1].mT
+        of_layer = []
+        for unit in range(units):
+            own = [each[:, unit * size : (unit + 1) * size] for each, size in zip(saliences, sizes, strict=True)]
+            if name == "llm_pruner_element_1":
+                of_layer.append(sum(each.sum(0).abs().sum() for each in own))
+            elif name == "llm_pruner_element_2":
+                of_layer.append(sum(each.square().sum() for each in own))
+            else:
+                of_layer.append(sum(each.sum((0, 2)).abs().sum() for each in own))
+        scores.append(torch.stack(of_layer))
+    return torch.stack(scores) / sequences.numel()
+
+
 def flat(scores):
     """All layers of all parts."""
     return [layer for kind in PARTS for layer in scores[kind]]
@@ -116,10 +156,33 @@ def test_entropy_scores_equal_float64_autograd(family, tied, kind):
 
 
 @pytest.mark.parametrize("kind", PARTS)
-@pytest.mark.parametrize("name", [name for name in GRADIENT if name in INTACT])
+@pytest.mark.parametrize(
+    "name", [name for name in GRADIENT if name in INTACT and CRITERIA[name].products in PRODUCT_SUMS]
+)
 def test_scores_of_all_criteria_at_once_equal_float64_autograd(name, kind):
     ours = unit_scores(make_model(), tokens(), INTACT, seed=4)
     assert_close(ours[name][kind], scores_by_autograd(name, make_model(), tokens(), seed=4, kind=kind))
+
+
+@pytest.mark.parametrize("memory", ["enough", "short"])
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("name", WEIGHT_FORMS)
+def test_scores_by_weights_equal_those_of_the_gradients_of_all_weights(name, kind, memory, monkeypatch):
+    if memory == "short":
+        monkeypatch.setattr("hfprune.runtime.memory.free_bytes", lambda _device: 1)
+    ours = unit_scores(make_model(), tokens(), ["entropy", *WEIGHT_FORMS], batch=3)[name][kind]
+    assert_close(ours, scores_by_weights(name, make_model(), tokens(), kind))
+
+
+def test_pairs_of_fisher_information_add_up_to_what_single_units_and_whole_layers_have():
+    model = make_model()
+    sums = add_up(model, tokens(), ["fisher_pairs", "fisher_token"], 0, 1, None, None)
+    for kind in PARTS:
+        for pairs, single in zip(sums.layers("fisher_pairs", kind), sums.layers("fisher_token", kind), strict=True):
+            torch.testing.assert_close(pairs.diagonal(), single, rtol=1e-5, atol=0)
+            assert torch.linalg.eigvalsh(pairs).min() > -1e-5 * single.max()
+    (layer, *_) = unit_scores(model, tokens(), ["fisher_pairs"])["fisher_pairs"]["mlp"]
+    torch.testing.assert_close(layer, one_by_one(sums.layers("fisher_pairs", "mlp")[0] / 120))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

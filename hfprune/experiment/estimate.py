@@ -33,6 +33,7 @@ from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
+from hfprune.pruning.recorder import bytes_of_sums
 from hfprune.pruning.surgery import cut
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 from hfprune.stages.registry import STAGES
@@ -420,9 +421,10 @@ class Estimate:
         dense, batch = self.models.dense, max(scoring.TOKENS_PER_BATCH, length)
         logits = min(batch * dense.config.vocab_size, LOGITS_PER_CHUNK[self.kind])
         layer = graph_bytes(dense, batch) // dense.config.num_hidden_layers
+        sums = bytes_of_sums(dense, criteria)
         if streamed:
-            return streamed_bytes(dense) + max(3 * 4 * logits, layer)
-        memory = weight_bytes(dense) + 3 * 4 * logits
+            return streamed_bytes(dense) + sums + max(3 * 4 * logits, layer)
+        memory = weight_bytes(dense) + sums + 3 * 4 * logits
         if any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria):
             return memory + self.graph(dense, batch, reserved=memory)
         return memory + layer

@@ -93,6 +93,15 @@ class Part:
 
         return torch.cat([first + spread(units, size) for first, size in self.blocks_of_rows(number)])
 
+    def by_unit(self, rows: Tensor, number: int) -> Tensor:
+        """Values for the rows of `inputs[number]`, by unit: (rows, ...) -> (units, rows of a unit, ...)."""
+        import torch
+
+        blocks = self.blocks_of_rows(number)
+        return torch.cat(
+            [rows[first : first + size * self.units].unflatten(0, (self.units, size)) for first, size in blocks], 1
+        )
+
     def matrices(self) -> list[Tensor]:
         """The weights by unit: a matrix (units, weights) for every section of every linear layer."""
         rows = [

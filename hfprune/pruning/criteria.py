@@ -8,6 +8,8 @@ one linear layer, with the activations h_t at token t. A neuron has one column. 
   token t. `scoring.py` carries the gradient from the logits to h.
 - A *static* criterion is a function of the weights and of the moments of h over the calibration tokens.
 
+Some criteria choose units together: what a unit costs depends on those that are gone already, see `greedy.py`.
+
 To add one: write its function and a line in `CRITERIA`.
 """
 
@@ -42,13 +44,14 @@ class Positions:
 
 @dataclass(frozen=True)
 class GradientCriterion:
-    """The first-order change of S when a unit goes.
+    """The first-order change of S when a unit goes, or what it makes of the gradients of a unit's weights.
 
     Attributes:
         logit_gradient: maps (tokens, vocabulary) float32 logits, which it may overwrite, and their positions to
             dS/dlogits of the same shape, for S summed over positions.
         products: how the products g_t are summed: `absolute` sum_t |g_t|, `square` sum_t g_t**2, `square_of_sum`
-            (sum_t g_t)**2.
+            (sum_t g_t)**2, `pairs` sum_t g_t g_t^T of all units of a part, who then go one by one. Or what is summed of
+            weights times their gradients, see `weight_recorder.py`: `elements`, `element_squares`, `vectors`.
         source: where it comes from.
         sampled: whether it reads `Positions.uniforms`, so that it gains from several draws.
         light_cut: another criterion, by whose scores the lowest `LIGHT_CUT` of every MLP's neurons are silenced before
@@ -56,7 +59,7 @@ class GradientCriterion:
     """
 
     logit_gradient: Callable[[Tensor, Positions], Tensor]
-    products: Literal["absolute", "square", "square_of_sum"]
+    products: Literal["absolute", "square", "square_of_sum", "pairs", "elements", "element_squares", "vectors"]
     source: str
     sampled: bool = False
     light_cut: str | None = None
@@ -70,11 +73,13 @@ class Moments:
         count: number of tokens.
         total: (columns,) float64, sum of h.
         squares: (columns,) float64, sum of h**2.
+        products: (columns, columns) float64, sum of h h^T, for criteria that read it.
     """
 
     count: int
     total: Tensor
     squares: Tensor
+    products: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,12 @@ class StaticCriterion:
     Attributes:
         score: maps a part, the moments of its activations and a seeded generator on the CPU to (units,) scores.
         source: the publication.
+        moments: the names of the `Moments` that it reads. `products` takes memory for the square of a part's columns.
     """
 
     score: Callable[[Part, Moments, Generator], Tensor]
     source: str
+    moments: tuple[str, ...] = ("total", "squares")
     sampled: ClassVar[bool] = False
     light_cut: ClassVar[None] = None
 
@@ -118,6 +125,7 @@ def cross_entropy_gradient(logits: Tensor, positions: Positions) -> Tensor:
     return logits.softmax(-1).mul_(known).scatter_add_(-1, labels, -known)
 
 
+RIDGE = 0.01  # of `leverage` and `obs`, as in DarwinLM's version of ZipLM
 LIGHT_CUT = 0.025  # share of a layer's neurons: SDMPrune keeps 3.9 of 4.0 times the hidden size of Llama-3.2-1B
 # SDMPrune's settings for 20 %; the temperature is the teacher's.
 DISTILLATION_WEIGHT = 0.4
@@ -180,6 +188,16 @@ def flap_standardized(part: Part, moments: Moments, _generator: Generator) -> Te
     return part.per_unit(z) / part.columns * part.parameters
 
 
+def activation_norm(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """The l2 norm of a unit's activations over all tokens.
+
+    CFSP's fine score (`three_w_one_wa`) is this. It divides each |W[j, i]| r_i by its sum over j, and the weights of
+    up_proj and gate_proj likewise, adds the three, multiplies by r_i, the root mean square of h_i, and takes the mean
+    over the hidden dimensions j: 3 r_i / d, whatever the weights.
+    """
+    return part.per_unit(moments.squares).sqrt()
+
+
 def ppm_activation(part: Part, moments: Moments, _generator: Generator) -> Tensor:
     """Ranges of a unit's weights, each matrix's divided by the layer's largest, times the norm of the activation.
 
@@ -195,11 +213,68 @@ def magnitude(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
     return sum(weights.double().square().sum(1) for weights in part.matrices()).sqrt()
 
 
+def spectral(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
+    """Ridge leverage of a unit's rows in the first matrix X that it reads through (gate_proj, q_proj); no data.
+
+    The sum over the unit's rows of diag(X (X^T X + lambda I)^-1 X^T), lambda = trace(X^T X) / columns of X: how much
+    the unit contributes to the row space. (PruneNet, arXiv 2501.15296, compares spectra of such matrices to train a
+    policy; this is the closed form nearest to its idea.)
+    """
+    rows = part.matrices()[0].double().reshape(-1, matrix(part.inputs[0]).shape[1])
+    squares = rows.T @ rows
+    squares.diagonal().add_(squares.diagonal().mean())
+    of_rows = (rows @ squares.inverse() * rows).sum(1)
+    return of_rows.unflatten(0, (part.units, -1)).sum(1)
+
+
+def _damped(moments: Moments) -> tuple[Tensor, Tensor]:
+    """A + lambda I and lambda, where A = mean of h h^T, and lambda `RIDGE` times the mean of A's diagonal."""
+    damped = moments.products / moments.count
+    ridge = RIDGE * damped.diagonal().mean()
+    damped.diagonal().add_(ridge)
+    return damped, ridge
+
+
+def leverage(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """MoDeGPT's ridge leverage scores: diag(A (A + lambda I)^-1), summed over columns.
+
+    A is the mean of h h^T, and lambda `RIDGE` times the mean of A's diagonal. The weights do not enter.
+    """
+    damped, ridge = _damped(moments)
+    return part.per_unit(1 - ridge * damped.inverse().diagonal())
+
+
+def contribution(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """What a unit adds to the squared error of the part's output if units go one by one, the cheapest first.
+
+    ModelOpt's iterative channel contribution. The error of a set P is the mean over tokens of ||sum_P W[:, i] h_i||**2
+    = sum_{i, k in P} A_ik (W^T W)_ik, where A is the mean of h h^T. Nothing makes up for what goes.
+    """
+    from hfprune.pruning.greedy import one_by_one
+
+    weights = matrix(part.output).double()
+    per_pair = part.per_unit(part.per_unit(moments.products * (weights.T @ weights)).T)
+    return one_by_one(per_pair / moments.count)
+
+
+def obs(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """What a unit adds to the squared error of the part's output if the weights that stay make up for it.
+
+    Optimal Brain Surgeon for whole units, as in ZipLM, OSSCAR's fast prune and SlimGPT: with C = (A + lambda I)^-1, A
+    the mean of h h^T, unit u costs trace(W_u (C_uu)^-1 W_u^T). The cheapest units go, W and C are updated, and so on,
+    see `greedy.with_repair`.
+    """
+    from hfprune.pruning.greedy import with_repair
+
+    return with_repair(_damped(moments)[0].inverse(), matrix(part.output).double(), part.units)
+
+
 def random(part: Part, moments: Moments, generator: Generator) -> Tensor:
     """Uniform random numbers: what any criterion has to beat."""
     return moments.squares.new_empty(part.units, device="cpu").uniform_(generator=generator)
 
 
+WITH_PRODUCTS = ("total", "squares", "products")
 CRITERIA: dict[str, GradientCriterion | StaticCriterion] = {
     "entropy": GradientCriterion(entropy_gradient, "absolute", "High-Fidelity Pruning, arXiv 2603.08083"),
     "entropy_top_k": GradientCriterion(entropy_top_k_gradient, "absolute", "asked for by reviewers of 2603.08083"),
@@ -211,11 +286,26 @@ CRITERIA: dict[str, GradientCriterion | StaticCriterion] = {
     "fisher_sequence": GradientCriterion(
         fisher_gradient, "square_of_sum", "Fisher information, labels of the model", True
     ),
+    "fisher_pairs": GradientCriterion(fisher_gradient, "pairs", "Fisher information between units, after iCBS", True),
+    "llm_pruner_element_1": GradientCriterion(
+        cross_entropy_gradient, "elements", "LLM-Pruner's param_first, arXiv 2305.11627"
+    ),
+    "llm_pruner_element_2": GradientCriterion(
+        cross_entropy_gradient, "element_squares", "LLM-Pruner's param_second, arXiv 2305.11627"
+    ),
+    "llm_pruner_vector": GradientCriterion(
+        cross_entropy_gradient, "vectors", "LLM-Pruner's vectorize, arXiv 2305.11627"
+    ),
     "wanda": StaticCriterion(wanda, "Wanda-sp, arXiv 2306.11695 and 2312.11983"),
     "flap": StaticCriterion(flap, "FLAP, arXiv 2312.11983"),
     "flap_standardized": StaticCriterion(flap_standardized, "FLAP's AL-AM, arXiv 2312.11983"),
+    "activation_norm": StaticCriterion(activation_norm, "CFSP's fine score, arXiv 2409.13199"),
     "ppm_activation": StaticCriterion(ppm_activation, "optipfair 0.4.2, arXiv 2512.22671"),
+    "contribution": StaticCriterion(contribution, "ModelOpt's iterative channel contribution", WITH_PRODUCTS),
+    "obs": StaticCriterion(obs, "ZipLM, arXiv 2302.04089; OSSCAR; SlimGPT, arXiv 2412.18110", WITH_PRODUCTS),
+    "leverage": StaticCriterion(leverage, "MoDeGPT's type I, arXiv 2408.09632", WITH_PRODUCTS),
     "magnitude": StaticCriterion(magnitude, "weights alone"),
+    "spectral": StaticCriterion(spectral, "weights alone, after PruneNet, arXiv 2501.15296"),
     "random": StaticCriterion(random, "none"),
 }
 

@@ -85,7 +85,7 @@ class LayerwisePass:
         self.device, self.layers = device_of(model), layers_of(model)
         length = one_pass.tokens.shape[1]
         self.forward_recorder = UnitRecorder(sums, length, one_pass.moments, False, one_pass.silent, False)
-        self.backward_recorder = UnitRecorder(sums, length, False, True, one_pass.silent, False)
+        self.backward_recorder = UnitRecorder(sums, length, (), True, one_pass.silent, False, one_pass.weights)
         with in_memory(*entrance(model)):
             _, self.arguments = enter(model, one_pass.tokens[:1])
 

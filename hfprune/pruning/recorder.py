@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,56 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
 from hfprune.models.head import Head
-from hfprune.models.units import PARTS, Part, part_of
-from hfprune.pruning.criteria import CRITERIA, GradientCriterion
+from hfprune.models.units import PARTS, Part, part_of, parts
+from hfprune.pruning.criteria import CRITERIA, GradientCriterion, StaticCriterion
 from hfprune.pruning.head import LogitGradient, hidden_gradient, positions_of
+from hfprune.pruning.weight_recorder import WeightRecorder, reads_weights, sizes, sum_name
 
 PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, units) products -> (units,) their sum
     "absolute": lambda products: vector_norm(products, 1, dim=(0, 1)),
     "square": lambda products: vector_norm(products, 2, dim=(0, 1)).double().square(),
     "square_of_sum": lambda products: products.sum(1).square().sum(0),
+    "pairs": lambda products: products.flatten(0, 1).T @ products.flatten(0, 1),  # (units, units)
 }
-MOMENTS = ("total", "squares")  # what static criteria read of the activations
+SUM_NAME = re.compile(r"(\w+)(-\d+)?\.")  # of a criterion or a moment, and the number of a linear layer
+
+
+def names_of_sums(criterion: str, part: Part) -> tuple[str, ...]:
+    """The names of the sums that a criterion needs of a part."""
+    if reads_weights(criterion):
+        return tuple(sum_name(criterion, number) for number in range(len(part.linears)))
+    entry = CRITERIA[criterion]
+    return (criterion,) if isinstance(entry, GradientCriterion) else entry.moments
+
+
+def moments_of(criteria: Sequence[str]) -> tuple[str, ...]:
+    """The names of the moments that static criteria among these read."""
+    static = [criterion for name in criteria if isinstance(criterion := CRITERIA[name], StaticCriterion)]
+    return tuple(dict.fromkeys(name for criterion in static for name in criterion.moments))
+
+
+def flops_of_sums(part: Part, passes: Sequence[tuple[list[str], LogitGradient, int]], criteria: Sequence[str]) -> int:
+    """Operations per token for the matrix products that the sums of a part need."""
+    columns = part.width
+    flops = 2 * columns**2 if "products" in moments_of(criteria) else 0
+    for names, _, _ in passes:
+        flops += 2 * sum(linear.weight.numel() for linear in part.linears) * any(map(reads_weights, names))
+        flops += 2 * part.units**2 * sum(CRITERIA[name].products == "pairs" for name in names)
+    return flops
+
+
+def bytes_of_sums(model: PreTrainedModel, criteria: Sequence[str]) -> int:
+    """Size of the sums of a pass for these criteria."""
+    numbers = 0
+    for part in (part for kind in PARTS for part in parts(model, kind)):
+        columns = part.width
+        numbers += sum(columns**2 if name == "products" else columns for name in moments_of(criteria))
+        for name in criteria:
+            if reads_weights(name):
+                numbers += sum(sizes(part, name))
+            elif isinstance(criterion := CRITERIA[name], GradientCriterion):
+                numbers += part.units ** (2 if criterion.products == "pairs" else 1)
+    return 8 * numbers
 
 
 class Sums:
@@ -34,7 +75,8 @@ class Sums:
     Attributes:
         sequences: number of sequences that the sums contain.
         steps: number of steps of a pass layer by layer that the sums contain.
-        tensors: `<name>.<part>.<layer>` -> (units,) for names of gradient criteria, (columns,) for `MOMENTS`.
+        tensors: `<name>.<part>.<layer>`, for names see `names_of_sums` -> float64 sums, of a shape that depends on
+            the criterion: (units,) for most gradient criteria, (columns,) for most moments.
     """
 
     def __init__(self) -> None:
@@ -49,10 +91,11 @@ class Sums:
 
     def of(self, criterion: str) -> Sums:
         """The sums that one criterion needs."""
-        names = (criterion,) if isinstance(CRITERIA[criterion], GradientCriterion) else MOMENTS
+        entry = CRITERIA[criterion]
+        names = (criterion,) if isinstance(entry, GradientCriterion) else entry.moments
         subset = Sums()
         subset.sequences = self.sequences
-        subset.tensors = {name: tensor for name, tensor in self.tensors.items() if name.split(".")[0] in names}
+        subset.tensors = {key: tensor for key, tensor in self.tensors.items() if SUM_NAME.match(key)[1] in names}
         return subset
 
     def layers(self, name: str, part: str) -> list[Tensor]:
@@ -97,7 +140,7 @@ class CalibrationPass:
         first: number of the first sequence in the whole sample.
         seed: draws sampled labels.
         passes: for each backward pass the criteria that it serves, its gradient, and the number of its draw.
-        moments: whether static criteria are scored.
+        moments: the names of the moments that static criteria read.
         silent: per layer, 0 for the neurons that are silenced and 1 for the others, (neurons,); None if all are intact.
         batch: sequences that run through the model, or a layer, at once.
     """
@@ -106,14 +149,14 @@ class CalibrationPass:
     first: int
     seed: int
     passes: list[tuple[list[str], LogitGradient, int]]
-    moments: bool
+    moments: tuple[str, ...]
     silent: list[Tensor] | None
     batch: int
 
     @property
-    def names(self) -> list[str]:
-        """The names of its sums: of gradient criteria, and `MOMENTS`."""
-        return [*{name: None for names, _, _ in self.passes for name in names}, *(MOMENTS if self.moments else ())]
+    def weights(self) -> bool:
+        """Whether a criterion sums over weights times their gradients."""
+        return any(reads_weights(name) for names, _, _ in self.passes for name in names)
 
     def state(self, folder: Path | None) -> Path | None:
         """The file of partial sums in `folder`.
@@ -122,7 +165,7 @@ class CalibrationPass:
         """
         draws = Counter(name for names, _, _ in self.passes for name in names)
         summed = sorted(f"{name}x{count}" for name, count in draws.items())
-        return folder and folder / f"{'-'.join(['sums', *summed, *['moments'] * self.moments])}.safetensors"
+        return folder and folder / f"{'-'.join(['sums', *summed, *self.moments])}.safetensors"
 
     def gradient(self, number: int, first: int, hidden: Tensor, head: Head, dense: Tensor | None) -> Tensor:
         """The gradient of backward pass `number` at final hidden states, see `head.hidden_gradient`.
@@ -147,10 +190,18 @@ class UnitRecorder:
             backward pass reads what the second computation leaves in `recomputed`.
         recomputed: by part and layer, activations (batch, length, columns).
         length: tokens of a sequence.
+        weights: what sums over weights times their gradients, for criteria that read those.
     """
 
     def __init__(
-        self, sums: Sums, length: int, moments: bool, differentiate: bool, silent: list[Tensor] | None, recompute: bool
+        self,
+        sums: Sums,
+        length: int,
+        moments: tuple[str, ...],
+        differentiate: bool,
+        silent: list[Tensor] | None,
+        recompute: bool,
+        weights: bool = False,
     ) -> None:
         self.length = length
         self.sums, self.moments, self.differentiate, self.silent = sums, moments, differentiate, silent
@@ -158,6 +209,7 @@ class UnitRecorder:
         self.criteria: list[str] = []
         self.recomputed: dict[str, Tensor] = {}
         self.phase = "scored"
+        self.weights = WeightRecorder(self) if weights else None
 
     def in_phase(self, phase: str) -> Phase:
         """A context with another phase."""
@@ -168,6 +220,8 @@ class UnitRecorder:
         """A context in which the activations of the model's layer number `layer` are read."""
         by_kind = {kind: part_of(model, kind, layer) for kind in PARTS}
         hooks = [part.output.register_forward_pre_hook(self._hook(kind, layer, part)) for kind, part in by_kind.items()]
+        if self.weights:
+            hooks += [hook for kind, part in by_kind.items() for hook in self.weights.hooks(kind, layer, part)]
         try:
             yield
         finally:
@@ -188,29 +242,33 @@ class UnitRecorder:
             if self.phase == "scored":
                 self._add_to_sums(f"{kind}.{layer}", part, activation)
             else:
-                self.recomputed[f"{kind}.{layer}"] = self._by_sequence(activation.detach())
+                self.recomputed[f"{kind}.{layer}"] = self.by_sequence(activation.detach())
             return (activation,)
 
         return before_output
 
     def _add_to_sums(self, location: str, part: Part, activation: Tensor) -> None:
-        values = self._by_sequence(activation.detach())
+        values = self.by_sequence(activation.detach())
         if self.moments:
             self.sums.add(f"total.{location}", values.float().sum((0, 1)))
             self.sums.add(f"squares.{location}", vector_norm(values.float(), dim=(0, 1)).double().square())
+        if "products" in self.moments:
+            flat = values.flatten(0, 1).float()
+            self.sums.add(f"products.{location}", flat.T @ flat)
 
         kept = None if self.recompute else values
 
         def add(gradient: Tensor) -> None:
             activations = self.recomputed.pop(location) if kept is None else kept
-            products = part.per_unit(self._by_sequence(gradient).float() * activations.float())
+            products = part.per_unit(self.by_sequence(gradient).float() * activations.float())
             for name in self.criteria:
-                self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
+                if not reads_weights(name):
+                    self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
 
         if self.differentiate:
             activation.register_hook(add)
 
-    def _by_sequence(self, values: Tensor) -> Tensor:
+    def by_sequence(self, values: Tensor) -> Tensor:
         """(batch, length, columns); OPT's MLP sees the tokens of all sequences in a row."""
         return values if values.ndim == 3 else values.unflatten(0, (-1, self.length))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -29,8 +30,10 @@ from hfprune.models.streamed import is_streamed, memory_of
 from hfprune.models.units import PARTS, Part, Scores, layers_of, parts, read_scores
 from hfprune.pruning import layerwise
 from hfprune.pruning.criteria import CRITERIA, LIGHT_CUT, GradientCriterion, Moments, StaticCriterion
+from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LogitGradient, generator
-from hfprune.pruning.recorder import MOMENTS, CalibrationPass, Sums, UnitRecorder
+from hfprune.pruning.recorder import CalibrationPass, Sums, UnitRecorder, flops_of_sums, moments_of, names_of_sums
+from hfprune.pruning.weight_recorder import reads_weights, sum_name
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.progress import progress
 from hfprune.runtime.signals import Stopped, sigterm_deferred
@@ -89,12 +92,13 @@ def cost(
     """`tokens` and `flops` of a pass over `shape` (sequences, length) tokens.
 
     A backward pass to activations alone costs as much as a forward pass. With streamed weights the backward sweep
-    computes each layer a second time.
+    computes each layer a second time. Gradients of weights, and products of pairs, cost more.
     """
     sequences, length = shape
-    backward = len(_backward_passes(criteria, draws))
-    tokens, times = sequences * length, 1 + light_cut + backward + (streamed and bool(backward))
-    return {"tokens": tokens, "flops": tokens * flops_per_token(model, length) * times}
+    passes = _backward_passes(criteria, draws)
+    tokens, times = sequences * length, 1 + light_cut + len(passes) + (streamed and bool(passes))
+    further = sum(flops_of_sums(part, passes, criteria) for kind in PARTS for part in parts(model, kind))
+    return {"tokens": tokens, "flops": tokens * (flops_per_token(model, length) * times + further)}
 
 
 def scratch_bytes(
@@ -195,13 +199,16 @@ def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreT
     for kind in PARTS:
         if isinstance(criterion, GradientCriterion):
             times = count * (draws if criterion.sampled else 1)
-            by_part[kind] = [(layer / times).float() for layer in sums.layers(name, kind)]
+            by_part[kind] = [layer / times for layer in _summed(name, kind, sums)]
+            if criterion.products == "pairs":
+                by_part[kind] = [one_by_one(layer) for layer in by_part[kind]]
+            by_part[kind] = [layer.float() for layer in by_part[kind]]
         else:
             assert model is not None
-            moments = zip(parts(model, kind), *(sums.layers(moment, kind) for moment in MOMENTS), strict=True)
+            layers = zip(*(sums.layers(moment, kind) for moment in criterion.moments), strict=True)
             by_part[kind] = [
-                _static(criterion, part, count, total, squares, generator(seed, name, kind, layer))
-                for layer, (part, total, squares) in enumerate(moments)
+                _static(criterion, part, count, moments, generator(seed, name, kind, layer))
+                for layer, (part, moments) in enumerate(zip(parts(model, kind), layers, strict=True))
             ]
         for layer, scores in enumerate(by_part[kind]):
             if not scores.isfinite().all():
@@ -211,12 +218,24 @@ def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreT
     return by_part
 
 
+def _summed(name: str, kind: str, sums: Sums) -> list[Tensor]:
+    """The sums of a gradient criterion, per layer: (units,), or (units, units) for pairs."""
+    if not reads_weights(name):
+        return sums.layers(name, kind)
+    by_linear = itertools.takewhile(len, (sums.layers(sum_name(name, number), kind) for number in itertools.count()))
+    return [sum(each.abs().sum(1) for each in linears) for linears in zip(*by_linear, strict=True)]
+
+
 def _static(
-    criterion: StaticCriterion, part: Part, count: int, total: Tensor, squares: Tensor, random: torch.Generator
+    criterion: StaticCriterion, part: Part, count: int, moments: Sequence[Tensor], random: torch.Generator
 ) -> Tensor:
     with weights_in_memory(*part.linears):
-        device = part.output.weight.device
-        return criterion.score(part, Moments(count, total.to(device), squares.to(device)), random).float().cpu()
+        by_name = {
+            name: moment.to(part.output.weight.device) for name, moment in zip(criterion.moments, moments, strict=True)
+        }
+        if "products" in by_name and not by_name["squares"].any():  # nothing to invert; `finish` refuses zeros
+            return torch.zeros(part.units)
+        return criterion.score(part, Moments(count, **by_name), random).float().cpu()
 
 
 def add_up(
@@ -237,16 +256,16 @@ def add_up(
         share.start,
         seed,
         _backward_passes(criteria, draws),
-        any(isinstance(CRITERIA[name], StaticCriterion) for name in criteria),
+        moments_of(criteria),
         silenced(light_cut) if light_cut else None,
         batch or _batch_size(tokens.shape[1]),
     )
     if not share:
         return Sums()
     sums = (layerwise.add_up if is_streamed(model) else _add_up_resident)(model, one_pass, resume)
-    for name in one_pass.names:
-        for kind in PARTS:
-            for layer in range(len(layers_of(model))):
+    for kind in PARTS:
+        for layer, part in enumerate(parts(model, kind)):
+            for name in (name for criterion in criteria for name in names_of_sums(criterion, part)):
                 if f"{name}.{kind}.{layer}" not in sums.tensors:
                     raise UserError(f"layer {layer}, {kind}: nothing reached it, neither activations nor gradients.")
     return sums
@@ -260,7 +279,7 @@ def _add_up_resident(model: PreTrainedModel, one_pass: CalibrationPass, resume: 
         sums.load(state)
     size, passes, length = one_pass.batch, one_pass.passes, one_pass.tokens.shape[1]
     recompute = bool(passes) and is_short(model, size * length)
-    recorder = UnitRecorder(sums, length, one_pass.moments, bool(passes), one_pass.silent, recompute)
+    recorder = UnitRecorder(sums, length, one_pass.moments, bool(passes), one_pass.silent, recompute, one_pass.weights)
     remaining = one_pass.tokens[sums.sequences :]
     saved = time.monotonic()
     with ExitStack() as stack:

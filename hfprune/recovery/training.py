@@ -288,7 +288,7 @@ def _lora(network: PreTrainedModel, rank: int, alpha: int, dropout: float, targe
 
     def finish(adapted: Any, keep: Path | None) -> PreTrainedModel:
         if keep is not None:
-            adapted.save_pretrained(keep)
+            adapted.save_pretrained(keep, save_embedding_layers=False)  # "auto" would look the model up on the hub
         return adapted.merge_and_unload(safe_merge=True)
 
     return get_peft_model(network, adapters), finish

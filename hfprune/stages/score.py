@@ -163,13 +163,12 @@ def _pass_cost(job: Any, estimate: Any, sequences: int, disk: int) -> Any:
 
 @outside_key
 def _shard_cost(job: Any, estimate: Any) -> Any:
-    from hfprune.models.units import PARTS, parts
+    from hfprune.pruning.recorder import bytes_of_sums
     from hfprune.pruning.scoring import shard_range
 
     settings, dense = job.settings, estimate.models.dense
     share = shard_range(settings.samples, settings.length, settings.shard, settings.shards)
-    sums = sum(8 * part.output.in_features for name in PARTS for part in parts(dense, name))
-    return _pass_cost(job, estimate, len(share), sums)
+    return _pass_cost(job, estimate, len(share), bytes_of_sums(dense, [settings.criterion]))
 
 
 @outside_key

@@ -1,0 +1,74 @@
+"""Scores of units that are chosen together: each unit's cost given the units that are gone before it.
+
+The cheapest units go first. A score is what its unit costs then, in float32. Scores rise strictly in the order in which
+units go, so that keeping the units with the highest scores keeps what the greedy choice leaves.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROUNDS = 64  # of `with_repair`
+
+
+def one_by_one(matrix: Tensor) -> Tensor:
+    """What units add to x^T M x, where x is 1 for every unit that is gone and 0 for the others.
+
+    Args:
+        matrix: M, (units, units), symmetric.
+
+    Returns:
+        (units,) float32 scores, on the CPU.
+    """
+    matrix = matrix.double().cpu()
+    cost = matrix.diagonal().clone()
+    gone = []
+    for _ in range(len(matrix)):
+        unit = int(cost.argmin())
+        gone.append((unit, cost[unit].item()))
+        cost += 2 * matrix[unit]
+        cost[unit] = torch.inf
+    return _rising(gone)
+
+
+def with_repair(inverse: Tensor, weights: Tensor, units: int) -> Tensor:
+    """What units add to the least squared error of an output W h, the least over the weights that stay.
+
+    Every round removes a sixty-fourth of the units, at least one. It then updates the weights that stay by Optimal
+    Brain Surgeon, W_S - W_P (C_PP)^-1 C_PS, and C to the inverse of what stays, C_SS - C_SP (C_PP)^-1 C_PS.
+
+    Args:
+        inverse: C, (columns, columns) float64, the inverse of the mean of h h^T.
+        weights: W, (outputs, columns) float64.
+        units: number of units; the columns of each are contiguous.
+
+    Returns:
+        (units,) float32 scores, on the CPU.
+    """
+    size, step = len(inverse) // units, max(1, units // ROUNDS)
+    names, gone = torch.arange(units), []
+    while len(names):
+        blocks = inverse.unflatten(0, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        written = weights.unflatten(1, (-1, size)).permute(1, 2, 0)  # (units, size, outputs)
+        cost = (written * torch.linalg.solve(blocks, written)).sum((1, 2)).cpu()
+        cheapest = cost.argsort(stable=True)[:step]
+        gone += zip(names[cheapest].tolist(), cost[cheapest].tolist(), strict=True)
+        stays = torch.ones(len(names), dtype=torch.bool).index_fill_(0, cheapest, False)
+        names = names[stays]
+        kept = stays.repeat_interleave(size).to(inverse.device)
+        shares = torch.linalg.solve(inverse[~kept][:, ~kept], inverse[~kept][:, kept])  # (C_PP)^-1 C_PS
+        weights = weights[:, kept] - weights[:, ~kept] @ shares
+        inverse = inverse[kept][:, kept] - inverse[kept][:, ~kept] @ shares
+    return _rising(gone)
+
+
+def _rising(gone: Iterable[tuple[int, float]]) -> Tensor:
+    """Scores from units and their costs in the order in which they went: a cost is at least just above the last."""
+    gone = list(gone)
+    scores = np.empty(len(gone), dtype=np.float32)
+    last = np.float32(-np.inf)
+    for unit, cost in gone:
+        last = scores[unit] = max(np.float32(cost), np.nextafter(last, np.float32(np.inf)))
+    return torch.from_numpy(scores)
