@@ -33,7 +33,7 @@ from hfprune.models.head import head_of
 from hfprune.models.loading import LINEAR, check_config
 from hfprune.models.units import PARTS, Kept, Scores, parts
 from hfprune.pruning import surgery
-from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.budget import STEPS, shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, passes
 from hfprune.pruning.methods import MethodRecipe, preset
 from hfprune.pruning.refit import refit as refit_kept
@@ -52,7 +52,7 @@ def prune(
     *,
     target_parameters: int | None = None,
     ratio_of: str = "all",
-    round_to: int = 1,
+    round_to: int | None = None,
     pad: bool = False,
     samples: int = SAMPLES,
     length: int = LENGTH,
@@ -70,7 +70,8 @@ def prune(
             "sequential"}, with keys as in a config.
         target_parameters: instead of a ratio: how many parameters to leave.
         ratio_of: "all" parameters, tied embeddings once, or "mlp": the MLPs' neurons.
-        round_to: every MLP keeps a multiple of so many neurons.
+        round_to: every MLP keeps a multiple of so many neurons: 1, 8, 32, 64, 128 or 256. By default 64; 256 from
+            hidden size 2048 on, 1 below hidden size 256.
         pad: make layers of several widths as wide as the widest, with zeros.
         samples, length: sequences to score on, and tokens of each.
         seed: draws the sequences and the labels of `fisher_*`.
@@ -162,7 +163,7 @@ def allocate(
     target_parameters: int | None = None,
     ratio_of: str = "all",
     attention_share: float | None = None,
-    round_to: int = 1,
+    round_to: int | None = None,
 ) -> Kept:
     """The units to keep: {part: [(kept,) int64, ascending, per layer]} for each part that `structure` cuts.
 
@@ -188,12 +189,12 @@ def allocate(
     )
     if ratio_of not in ("all", "mlp") or (ratio_of == "mlp" and structure != "mlp"):
         raise UserError(f"ratio_of {ratio_of!r} with structure {structure!r}: expected 'all', or 'mlp' with 'mlp'.")
-    if round_to < 1:
-        raise UserError(f"round_to {round_to}: expected a whole number from 1.")
+    if round_to not in (None, *STEPS):
+        raise UserError(f"round_to {round_to}: expected one of {', '.join(map(str, STEPS))}.")
     budget = units_to_keep(
         shape_of(model), ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, scores
     )
-    return surgery.best_units(budget, scores, recipe.allocation, round_to)
+    return surgery.best_units(budget, scores, recipe.allocation)
 
 
 def refit(

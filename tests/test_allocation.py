@@ -71,7 +71,7 @@ def test_standardized_keeps_the_units_that_stand_out_in_their_own_layer():
 
 
 def test_standardized_ranks_groups_and_neurons_by_z_scores_whatever_their_scale_and_size():
-    shape = Shape(2000, {"mlp": [20, 20], "attention": [4, 4]}, {"mlp": 10, "attention": 40})
+    shape = Shape(2000, {"mlp": [20, 20], "attention": [4, 4]}, {"mlp": 10, "attention": 40}, 16)
     scores = {"mlp": random_scores(20, 20), "attention": [1e6 + layer for layer in random_scores(4, 4)]}
     cut = {"structure": "mlp+attention", "scores": scores, "ratio": 0.14}
     by_z = [

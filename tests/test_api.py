@@ -138,7 +138,7 @@ def test_fidelity_is_what_stage_measure_says(checkpoint, texts, tmp_path):
         ({"ratio": 20}, "ratio 20: expected a share between 0 and 1"),
         ({"ratio": 0.99}, "largest ratio that allows"),
         ({"ratio_of": "mlps"}, "ratio_of 'mlps'"),
-        ({"round_to": 0}, "round_to 0"),
+        ({"round_to": 16}, "round_to 16: expected one of 1, 8, 32, 64, 128, 256"),
         ({"texts": "one string"}, "expected a list of strings"),
         ({"texts": [1, 2]}, "expected a list of strings"),
         ({"texts": ["short"]}, "texts: only 0 of its 1 documents have 32 tokens"),

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import measure, reference
@@ -197,10 +196,7 @@ def test_large_checkpoints_are_in_shards_and_the_generation_config_stays_as_it_w
     dense = save_dense(tmp_path / "dense")
     odd = '{"temperature": 0.6, "eos_token_id": 1, "transformers_version": "4.31.0"}'
     (dense / "generation_config.json").write_text(odd)
-    save = PreTrainedModel.save_pretrained
-    monkeypatch.setattr(
-        PreTrainedModel, "save_pretrained", lambda self, folder: save(self, folder, max_shard_size=60_000)
-    )
+    monkeypatch.setattr("hfprune.models.checkpoint.BYTES_PER_FILE", 30_000)
     out, _ = prune_to_widths(monkeypatch, dense, tmp_path, dtype="float16")
     assert len(list(out.glob("model-0*.safetensors"))) > 1
     assert (out / "model.safetensors.index.json").exists()

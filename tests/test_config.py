@@ -57,7 +57,7 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
         ("ratio_of", "mpl", r"ratio_of = 'mpl': .*Did you mean 'mlp'\?"),
         ("target_parameters", [1000], r"my\.yaml: give exactly one of ratios and target_parameters, not both"),
         ("target_parameters", [0], r"target_parameters\.0 = 0: .*greater than 0"),
-        ("round_to", 16, r"round_to = 16: Input should be 1, 8, 64 or 128"),
+        ("round_to", 16, r"round_to = 16: Input should be 1, 8, 32, 64, 128 or 256"),
         ("recoveries", ["lora"], r"recoveries = 'lora': not one of `recovery`: none"),
         ("recovery", {"none": {"text": "calibration"}}, r"recovery\.none: 'none' stands for no training"),
         ("recovery", {"a": {"text": "x"}}, r"recovery\.a\.text = 'x': not one of `texts`: calibration"),
@@ -229,7 +229,7 @@ def test_a_method_for_every_combination_and_what_each_reads(experiment):
     sized = {name: value for name, value in experiment.items() if name != "ratios"} | {"target_parameters": [20_000]}
     (job,) = Plan(parse(Experiment, sized, "test")).jobs["prune"].values()
     assert job.recipe.parameters == {
-        "target_parameters": 20_000, "round_to": 1, "structure": "mlp", "allocation": "uniform", "refit": "none",
+        "target_parameters": 20_000, "structure": "mlp", "allocation": "uniform", "refit": "none",
         "pad": False, "dtype": "float32",
     }  # fmt: skip
 

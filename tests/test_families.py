@@ -1,6 +1,7 @@
 """Every family: its description agrees with its own class, and what is cut is the model with those units silent."""
 
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -13,15 +14,17 @@ from hfprune.evaluation.shared_prefix import Line, Tree, forward
 from hfprune.models import checkpoint, modeling_per_layer
 from hfprune.models.activations import graph_bytes
 from hfprune.models.families import FAMILIES, REFUSED, layout_for, layout_of
+from hfprune.models.integrity import check
 from hfprune.models.loading import check_config, count_parameters, load_model
-from hfprune.models.run_part import layer_inputs, run_part
+from hfprune.models.run_part import run_part
 from hfprune.models.units import PARTS, layers_of, parts
 from hfprune.pruning.budget import shape_of, shape_on_disk, units_to_keep
 from hfprune.pruning.refit import refit
 from hfprune.pruning.scoring import unit_scores
 from hfprune.pruning.surgery import cut
 from hfprune.recovery.training import METHODS
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_tokenizer
+from tests.test_surgery import run_prune
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -105,11 +108,11 @@ def masked(model, kept):
 def test_the_description_computes_what_the_familys_class_does(name, keys):
     """Part by part, as the layout says, the model gives its own logits."""
     from hfprune.models.head import head_of
-    from hfprune.models.walk import exit_norm
+    from hfprune.models.walk import enter, exit_norm
 
     model = make(name, **keys)
     layout = layout_of(model)
-    (states,), arguments = layer_inputs(model, TOKENS, 96)
+    states, arguments = enter(model, TOKENS)
     for layer, own in zip(layers_of(model), arguments, strict=True):
         entered = states
         for part in ("attention", "mlp"):
@@ -280,6 +283,22 @@ def test_a_trained_scale_of_the_embeddings_folds_into_the_weights(name, tied):
     scale.data += 0.3 * torch.randn(scale.shape, generator=torch.Generator().manual_seed(0))
     before = logits(model)
     torch.testing.assert_close(logits(finish(model, None)), before, rtol=1e-4, atol=1e-4)
+
+
+# One for each way of saving: transposed, without a module, fused, norms of heads, a cap, buffers, heads of fixed size.
+@pytest.mark.usefixtures("forked_reload")
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "cohere", "gemma2", "apertus", "gpt_neox"])
+def test_a_cut_with_widths_per_layer_is_refitted_and_proven_in_a_fresh_process(name, texts, tmp_path):
+    make(name).save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    scores = unit_scores(load_model(tmp_path / "dense", "float32"), TOKENS, ["fisher_token"])["fisher_token"]
+    asked = {"ratio": 0.2, "structure": "mlp+attention", "attention_share": 0.4, "allocation": "global"}
+    out, done = run_prune(tmp_path / "dense", tmp_path, texts, scores, refit="sequential", **asked)
+    written = json.loads((out / "pruning.json").read_text())
+    assert written["reload"]["trust_remote_code"]
+    assert written["reload"]["max_difference"] < 1e-4
+    assert abs(done["ratio_achieved"] - 0.2) < 0.01
+    check(out, "the checkpoint")  # as a download of it would be
 
 
 def test_padding_makes_fused_rows_as_wide_again():

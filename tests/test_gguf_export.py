@@ -1,6 +1,7 @@
 """A checkpoint written as GGUF is the same model to llama.cpp, or is not kept."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from hfprune.sharing import gguf_proof
 from hfprune.sharing.gguf import write_gguf
 from hfprune.sharing.gguf_identity import Identity, identity_of
 from hfprune.sharing.gguf_proof import TOLERANCES, Expected, expected, prove
-from tests.conftest import FAMILIES, make_tokenizer, save_dense
+from hfprune.sharing.widths import width_warning
+from tests.conftest import FAMILIES, make_model, make_tokenizer, save_dense
 
 IDENTITY = Identity("Tiny", "pruned-20", 30_000, {"name": "Tiny"})
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
@@ -249,6 +251,29 @@ def test_the_header_says_what_the_model_is(tmp_path):
         "general.file_type": 7, "tokenizer.chat_template": "{{ messages }}", "tokenizer.ggml.pre": "gpt-2",
     }  # fmt: skip
     assert {key: header.get(key) for key in expected_values} == expected_values
+
+
+@pytest.mark.parametrize(
+    ("neurons", "heads", "kinds", "message"),
+    [
+        (64, 8, ("q8_0", "f16"), ""),
+        (256, 32, ("q4_k_m",), ""),
+        (64, 8, ("f16", "q4_k_m"), r"6 of 6 matrices .* no multiple of 256: .* for Q4_K Q5_0, 0.0 MB more"),
+        (65, 8, (), r"3 of 6 matrices .* no multiple of 32: .* in Q8_0 0.0 MB more"),
+        (65, 5, ("f16",), r"6 of 6 matrices .* no multiple of 32: "),
+    ],
+)
+def test_widths_that_cost_are_told(neurons, heads, kinds, message, tmp_path):
+    shape = {"intermediate_size": neurons, "num_attention_heads": heads, "num_key_value_heads": heads}
+    make_model("qwen3", **(SHAPE | shape)).save_pretrained(tmp_path)
+    said = width_warning(tmp_path, kinds)
+    assert re.search(message, said) if message else said == ""
+
+
+def test_what_a_width_costs_is_the_difference_in_size(tmp_path):
+    """Of 65 columns, 96 would be stored in Q8_0: 102 bytes a row instead of 130."""
+    make_model("llama", **(SHAPE | {"intermediate_size": 65, "hidden_size": 8192})).save_pretrained(tmp_path)
+    assert f" {3 * 8192 * (130 - 102) / 1e6:.1f} MB more" in width_warning(tmp_path, ())
 
 
 def test_without_llama_cpp_nothing_is_written(monkeypatch):

@@ -191,7 +191,7 @@ def test_methods_that_differ_only_in_widths_are_two_where_they_have_two_names(ex
     plan = planned(
         experiment, methods=["HFPrune", {"HFPrune in eights": {"like": "HFPrune", "round_to": 8}}], ratios=[0.2]
     )
-    assert [each.cut.round_to for each in plan.models if each.cut] == [1, 8]
+    assert [each.cut.round_to for each in plan.models if each.cut] == [None, 8]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import token_measures
 from hfprune.models.families import layout_of
 from hfprune.models.loading import flops_per_token
-from hfprune.models.run_part import Passed, layer_inputs, run_part
+from hfprune.models.run_part import Passed, run_part
 from hfprune.models.units import parts
+from hfprune.models.walk import enter
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.refit import DRIFT, Repair, Space, refit
 from hfprune.pruning.surgery import cut
@@ -64,7 +65,8 @@ def output(model, sequences):
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
 def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family, changes):
     model, sequences = make_model(family, **changes), tokens(10)
-    stream, arguments = layer_inputs(model, sequences, 96)
+    arguments = enter(model, sequences[:1])[1]
+    stream = [enter(model, rows)[0] for rows in sequences.split(3)]
     for layer, keywords, expected in zip(model.model.layers, arguments, activations(model, sequences), strict=True):
         assert len(stream) == 4
         for name in ("attention", "mlp"):

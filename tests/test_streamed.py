@@ -14,9 +14,10 @@ from hfprune.evaluation.fidelity import measure, reference
 from hfprune.models.loading import load_model
 from hfprune.pruning.scoring import unit_scores
 from hfprune.runtime.signals import Stopped
-from hfprune.store.filenames import REFERENCE, RESULTS
+from hfprune.store.filenames import PRUNING, REFERENCE, RESULTS
 from tests.conftest import FAMILIES, make_model, make_tokenizer, save_dense
 from tests.test_scoring import INTACT, assert_close, flat, tokens
+from tests.test_surgery import run_prune
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}  # masks of two kinds
 VARIANTS = [
@@ -149,3 +150,36 @@ def test_predictions_and_measures_equal_those_of_the_model_in_memory(checkpoint,
     for name, expected in results["resident"][1].items():
         assert results["streamed"][1][name] == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
     assert results["streamed"][2] == results["resident"][2]
+
+
+CUTS = [
+    ("llama", {"tie_word_embeddings": True}, {"refit": "none"}),
+    ("qwen3", {}, {"refit": "sequential", "allocation": "global"}),
+    ("qwen2", SLIDING, {"refit": "sequential", "structure": "mlp+attention"}),
+    ("mistral", {"sliding_window": 8}, {"refit": "least_squares", "allocation": "global", "pad": True}),
+    ("llama", {"mlp_bias": True}, {"refit": "bias", "dtype": "bfloat16"}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "cut"), CUTS)
+def test_a_cut_layer_by_layer_equals_that_of_the_model_in_memory(
+    family, changes, cut, texts, tmp_path, monkeypatch, forked_reload
+):
+    dense, written = save_dense(tmp_path / "dense", family, **changes), {}
+    text = None if cut["refit"] == "none" else texts
+    for memory, size in (("streamed", 10_000), ("resident", 2**30)):
+        monkeypatch.setattr("hfprune.models.checkpoint.BYTES_PER_FILE", size)
+        (tmp_path / memory).mkdir()
+        out, details = run_prune(dense, tmp_path / memory, text, ratio=0.2, memory=memory, **cut)
+        assert details.pop("memory") == memory
+        record = json.loads((out / PRUNING).read_text())
+        tensors = {}
+        for file in out.glob("*.safetensors"):
+            tensors |= load_file(file)
+        written[memory] = tensors, details, record["kept"], (out / "config.json").read_text()
+        assert sorted(file.name for file in out.iterdir() if file.is_dir() or file.suffix == ".partial") == []
+    assert len(list((tmp_path / "streamed/pruned").glob("model-*.safetensors"))) > 1
+    assert written["streamed"][1:] == written["resident"][1:]
+    assert written["streamed"][0].keys() == written["resident"][0].keys()
+    for name, expected in written["resident"][0].items():
+        torch.testing.assert_close(written["streamed"][0][name], expected, rtol=1e-4, atol=1e-5)

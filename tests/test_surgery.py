@@ -14,9 +14,9 @@ from hfprune.evaluation.fidelity import token_measures
 from hfprune.models.loading import count_parameters, load_model, load_tokenizer
 from hfprune.models.units import parts, save_scores
 from hfprune.pruning.allocation import allocate
-from hfprune.pruning.budget import shape_of, shape_on_disk, units_to_keep
+from hfprune.pruning.budget import Shape, shape_of, shape_on_disk, units_to_keep
 from hfprune.pruning.scoring import unit_scores
-from hfprune.pruning.surgery import cut, prune
+from hfprune.pruning.surgery import best_units, cut, prune
 from hfprune.stages.prune import PruneParameters
 from hfprune.store.filenames import PRUNING, SCORES
 from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense
@@ -178,6 +178,23 @@ def test_both_shares_on_record_are_of_all_parameters(asked, checkpoint, tmp_path
     assert done["ratio"] == pytest.approx(removed / before)
     assert done["ratio_achieved"] == pytest.approx(1 - done["parameters"] / before)
     assert abs(done["ratio_achieved"] - done["ratio"]) <= 4 * PER_NEURON / before
+
+
+@pytest.mark.parametrize(("hidden", "step"), [(32, 1), (255, 1), (256, 64), (2047, 64), (2048, 256)])
+def test_widths_are_multiples_that_fit_the_models_size(hidden, step):
+    shape = Shape(10_000_000, {"mlp": [4096, 4096], "attention": [4, 4]}, {"mlp": 1000, "attention": 1000}, hidden)
+    budget = units_to_keep(shape, 0.3)
+    assert budget.round_to == step
+    kept = best_units(budget, {"mlp": [torch.rand(4096), torch.rand(4096)]}, "uniform")
+    assert {len(layer) for layer in kept["mlp"]} == {round(2596 / step) * step}
+    assert units_to_keep(shape, 0.3, round_to=8).round_to == 8
+
+
+def test_a_share_that_steps_miss_is_told(checkpoint, tmp_path, capsys):
+    _, done = run_prune(checkpoint, tmp_path, ratio=0.1, round_to=8)
+    message = capsys.readouterr().err
+    assert f"removed {done['ratio_achieved']:.4f} of all parameters, asked 0.1000: " in message
+    assert "multiples of 8" in message
 
 
 @pytest.mark.parametrize("ratio_of", ["all", "mlp"])

@@ -1,6 +1,7 @@
 """Commands that share a checkpoint."""
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,10 +52,13 @@ class SharingCommand(StoreCommand):
     def contents(self, address: str) -> "Iterator[tuple[Artifact, Contents]]":
         """The checkpoint, and all that is shared of it; files that only this command makes vanish at the end."""
         from hfprune.sharing.export import contents, gguf_contents
+        from hfprune.sharing.widths import width_warning
 
         store = Store(self.store)
         results = [open_artifact(path, "measure", "evaluate") for path in self.results]
         model = open_artifact(self._model(), *CHECKPOINTS)
+        if warning := width_warning(model.folder, self.type if self.format == "gguf" else ()):
+            print(f"{model.folder}: {warning}", file=sys.stderr)
         with TemporaryDirectory() as scratch:
             if self.format == "gguf":
                 yield model, gguf_contents(model, self._gguf_files(model, Path(scratch)), results, store, address)

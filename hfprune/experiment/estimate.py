@@ -270,12 +270,12 @@ class Models:
         parameters = job.recipe.parameters
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
         budget = {name: parameters[name] for name in names if name in parameters}
-        keep = units_to_keep(self.shape, **budget).keep
+        whole = units_to_keep(self.shape, **budget)
         generator = torch.Generator().manual_seed(0)
         kept = {}
-        for name, units in keep.items():
+        for name, units in whole.keep.items():
             scores = [torch.rand(width, generator=generator) for width in self.shape.units[name]]
-            step = parameters["round_to"] if name == "mlp" else 1
+            step = whole.round_to if name == "mlp" else 1
             kept[name] = allocate(parameters["allocation"], scores, units, step)
         return kept
 
@@ -318,7 +318,8 @@ class Estimate:
         memory = cost.memory_bytes if on_cpu else process + files
         memory += SNAKEMAKE_BYTES + DATA_IN_MEMORY * data
         if stage.reloads_checkpoint:
-            memory += process + self._size(job)
+            is_streamed = job.recipe.stage == "prune" and self.is_streamed(job, self.models.dense)
+            memory += process + (streamed_bytes(self.models.dense) if is_streamed else self._size(job))
         seconds = START_SECONDS + SECONDS_PER_GIB * files / GIB + self.seconds(cost.flops, SLOW_SHARE)
         if on_cpu or job.is_light or stage.gpus == "none":
             gpus = 0

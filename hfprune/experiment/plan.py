@@ -280,7 +280,7 @@ class Plan:
                 if cut.refit != "none":
                     inputs["text"] = texts[config.calibration.text]
                 label = f"{cut.label} by {method}, seed {seed}"
-                pruned = Model(self.add("prune", cut.read(), inputs, label), label, method, criterion, cut, seed)
+                pruned = Model(self.add("prune", cut.options(), inputs, label), label, method, criterion, cut, seed)
                 self.methods[pruned.job.key] = method
                 if seed == config.calibration.seeds[0]:
                     self.cuts.append(pruned)

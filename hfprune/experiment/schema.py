@@ -37,7 +37,7 @@ from hfprune.pruning.methods import (
 )
 from hfprune.stages.declaration import DType, Memory, Name, Sampling, Section, Seed, UserPath
 from hfprune.stages.evaluate import BATCHING, Batching
-from hfprune.stages.prune import Count, PruneParameters, Ratio, RoundTo
+from hfprune.stages.prune import ROUND_TO, Count, PruneParameters, Ratio, RoundTo
 from hfprune.stages.recover import Training
 from hfprune.stages.score import DRAWS
 from hfprune.stages.sources import Source
@@ -259,7 +259,7 @@ class Experiment(Section):
     ratio_of: Literal["all", "mlp"] = Field(
         "all", description="what ratios refer to: all parameters (tied embeddings count once), or the MLPs' neurons"
     )
-    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of this many neurons")
+    round_to: RoundTo | None = Field(None, description=ROUND_TO)
     pad: bool = Field(False, description="give all layers one width again by zeros, which save no memory")
     recoveries: list[Name] = Field(
         ["none"], min_length=1, description="trainings after the cut: none, or names in `recovery`"
@@ -298,7 +298,8 @@ class Experiment(Section):
         budgets += [{"target_parameters": target} for target in source.target_parameters or []]
         shape = {key: getattr(self, key) if (own := getattr(settings, key)) is None else own for key in SHAPE}
         for budget in budgets:
-            parameters = {**recipe.model_dump(exclude={"criterion"}), **budget, **shape, "dtype": self.model.dtype}
+            loading = self.model.model_dump(include={"dtype", "memory"})
+            parameters = {**recipe.model_dump(exclude={"criterion"}), **budget, **shape, **loading}
             yield (
                 MethodCut(name, recipe.criterion, PruneParameters(**parameters)),
                 settings.recoveries or self.recoveries,
@@ -377,6 +378,12 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _recoveries(self) -> Experiment:
+        trained = [way for ways in self.cuts().values() for way in ways if way != "none"]
+        if trained and self.model.memory == "streamed":
+            raise ValueError(
+                f"model.memory = 'streamed' with recoveries {trained[0]!r}: training needs the weights in memory, "
+                "because every step changes or reads all of them. Write `memory: auto`, or leave out the recoveries"
+            )
         if "none" in self.recovery:
             raise ValueError("recovery.none: 'none' stands for no training after the cut; choose another name")
         named = {"recoveries": self.recoveries}

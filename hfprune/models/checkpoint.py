@@ -20,15 +20,18 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad as pad_with_zeros
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hfprune.errors import UserError
 from hfprune.models.families import head_size, heads_of, layout_of, queries_of
 from hfprune.models.files import model_files
+from hfprune.models.head import head_of
 from hfprune.models.loading import count_parameters, set_linear
 from hfprune.models.modeling_per_layer import count_heads, per_layer
-from hfprune.models.units import PARTS, matrix, parts
+from hfprune.models.streamed import device_of, in_memory, is_streamed
+from hfprune.models.units import PARTS, Part, layers_of, matrix, parts
+from hfprune.models.walk import enter, entrance, exit_norm, run_layer
 from hfprune.store.filenames import MANIFEST, is_companion
 
 # Run in a fresh process on the saved folder: without hfprune, only with transformers, as any user would.
@@ -39,10 +42,13 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-folder, expected, device, trust = sys.argv[1:]
+folder, expected, device, trust, placement = sys.argv[1:]
 expected = load_file(expected, device=device)
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "True").to(device)
+placement = json.loads(placement)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "True", **placement)
+model = model if placement else model.to(device)
+parameters = sum(parameter.numel() for parameter in model.parameters())
 tokens = expected["tokens"]
 with torch.no_grad():
     logits = model(tokens).logits
@@ -52,13 +58,14 @@ written = model.generate(prompt, attention_mask=torch.ones_like(prompt))
 print(json.dumps({
     "dtype": str(logits.dtype).removeprefix("torch."),
     "max_difference": (logits.float() - expected["logits"].float()).abs().max().item(),
-    "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    "parameters": parameters,
     "generated": written.shape[1] - prompt.shape[1],
     "tokenizer": type(tokenizer).__name__,
     "transformers": transformers.__version__,
 }))
 """
 GENERATED = 8  # tokens that RELOAD generates
+BYTES_PER_FILE = 2**30  # of weights, at least: they are in memory until it is written
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ class Expected:
         logits: (2, 32, vocabulary) for those tokens, in the model's dtype.
         parameters: number of the model's parameters.
         own_class: whether the model's class is one of `modeling_per_layer`.
-        device: the model's device.
+        device: the device that computed the logits.
+        streamed: whether the weights did not fit into memory: then they are not all loaded at once either.
     """
 
     tokens: Tensor
@@ -78,6 +86,7 @@ class Expected:
     parameters: int
     own_class: bool
     device: str
+    streamed: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -156,26 +165,30 @@ def pad(model: PreTrainedModel) -> int:
         while name == "attention" and not stock_accepts(model, width):
             width += 1
         for part in layers:
-            missing = width - part.units
-            if not missing:
-                continue
-            for number, linear in enumerate(part.inputs):
-                blocks = [(slice(first, first + size * part.units), size * missing)
-                          for first, size in part.blocks_of_rows(number)]  # fmt: skip
-                weight = torch.cat([pad_with_zeros(matrix(linear)[rows], (0, 0, 0, new)) for rows, new in blocks])
-                bias = linear.bias
-                if bias is not None:
-                    bias = torch.cat([pad_with_zeros(bias[rows], (0, new)) for rows, new in blocks])
-                set_linear(linear, weight, bias)
-            for norm in part.per_head:
-                heads = len(norm.weight) // part.units * missing
-                norm.weight = nn.Parameter(pad_with_zeros(norm.weight, (0, 0, 0, heads), value=1.0), False)
-            output = part.output
-            set_linear(output, pad_with_zeros(matrix(output), (0, missing * part.columns)), output.bias)
-            if name == "attention":
-                count_heads(part.block, width, part.units)
+            pad_part(part, width)
     declare_widths(model)
     return count_parameters(model) - before
+
+
+def pad_part(part: Part, units: int) -> None:
+    """Widen a part to so many units with zeros."""
+    missing = units - part.units
+    for number, linear in enumerate(part.inputs):
+        blocks = [
+            (slice(first, first + size * part.units), size * missing) for first, size in part.blocks_of_rows(number)
+        ]
+        weight = torch.cat([pad_with_zeros(matrix(linear)[rows], (0, 0, 0, new)) for rows, new in blocks])
+        bias = linear.bias
+        if bias is not None:
+            bias = torch.cat([pad_with_zeros(bias[rows], (0, new)) for rows, new in blocks])
+        set_linear(linear, weight, bias)
+    for norm in part.per_head:
+        heads = len(norm.weight) // part.units * missing
+        norm.weight = nn.Parameter(pad_with_zeros(norm.weight, (0, 0, 0, heads), value=1.0), False)
+    output = part.output
+    set_linear(output, pad_with_zeros(matrix(output), (0, missing * part.columns)), output.bias)
+    if part.name == "attention":
+        count_heads(part.block, units, part.units)
 
 
 @torch.no_grad()
@@ -185,18 +198,107 @@ def write(model: PreTrainedModel, folder: Path, source: Path) -> Expected:
     Weights keep the model's dtype; large ones are sharded as transformers does by default. Returns what `prove` needs.
     Delete the model before you call that, so that memory holds one copy at a time.
     """
-    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    model.generation_config = GenerationConfig()  # saving would check and rewrite the source's
-    tokens = torch.linspace(0, model.config.vocab_size - 1, 64).long().view(2, 32)
+    model.config.tie_word_embeddings = is_tied(model)
+    tokens = probe(model.config)
     logits = model(tokens.to(model.device)).logits.cpu()
-    model.save_pretrained(folder)
+    _save(model, folder, source)
+    return Expected(tokens, logits, count_parameters(model), _is_own_class(model), str(model.device))
+
+
+def _save(model: PreTrainedModel, folder: Path, source: Path, **options: Any) -> None:
+    """Save a model with `options` of `save_pretrained`, and copy the companions of `source`."""
+    model.generation_config = GenerationConfig()  # saving would check and rewrite the source's
+    model.save_pretrained(folder, **options)
     (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
     for name in _companions(source):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
-    return Expected(
-        tokens, logits, count_parameters(model), hasattr(model.config, "intermediate_sizes"), str(model.device)
-    )
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output projection is the embeddings."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _is_own_class(model: PreTrainedModel) -> bool:
+    return hasattr(model.config, "intermediate_sizes")
+
+
+def probe(config: PreTrainedConfig) -> Tensor:
+    """(2, 32) int64 tokens, spread over the vocabulary."""
+    return torch.linspace(0, config.vocab_size - 1, 64).long().view(2, 32)
+
+
+class LayerWriter:
+    """Writes a model that is cut layer by layer, and computes what the written checkpoint must.
+
+    Args:
+        folder: where to write.
+        model: the model that is cut, streamed or in memory.
+        final: its shape after the cut, see `loading.shape_only`.
+        source: the checkpoint that it is cut from.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, final: PreTrainedModel, source: Path) -> None:
+        self.folder, self.model, self.final = folder, model, final
+        _save(final, folder, source, state_dict={})  # config and code
+        self.tokens = probe(final.config)
+        self.tensors: dict[str, Tensor] = {}
+        self.files: dict[Path, dict[str, int]] = {}  # names and bytes of what each holds
+        with in_memory(*entrance(model)):
+            self.states, self.arguments = enter(model, self.tokens)
+        self.names = {module: name for name, module in final.named_modules()}
+
+    @torch.no_grad()
+    def add(self, number: int) -> None:
+        """Write a layer, whose weights are in memory and cut."""
+        layer = layers_of(self.model)[number]
+        self.states = run_layer(layer, self.states, self.arguments[number])
+        self._write(self.names[layers_of(self.final)[number]], layer)
+
+    @torch.no_grad()
+    def finish(self) -> Expected:
+        """Write what is outside the layers. Returns what `prove` needs."""
+        norm, head = exit_norm(self.model), self.model.get_output_embeddings()
+        with in_memory(norm), head_of(self.model) as whole_head:
+            logits = whole_head.logits(norm(self.states)).to(self.states.dtype).cpu()
+        inside = {module for layer in layers_of(self.model) for module in layer.modules()}
+        for name, module in self.model.named_modules():
+            if module not in inside and module._parameters and not (module is head and is_tied(self.model)):
+                with in_memory(module):
+                    self._write(name, module)
+        self._flush()
+        self._name_files()
+        streamed, device = is_streamed(self.model), str(device_of(self.model))
+        return Expected(self.tokens, logits, count_parameters(self.final), _is_own_class(self.final), device, streamed)
+
+    def _write(self, prefix: str, module: nn.Module) -> None:
+        """Write the parameters of a module; they are kept until there are enough for a file."""
+        self.tensors |= {f"{prefix}.{name}": values.cpu().contiguous() for name, values in module.state_dict().items()}
+        if sum(tensor.nbytes for tensor in self.tensors.values()) >= BYTES_PER_FILE:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.tensors:
+            file = self.folder / f"{len(self.files)}.partial"
+            save_file(self.tensors, file, metadata={"format": "pt"})
+            self.files[file] = {name: tensor.nbytes for name, tensor in self.tensors.items()}
+            self.tensors = {}
+
+    def _name_files(self) -> None:
+        """Give the files the names by which transformers finds them: one alone, or several with an index."""
+        if len(self.files) == 1:
+            next(iter(self.files)).rename(self.folder / SAFE_WEIGHTS_NAME)
+            return
+        sizes, place = {}, {}
+        for number, (file, tensors) in enumerate(self.files.items(), 1):
+            name = f"model-{number:05}-of-{len(self.files):05}.safetensors"
+            file.rename(self.folder / name)
+            sizes |= tensors
+            place |= dict.fromkeys(tensors, name)
+        totals = {"total_parameters": count_parameters(self.final), "total_size": sum(sizes.values())}
+        index = json.dumps({"metadata": totals, "weight_map": dict(sorted(place.items()))}, indent=2)
+        (self.folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index + "\n", encoding="utf-8")
 
 
 def _companions(folder: Path) -> list[str]:
@@ -225,7 +327,10 @@ def prove(folder: Path, expected: Expected) -> dict[str, Any]:
         file = Path(scratch) / "expected.safetensors"
         save_file({"tokens": expected.tokens, "logits": expected.logits}, file)
         process = subprocess.run(
-            [sys.executable, "-P", "-c", RELOAD, folder, file, expected.device, str(expected.own_class)],
+            [
+                *(sys.executable, "-P", "-c", RELOAD, folder, file, expected.device, str(expected.own_class)),
+                json.dumps({"device_map": {"": "disk"}, "offload_folder": scratch} if expected.streamed else {}),
+            ],
             env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
             capture_output=True,
             text=True,

@@ -1,5 +1,6 @@
 """Loading and running checkpoints of the supported families, and counting their parameters, FLOPs and bytes."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from hfprune.errors import UserError
 from hfprune.models.config_json import check_values, read_json
 from hfprune.models.families import FAMILIES, layout_of, refusal
 from hfprune.models.modeling_per_layer import per_layer
-from hfprune.models.streamed import device_of, in_memory, place_in_files, weight_files
+from hfprune.models.streamed import device_of, in_memory, place_in_files, refuse_overflow, weight_files
 from hfprune.models.units import parts
 from hfprune.runtime.memory import available_bytes
 from hfprune.store.keys import versions
@@ -154,32 +155,29 @@ def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool 
     if memory == "streamed" or (memory == "auto" and not _fits(_values(folder) * kind.itemsize, spread)):
         return _streamed(folder, config, kind)
     model = model_class(config).from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
-    if dtype == "float16":
-        _refuse_overflow(model, folder)
+    for name, parameter in model.named_parameters() if dtype == "float16" else ():
+        if not parameter.is_meta:  # not offloaded
+            refuse_overflow(name, parameter, folder)
     if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - BYTES_BESIDE_WEIGHTS:
         model = model.to(device())
     return model.eval().requires_grad_(False)
 
 
-def _refuse_overflow(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a model with weights that float16 turned into infinities. Offloaded ones are not looked at."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not bool(parameter.isfinite().all()):
-            raise UserError(
-                f"{folder}: tensor {name} holds numbers beyond those of float16: they would become infinite. Set "
-                "`dtype` to bfloat16 or float32."
-            )
-
-
 def _streamed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model whose weights stay in the files of its checkpoint."""
+    model = shape_only(config, dtype)
+    place_in_files(model, weight_files(folder), device())
+    return model
+
+
+def shape_only(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config with its parameters on the meta device: shapes without values."""
     built_by = model_class(config)
     build = built_by.from_config if built_by is AutoModelForCausalLM else built_by._from_config
     with init_empty_weights(include_buffers=False):  # buffers, such as rotary frequencies, are in no file
-        model = build(config, dtype=dtype)
+        model = build(copy.deepcopy(config), dtype=dtype)
     model.tie_weights()  # building on the meta device breaks it
-    place_in_files(model.eval().requires_grad_(False), weight_files(folder), device())
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def _dtype(folder: Path, config: PreTrainedConfig, dtype: str) -> torch.dtype:

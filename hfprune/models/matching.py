@@ -75,12 +75,13 @@ def _names_match(model: PreTrainedModel, layout: Layout) -> bool:
 def _numbers_match(model: PreTrainedModel, layout: Layout) -> bool:
     """Whether the model, run a part at a time as the layout says, gives its own logits."""
     from hfprune.models.head import head_of
-    from hfprune.models.run_part import layer_inputs, run_part
+    from hfprune.models.run_part import run_part
+    from hfprune.models.walk import enter
 
     model.__dict__[MATCHED] = layout  # which the functions below read
     try:
         tokens = torch.linspace(0, model.config.vocab_size - 1, TOKENS).long()[None]
-        (states,), arguments = layer_inputs(model, tokens, TOKENS)
+        states, arguments = enter(model, tokens)
         for layer, own in zip(model.base_model.get_submodule(layout.layers), arguments, strict=True):
             entered = states
             for name in ("attention", "mlp"):

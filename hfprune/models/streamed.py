@@ -44,16 +44,32 @@ class Stored:
         """The values, in new memory. The file is open only meanwhile, so that its pages do not stay mapped.
 
         Raises:
-            UserError: the file is missing or damaged.
+            UserError: the file is missing or damaged, or float16 turns values into infinities.
         """
         try:
             with safe_open(self.file, "pt") as tensors:
-                return tensors.get_tensor(self.name).to(self.device, self.dtype, copy=True)
+                values = tensors.get_tensor(self.name).to(self.device, self.dtype, copy=True)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{self.file}: {self.name} cannot be read: {error}. The file is missing or damaged: put it back and "
                 "run again. What is finished is kept."
             ) from None
+        if self.dtype == torch.float16:
+            refuse_overflow(self.name, values, self.file)
+        return values
+
+
+def refuse_overflow(name: str, values: Tensor, where: Path) -> None:
+    """Refuse weights that float16 turned into infinities.
+
+    Raises:
+        UserError: with the tensor's name.
+    """
+    if not bool(values.isfinite().all()):
+        raise UserError(
+            f"{where}: tensor {name} holds numbers beyond those of float16: they would become infinite. Set `dtype` to "
+            "bfloat16 or float32."
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

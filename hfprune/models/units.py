@@ -44,6 +44,7 @@ class Part:
     """A part of one layer.
 
     Attributes:
+        name: the part's name, one of `PARTS`.
         inputs: the linear layers whose rows the units read through.
         output: the linear layer whose input columns they write through. A unit's columns are neighbours.
         units: number of units. All have the same number of rows and of columns.
@@ -52,6 +53,7 @@ class Part:
         block: the module that computes the part.
     """
 
+    name: str
     inputs: tuple[nn.Module, ...]
     output: nn.Module
     units: int
@@ -146,7 +148,7 @@ def part_of(model: PreTrainedModel, name: str, number: int) -> Part:
     modules = dict(layer.named_modules()) if block.per_head else {}
     per_head = tuple(modules[path] for path in block.per_head if path in modules)
     units = matrix(output).shape[1] // columns
-    return Part(inputs, output, units, sections, per_head, layer.get_submodule(block.module or ""))
+    return Part(name, inputs, output, units, sections, per_head, layer.get_submodule(block.module or ""))
 
 
 def save_scores(file: Path, scores: Scores) -> None:

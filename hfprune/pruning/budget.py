@@ -22,6 +22,17 @@ if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
 
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")  # endings of names
 PARAMETERS = (".weight", ".bias", ".alpha_p", ".alpha_n")  # endings of their names; the last two of Apertus' activation
+STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
+DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
+
+
+def default_step(hidden: int) -> int:
+    """What MLP widths of a model of this hidden size are multiples of, unless `round_to` says otherwise.
+
+    Quantised types and GPU kernels take rows in blocks: a width that is no multiple costs space and time there. In a
+    model of a hidden size below 256 a block would be too large a part of a layer.
+    """
+    return next(step for least, step in DEFAULT_STEPS if hidden >= least)
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,14 @@ class Shape:
         total: all parameters, tied embeddings once.
         units: by part, how many units each layer has.
         parameters: by part, those of one unit.
+        hidden: hidden size.
         refusals: by part that cannot be cut, why, and what can be instead.
     """
 
     total: int
     units: dict[str, list[int]]
     parameters: dict[str, int]
+    hidden: int
     refusals: dict[str, str] = field(default_factory=dict)
 
 
@@ -50,6 +63,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         count_parameters(model),
         {name: [part.units for part in layers] for name, layers in parts_by_name.items()},
         {name: layers[0].parameters for name, layers in parts_by_name.items()},
+        hidden_size(model.config),
         refusals(layout_of(model)),
     )
 
@@ -83,7 +97,7 @@ def shape_on_disk(folder: Path) -> Shape:
         of_units += [f"{before}0.{rows.path}.{kind}" for rows in block.rows for kind in ("weight", "bias")]
         of_units += [f"{before}0.{path}.weight" for path in block.per_head]
         parameters[name] = sum(sizes.get(key, 0) for key in of_units) // units[name][0]
-    return Shape(sum(sizes.values()), units, parameters, refusals(layout))
+    return Shape(sum(sizes.values()), units, parameters, hidden, refusals(layout))
 
 
 @dataclass(frozen=True)
@@ -115,10 +129,12 @@ class Budget:
     Attributes:
         share: share of all parameters to remove.
         keep: for each part that is cut, the number of units to keep over all layers, not yet rounded.
+        round_to: what MLP widths are multiples of.
     """
 
     share: float
     keep: dict[str, float]
+    round_to: int
 
 
 def units_to_keep(
@@ -129,7 +145,7 @@ def units_to_keep(
     structure: str = "mlp",
     attention_share: float | None = None,
     allocation: str = "uniform",
-    round_to: int = 1,
+    round_to: int | None = None,
     scores: Scores | None = None,
 ) -> Budget:
     """The number of units to keep for a budget.
@@ -143,7 +159,7 @@ def units_to_keep(
         attention_share: with "mlp+attention", the share of the removed parameters that comes from attention. None:
             what attention loses in one ranking of all units of the model, by the allocation's `priority`.
         allocation: how the budget is shared among layers. It decides how many units a layer keeps at least.
-        round_to: MLP widths are multiples of it.
+        round_to: one of `STEPS`, of which MLP widths are multiples; None for `default_step`.
         scores: needed where both parts are cut and `attention_share` is None. Without them all removed parameters come
             from the neurons as far as possible, which is enough to see whether the budget can be met.
 
@@ -152,6 +168,7 @@ def units_to_keep(
     """
     if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
         raise UserError(f"structure {structure!r}: {faults[0]}")
+    round_to = round_to or default_step(shape.hidden)
     capacities = {name: capacity_of(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
     total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
     if target_parameters is not None:
@@ -185,7 +202,7 @@ def units_to_keep(
     else:
         removed = _split(capacities, remove, attention_share, allocation, scores)
     keep = {name: sum(capacity.units) - removed[name] / capacity.parameters for name, capacity in capacities.items()}
-    return Budget(remove / total, keep)
+    return Budget(remove / total, keep, round_to)
 
 
 def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capacity:

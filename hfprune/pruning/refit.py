@@ -19,12 +19,16 @@ Some families norm what a block writes, or multiply it by m, before it is added.
 same, and right to first order: an RMS norm divides a token's error by the RMS of its output, so tokens are weighted by
 1 / RMS(W h)^2, and the drift is carried back through norm and m (`Space`).
 
-Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. Beside the weights,
-memory holds the hidden states of the calibration tokens at one layer (with `sequential` also the dense model's, and the
-activations of one part), and G and C of one part.
+Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. The weights of one
+layer are needed at a time, and the hidden states of the calibration tokens at one place (with `sequential` also the
+dense model's, and the activations of one part), see `Streams`; and G and C of one part.
 """
 
 import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,32 +39,49 @@ from hfprune.errors import UserError
 from hfprune.models.families import layout_of
 from hfprune.models.layout import Layout
 from hfprune.models.loading import flops_per_token
-from hfprune.models.run_part import Passed, factor, layer_inputs, run_part, written
-from hfprune.models.units import PARTS, UNITS, Kept, Part, layers_of, matrix, parts
+from hfprune.models.run_part import Passed, factor, run_part, written
+from hfprune.models.streamed import device_of, in_memory, in_turn, is_streamed
+from hfprune.models.units import UNITS, Kept, Part, layers_of, matrix, part_of, parts
+from hfprune.models.walk import enter, entrance
+from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.progress import progress
+from hfprune.runtime.scratch import Scratch
 
 TOKENS_PER_BATCH = 4096
 DRIFT = 0.5
 SMALLEST_GAIN = 1e-2  # of a norm, as a share of its largest, that drift is carried back through
 
+Stream = list[Tensor]  # batches of hidden states at one place, (batch, length, hidden) each, of all tokens
+
 
 @torch.no_grad()
-def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge: float) -> dict[str, Any]:
+def refit(
+    model: PreTrainedModel,
+    kept: Kept,
+    tokens: Tensor,
+    method: str,
+    ridge: float,
+    folder: Path | None = None,
+    finished: Callable[[int], None] = lambda _layer: None,
+) -> dict[str, Any]:
     """Refit every output layer in place for a cut to `kept`, and set the columns of the removed units to 0.
 
     Args:
-        model: the intact model, on its device.
+        model: the intact model, in memory or streamed.
         kept: for each part, the int64 indices of the units to keep, per layer.
         tokens: (sequences, length) int64 calibration tokens.
         method: "bias", "least_squares" or "sequential".
         ridge: at least 0; not used by `bias`.
+        folder: for hidden states that do not fit into memory; by default the system's temporary folder.
+        finished: called with the number of each layer when it is refitted. The weights of a streamed model are in
+            memory only until then.
 
     Returns:
         Details for the record: `refit_tokens` and `refit_flops` of the passes and solved systems. Except for `bias`,
         also `ridge` and `starved_layers`, the layers that keep more columns than there are tokens.
 
     Raises:
-        UserError: `bias` where an output layer has none; a layer's system cannot be solved.
+        UserError: `bias` where an output layer has none; a layer's system cannot be solved; the disk is too small.
     """
     for name in kept:
         if method == "bias" and any(part.output.bias is None for part in parts(model, name)):
@@ -72,39 +93,45 @@ def refit(model: PreTrainedModel, kept: Kept, tokens: Tensor, method: str, ridge
     sequential, starved = method == "sequential", set()
     flops = tokens.numel() * flops_per_token(model, tokens.shape[1]) * (1 + sequential)
     layout, config = layout_of(model), model.config
-    stream, arguments = layer_inputs(model, tokens, TOKENS_PER_BATCH)
-    dense = list(stream)
-    layers, all_parts = layers_of(model), {name: parts(model, name) for name in PARTS}
-    for number, layer in enumerate(progress(layers, "refit", len(layers), "layer")):
-        entered, dense_entered = list(stream), list(dense)
-        for name in ("attention", "mlp"):
-            reads_entry = layout.parallel and name == "mlp"
-            part = all_parts[name][number]
-            units = kept[name][number] if name in kept else torch.arange(part.units)
-            repair, activations_seen = Repair(part, units, name, number, Space(layout, config, layer, name)), []
-            for i, states in enumerate(stream):
-                how = (layout, config, layer, name, arguments[number])
-                passed = run_part(*how, entered[i] if reads_entry else states)
-                if sequential:
-                    dense[i] = dense[i] + run_part(*how, dense_entered[i] if reads_entry else dense[i]).written
-                    repair.add(passed, DRIFT * (dense[i].float() - (states + passed.written).float()))
-                    activations_seen.append(passed.activations)
-                else:
-                    stream[i] = states + passed.written
-                    if repair.lossy:
-                        repair.add(passed, mean=method == "bias")
-            if repair.lossy and method == "bias":
-                repair.shift()
-            elif repair.lossy or sequential:
-                repair.solve(ridge)
-                flops += repair.flops
-                if len(repair.kept) > tokens.numel():
-                    starved.add(number)
-            if sequential:  # the layers above must see this part as it is now
-                stream = [
-                    states + written(layout, config, layer, name, part.output(activations))
-                    for states, activations in zip(stream, activations_seen, strict=True)
-                ]
+    layers, device = layers_of(model), device_of(model)
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+        streams = Streams(model, tokens, sequential, layout.parallel, place)
+        for number in progress(in_turn([(layer,) for layer in layers]), "refit", len(layers), "layer"):
+            layer = layers[number]
+            streams.enter_layer()
+            for name in ("attention", "mlp"):
+                part = part_of(model, name, number)
+                how = (layout, config, layer, name, streams.arguments[number])
+                units = kept[name][number] if name in kept else torch.arange(part.units)
+                repair = Repair(part, units, name, number, Space(layout, config, layer, name))
+                seen = streams.activations(part) if sequential else []
+                read, dense_read = streams.read_by(name)
+                for i, stored in enumerate(streams.states):
+                    states, entering = stored.to(device), read[i].to(device)
+                    passed = run_part(*how, entering)
+                    if sequential:
+                        dense = streams.dense[i].to(device)
+                        dense = dense + run_part(*how, dense_read[i].to(device)).written
+                        streams.dense[i].copy_(dense)
+                        repair.add(passed, DRIFT * (dense.float() - (states + passed.written).float()))
+                        seen[i].copy_(passed.activations)
+                    else:
+                        stored.copy_(states + passed.written)
+                        if repair.lossy:
+                            repair.add(passed, mean=method == "bias")
+                if repair.lossy and method == "bias":
+                    repair.shift()
+                elif repair.lossy or sequential:
+                    repair.solve(ridge)
+                    flops += repair.flops
+                    if len(repair.kept) > tokens.numel():
+                        starved.add(number)
+                if sequential:  # the layers above must see this part as it is now
+                    for stored, activations in zip(streams.states, seen, strict=True):
+                        output = part.output(activations.to(device))
+                        stored.copy_(stored.to(device) + written(layout, config, layer, name, output))
+            finished(number)
     details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
     if method == "bias":
         return details
@@ -154,6 +181,64 @@ class Space:
         change = torch.where(small, 0, drift / gains.masked_fill(small, 1)) / self.weights(output)
         along = (change * output).sum(1, keepdim=True) / output.square().sum(1, keepdim=True).clamp(min=1e-30)
         return change - along * output
+
+
+class Streams:
+    """What is kept of all calibration tokens between one part and the next.
+
+    It stands on the model's device, or in files if the model is streamed or less than half of the memory would be left.
+
+    Attributes:
+        states: the residual stream of the model that is refitted.
+        dense: that of the intact model, for `sequential`.
+        arguments: the arguments of each layer, see `walk.enter`.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, sequential: bool, parallel: bool, folder: Path) -> None:
+        self._shape, self._batch = tuple(tokens.shape), max(1, TOKENS_PER_BATCH // tokens.shape[1])
+        self._dtype, self._device, hidden = model.dtype, device_of(model), model.config.hidden_size
+        widest = max(part.width for name in UNITS for part in parts(model, name)) if sequential else 0
+        size = tokens.numel() * (hidden * (1 + sequential) * (1 + parallel) + widest) * model.dtype.itemsize
+        self._folder = folder if is_streamed(model) or size > free_bytes(self._device) / 2 else None
+        self.states, self.dense = self._room("states", hidden), self._room("dense", hidden * sequential)
+        self._activations = self._room("activations", widest)
+        # With a parallel MLP, which reads what attention read, also what entered the layer.
+        self._entered = self._room("entered", hidden * parallel)
+        self._dense_entered = self._room("dense-entered", hidden * sequential * parallel)
+        self._parallel = parallel
+        with in_memory(*entrance(model)):
+            _, self.arguments = enter(model, tokens[:1])
+            for i, rows in enumerate(tokens.split(self._batch)):
+                self.states[i].copy_(enter(model, rows)[0])
+                self.dense[i].copy_(self.states[i]) if sequential else None
+
+    def enter_layer(self) -> None:
+        """Keep what enters a layer, if its MLP reads that."""
+        for kept, states in ((self._entered, self.states), (self._dense_entered, self.dense)):
+            for room, batch in zip(kept, states, strict=True):
+                if room.shape == batch.shape:
+                    room.copy_(batch)
+
+    def read_by(self, name: str) -> tuple[Stream, Stream]:
+        """The hidden states that a part reads: of the model that is refitted, and of the intact one."""
+        if self._parallel and name == "mlp":
+            return self._entered, self._dense_entered
+        return self.states, self.dense
+
+    def activations(self, part: Part) -> Stream:
+        """Room for the input of a part's output layer."""
+        columns = part.width
+        rooms = [room.flatten()[: room[..., 0].numel() * columns] for room in self._activations]
+        return [room.view(-1, self._shape[1], columns) for room in rooms]
+
+    def _room(self, name: str, width: int) -> Stream:
+        """Room for so many values of each token, in the batches that run together."""
+        shape = (*self._shape, width)
+        if self._folder and width:
+            whole = Scratch(self._folder / name, shape, self._dtype).tensor
+        else:
+            whole = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return list(whole.split(self._batch))
 
 
 class Repair:

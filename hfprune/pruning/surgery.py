@@ -1,6 +1,7 @@
 """Cut a model to the units to keep."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,24 @@ from transformers import PreTrainedModel
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
 from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
-from hfprune.models.loading import count_parameters, load_model, load_tokenizer, set_linear
+from hfprune.models.loading import count_parameters, load_model, load_tokenizer, set_linear, shape_only
 from hfprune.models.modeling_per_layer import count_heads
-from hfprune.models.units import Kept, Part, Scores, matrix, parts, read_scores
+from hfprune.models.streamed import device_of, in_turn, memory_of
+from hfprune.models.units import PARTS, Kept, Part, Scores, layers_of, matrix, part_of, parts, read_scores
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import Budget, shape_of, units_to_keep
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.runtime.matmul import fast_products
 from hfprune.store.filenames import PRUNING, SCORES
 
+NOTICED = 5e-4  # difference of a share from the one asked for that is told
+
 
 def prune(
     folder: Path, model: Path, scores: Path, text: Path | None, source: Mapping[str, Any],
-    calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None, round_to: int,
-    structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float, pad: bool, dtype: str,
+    calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None,
+    round_to: int | None, structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float,
+    pad: bool, dtype: str, memory: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
@@ -39,40 +44,45 @@ def prune(
         source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
         ratio, ratio_of, target_parameters, attention_share: the budget, see `budget.units_to_keep`.
-        round_to: every MLP keeps a multiple of so many neurons.
+        round_to: every MLP keeps a multiple of so many neurons; None for `budget.default_step`.
         structure: a name in `structures.STRUCTURES`.
         allocation: a name in `allocation.ALLOCATIONS`.
         refit: "none", or a method of `refit.refit`.
         ridge: of the refit.
         pad: make layers of several widths as wide as the widest with zeros, see `checkpoint.pad`.
         dtype: of the checkpoint written.
+        memory: "resident", "streamed" or "auto", see `loading.load_model`.
 
     Raises:
         UserError: the budget cannot be met, the model cannot be refitted, or the checkpoint does not reload as it was
             saved.
     """
     before = steps(model)
-    network = load_model(model, dtype, spread=False)
+    network = load_model(model, dtype, memory, spread=False)
     ranked = read_scores(scores / SCORES)
     shape = shape_of(network)
     budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
-    kept = best_units(budget, ranked, allocation, round_to)
+    kept = best_units(budget, ranked, allocation)
     units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
-    refit_details = {}
+    tokens = None
     if refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
         tokens = sample_sequences(load_tokenizer(model), network.config, text, **sampling)
-        with fast_products(network.device):
-            refit_details = refit_kept(network, kept, tokens, refit, ridge)
-    cut(network, kept)
-    padding = checkpoint.pad(network) if pad else 0
-    parameters, dense = count_parameters(network), dense_parameters(before, shape.total)
-    expected = checkpoint.write(network, folder, model)
-    del network  # the reload needs the memory: one copy at a time
+    network.config.tie_word_embeddings = checkpoint.is_tied(network)
+    final = shape_only(network.config, network.dtype)
+    cut(final, kept)
+    padding = checkpoint.pad(final) if pad else 0
+    parameters, dense = count_parameters(final), dense_parameters(before, shape.total)
+    _tell_achieved(budget, 1 - parameters / shape.total)
+    writer = checkpoint.LayerWriter(folder, network, final, model)
+    refit_details = _cut_and_write(network, final, kept, writer, tokens, refit, ridge)
+    expected, memory = writer.finish(), memory_of(network)
+    del network, writer  # the reload needs the memory: one copy at a time
     reload = checkpoint.prove(folder, expected)
     details = {
+        "memory": memory,
         "structure": structure,
         "allocation": allocation,
         "refit": refit,
@@ -92,7 +102,7 @@ def prune(
     report = {
         **details,
         "attention_share": attention_share,
-        "round_to": round_to,
+        "round_to": budget.round_to,
         "criterion": calibration["criterion"],
         "calibration": dict(calibration),
         "padding": padding,
@@ -105,17 +115,58 @@ def prune(
     return details
 
 
-def best_units(budget: Budget, scores: Scores, allocation: str, round_to: int) -> Kept:
+def _tell_achieved(budget: Budget, achieved: float) -> None:
+    """Tell the share that was removed, if steps keep it from being the one asked for."""
+    if abs(achieved - budget.share) > NOTICED:
+        print(
+            f"removed {achieved:.4f} of all parameters, asked {budget.share:.4f}: the nearest that whole units and "
+            f"widths in multiples of {budget.round_to} give",
+            file=sys.stderr,
+        )
+
+
+def _cut_and_write(
+    model: PreTrainedModel, final: PreTrainedModel, kept: Kept, writer: checkpoint.LayerWriter, tokens: Tensor | None,
+    refit: str, ridge: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Refit, cut and write one layer after another. Returns the refit's details.
+
+    Args:
+        model: streamed or in memory.
+        final: its shape after the cut.
+        kept: the units that stay.
+        writer: takes the layers.
+        tokens: (sequences, length) calibration tokens for a refit.
+        refit, ridge: see `prune`.
+    """
+    layers = layers_of(model)
+
+    def finish(number: int) -> None:
+        for name in PARTS:
+            part = part_of(model, name, number)
+            if name in kept:
+                cut_part(part, kept[name][number].to(part.output.weight.device))
+            checkpoint.pad_part(part_of(model, name, number), part_of(final, name, number).units)
+        writer.add(number)
+
+    with fast_products(device_of(model)):
+        if tokens is not None:
+            return refit_kept(model, kept, tokens, refit, ridge, writer.folder, finish)
+        for number in in_turn([(layer,) for layer in layers]):
+            finish(number)
+    return {}
+
+
+def best_units(budget: Budget, scores: Scores, allocation: str) -> Kept:
     """The units to keep: by part that is cut, ascending int64 indices per layer.
 
     Args:
         budget: how many of each part, see `budget.units_to_keep`.
         scores: by part, (units,) per layer.
         allocation: a name in `allocation.ALLOCATIONS`.
-        round_to: every MLP keeps a multiple of so many neurons.
     """
     return {
-        name: allocate(allocation, scores[name], keep, round_to if name == "mlp" else 1)
+        name: allocate(allocation, scores[name], keep, budget.round_to if name == "mlp" else 1)
         for name, keep in budget.keep.items()
     }
 
@@ -131,8 +182,6 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
     for name, layers in kept.items():
         for part, units in zip(parts(model, name), layers, strict=True):
             cut_part(part, units.to(part.output.weight.device))
-            if name == "attention":
-                count_heads(part.block, len(units), part.units)
     checkpoint.declare_widths(model)
 
 
@@ -144,3 +193,5 @@ def cut_part(part: Part, units: Tensor) -> None:
     for norm in part.per_head:
         norm.weight = nn.Parameter(norm.weight.unflatten(0, (part.units, -1))[units].flatten(0, 1), False)
     set_linear(part.output, matrix(part.output)[:, part.columns_of(units)], part.output.bias)
+    if part.name == "attention":
+        count_heads(part.block, len(units), part.units)

@@ -282,13 +282,15 @@ def _lora(network: PreTrainedModel, rank: int, alpha: int, dropout: float, targe
     names = {name.split(".")[-1] for name, module in network.base_model.named_modules() if isinstance(module, LINEAR)}
     if missing := sorted(set(targets) - names):
         raise UserError(f"targets: this model has no linear layer {missing[0]!r}; it has {', '.join(sorted(names))}.")
+    base, network.name_or_path = network.name_or_path, ""  # at each save, peft looks up a named model on the hub
     adapters = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
     )
 
     def finish(adapted: Any, keep: Path | None) -> PreTrainedModel:
         if keep is not None:
-            adapted.save_pretrained(keep, save_embedding_layers=False)  # "auto" would look the model up on the hub
+            adapted.active_peft_config.base_model_name_or_path = base
+            adapted.save_pretrained(keep, save_embedding_layers=False)
         return adapted.merge_and_unload(safe_merge=True)
 
     return get_peft_model(network, adapters), finish

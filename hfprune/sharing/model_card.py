@@ -184,7 +184,7 @@ def _cut(step: Mapping[str, Any], is_repeated: bool) -> dict[str, str]:
 
 def _method(step: Mapping[str, Any]) -> str:
     """The name of the method that a step cut by, and its source where it is a preset."""
-    name = method_name({**step, "pad": bool(step["padding"])})
+    name = method_name({**step, "pad": bool(step["padding"]), "round_to": 1})  # the widths have a row of their own
     return f"{name} ({presets()[name].citation})" if name in presets() else name
 
 
@@ -202,7 +202,8 @@ def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
     for name, layers in pruning["kept"].items():
         widths = sorted(map(len, layers))
         width_range = f"{widths[0]:,}" if widths[0] == widths[-1] else f"{widths[0]:,} to {widths[-1]:,}"
-        rows[f"{UNITS[name].capitalize()} a layer"] = width_range
+        multiple = f", multiples of {pruning['round_to']}" if name == "mlp" and pruning.get("round_to", 1) > 1 else ""
+        rows[f"{UNITS[name].capitalize()} a layer"] = width_range + multiple
     if pruning["padding"]:
         rows["Padding"] = f"{pruning['padding']:,} parameters that are zero make all layers as wide as the widest"
     return rows

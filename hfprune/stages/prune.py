@@ -11,7 +11,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from hfprune.errors import UserError
 from hfprune.models.units import STRUCTURES
 from hfprune.pruning.allocation import ALLOCATIONS
-from hfprune.stages.declaration import CHECKPOINTS, DType, Input, Parameters, Section, Stage, outside_key
+from hfprune.pruning.budget import STEPS
+from hfprune.stages.declaration import (
+    CHECKPOINTS,
+    NOT_IN_RESULT,
+    DType,
+    Input,
+    Memory,
+    Parameters,
+    Section,
+    Stage,
+    outside_key,
+)
 from hfprune.stages.lineage import origin
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -21,9 +32,14 @@ StructureName = Literal[tuple(STRUCTURES)]
 RefitName = Literal["none", "bias", "least_squares", "sequential"]
 # A command line's numbers are words, which a Literal does not take.
 RoundTo = Annotated[
-    Literal[1, 8, 64, 128],
+    Literal[STEPS],
     BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value),
 ]
+
+ROUND_TO = (
+    "every MLP keeps a multiple of this many neurons (default: 64; 256 from hidden size 2048 on, 1 below hidden size "
+    "256)"
+)
 
 
 class Cut(Section):
@@ -32,7 +48,7 @@ class Cut(Section):
     ratio_of: Literal["all", "mlp"] = Field(
         "all", description="what the ratio counts: all parameters (tied embeddings once), or the MLPs' neurons"
     )
-    round_to: RoundTo = Field(1, description="every MLP keeps a multiple of this many neurons")
+    round_to: RoundTo | None = Field(None, description=ROUND_TO)
     attention_share: float | None = Field(
         None,
         ge=0,
@@ -76,6 +92,7 @@ class PruneParameters(Cut, Parameters):
         "none", description="how to adjust the remaining weights to the cut; all but none need --text"
     )
     dtype: DType = "auto"
+    memory: Memory = "auto"
 
     @model_validator(mode="after")
     def _budget(self) -> PruneParameters:
@@ -91,13 +108,13 @@ class PruneParameters(Cut, Parameters):
 
     def read(self) -> dict[str, Any]:
         """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
-        unread = {"ratio_of"} if self.ratio is None else set()
+        unread = NOT_IN_RESULT | ({"ratio_of"} if self.ratio is None else set())
         unread |= set() if self.refit in ("least_squares", "sequential") else {"ridge"}
         return self.model_dump(exclude=unread, exclude_none=True)
 
     def options(self) -> dict[str, Any]:
         """The parameters to write on the command line."""
-        return self.read()
+        return self.read() | {"memory": self.memory}
 
 
 def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
@@ -140,13 +157,16 @@ def _produce(folder: Path, inputs: Any, parameters: PruneParameters, run: Any) -
 def _cost(job: Any, estimate: Any) -> Any:
     import torch
 
+    from hfprune.models.checkpoint import BYTES_PER_FILE
     from hfprune.models.loading import flops_per_token
     from hfprune.models.units import PARTS, parts
     from hfprune.pruning import refit
-    from hfprune.stages.costs import Cost, weight_bytes
+    from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 
-    dense, flops = estimate.models.dense, 0
-    memory = estimate.device.process + weight_bytes(dense)
+    dense, flops, scratch = estimate.models.dense, 0, 0
+    streamed, written = estimate.is_streamed(job, dense), weight_bytes(estimate.models.of(job))
+    weights = streamed_bytes(dense) + min(BYTES_PER_FILE, written) if streamed else weight_bytes(dense)
+    memory = estimate.device.process + weights
     if job.settings.refit != "none":
         calibration = job.inputs["scores"].settings
         tokens = calibration.samples * calibration.length
@@ -162,8 +182,12 @@ def _cost(job: Any, estimate: Any) -> Any:
                     flops += repair.flops
         width, hidden = max(part.units for part in parts(dense, "mlp")), dense.config.hidden_size
         streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
-        memory += streams * dense.dtype.itemsize + 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
-    return Cost(flops, memory, weight_bytes(estimate.models.of(job)))
+        memory += 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
+        if streamed:
+            scratch = streams * dense.dtype.itemsize
+        else:
+            memory += streams * dense.dtype.itemsize
+    return Cost(flops, memory, written, scratch)
 
 
 PRUNE = Stage(
