@@ -20,6 +20,7 @@ include: "workflow/rules/recover.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/timing.smk"
+include: "workflow/rules/overview.smk"
 
 
 localrules:
@@ -37,6 +38,7 @@ localrules:
     page,
     artifacts,
     config,
+    index,
     report,
 
 
@@ -52,6 +54,7 @@ rule all:
         rules.agreement.output,
         rules.widths.output,
         rules.losses.output if plan.recoveries else [],
+        rules.index.output,
 
 
 include: "workflow/rules/paper.smk"

@@ -33,8 +33,10 @@ from hfprune.models.head import head_of
 from hfprune.models.loading import LINEAR, check_config
 from hfprune.models.units import PARTS, Kept, Scores, parts
 from hfprune.pruning import surgery
+from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS, shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, passes
+from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.methods import MethodRecipe, preset
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.scoring import unit_scores
@@ -99,6 +101,7 @@ def prune(
         ratio_of=ratio_of,
         attention_share=recipe.attention_share,
         round_to=round_to,
+        tokens=tokens,
     )
     if recipe.refit != "none":
         refit(small, kept, tokens, recipe.refit, recipe.ridge)
@@ -164,6 +167,7 @@ def allocate(
     ratio_of: str = "all",
     attention_share: float | None = None,
     round_to: int | None = None,
+    tokens: Tensor | None = None,
 ) -> Kept:
     """The units to keep: {part: [(kept,) int64, ascending, per layer]} for each part that `structure` cuts.
 
@@ -174,9 +178,11 @@ def allocate(
         structure: "mlp", "attention" or "mlp+attention".
         allocation: a name in docs/pruning.md: "uniform" widths, or "global": one ranking over all layers.
         attention_share: of what mlp+attention removes; by default what one ranking of all units gives.
+        tokens: (sequences, length) int64, for allocations that measure the layers' influence ("angular", "cosine",
+            "entropic"); best those that the scores were made on.
 
     Raises:
-        UserError: the budget cannot be met, or is given twice or not at all.
+        UserError: the budget cannot be met, or is given twice or not at all; the allocation needs `tokens`.
     """
     if (ratio is None) == (target_parameters is None):
         raise UserError(f"give one of ratio and target_parameters, not {'none' if ratio is None else 'both'}.")
@@ -194,7 +200,13 @@ def allocate(
     budget = units_to_keep(
         shape_of(model), ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, scores
     )
-    return surgery.best_units(budget, scores, recipe.allocation)
+    influence = None
+    if measure := ALLOCATIONS[allocation].influence:
+        if tokens is None:
+            raise UserError(f"allocation {allocation!r} measures the layers on text: give `tokens`, see `sample`.")
+        with _as_scored(model):
+            influence = layer_influence(model, tokens, measure)
+    return surgery.best_units(budget, scores, recipe.allocation, influence)
 
 
 def refit(

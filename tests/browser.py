@@ -105,6 +105,10 @@ class Browser:
         elif method == "Network.requestWillBeSent" and not event["request"]["url"].startswith(("data:", "blob:")):
             self.asked.append(event["request"]["url"])
 
+    def resize(self, width: int) -> None:
+        """Make the window so many pixels wide."""
+        self.command("Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=False)
+
     def open(self, page: Path) -> None:
         """Open a file, and wait until it is loaded."""
         self.command("Page.navigate", url=page.as_uri())

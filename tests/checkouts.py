@@ -13,9 +13,20 @@ import yaml
 from tests.conftest import REPOSITORY
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune", "results/published")
+LOG = "Commands and details: "  # on the screen, before the path of Snakemake's log
 # What is drawn of the tiny experiment.
 DRAWN = ("accuracy", "kl", "fidelity_profile", "importance", "widths")
 MODEL_STAGES = ("download", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
+
+
+class Run(subprocess.Popen):
+    """A run of Snakemake."""
+
+    def communicate(self) -> tuple[str, None]:
+        """What was on the screen, then what Snakemake's log says."""
+        screen = super().communicate()[0]
+        log = Path(screen.rpartition(LOG)[2].strip()) if LOG in screen else None
+        return screen + (log.read_text() if log else ""), None
 
 
 class Checkout:
@@ -31,12 +42,12 @@ class Checkout:
             else:
                 shutil.copyfile(source, folder / part)
 
-    def start(self, experiment: dict, *options: str) -> subprocess.Popen:
+    def start(self, experiment: dict, *options: str) -> Run:
         """Start `snakemake` on an experiment, in a process group of its own."""
         config = self.folder / f"{experiment['experiment']}.yaml"
         config.write_text(yaml.safe_dump(experiment))
         threads = [f"{rule}=1" for rule in (*MODEL_STAGES, "efficiency", "scoring_cost")]
-        return subprocess.Popen(
+        return Run(
             ["snakemake", "--cores", "2", *options, "--configfile", config, "--set-threads", *threads],
             cwd=self.folder,
             env=os.environ | {"HFPRUNE_STORE": str(self.store)},
@@ -47,7 +58,7 @@ class Checkout:
         )
 
     def snakemake(self, experiment: dict, *options: str, status: int = 0) -> str:
-        """Run `snakemake` on an experiment; what it printed."""
+        """Run `snakemake` on an experiment; what it printed, and its log."""
         process = self.start(experiment, *options)
         output = process.communicate()[0]
         assert process.returncode == status, output
@@ -55,7 +66,7 @@ class Checkout:
 
     def planned(self, experiment: dict, *targets: str) -> Counter:
         """How many jobs of each rule a run would run."""
-        return planned(self.snakemake(experiment, *targets, "--dry-run"))
+        return planned(self.snakemake(experiment, *targets, "--dry-run", "--verbose"))
 
     def manifests(self, stage: str) -> list[Path]:
         """The manifests of a stage's artifacts."""
@@ -63,7 +74,7 @@ class Checkout:
 
 
 def planned(output: str) -> Counter:
-    """How many jobs of each rule a run would run; scores that others wait for count as scores."""
+    """How many jobs of each rule a dry run with --verbose would run; scores that others wait for count as scores."""
     stats = output.partition("Job stats:")[2].partition("total")[0]
     jobs = Counter()
     for rule, count in re.findall(r"^(?:first_)?(\w+) +(\d+)$", stats, re.MULTILINE):

@@ -6,6 +6,7 @@ import torch
 
 from hfprune.models.units import save_scores
 from hfprune.reporting.agreement import KEPT, between_criteria, compare, overlap
+from hfprune.reporting.figures import importance
 from hfprune.store.artifacts import Artifact
 from hfprune.store.filenames import SCORES
 
@@ -39,3 +40,15 @@ def test_pairs_layers_and_the_mean_over_layers(tmp_path):
     assert table.loc["entropy", "entropy"] == 1
     assert table.loc["entropy", "wanda"] == table.loc["wanda", "entropy"] == pytest.approx(0)
     assert np.isnan(table.loc["wanda", "wanda"])
+
+
+def test_scores_below_0_are_drawn_on_a_linear_axis(tmp_path):
+    positive, z_scores = [1.0, 2.0, 30.0], [-1.0, 0.0, 1.0]
+    scores = [
+        artifact(tmp_path / "a", "entropy", 0, positive, positive),
+        artifact(tmp_path / "b", "flap_standardized", 0, z_scores, z_scores),
+    ]
+    figure = importance(scores)
+    assert {axis.get_title(): axis.get_yscale() for axis in figure.axes if axis.get_visible()} == {
+        "entropy": "log", "flap_standardized": "linear"
+    }  # fmt: skip

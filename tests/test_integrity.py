@@ -202,6 +202,7 @@ def too_large_for_float16(folder):
         (configured(rope_scaling={"type": "linear", "factor": "4"}), "rope_scaling.factor = '4': expected a number"),
         (configured(rope_parameters="yarn"), "config.json: rope_parameters = 'yarn': expected an object"),
         (configured(rope_theta=-1.0), "config.json: rope_theta = -1.0: expected a number above 0"),
+        (configured(dtype="float8_e4m3fn"), "config.json: dtype = 'float8_e4m3fn': expected one of float32, bfloat16"),
         (configured(rms_norm_eps=float("nan")), "config.json: rms_norm_eps = nan: expected a number above 0"),
         (configured(rms_norm_eps=0), "config.json: rms_norm_eps = 0: expected a number above 0"),
         (configured(rms_norm_eps=-1e-5), "config.json: rms_norm_eps = -1e-05: expected a number above 0"),

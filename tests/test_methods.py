@@ -51,7 +51,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest(capsys):
     assert main(["methods", "hfprune"]) == 2
     assert "no method is called 'hfprune'. Did you mean 'HFPrune'?" in capsys.readouterr().err
     assert main(["methods", "x"]) == 2
-    assert "Known: FASP, FLAP, " in capsys.readouterr().err
+    assert "Known: Adapt-Pruner, CFSP, FASP, FLAP, " in capsys.readouterr().err
 
 
 def test_names_presets_and_own_methods_stand_in_one_list(experiment):
@@ -103,6 +103,14 @@ def test_a_preset_is_its_recipe_written_out(experiment):
     written = planned(experiment, methods=[{"mine": recipe}])
     assert set(named.jobs["prune"]) == set(written.jobs["prune"])
     assert set(named.jobs["measure"]) == set(written.jobs["measure"])
+
+
+def test_a_cut_whose_allocation_measures_layers_reads_the_calibration_text(experiment):
+    plan = planned(experiment, methods=["CFSP", "Wanda-sp"], ratios=[0.2])
+    measured, plain = plan.jobs["prune"].values()
+    assert "text" in measured.inputs and not measured.is_light
+    assert "text" not in plain.inputs and plain.is_light
+    assert "allocation: 1 forward pass over the same text" in presets()["CFSP"].recipe.needs
 
 
 MINE = {"criterion": "entropy", "refit": "sequential"}

@@ -112,11 +112,12 @@ def test_a_tokenizer_without_an_end_of_text_token_ends_a_document_in_its_own_way
     assert tokenizer.decode(example.ids) == "<s>bobo</s>"
 
 
-def test_plain_text_is_cut_into_stretches(tmp_path):
+def test_plain_text_is_cut_into_stretches(tmp_path, capsys):
     found = read(tmp_path, [{"text": sentences(0, 100)}, {"text": ""}, {"text": "bobo"}])
     ids = [token for example in found for token in example.ids.tolist()]
     tokenizer = make_tokenizer()
     assert tokenizer.decode(ids) == sentences(0, 100) + "</s>bobo</s>"
+    assert "1 of 3 documents are left out: empty" in capsys.readouterr().out
     assert {len(example.ids) <= 64 and example.prompt == 0 for example in found} == {True}
 
 

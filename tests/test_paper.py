@@ -418,7 +418,30 @@ def test_kept_widths_have_a_panel_for_each_part_and_size():
     figure = kept_widths(pd.DataFrame(rows))
     assert len(figure.axes) == 4
     assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[80, 80], [60, 60]]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["entropy", "entropy, global"]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["entropy", "entropy, global"], (
+        "right of the last panel"
+    )
+    plt.close(figure)
+
+
+def test_kept_widths_of_one_method_are_lines_of_one_panel():
+    rows = [
+        {
+            "model": "entropy",
+            "ratio": ratio,
+            "part": "mlp",
+            "layer": layer,
+            "kept": 10 * (1 - ratio),
+            "dense": 10,
+            "key": "",
+        }
+        for ratio in (0.1, 0.2)
+        for layer in (0, 1)
+    ]
+    figure = kept_widths(pd.DataFrame(rows))
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.texts] == ["10% removed", "20% removed"]
+    assert axis.get_title() == "entropy"
     plt.close(figure)
 
 

@@ -227,6 +227,16 @@ def test_only_the_documents_asked_for_are_read(tmp_path, capsys):
     assert "it has 3 documents; asked for 3 to 4" in said
 
 
+@pytest.mark.parametrize("label", [None, -1, 2, 0.5, "maybe"])
+def test_a_gold_answer_that_no_model_could_give_is_refused(label, tmp_path):
+    records = boolq_records(3)
+    records[1]["label"] = label
+    with pytest.raises(
+        UserError, match=f"document 1: lm-eval's 'boolq' cannot read it: .*gold answer {label!r} is not"
+    ):
+        task(tmp_path, "boolq", {"path": str(write_lines(tmp_path / "a.jsonl", records))}, None)
+
+
 def test_an_empty_task_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"")
     with pytest.raises(UserError, match="it has 0 documents"):

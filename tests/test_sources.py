@@ -98,6 +98,7 @@ def test_after_a_download_that_failed_complete_files_are_kept(hub, large, tmp_pa
     [
         ("someone/gated", (), "gated. Ask for access on its page, then log in"),
         ("someone/absent", (), "not on the hub, or private"),
+        ("not a name", (), "'not a name' is no name of a repository: write owner/name"),
         ("someone/tiny", ("--revision", "v9"), "no such revision"),
         ("someone/pickle", (), "not a checkpoint that can be loaded: "),
     ],

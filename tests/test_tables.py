@@ -79,7 +79,8 @@ def test_figures_draw_a_line_for_each_way_of_pruning():
         figure = figures.kl(metrics(*settings))
         lines = figure.axes[0].get_legend_handles_labels()
         assert lines[1] == labels
-        assert [line.get_xdata().tolist() for line in lines[0]] == [[0, 10, 20]] * len(labels)
+        assert [line.get_xdata().tolist() for line in lines[0]] == [[10, 20]] * len(labels), "measured nowhere else"
+        assert [text.get_text() for text in figure.axes[0].texts] == labels, "beside the lines"
         plt.close(figure)
 
 
@@ -90,7 +91,8 @@ def test_many_methods_at_several_sizes_are_drawn_in_several_panels_each_with_its
     shown = []
     for axis in panels:
         lines, labels = axis.get_legend_handles_labels()
-        assert [line.get_xdata().tolist() for line in lines] == [[10, 20]] * len(lines), "the dense 0 has no logarithm"
+        assert [line.get_xdata().tolist() for line in lines] == [[10, 20]] * len(lines)
+        assert [text.get_text() for text in axis.texts] == labels
         assert len({line.get_color() for line in lines}) == len(lines)
         shown.append(labels)
     assert [len(labels) for labels in shown] == [figures.MOST_LINES, 8 - figures.MOST_LINES]
@@ -143,7 +145,7 @@ def test_models_cut_twice_are_told_from_those_cut_once():
     plt.close(figure)
 
 
-def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control():
+def test_trained_models_stand_beside_the_others_and_their_controls_at_0():
     found = pd.concat([metrics(WAYS[0]), trained("lora"), trained("lora", "none", value=0.3), trained("norms")])
     assert varying(found) == ["recovery"]
     table = summary(found)
@@ -151,8 +153,10 @@ def test_trained_models_stand_beside_the_others_and_lines_start_at_their_control
     figure = figures.kl(found)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     assert labels == ["entropy", "entropy, lora", "entropy, norms"]
-    assert [handle.get_xdata().tolist() for handle in handles] == [[0, 10, 20], [0, 20], [20]]
-    assert handles[1].get_ydata().tolist() == [0.3, 0.5]
+    assert [handle.get_xdata().tolist() for handle in handles] == [[10, 20], [20], [20]]
+    (control,) = [line for line in figure.axes[0].lines if list(line.get_xdata()) == [0]]
+    assert list(control.get_ydata()) == [0.3]
+    assert control.get_color() == handles[1].get_color()
     plt.close(figure)
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +34,7 @@ def test_it_runs_end_to_end(checkout):
     assert checkout.first == {
         "download": 4, "score": 1, "prune": 2, "reference": 1, "measure": 3, "evaluate": 3,
         "overlap": 1, "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "agreement": 1,
-        "widths": 1, "all": 1,
+        "widths": 1, "config": 1, "index": 1, "all": 1,
     }  # fmt: skip
     results = checkout.folder / "results" / "tiny"
     made = {
@@ -70,7 +71,7 @@ def test_a_an_unchanged_second_run_does_nothing_and_says_so(checkout, experiment
 def report(checkout, experiment) -> Path:
     """The report of the tiny experiment."""
     assert ran(checkout.snakemake(experiment, "report")) == {
-        "table1": 1, "table2": 1, "page": 18, "artifacts": 1, "config": 1, "report": 1,
+        "table1": 1, "table2": 1, "page": 18, "artifacts": 1, "report": 1,
     }  # fmt: skip
     return checkout.folder / "results" / "tiny" / "report.html"
 
@@ -83,6 +84,41 @@ def test_a_report_of_an_unchanged_experiment_is_not_made_again(checkout, experim
 def test_the_graph_in_a_report_has_the_stages_that_were_there(checkout, report):
     graph = report.read_text().partition("var rulegraph_spec = ")[2].partition("</script>")[0]
     assert set(model_stages(checkout.first)) <= set(re.findall(r'"rule": "(\w+)"', graph))
+
+
+@pytest.mark.parametrize("width", [1400, 420])
+def test_the_overview_page_fits_wide_and_narrow_windows(checkout, tmp_path, width):
+    if (program := browser.find()) is None:
+        pytest.skip(f"no browser here (looked for {', '.join(browser.NAMES)})")
+    alone = Path(shutil.copy(checkout.folder / "results" / "tiny" / "index.html", tmp_path / "alone.html"))
+    charts = "[...document.querySelectorAll('.chart')]"
+    with browser.Browser(program, tmp_path / "profile") as page:
+        page.resize(width)
+        page.open(alone)
+        page.wait(f"{charts}.every(chart => chart.querySelector('svg'))")
+        assert page.run(f"{charts}.map(chart => chart.id)") == ["chart-kl", "chart-accuracy", "chart-widths-mlp"]
+        assert page.run("document.documentElement.scrollWidth") == width
+        drawn = "chart.querySelector('svg').getBoundingClientRect().width"
+        assert page.run(f"{charts}.every(chart => {drawn} <= chart.clientWidth + 1)")
+        # Nothing lies upon what follows it.
+        blocks = "[...document.querySelectorAll('h1, h2, p, .scroll, figure, dl, pre, nav')]"
+        boxes = page.run(f"{blocks}.map(b => b.getBoundingClientRect()).map(b => [b.left, b.right, b.top, b.bottom])")
+        for (left, right, _, bottom), (next_left, next_right, top, _) in pairwise(boxes):
+            assert top >= bottom - 1 or next_left >= right - 1 or next_right <= left + 1
+        links = "[...document.querySelectorAll('a')].map(link => link.getAttribute('href'))"
+        targets = set(page.run("[...document.querySelectorAll('[id]')].map(element => '#' + element.id)"))
+        assert set(page.run(links)) - targets == set()
+        head = "[...document.querySelectorAll('#models th button')].find(button => button.innerText.startsWith('KL'))"
+        column = "[...document.querySelectorAll('#models tbody tr')].map(row => Number(row.cells[3].dataset.value))"
+        for sign in (1, -1):
+            page.run(f"{head}.click()")
+            values = page.run(column)
+            assert values == sorted(values, reverse=sign < 0)
+            assert len(set(values)) == 3
+        point = "document.querySelector('#chart-kl .mark-symbol path')"
+        assert "HFPrune" in page.run(f"{point}.getAttribute('aria-label')")
+        assert page.asked == [alone.as_uri()]
+        assert page.faults == []
 
 
 def test_a_report_stands_in_a_browser_without_a_network(report, tmp_path):
@@ -223,9 +259,11 @@ def test_jobs_that_run_at_once_are_on_devices_of_their_own(checkout, experiment,
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     seeds = changed(experiment, calibration={"seeds": [21, 22]})
-    output = checkout.snakemake(seeds, "--until", "score", "--resources", "gpu=2")
-    assert model_stages(ran(output)) == {"score": 2}
-    taken = re.findall(r"^on (GPU-\w+) \(Pretended\)$", output, re.MULTILINE)
+    logs = checkout.folder / "logs" / "tiny" / "score"
+    before = set(logs.iterdir())
+    assert model_stages(ran(checkout.snakemake(seeds, "--until", "score", "--resources", "gpu=2"))) == {"score": 2}
+    printed = "".join(log.read_text() for log in set(logs.iterdir()) - before)
+    taken = re.findall(r"^on (GPU-\w+) \(Pretended\)$", printed, re.MULTILINE)
     assert sorted(taken) == ["GPU-aaaa", "GPU-bbbb"]
 
 
@@ -237,7 +275,8 @@ def test_i_two_runs_at_once_on_one_store_do_not_harm_each_other(checkout, experi
     outputs = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     (made,) = set(checkout.manifests("score")) - set(before)
-    assert sum("in the store already, verified" in output for output in outputs) >= 1
+    logs = [each.folder / "logs" / "tiny" / "score" / f"{made.parent.name}.log" for each in (checkout, elsewhere)]
+    assert any("in the store already, verified" in log.read_text() for log in logs)
     assert json.loads(made.read_text())["parameters"]["seed"] == 9
     for manifest in (*checkout.manifests("score"), *checkout.manifests("prune")):
         read(manifest)

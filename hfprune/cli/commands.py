@@ -106,7 +106,7 @@ def add_options(parser: argparse.ArgumentParser, section: type[BaseModel]) -> No
         option = next((item for item in field.metadata if isinstance(item, Option)), Option())
         settings: dict[str, Any] = {"help": _help(name, field), "default": argparse.SUPPRESS}
         if issubclass(section, Command) and _holds_paths(field.annotation):
-            settings["type"] = expanded
+            settings["type"] = path_option
         if option.is_positional:
             settings |= {"nargs": _positional(field, option), "metavar": option.metavar or name}
             parser.add_argument(name, **settings)
@@ -120,6 +120,18 @@ def add_options(parser: argparse.ArgumentParser, section: type[BaseModel]) -> No
             nargs = "?" if option.alone is not None else _count(field.annotation)
             settings |= {"nargs": nargs, "metavar": option.metavar or name.upper()}
             parser.add_argument(flag(name), **settings, **({"const": option.alone} if option.alone else {}))
+
+
+def path_option(text: str) -> Path:
+    """The path that an option's text means.
+
+    Raises:
+        ArgumentTypeError: `~user` of nobody; of other errors argparse does not print the message.
+    """
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def flag(name: str) -> str:

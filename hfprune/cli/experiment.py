@@ -1,12 +1,14 @@
 """Commands for a whole experiment, and for the machine that it runs on."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from hfprune.cli.commands import POSITIONAL, Command, Count, Option
+from hfprune.cli.commands import POSITIONAL, Command, Count, Option, StoreCommand
 from hfprune.cli.results import results
 from hfprune.errors import UserError
 from hfprune.experiment.schema import load, schema
@@ -53,7 +55,41 @@ class New(Command):
         from hfprune.experiment.new import write_config
 
         write_config(self.file, self.model)
-        print(f"{self.file}: written. Now: hfprune config {self.file}")
+        print(f"{self.file}: written. Now: hfprune run {self.file}")
+
+
+class Run(Command):
+    """Run an experiment: Snakemake with this package's workflow, in the current folder."""
+
+    words = ("run",)
+    examples = ("hfprune run mine.yaml", "hfprune run mine.yaml --dry-run", "hfprune run mine.yaml agreement")
+    config: Annotated[Path, POSITIONAL] = Field(description="the experiment's config file")
+    rest: Annotated[list[str], Option(is_positional=True, metavar="OPTION", takes_rest=True)] = Field(
+        [], description="options and targets for Snakemake"
+    )
+
+    def run(self) -> None:
+        """Become Snakemake."""
+        from hfprune.experiment.workflow_files import snakefile
+
+        words = ["--snakefile", str(snakefile()), "--configfile", str(self.config), "--cores", "all", *self.rest]
+        try:
+            os.execv(sys.executable, [sys.executable, "-m", "snakemake", *words])
+        except OSError as error:
+            raise UserError(f"{sys.executable}: {error.strerror}.") from None
+
+
+class Doctor(StoreCommand):
+    """Tell what this machine has, and which sizes of models fit."""
+
+    words = ("doctor",)
+    examples = ("hfprune doctor",)
+
+    def run(self) -> None:
+        """Print it."""
+        from hfprune.experiment.doctor import examination
+
+        print(examination(self.store))
 
 
 class Methods(Command):
@@ -113,4 +149,4 @@ class OnGpus(Command):
         run_on(self.count, self.rest)
 
 
-COMMANDS = (Config, New, Methods, Plan, OnGpus)
+COMMANDS = (Config, New, Run, Doctor, Methods, Plan, OnGpus)

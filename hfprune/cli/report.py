@@ -9,6 +9,7 @@ from pydantic import Field
 from hfprune.cli.commands import POSITIONAL, Command, NamedPath, Option, StoreCommand
 from hfprune.cli.results import results
 from hfprune.errors import UserError
+from hfprune.experiment.schema import load
 from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
@@ -83,6 +84,41 @@ class Page(Command):
             aside.path(self.output).write_text(content, encoding="utf-8")
 
 
+class Index(Command):
+    """Make the overview page of an experiment: one HTML file for readers who were not there."""
+
+    words = ("index",)
+    examples = (
+        "hfprune index --results results/default --config results/default/provenance/config.yaml \\\n"
+        "    --output results/default/index.html store/*/*/manifest.json",
+    )
+    results: Path = Field(description="the experiment's folder, with metrics.csv and tables/")
+    config: Path = Field(description="the experiment's config with every default")
+    output: Path = Field(description="HTML file to write")
+    manifests: Annotated[list[Path], POSITIONAL] = Field(description="manifests or folders of the artifacts behind it")
+
+    def run(self) -> None:
+        """Write the page from the tables; the losses of trainings are shown if they are there."""
+        import pandas as pd
+
+        from hfprune.reporting.metrics import read_metrics
+        from hfprune.reporting.overview import Results, overview
+
+        metrics = self.results / "metrics.csv"
+        tables = {name: self.results / "tables" / f"{name}.csv" for name in ("differences", "widths", "overlap")}
+        if (losses := self.results / "tables" / "losses.csv").is_file():
+            tables["losses"] = losses
+        with results([metrics, *tables.values(), self.config]) as aside:
+            try:
+                read = {name: pd.read_csv(file) for name, file in tables.items()}
+                config_text = self.config.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{error}: expected the tables of a finished experiment in {self.results}.") from None
+            config = json.loads(load(self.config).model_dump_json(exclude_none=True))
+            page = overview(Results(read_metrics(metrics), config, config_text, _manifests(self.manifests), **read))
+            aside.path(self.output).write_text(page, encoding="utf-8")
+
+
 class Artifacts(Command):
     """List artifacts with their inputs, code and library versions, in artifacts.csv and versions.csv."""
 
@@ -95,13 +131,22 @@ class Artifacts(Command):
         """Write both tables from the manifests alone. The stages that used the artifacts have verified their files."""
         from hfprune.reporting.pages import list_artifacts
 
-        try:
-            files = [path / MANIFEST if path.is_dir() else path for path in self.manifests]
-            manifests = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{error}: expected the manifests, or the folders, of artifacts.") from None
+        manifests = _manifests(self.manifests)
         with results() as aside:
             list_artifacts(manifests, aside.folder(self.output))
+
+
+def _manifests(paths: list[Path]) -> list[dict]:
+    """What the manifests say; a path is a manifest or its folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        files = [path / MANIFEST if path.is_dir() else path for path in paths]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{error}: expected the manifests, or the folders, of artifacts.") from None
 
 
 class Provenance(StoreCommand):
@@ -137,4 +182,4 @@ class Provenance(StoreCommand):
             print(self.crate / metadata.name)
 
 
-COMMANDS = (Overlap, Page, Artifacts, Provenance)
+COMMANDS = (Overlap, Page, Index, Artifacts, Provenance)

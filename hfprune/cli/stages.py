@@ -4,9 +4,8 @@ import argparse
 from functools import partial
 from typing import Any
 
-from hfprune.cli.commands import StoreCommand, add_command, add_options, flag, validated
+from hfprune.cli.commands import StoreCommand, add_command, add_options, flag, path_option, validated
 from hfprune.experiment.schema import parse
-from hfprune.runtime.paths import expanded
 from hfprune.stages.declaration import Stage
 from hfprune.stages.registry import STAGES
 from hfprune.stages.run import make, open_artifact
@@ -31,7 +30,7 @@ def _add_options(parser: argparse.ArgumentParser, stage: Stage) -> None:
     for name, source in stage.inputs.items():
         parser.add_argument(
             flag(name),
-            type=expanded,
+            type=path_option,
             nargs="+" if source.several else None,
             required=not source.optional,
             help=source.description + ("" if source.several else ": an artifact's folder or manifest"),

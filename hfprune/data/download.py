@@ -251,6 +251,8 @@ def _hub_errors(source: Source) -> Iterator[None]:
         raise UserError(
             f"{describe(source)}: the hub is switched off (HF_HUB_OFFLINE); unset it to download."
         ) from None
+    except errors.HFValidationError:
+        raise UserError(f"{describe(source)}: {name!r} is no name of a repository: write owner/name.") from None
     except (errors.HTTPError, ConnectionError) as error:  # its HTTP library's base class: refusals and broken transfers
         raise UserError(
             f"{describe(source)}: the download failed: {str(error).splitlines()[0].rstrip('.')}. "

@@ -87,12 +87,9 @@ def _check(name: str, folder: Path, source: str, num_fewshot: int) -> int:
         parts = stock_tasks(name, folder, num_fewshot)  # each renders its first one itself
         for part in parts.values():
             for number, doc in zip(part.documents, part.task.eval_docs, strict=True):  # noqa: B007
-                part.task.doc_to_text(doc)
-                target = part.task.doc_to_target(doc)
+                question, target = part.task.doc_to_text(doc), part.task.doc_to_target(doc)
                 if part.task.OUTPUT_TYPE == "multiple_choice":
-                    choices = part.task.doc_to_choice(doc)
-                    if isinstance(target, int) and target not in range(len(choices)):
-                        raise IndexError(f"gold answer {target} is not one of {choices}")
+                    _check_gold(question if part.task.multiple_input else target, part.task.doc_to_choice(doc))
     except UserError:
         raise
     except Exception as error:  # whatever a task's template or function raises over a document that it cannot read
@@ -102,6 +99,17 @@ def _check(name: str, folder: Path, source: str, num_fewshot: int) -> int:
             f"{source}: document {number}: lm-eval's {name!r} cannot read it: {error!r}. Its fields are: {fields}."
         ) from None
     return sum(len(part.documents) for part in parts.values())
+
+
+def _check_gold(gold: Any, choices: Sequence[str]) -> None:
+    """Refuse a gold answer that lm-eval would count as wrong whatever a model says, such as a missing one.
+
+    Raises:
+        IndexError: it is neither the index of a choice nor a choice, nor a list of such.
+    """
+    for answer in gold if isinstance(gold, list) else [gold]:
+        if answer not in (choices if isinstance(answer, str) else range(len(choices))):
+            raise IndexError(f"gold answer {answer!r} is not one of {choices}")
 
 
 @functools.cache

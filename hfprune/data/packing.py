@@ -48,8 +48,8 @@ def read_examples(tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: P
     """Tokenise the documents of a downloaded text, with one end-of-text token after every document.
 
     Special tokens that the tokenizer puts before a text are kept; the end-of-text token replaces those after it.
-    For an instruction, only the response has a loss. Instructions longer than `length` tokens are skipped, and their
-    number is printed. Plain text is split into pieces of at most `length`.
+    For an instruction, only the response has a loss. Instructions longer than `length` tokens and empty documents are
+    skipped, and their number is printed. Plain text is split into pieces of at most `length`.
 
     Raises:
         UserError: no document can be used, or the tokenizer is not the model's.
@@ -59,13 +59,14 @@ def read_examples(tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: P
     if tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]
     examples: list[Example] = []
-    too_long, shortest, largest = 0, None, 0
+    empty, too_long, shortest, largest = 0, 0, None, 0
     batches = [records[i : i + DOCUMENTS_PER_BATCH] for i in range(0, len(records), DOCUMENTS_PER_BATCH)]
     for batch in progress(batches, "tokenise", len(records), " documents", len):
         for prompt, answer in _tokenise(tokenizer, batch):
             while answer and answer[-1:] == end:  # the record's text ends with that token
                 answer.pop()
             if not answer:
+                empty += 1
                 continue
             ids = np.array(before + prompt + answer + end, dtype=np.int32)
             largest = max(largest, int(ids.max()))
@@ -86,6 +87,8 @@ def read_examples(tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: P
     check_vocabulary(largest, vocabulary)
     if too_long:
         print(f"{too_long} of {len(records)} instructions are left out: longer than {length} tokens", flush=True)
+    if empty:
+        print(f"{empty} of {len(records)} documents are left out: empty, there is nothing to learn", flush=True)
     return examples
 
 

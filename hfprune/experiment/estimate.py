@@ -276,7 +276,8 @@ class Models:
         for name, units in whole.keep.items():
             scores = [torch.rand(width, generator=generator) for width in self.shape.units[name]]
             step = whole.round_to if name == "mlp" else 1
-            kept[name] = allocate(parameters["allocation"], scores, units, step)
+            alike = torch.ones(len(scores), dtype=torch.float64)
+            kept[name] = allocate(parameters["allocation"], scores, units, step, alike)
         return kept
 
 

@@ -82,8 +82,8 @@ class Job:
 
     @property
     def is_light(self) -> bool:
-        """Whether it runs no model and so needs no GPU: it merges shards, or cuts without a refit."""
-        return "shards" in self.inputs or self.recipe.parameters.get("refit") == "none"
+        """Whether it runs no model and so needs no GPU: it merges shards, or cuts by scores alone."""
+        return "shards" in self.inputs or (self.recipe.stage == "prune" and not self.settings.reads_text)
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class Plan:
             self.scores += scores.values()
             for (method, criterion, cut), recoveries in config.cuts().items():
                 inputs = {"model": dense, "scores": scores[criterion]}
-                if cut.refit != "none":
+                if cut.reads_text:
                     inputs["text"] = texts[config.calibration.text]
                 label = f"{cut.label} by {method}, seed {seed}"
                 pruned = Model(self.add("prune", cut.options(), inputs, label), label, method, criterion, cut, seed)

@@ -20,6 +20,7 @@ POSITIVE_IN_ROPE = (
     "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "low_freq_factor",
     "high_freq_factor", "attention_factor",
 )  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROPE = ("rope_parameters", "rope_scaling")  # transformers 5, and before
 
 
@@ -57,6 +58,9 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
         raise UserError(
             f'{where}: architectures = {architectures!r}: expected a list of names, such as ["LlamaForCausalLM"].'
         )
+    for key in ("dtype", "torch_dtype"):  # transformers 5, and before
+        if values.get(key) not in (None, "auto", *DTYPES):
+            raise UserError(f"{where}: {key} = {values[key]!r}: expected one of {', '.join(DTYPES)}.")
     _check_positive(values, POSITIVE, where, "")
     for section in ROPE:
         rope = values.get(section)

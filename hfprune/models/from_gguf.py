@@ -7,6 +7,7 @@ are not known here are refused, so that nothing that changes the model or its to
 
 import math
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,18 @@ def dequantise(file: Path, folder: Path, where: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     _check_tensors(model, shapes, where)
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
+    with tempfile.TemporaryDirectory() as alone:  # transformers would take a tokenizer that lies beside the file
+        link = Path(alone) / "model.gguf"
+        link.symlink_to(file.absolute())
+        source = {"pretrained_model_name_or_path": alone, "gguf_file": link.name, "trust_remote_code": False}
+        _save(source, config, templates, folder, where)
+    return header
+
+
+def _save(
+    source: dict[str, Any], config: PreTrainedConfig, templates: dict[str, str], folder: Path, where: str
+) -> None:
+    """Write model and tokenizer, loaded by transformers, into `folder`."""
     plain = GgufConfig(dequantize=True)
     try:
         network = AutoModelForCausalLM.from_pretrained(
@@ -107,7 +119,6 @@ def dequantise(file: Path, folder: Path, where: str) -> dict[str, Any]:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # of any class: the header has no tokenizer, or one of an unknown kind
         raise UserError(f"{where}: no tokenizer that transformers can read in it: {_line(error)}") from None
-    return header
 
 
 def _chat_templates(header: dict[str, Any], where: str) -> dict[str, str]:

@@ -68,6 +68,8 @@ class MethodRecipe(BaseModel):
         if self.refit != "none":
             times = "2 forward passes" if self.refit == "sequential" else "1 forward pass"
             needs.append(f"refit: {times} over the same text, a layer at a time")
+        if ALLOCATIONS[self.allocation].influence:
+            needs.append("allocation: 1 forward pass over the same text")
         stock = self.structure == "mlp" and self.allocation == "uniform"
         return [*needs, f"checkpoint: {'stock class' if stock else 'widths per layer'}", "GPU: helps, not required"]
 

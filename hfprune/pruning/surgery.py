@@ -13,12 +13,20 @@ from transformers import PreTrainedModel
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
 from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
-from hfprune.models.loading import count_parameters, load_model, load_tokenizer, set_linear, shape_only
+from hfprune.models.loading import (
+    count_parameters,
+    flops_per_token,
+    load_model,
+    load_tokenizer,
+    set_linear,
+    shape_only,
+)
 from hfprune.models.modeling_per_layer import count_heads
 from hfprune.models.streamed import device_of, in_turn, memory_of
 from hfprune.models.units import PARTS, Kept, Part, Scores, layers_of, matrix, part_of, parts, read_scores
-from hfprune.pruning.allocation import allocate
+from hfprune.pruning.allocation import ALLOCATIONS, allocate
 from hfprune.pruning.budget import Budget, shape_of, units_to_keep
+from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.runtime.matmul import fast_products
 from hfprune.store.filenames import PRUNING, SCORES
@@ -40,7 +48,7 @@ def prune(
         folder: where to write.
         model: folder of the dense checkpoint.
         scores: folder of its scores.
-        text: folder of the text that the scores were made on; only a refit reads it.
+        text: folder of the text that the scores were made on; only a refit and some allocations read it.
         source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
         ratio, ratio_of, target_parameters, attention_share: the budget, see `budget.units_to_keep`.
@@ -64,12 +72,17 @@ def prune(
     budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
-    kept = best_units(budget, ranked, allocation)
-    units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
-    tokens = None
-    if refit != "none":
+    measure, tokens, influence, further = ALLOCATIONS[allocation].influence, None, None, {}
+    if measure or refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
         tokens = sample_sequences(load_tokenizer(model), network.config, text, **sampling)
+    if measure:
+        with fast_products(device_of(network)):
+            influence = layer_influence(network, tokens, measure, folder)
+        flops = tokens.numel() * flops_per_token(network, tokens.shape[1])
+        further = {"influence": influence.tolist(), "allocation_flops": flops}
+    kept = best_units(budget, ranked, allocation, influence)
+    units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
     network.config.tie_word_embeddings = checkpoint.is_tied(network)
     final = shape_only(network.config, network.dtype)
     cut(final, kept)
@@ -77,7 +90,7 @@ def prune(
     parameters, dense = count_parameters(final), dense_parameters(before, shape.total)
     _tell_achieved(budget, 1 - parameters / shape.total)
     writer = checkpoint.LayerWriter(folder, network, final, model)
-    refit_details = _cut_and_write(network, final, kept, writer, tokens, refit, ridge)
+    refit_details = _cut_and_write(network, final, kept, writer, tokens if refit != "none" else None, refit, ridge)
     expected, memory = writer.finish(), memory_of(network)
     del network, writer  # the reload needs the memory: one copy at a time
     reload = checkpoint.prove(folder, expected)
@@ -85,6 +98,7 @@ def prune(
         "memory": memory,
         "structure": structure,
         "allocation": allocation,
+        **further,
         "refit": refit,
         **refit_details,
         # Shares are of all parameters, however the budget was given: what was asked, of the model that is cut here,
@@ -157,16 +171,17 @@ def _cut_and_write(
     return {}
 
 
-def best_units(budget: Budget, scores: Scores, allocation: str) -> Kept:
+def best_units(budget: Budget, scores: Scores, allocation: str, influence: Tensor | None = None) -> Kept:
     """The units to keep: by part that is cut, ascending int64 indices per layer.
 
     Args:
         budget: how many of each part, see `budget.units_to_keep`.
         scores: by part, (units,) per layer.
         allocation: a name in `allocation.ALLOCATIONS`.
+        influence: (layers,), for allocations that read it, see `influence.py`.
     """
     return {
-        name: allocate(allocation, scores[name], keep, budget.round_to if name == "mlp" else 1)
+        name: allocate(allocation, scores[name], keep, budget.round_to if name == "mlp" else 1, influence)
         for name, keep in budget.keep.items()
     }
 

@@ -19,6 +19,7 @@ from scipy.stats import rankdata, spearmanr
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
+from hfprune.reporting.labels import name_of, spread
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
 from hfprune.reporting.statistics import BESIDE_METHOD, MODEL, estimates, mean_accuracy, varying, with_sizes
 from hfprune.store.artifacts import Artifact
@@ -27,14 +28,18 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vP*"
 LINES = ("-", "--", ":")  # when there are more lines than colours
 MOST_LINES = 6  # in one panel
+COLUMN, PAGE = 3.35, 6.9  # inches: the widths of a column and of both columns of a paper
+LONG = 18  # characters of a name that leaves a column too little room
 OFFSET = 4  # points between models of one cost
 KL_LABEL = "KL(dense || pruned), nats per token"
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 300,
-    "savefig.bbox": "tight",
-    "font.size": 9,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "figure.titlesize": 8,
+    "figure.labelsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -116,17 +121,19 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(2.3 * columns, 1.9 * rows), sharex=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(PAGE, 0.2 + 1.6 * rows), sharex=True, squeeze=False, layout="constrained"
     )
     for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        dense = panel.loc[panel["stage"] == "dense", "value"].iloc[0]
+        axis.axhline(100 * dense, color="0.5", linestyle="--", lw=0.8, zorder=0)
         _curves(axis, panel, scale=100)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title)
     for place, axis in enumerate(axes.flat):
         axis.tick_params(labelbottom=place + columns >= len(panels))  # the lowest panel of each column
         axis.set_visible(place < len(panels))
-    figure.supxlabel("Parameters removed (%)", fontsize=9)
-    figure.supylabel("Accuracy (%)", fontsize=9)
-    _legend(figure, axes[0, 0])
+    figure.supxlabel("Parameters removed (%)")
+    figure.supylabel("Accuracy (%)")
+    _name_lines(axes[0, 0])
     return figure
 
 
@@ -137,16 +144,16 @@ def _ranked_tasks(panels: dict[str, pd.DataFrame], ratio: float) -> Figure:
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(2.6 + 1.9 * columns, 0.6 + rows * (0.5 + 0.17 * len(order))), sharey=True,
+        rows, columns, figsize=(PAGE, 0.6 + rows * (0.5 + 0.17 * len(order))), sharey=True,
         squeeze=False, layout="constrained",
     )  # fmt: skip
     for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
         _ranked(axis, panel.set_index(MODEL).loc[order].reset_index(), scale=100)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.suptitle(f"Cut models: {ratio:.0%} of all parameters removed", fontsize=9)
-    figure.supxlabel("Accuracy (%)", fontsize=9)
+    figure.suptitle(f"Cut models: {ratio:.0%} of all parameters removed")
+    figure.supxlabel("Accuracy (%)")
     return figure
 
 
@@ -164,10 +171,9 @@ def kl(metrics: pd.DataFrame) -> Figure:
     lines = pruned.groupby(["method", *BESIDE_METHOD])["ratio"]
     several = pruned[lines.transform("nunique") > 1]
     if lines.ngroups <= MOST_LINES and _one_size(models) is None:
-        height = 3.1 + 0.2 * lines.ngroups  # the legend stands above
-        figure, axis = plt.subplots(figsize=(3.8, height), layout="constrained")
+        longest = max(len(name_of(model, varying(models))) for _, model in pruned.iterrows())
+        figure, axis = plt.subplots(figsize=(PAGE if longest > LONG else COLUMN, 2.5), layout="constrained")
         _against_ratio(axis, models)
-        axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
     elif several.groupby(["method", *BESIDE_METHOD]).ngroups <= MOST_LINES:
         ratio = pruned["ratio"].mode().iloc[0]
         controls = (models["method"] == DENSE) & (models["stage"] != "dense")
@@ -175,19 +181,18 @@ def kl(metrics: pd.DataFrame) -> Figure:
         height = max(1.1 + 0.19 * len(rows), 3.1 if len(several) else 0)
         if len(several):
             figure, (left, right) = plt.subplots(
-                1, 2, figsize=(8.4, height), layout="constrained", width_ratios=[1, 1.1]
+                1, 2, figsize=(PAGE, height), layout="constrained", width_ratios=[1, 1.1]
             )
             _against_ratio(right, pd.concat([models[models["method"] == DENSE], several]))
-            right.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1))
         else:
-            figure, left = plt.subplots(figsize=(7.5, height), layout="constrained")
+            figure, left = plt.subplots(figsize=(PAGE, height), layout="constrained")
         _ranked(left, rows.sort_values("value", ascending=False))
         left.set_xlim(left=0)
         left.set_xlabel(KL_LABEL)
-        left.set_title(f"Cut models: {ratio:.0%} of all parameters removed", fontsize=9)
+        left.set_title(f"Cut models: {ratio:.0%} of all parameters removed")
     else:
         figure = _panels(models)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title)
     return figure
 
 
@@ -195,6 +200,7 @@ def _against_ratio(axis: plt.Axes, models: pd.DataFrame) -> None:
     """KL against the share of parameters removed."""
     _curves(axis, models)
     axis.set_ylim(bottom=0)
+    _name_lines(axis)
     axis.set_xlabel("Parameters removed (%)")
     axis.set_ylabel(KL_LABEL.replace(", ", ",\n"))
 
@@ -207,19 +213,20 @@ def _panels(models: pd.DataFrame) -> Figure:
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 0.5 + 3.2 * rows), sharex=True, sharey=True, squeeze=False,
+        rows, columns, figsize=(PAGE, 0.3 + 2.4 * rows), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     differing = varying(models)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for number, line in enumerate(panel):
-            _line(axis, line, _name(line.iloc[0], differing), number, number, 0)
+            _line(axis, line, name_of(line.iloc[0], differing), number, number, 0)
         axis.set_yscale("log")
-        axis.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
+    for axis in axes.flat[: len(panels)]:
+        _name_lines(axis)  # when the scale that they share is set
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.supxlabel("Parameters removed (%)", fontsize=9)
-    figure.supylabel(KL_LABEL, fontsize=9)
+    figure.supxlabel("Parameters removed (%)")
+    figure.supylabel(KL_LABEL)
     return figure
 
 
@@ -236,7 +243,7 @@ def _ranked(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
         color = COLORS[recoveries.index(model["recovery"]) % len(COLORS)]
         look = {"color": color, "marker": "o", "markersize": 4, "capsize": 2}
         axis.errorbar(scale * model["value"], row, xerr=_bars(model, scale), **look)
-    labels = [_name(model, differing) for _, model in models.iterrows()]
+    labels = [name_of(model, differing) for _, model in models.iterrows()]
     axis.set_yticks(range(len(models)), labels, fontsize=8)
     axis.set_ylim(-0.7, len(models) - 0.3)
 
@@ -248,9 +255,8 @@ def losses(curves: pd.DataFrame) -> Figure:
         curves: see `curves.training_curves`.
     """
     panels = list(curves.groupby("loss_name", sort=False))
-    most = max(of_loss["model"].nunique() for _, of_loss in panels)
     figure, axes = plt.subplots(
-        3, len(panels), figsize=(4.2 * len(panels), 4.8 + 0.17 * most), sharex="col", squeeze=False,
+        3, len(panels), figsize=(PAGE if len(panels) > 1 else COLUMN, 4.2), sharex="col", squeeze=False,
         layout="constrained", height_ratios=[3, 1, 1],
     )  # fmt: skip
     for (above, *below), (name, of_loss) in zip(axes.T, panels, strict=True):
@@ -260,7 +266,7 @@ def losses(curves: pd.DataFrame) -> Figure:
             for axis, column in zip(below, ("learning_rate", "tokens_per_second"), strict=True):
                 axis.plot(curve["tokens"] / 1000, curve[column], color=color, linestyle=line, lw=1.2)
         above.set_ylabel(LOSS_LABELS[name])
-        above.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), borderaxespad=0)
+        _name_lines(above)
         below[0].set_ylabel("Learning rate")
         below[1].set_ylabel("Tokens/s")
         below[1].set_ylim(bottom=0)
@@ -289,14 +295,14 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
         models = models.iloc[np.linspace(0, len(models) - 1, MOST_LINES).round().astype(int)]
     texts = list(dict.fromkeys(kl["text"]))
     figure, axes = plt.subplots(
-        len(texts), 2, figsize=(6.6, 0.8 + 2.1 * len(texts)), sharex="col", sharey="row", squeeze=False,
+        len(texts), 2, figsize=(PAGE, 0.4 + 1.7 * len(texts)), sharex="col", sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
     differing = varying(models)
     several = models["ratio"].nunique() > 1
     for number, (_, model) in enumerate(models.iterrows()):
         size = [f"{model['ratio']:.0%}"] if several and model["ratio"] else []
-        label = ", ".join([_name(model, differing), *size])
+        label = ", ".join([name_of(model, differing), *size])
         lines = kl[(kl[MODEL] == model[MODEL]).all(axis=1)]
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
         for row, text in zip(axes, texts, strict=True):
@@ -304,13 +310,13 @@ def fidelity_profile(bins: pd.DataFrame) -> Figure:
                 line = lines[(lines["text"] == text) & (lines["by"] == by)].sort_values("bin")
                 axis.plot((line["low"] + line["high"]) / 2, line["value"], lw=1.2, markersize=4, **look)
     for row, text in zip(axes, texts, strict=True):
-        row[0].set_title(text, fontsize=9, loc="left")
+        row[0].set_title(text, loc="left")
         row[0].set_ylim(bottom=0)
     axes[-1, 0].set_xlabel("Position in the document, tokens")
     axes[-1, 1].set_xlabel("Entropy of the dense model, nats")
-    figure.supylabel("KL(dense || model), nats", fontsize=9)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper left", ncols=2)
+    figure.supylabel("KL(dense || model), nats")
+    for row in axes:
+        _name_lines(row[1])
     return figure
 
 
@@ -319,9 +325,9 @@ def importance(scores: list[Artifact]) -> Figure:
     first = _first_of_each(scores)
     columns = min(3, len(first))
     rows = -(-len(first) // columns)
-    width = 5 if columns == 1 else 2.3 * columns
+    width = COLUMN if columns == 1 else PAGE
     figure, axes = plt.subplots(
-        rows, columns, figsize=(width, 2.8 if rows == 1 else 1.8 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(width, 2.5 if rows == 1 else 0.3 + 1.6 * rows), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(first) :]:
         axis.set_visible(False)
@@ -331,13 +337,15 @@ def importance(scores: list[Artifact]) -> Figure:
         axis.fill_between(index, levels[0], levels[4], color=COLORS[0], alpha=0.15, lw=0, label="5 to 95 % of neurons")
         axis.fill_between(index, levels[1], levels[3], color=COLORS[0], alpha=0.35, lw=0, label="25 to 75 %")
         axis.plot(index, levels[2], color=COLORS[0], label="median")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_title(criterion, fontsize=9)
-    figure.supxlabel("Layer", fontsize=9)
-    figure.supylabel("Score of a neuron", fontsize=9)
-    _legend(figure, axes[0, 0])
+        if (levels >= 0).all():  # z-scores are not
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(criterion)
+    figure.supxlabel("Layer")
+    figure.supylabel("Score of a neuron")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=7, loc="outside upper center", ncols=3, columnspacing=1)
     return figure
 
 
@@ -359,7 +367,7 @@ def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure
     figure, axes = plt.subplots(
         1,
         len(drawn),
-        figsize=(2.3 * len(drawn) + 0.6, 2.6),
+        figsize=(PAGE, 2.4),
         layout="constrained",
         sharey=True,
         squeeze=False,
@@ -372,7 +380,7 @@ def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure
         axis.set_aspect("equal")
         axis.grid(False)
     figure.colorbar(image, ax=axes, label="Neurons", shrink=0.8)
-    figure.supxlabel("Rank by entropy (%)", fontsize=9)
+    figure.supxlabel("Rank by entropy (%)")
     axes[0, 0].set_ylabel("Rank by cross-entropy (%)")
     return figure
 
@@ -380,37 +388,41 @@ def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure
 def kept_widths(widths: pd.DataFrame) -> Figure:
     """The share of its neurons and key-value groups that every layer keeps: a row a part, a column a size.
 
+    If there is one method, its sizes are lines of one panel.
+
     Args:
         widths: see `curves.kept_widths`.
     """
     parts = [part for part in UNITS if part in set(widths["part"])]
-    ratios = sorted(set(widths["ratio"]))
+    removed = widths["ratio"].map("{:.0%} removed".format)
+    line, panel = ("ratio", "model") if widths["model"].nunique() == 1 else ("model", "ratio")
+    words = {"ratio": removed, "model": widths["model"]}
+    lines = widths.assign(line=words[line], panel=words[panel])
+    panels, names = (list(dict.fromkeys(lines[column])) for column in ("panel", "line"))
     figure, axes = plt.subplots(
         len(parts),
-        len(ratios),
-        figsize=(max(3.8, 2.2 * len(ratios)), 0.7 + 1.9 * len(parts)),
+        len(panels),
+        figsize=(COLUMN if len(panels) == 1 else PAGE, 0.6 + 1.6 * len(parts)),
         sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    models = list(dict.fromkeys(widths["model"]))
-    for (row, part), (column, ratio) in product(enumerate(parts), enumerate(ratios)):
-        axis, panel = axes[row, column], widths[(widths["part"] == part) & (widths["ratio"] == ratio)]
-        for model, line in panel.groupby("model", sort=False):
-            number = models.index(model)
+    for (row, part), (column, title) in product(enumerate(parts), enumerate(panels)):
+        axis, panel = axes[row, column], lines[(lines["part"] == part) & (lines["panel"] == title)]
+        for name, line in panel.groupby("line", sort=False):
+            number = names.index(name)
             look = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
-            axis.plot(line["layer"], 100 * line["kept"] / line["dense"], lw=1.2, label=model, **look)
+            axis.plot(line["layer"], 100 * line["kept"] / line["dense"], lw=1.2, label=name, **look)
         axis.set_ylim(0, 105)
         if row == 0:
-            axis.set_title(f"{ratio:.0%} of parameters removed", fontsize=9)
+            axis.set_title(title)
         if column == 0:
             axis.set_ylabel(f"{UNITS[part].capitalize()} kept (%)")
     for axis in axes[-1]:
         axis.set_xlabel("Layer")
-    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    below = {"loc": "outside lower center", "ncols": min(2, len(handles))}
-    figure.legend(handles.values(), handles, frameon=False, fontsize=7, **below)
+    for axis in axes[:, -1]:
+        _name_lines(axis)
     return figure
 
 
@@ -440,11 +452,11 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     }
     differing, sizes = varying(quality), quality[quality["method"] != DENSE]["ratio"]
     common = sizes.mode().max()  # NaN where nothing was cut
-    labels = [_name(row, differing) for _, row in quality.iterrows()]
+    labels = [name_of(row, differing) for _, row in quality.iterrows()]
     markers = MARKERS[:-1]  # one fewer than colours: no look twice
     looks = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     height = 3.1 + 0.18 * (-(-len(looks) // 2))  # the legend stands below
-    figure, axes = plt.subplots(1, 2, figsize=(7, height), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, height), sharey=True, layout="constrained")
     for axis, (name, (measured, costs)) in zip(axes, panels.items(), strict=True):
         left_out = []
         places, counts = costs.groupby(costs).cumcount(), costs.groupby(costs).transform("size")
@@ -471,7 +483,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     axes[0].set_ylabel(title.replace(", ", ",\n"))
     if len(sizes):
         elsewhere = ", unless marked" if sizes.nunique() > 1 else ""
-        figure.suptitle(f"Cut models: {common:.0%} of all parameters removed{elsewhere}", fontsize=9)
+        figure.suptitle(f"Cut models: {common:.0%} of all parameters removed{elsewhere}")
     handles = [
         plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=markers[n % len(markers)], ls="", label=label)
         for label, n in looks.items()
@@ -509,7 +521,7 @@ def agreement(agreements: pd.DataFrame) -> Figure:
     }
     count = len(next(iter(tables.values())))
     figure, axes = plt.subplots(
-        1, 2, figsize=(2.2 + 0.9 * count, 1.6 + 0.45 * count), layout="constrained", sharey=True
+        1, 2, figsize=(PAGE if count > 3 else COLUMN, 1.6 + 0.35 * count), layout="constrained", sharey=True
     )
     for axis, (title, table) in zip(axes, tables.items(), strict=True):
         image = axis.imshow(table, cmap="viridis", vmin=min(0, np.nanmin(table)), vmax=1, aspect="auto")
@@ -519,7 +531,7 @@ def agreement(agreements: pd.DataFrame) -> Figure:
                 axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
         axis.set_xticks(range(count), table.columns, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(count), table.index)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title)
         axis.grid(False)
         axis.spines[:].set_visible(False)
     figure.supxlabel(
@@ -529,43 +541,51 @@ def agreement(agreements: pd.DataFrame) -> Figure:
 
 
 def _curves(axis: plt.Axes, models: pd.DataFrame, scale: float = 1) -> None:
-    """A line for each method and training, with a 95 % band, from its control: the dense model, trained alike."""
+    """A line for each method and training through what was measured, with 95 % intervals.
+
+    The dense model, trained alike, is a hollow point of the line's colour at 0. No line leads from it, because nothing
+    was measured between.
+    """
     dense, pruned = models[models["method"] == DENSE], models[models["method"] != DENSE]
     differing = varying(models)
     for number, (_, line) in enumerate(pruned.groupby(["method", *BESIDE_METHOD], sort=False)):
-        control = dense[dense["recovery"] == line["recovery"].iloc[0]]
-        label = _name(line.iloc[0], differing)
-        _line(axis, pd.concat([control, line]), label, number, number, number // len(COLORS), scale)
-
-
-def _name(model: pd.Series, differing: list[str]) -> str:
-    """A model's method and, if the models differ in them, its earlier cuts and its training."""
-    before = [f"after {model['parent']}"] if "parent" in differing and model["parent"] != "none" else []
-    trained = [model["recovery"]] if "recovery" in differing and model["recovery"] != "none" else []
-    return ", ".join([model["method"], *before, *trained])
+        _line(axis, line, name_of(line.iloc[0], differing), number, number, number // len(COLORS), scale)
+        control = dense[(dense["stage"] != "dense") & (dense["recovery"] == line["recovery"].iloc[0])]
+        for _, model in control.iterrows():
+            look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "mfc": "white"}
+            axis.errorbar(0, scale * model["value"], yerr=_bars(model, scale), markersize=4, elinewidth=1, **look)
 
 
 def _line(
     axis: plt.Axes, models: pd.DataFrame, label: str, color: int, marker: int, line: int, scale: float = 1
 ) -> None:
-    """Values against the share of parameters removed, with a 95 % band."""
+    """Values against the share of parameters removed, with 95 % intervals."""
     models = models.sort_values("ratio_achieved")
     removed, value = 100 * models["ratio_achieved"], models["value"]
     low, high = (scale * models[end].fillna(value) for end in ("low", "high"))
     look = {"color": COLORS[color % len(COLORS)], "linestyle": LINES[line % len(LINES)], "lw": 1.2}
     axis.plot(removed, scale * value, label=label, marker=MARKERS[marker % len(MARKERS)], markersize=4, **look)
-    axis.fill_between(removed, low, high, color=look["color"], alpha=0.15, lw=0)
+    axis.vlines(removed, low, high, color=look["color"], lw=1)
+
+
+def _name_lines(axis: plt.Axes) -> None:
+    """Write the names of an axis's lines right of it, at their last points; none meets another."""
+    lines, names = axis.get_legend_handles_labels()
+    axis.autoscale_view()
+    size = 7  # points
+    height = 72 * axis.figure.get_size_inches()[1] * axis.get_position().height
+    in_axis = axis.transData + axis.transAxes.inverted()
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    places = spread([in_axis.transform(end)[1] for end in ends], 1.35 * size / height)
+    for line, name, end, place in zip(lines, names, ends, places, strict=True):
+        thread = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "shrinkA": 1, "shrinkB": 3}
+        axis.annotate(
+            name, end, (1.03, place), textcoords=axis.transAxes, va="center", fontsize=size, color=line.get_color(),
+            arrowprops=thread, annotation_clip=False,
+        )  # fmt: skip
 
 
 def _bars(model: pd.Series, scale: float = 1) -> np.ndarray:
     """(2, 1) how far a model's interval reaches below and above its value; 0 if it has none."""
     reach = [[model["value"] - model["low"]], [model["high"] - model["value"]]]
     return scale * np.nan_to_num(np.array(reach, float)).clip(min=0)
-
-
-def _legend(figure: Figure, axis: plt.Axes) -> None:
-    """A legend above the panels, or beside them if it is long."""
-    handles, labels = axis.get_legend_handles_labels()
-    above = {"loc": "outside upper center", "ncols": len(labels)}
-    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-    figure.legend(handles, labels, frameon=False, **(above if len(labels) <= 3 else beside))

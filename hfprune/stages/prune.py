@@ -106,6 +106,11 @@ class PruneParameters(Cut, Parameters):
         share = "" if self.ratio_of == "all" else " of the MLPs"
         return f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether this cut reads the calibration text: for a refit, or to measure the layers' influence."""
+        return self.refit != "none" or ALLOCATIONS[self.allocation].influence is not None
+
     def read(self) -> dict[str, Any]:
         """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
         unread = NOT_IN_RESULT | ({"ratio_of"} if self.ratio is None else set())
@@ -120,12 +125,12 @@ class PruneParameters(Cut, Parameters):
 def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
     """Refuse scores of another model, a text that the cut does not read, and one that the scores do not come from."""
     model, scores, text = inputs["model"], inputs["scores"], inputs["text"]
-    if (text is None) != (parameters.refit == "none"):
+    if (text is not None) != parameters.reads_text:
+        both = f"refit {parameters.refit!r} with allocation {parameters.allocation!r}"
         raise UserError(
-            f"refit {parameters.refit!r} reads no text: leave out --text."
+            f"{both} reads no text: leave out --text."
             if text
-            else f"refit {parameters.refit!r} reads the calibration text: give --text, the one that the scores were "
-            "made on."
+            else f"{both} reads the calibration text: give --text, the one that the scores were made on."
         )
     if scores.manifest["inputs"]["model"] != model.key:
         raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
@@ -167,11 +172,14 @@ def _cost(job: Any, estimate: Any) -> Any:
     streamed, written = estimate.is_streamed(job, dense), weight_bytes(estimate.models.of(job))
     weights = streamed_bytes(dense) + min(BYTES_PER_FILE, written) if streamed else weight_bytes(dense)
     memory = estimate.device.process + weights
+    calibration, streams = job.inputs["scores"].settings, 0
+    tokens = calibration.samples * calibration.length
+    if ALLOCATIONS[job.settings.allocation].influence:
+        flops += tokens * flops_per_token(dense, calibration.length)
+        streams = tokens * dense.config.hidden_size
     if job.settings.refit != "none":
-        calibration = job.inputs["scores"].settings
-        tokens = calibration.samples * calibration.length
         sequential = job.settings.refit == "sequential"
-        flops = tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
+        flops += tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
         kept = estimate.models.kept(job)
         for name in PARTS:
             for number, part in enumerate(parts(dense, name)):
@@ -183,10 +191,10 @@ def _cost(job: Any, estimate: Any) -> Any:
         width, hidden = max(part.units for part in parts(dense, "mlp")), dense.config.hidden_size
         streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
         memory += 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
-        if streamed:
-            scratch = streams * dense.dtype.itemsize
-        else:
-            memory += streams * dense.dtype.itemsize
+    if streamed:
+        scratch = streams * dense.dtype.itemsize
+    else:
+        memory += streams * dense.dtype.itemsize
     return Cost(flops, memory, written, scratch)
 
 
@@ -204,7 +212,9 @@ PRUNE = Stage(
     inputs={
         "model": Input(CHECKPOINTS, description="dense checkpoint"),
         "scores": Input(("score",), description="the model's scores, from `hfprune score`"),
-        "text": Input(("text",), description="for a refit: the text that the scores come from", optional=True),
+        "text": Input(
+            ("text",), description="for a refit and some allocations: the text that the scores come from", optional=True
+        ),
     },
     libraries=("torch", "transformers"),
     check=_check,

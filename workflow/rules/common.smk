@@ -14,7 +14,7 @@ from hfprune.experiment import schema as experiments
 from hfprune.experiment.results_folder import ResultsFolder
 from hfprune.runtime import gpus
 from hfprune.reporting import paper_tables
-from hfprune.store.keys import code_digest
+from hfprune.store.keys import code_digest, file_sha256
 from hfprune.errors import UserError, is_refusal
 from hfprune.experiment.plan import Plan
 

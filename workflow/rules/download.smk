@@ -15,7 +15,7 @@ rule download:
     message:
         "download {params.label}"
     shell:
-        "python -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+        "python -m hfprune {params.command:q} > {log:q} 2>&1"
 
 
 checkpoint overlap:
@@ -40,7 +40,7 @@ checkpoint overlap:
     message:
         "look for test documents in the calibration and training text"
     shell:
-        "python -m hfprune overlap {params.documents:q} {params.strict} --output {output:q} 2>&1 | tee {log:q}"
+        "python -m hfprune overlap {params.documents:q} {params.strict} --output {output:q} > {log:q} 2>&1"
 
 
 # If the experiment is strict, results wait for the verdict too: finished artifacts do not make them wait.

@@ -21,7 +21,7 @@ rule reference:
     message:
         "record {params.label}"
     shell:
-        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} > {log:q} 2>&1"
 
 
 rule measure:
@@ -46,7 +46,7 @@ rule measure:
     message:
         "measure fidelity and perplexity: {params.label}"
     shell:
-        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} > {log:q} 2>&1"
 
 
 rule evaluate:
@@ -71,7 +71,7 @@ rule evaluate:
     message:
         "evaluate tasks: {params.label}"
     shell:
-        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} > {log:q} 2>&1"
 
 
 rule evaluate_task:
@@ -96,4 +96,4 @@ rule evaluate_task:
     message:
         "evaluate tasks again: {params.label}"
     shell:
-        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} > {log:q} 2>&1"

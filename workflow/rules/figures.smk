@@ -19,9 +19,10 @@ rule collect:
         store=STORE,
         names=[*METHODS, *HELDOUT],
         code=code_digest("hfprune.reporting.metrics"),
+    message:
+        "collect all measured values"
     shell:
-        "python -m hfprune collect --store {params.store:q} {params.names:q} --output {output:q} {params.results:q} 2>&1"
-        " | tee {log:q}"
+        "python -m hfprune collect --store {params.store:q} {params.names:q} --output {output:q} {params.results:q} > {log:q} 2>&1"
 
 
 rule tables:
@@ -37,8 +38,10 @@ rule tables:
     params:
         folder=RESULTS / "tables",
         code=code_digest("hfprune.reporting.summary"),
+    message:
+        "write the tables of all models and their costs"
     shell:
-        "python -m hfprune tables --metrics {input:q} --output {params.folder:q} 2>&1 | tee {log:q}"
+        "python -m hfprune tables --metrics {input:q} --output {params.folder:q} > {log:q} 2>&1"
 
 
 rule figures:
@@ -54,8 +57,10 @@ rule figures:
     params:
         folder=RESULTS / "figures",
         code=code_digest("hfprune.reporting.figures"),
+    message:
+        "draw fidelity and accuracy"
     shell:
-        "python -m hfprune figures --metrics {input:q} --output {params.folder:q} 2>&1 | tee {log:q}"
+        "python -m hfprune figures --metrics {input:q} --output {params.folder:q} > {log:q} 2>&1"
 
 
 rule differences:
@@ -75,9 +80,10 @@ rule differences:
         store=STORE,
         names=[*METHODS, *HELDOUT],
         code=[code_digest(f"hfprune.reporting.{module}") for module in ("samples", "comparison")],
+    message:
+        "compare every pair of models"
     shell:
-        "python -m hfprune differences --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1"
-        " | tee {log:q}"
+        "python -m hfprune differences --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} > {log:q} 2>&1"
 
 
 rule profile:
@@ -98,9 +104,10 @@ rule profile:
         store=STORE,
         names=[*METHODS, *HELDOUT],
         code=[code_digest(f"hfprune.reporting.{module}") for module in ("samples", "figures")],
+    message:
+        "draw where models differ from the dense one"
     shell:
-        "python -m hfprune profile --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1"
-        " | tee {log:q}"
+        "python -m hfprune profile --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} > {log:q} 2>&1"
 
 
 rule agreement:
@@ -119,8 +126,10 @@ rule agreement:
         results=manifests(plan.scores),
         folder=RESULTS,
         code=code_digest("hfprune.reporting.figures"),
+    message:
+        "draw the scores by layer and how criteria agree"
     shell:
-        "python -m hfprune compare --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
+        "python -m hfprune compare --output {params.folder:q} {params.results:q} > {log:q} 2>&1"
 
 
 rule widths:
@@ -141,8 +150,10 @@ rule widths:
         store=STORE,
         names=METHODS,
         code=[code_digest(f"hfprune.reporting.{module}") for module in ("curves", "figures")],
+    message:
+        "draw what every layer keeps"
     shell:
-        "python -m hfprune widths --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
+        "python -m hfprune widths --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} > {log:q} 2>&1"
 
 
 rule losses:
@@ -163,5 +174,7 @@ rule losses:
         store=STORE,
         names=METHODS,
         code=[code_digest(f"hfprune.reporting.{module}") for module in ("curves", "figures")],
+    message:
+        "draw the loss curves of training"
     shell:
-        "python -m hfprune losses --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} 2>&1 | tee {log:q}"
+        "python -m hfprune losses --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} > {log:q} 2>&1"

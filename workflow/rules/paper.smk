@@ -28,9 +28,11 @@ for table, (inputs, results) in SOURCES.items():
             store=STORE,
             names=[*METHODS, *HELDOUT],
             code=[code_digest(f"hfprune.reporting.{module}") for module in ("paper_sheets", "samples")],
+        message:
+            f"write {table} of the paper"
         shell:
             "python -m hfprune table {params.table} --store {params.store:q} {params.names:q} --output {params.folder:q}"
-            " --published {params.published:q} {params.results:q} 2>&1 | tee {log:q}"
+            " --published {params.published:q} {params.results:q} > {log:q} 2>&1"
 
 
 for table, reason in REFUSED.items():
@@ -47,8 +49,10 @@ for table, reason in REFUSED.items():
             ENVIRONMENT
         params:
             reason=reason,
+        message:
+            f"write {table} of the paper"
         shell:
-            "echo {params.reason:q} | tee {log:q} >&2; exit 2"
+            "echo hfprune table: {params.reason:q} > {log:q}; exit 2"
 
 
 rule pareto:
@@ -66,9 +70,10 @@ rule pareto:
     params:
         folder=RESULTS / "figures",
         code=code_digest("hfprune.reporting.figures"),
+    message:
+        "draw quality against speed and cost"
     shell:
-        "python -m hfprune pareto --metrics {input.metrics:q} --timings {input.timings:q} --output {params.folder:q} 2>&1"
-        " | tee {log:q}"
+        "python -m hfprune pareto --metrics {input.metrics:q} --timings {input.timings:q} --output {params.folder:q} > {log:q} 2>&1"
 
 
 # The report's results besides `all`: the tables that the experiment can fill, and timings that already exist.

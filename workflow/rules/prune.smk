@@ -21,4 +21,4 @@ rule prune:
     message:
         "prune {params.label}"
     shell:
-        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} > {log:q} 2>&1"

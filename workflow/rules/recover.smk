@@ -21,4 +21,4 @@ rule recover:
     message:
         "recover {params.label}"
     shell:
-        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} > {log:q} 2>&1"

@@ -1,7 +1,7 @@
 # The report shows every table and figure of `rule all` and of the paper, with its text in
 # workflow/report/captions.yaml: the first sentence is the title, the others are the caption.
 SHOWN = shown([*rules.all.input, *SHOWN_TOO]) | {
-    ("provenance", "config"): [RESULTS / "provenance" / "config.yaml"],
+    ("provenance", "config"): rules.config.output,
     ("provenance", "artifacts"): [RESULTS / "provenance" / "artifacts.csv"],
     ("provenance", "versions"): [RESULTS / "provenance" / "versions.csv"],
 }
@@ -26,9 +26,10 @@ rule page:
         title=title,
         caption=caption,
         code=code_digest("hfprune.reporting.pages"),
+    message:
+        "page of the report: {wildcards.name}"
     shell:
-        "python -m hfprune page --title {params.title:q} --caption {params.caption:q} --output {output:q} {input:q} 2>&1"
-        " | tee {log:q}"
+        "python -m hfprune page --title {params.title:q} --caption {params.caption:q} --output {output:q} {input:q} > {log:q} 2>&1"
 
 
 rule artifacts:
@@ -45,29 +46,17 @@ rule artifacts:
         artifacts=manifests(plan.needed),
         folder=RESULTS / "provenance",
         code=code_digest("hfprune.reporting.pages"),
+    message:
+        "list what every result was made from"
     shell:
-        "python -m hfprune artifacts --output {params.folder:q} {params.artifacts:q} 2>&1 | tee {log:q}"
-
-
-rule config:
-    """Write the config with every default filled in."""
-    output:
-        RESULTS / "provenance" / "config.yaml",
-    log:
-        LOGS / "config.log",
-    conda:
-        ENVIRONMENT
-    params:
-        experiment=lambda wildcards: plan.experiment.model_dump_json(exclude_none=True),  # a function: as a string, its braces would be wildcards
-    shell:
-        "python -m hfprune config /dev/stdin --output {output:q} <<< {params.experiment:q} 2>&1 | tee {log:q}"
+        "python -m hfprune artifacts --output {params.folder:q} {params.artifacts:q} > {log:q} 2>&1"
 
 
 rule report:
     """Put all pages into one HTML file, by `snakemake --report` on the same experiment."""
     input:
         pages=[RESULTS / "report" / kind / f"{name}.html" for kind, name in SHOWN],
-        config=RESULTS / "provenance" / "config.yaml",
+        config=rules.config.output[0],
         style=workflow.source_path("../report/style.css"),
     output:
         RESULTS / "report.html",
@@ -78,8 +67,10 @@ rule report:
     params:
         folder=RESULTS,  # for a temporary folder: Snakemake writes in place, and a partial report would look finished
         snakefile=workflow.main_snakefile,
+    message:
+        "put all pages into one file"
     shell:
         "aside=$(mktemp -d {params.folder:q}/.report-XXXXXX); trap 'rm -rf $aside' EXIT; "
         "snakemake {input.pages:q} --snakefile {params.snakefile:q} --configfile {input.config:q} --cores 1 --nolock"
-        " --report $aside/report.html --report-stylesheet {input.style:q} > {log:q} 2>&1 || {{ cat {log:q}; exit 1; }}; "
+        " --report $aside/report.html --report-stylesheet {input.style:q} > {log:q} 2>&1; "
         "mv $aside/report.html {output:q}"

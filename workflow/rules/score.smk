@@ -23,7 +23,7 @@ rule score:
     message:
         "score: {params.label}"
     shell:
-        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} > {log:q} 2>&1"
 
 
 rule shard:
@@ -51,7 +51,7 @@ rule shard:
     message:
         "score a shard: {params.label}"
     shell:
-        "{params.python:q} -m hfprune {params.command:q} 2>&1 | tee {log:q}"
+        "{params.python:q} -m hfprune {params.command:q} > {log:q} 2>&1"
 
 
 ruleorder: score > first_score

@@ -25,7 +25,7 @@ rule efficiency:
         "time models"
     shell:
         "{params.python:q} -m hfprune efficiency --models {params.models:q} --dtype {params.dtype:q} {params.place:q}"
-        " --output {output:q} 2>&1 | tee {log:q}"
+        " --output {output:q} > {log:q} 2>&1"
 
 
 rule scoring_cost:
@@ -60,4 +60,4 @@ rule scoring_cost:
         "time the scoring of each criterion"
     shell:
         "{params.python:q} -m hfprune scoring-cost {params.inputs:q} --criteria {params.criteria:q}"
-        " {params.sampling:q} --output {output:q} 2>&1 | tee {log:q}"
+        " {params.sampling:q} --output {output:q} > {log:q} 2>&1"

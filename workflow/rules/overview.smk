@@ -1,0 +1,45 @@
+# The overview page: results/<experiment>/index.html.
+PAGE = Path(experiments.__file__).parents[1] / "reporting" / "overview.html"
+
+
+rule config:
+    """Write the config with every default filled in."""
+    output:
+        RESULTS / "provenance" / "config.yaml",
+    log:
+        LOGS / "config.log",
+    conda:
+        ENVIRONMENT
+    params:
+        experiment=lambda wildcards: plan.experiment.model_dump_json(exclude_none=True),  # a function: as a string, its braces would be wildcards
+    message:
+        "write the config with its defaults"
+    shell:
+        "python -m hfprune config /dev/stdin --output {output:q} <<< {params.experiment:q} > {log:q} 2>&1"
+
+
+rule index:
+    """Make the overview page, which needs no other file."""
+    input:
+        rules.collect.output,
+        rules.differences.output,
+        rules.widths.output,
+        rules.overlap.output,
+        rules.losses.output if plan.recoveries else [],
+        missing(plan.needed),
+        config=rules.config.output[0],
+    output:
+        RESULTS / "index.html",
+    log:
+        LOGS / "index.log",
+    conda:
+        ENVIRONMENT
+    params:
+        folder=RESULTS,
+        artifacts=manifests([*plan.needed, *plan.parts.values()]),
+        code=[code_digest("hfprune.reporting.overview"), file_sha256(PAGE)],
+    message:
+        "write the overview page"
+    shell:
+        "python -m hfprune index --results {params.folder:q} --config {input.config:q} --output {output:q}"
+        " {params.artifacts:q} > {log:q} 2>&1"
