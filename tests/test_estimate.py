@@ -87,6 +87,17 @@ def test_operations_are_those_that_the_stages_record(tried):
     assert cost.flops == tokens * (per_token + dense_logits)
 
 
+def test_a_cut_that_measures_the_layers_costs_a_forward_pass(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfprune.models.checkpoint.prove", lambda *_: {"trust_remote_code": False})
+    monkeypatch.setattr("hfprune.sharing.model_card.write_card", lambda _: None)
+    asked = experiment | {"store": str(tmp_path / "store"), "methods": ["CFSP"], "ratios": [0.2]}
+    plan = Plan(parse(Experiment, asked, "test"))
+    (job,) = plan.jobs["prune"].values()
+    details = make(plan, job)["details"]
+    assert estimate(plan, plan.experiment).cost(job).flops == details["allocation_flops"] > 0
+    assert len(details["influence"]) == 3
+
+
 def test_a_cut_is_as_large_as_it_will_be_and_disk_as_full(tried):
     experiment, plan, found = tried
     (pruned,) = (each for each in plan.jobs["prune"].values() if each.key == found["prune"][1]["key"])

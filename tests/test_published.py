@@ -87,3 +87,34 @@ def test_z_scores_of_the_allocation_and_of_the_criterion_are_the_same_for_neuron
     one = api.allocate(model, api.score(model, sequences, "flap"), ratio, "mlp", "standardized")["mlp"]
     other = api.allocate(model, api.score(model, sequences, "flap_standardized"), ratio, "mlp", "global")["mlp"]
     assert [layer.tolist() for layer in one] == [layer.tolist() for layer in other]
+
+
+def test_modegpts_refit_without_a_ridge_is_nystroems_approximation():
+    model, sequences = make_model(), tokens(20)
+    h, weights = (
+        activations(model, sequences, "mlp"),
+        [layer.mlp.down_proj.weight.clone() for layer in model.model.layers],
+    )
+    kept = api.allocate(model, api.score(model, sequences, "leverage"), 0.1, round_to=1)
+    assert presets()["MoDeGPT"].recipe.refit == "least_squares"
+    api.refit(model, kept, sequences, "least_squares", 0.0)
+    for layer, seen, weight, stays in zip(model.model.layers, h, weights, kept["mlp"], strict=True):
+        products = seen.T @ seen
+        expected = weight.double().numpy() @ products[:, stays] @ np.linalg.inv(products[stays][:, stays])
+        np.testing.assert_allclose(layer.mlp.down_proj.weight[:, stays].numpy(), expected, rtol=0, atol=2e-4)
+        assert np.abs(weight[:, stays].numpy() - expected).max() > 1e-2
+
+
+def test_modegpt_and_slimgpt_choose_neurons_by_what_their_papers_say():
+    """Leverage of the activations; Optimal Brain Surgeon, in which the neuron of the least saliency goes first."""
+    model, sequences = make_model(), tokens(20)
+    leverage, obs = (api.score(model, sequences, presets()[name].recipe.criterion) for name in ("MoDeGPT", "SlimGPT"))
+    for number, h in enumerate(activations(model, sequences, "mlp")):
+        mean = h.T @ h / len(h)
+        ridge = 0.01 * np.trace(mean) / 48
+        inverse = np.linalg.inv(mean + ridge * np.eye(48))
+        np.testing.assert_allclose(leverage["mlp"][number].numpy(), np.diag(mean @ inverse), rtol=1e-4)
+        weight = model.model.layers[number].mlp.down_proj.weight.double().numpy()
+        saliency = (weight**2).sum(0) / np.diag(inverse)
+        assert obs["mlp"][number].argmin() == saliency.argmin()
+        assert obs["mlp"][number].min().item() == pytest.approx(saliency.min(), rel=1e-4)

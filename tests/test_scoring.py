@@ -334,6 +334,17 @@ def test_shards_add_up_to_what_one_job_scores(shards, monkeypatch):
         assert all(a.equal(b) for a, b in zip(flat(found), flat(right), strict=True)), name
 
 
+@pytest.mark.parametrize("name", ["llm_pruner_element_1", "fisher_pairs", "obs"])
+def test_what_shards_store_of_a_criterion_is_all_that_it_needs(name, tmp_path):
+    model, sums = make_model(), Sums()
+    for number, share in enumerate((range(3), range(3, 6))):
+        part = add_up(model, tokens(), [name, "entropy", "wanda"], 0, 1, None, None, share).of(name)
+        part.save(tmp_path / f"{number}.safetensors")
+        sums.load(tmp_path / f"{number}.safetensors")
+    assert_close(finish(name, sums, 120, 0, 1, model), unit_scores(model, tokens(), [name])[name])
+    assert not any(key.startswith("entropy") for key in sums.tensors)
+
+
 def test_a_shard_holds_whole_batches_where_there_are_enough():
     assert [len(shard_range(32, 256, number, 3)) for number in range(3)] == [8, 12, 12]
     assert [len(shard_range(6, 32, number, 3)) for number in range(3)] == [2, 2, 2]

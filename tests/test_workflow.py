@@ -176,7 +176,9 @@ def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(chec
     criteria = checkout.folder / "hfprune" / "pruning" / "criteria.py"
     criteria.write_text(criteria.read_text().replace('"""Gradient of', '"""The gradient of') + "\n# A comment.\n")
     (checkout.folder / "README.md").write_text("New.\n")
-    assert ran(checkout.snakemake(experiment)) == {"figures": 1, "profile": 1, "agreement": 1, "widths": 1, "all": 1}
+    assert ran(checkout.snakemake(experiment)) == {
+        "figures": 1, "profile": 1, "agreement": 1, "widths": 1, "index": 1, "all": 1,
+    }  # fmt: skip
     assert "Nothing to be done" in checkout.snakemake(experiment)
 
 
@@ -291,7 +293,8 @@ def test_j_a_clock_that_jumps_reruns_nothing_and_hides_nothing(checkout, experim
                 os.utime(path, (seconds, seconds), follow_symlinks=False)
         assert checkout.planned(more) == {
             "prune": 1, "measure": 1, "evaluate": 1,
-            "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "widths": 1, "all": 1,
+            "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "widths": 1, "config": 1,
+            "index": 1, "all": 1,
         }  # fmt: skip
     assert model_stages(ran(checkout.snakemake(more, "--until", "prune"))) == {"prune": 1}, "from inputs of 2099"
     manifest = checkout.manifests("measure")[0]
