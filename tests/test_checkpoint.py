@@ -257,14 +257,14 @@ NAME = "model.layers.1.mlp.up_proj.weight"
     ],
 )
 def test_a_checkpoint_damaged_between_saving_and_proof_is_refused(damage, message, made, tmp_path, monkeypatch):
-    write = checkpoint.write
+    finish = checkpoint.LayerWriter.finish
 
-    def write_and_damage(model, folder, source):
-        expected = write(model, folder, source)
-        damage(folder)
+    def finish_and_damage(writer):
+        expected = finish(writer)
+        damage(writer.folder)
         return expected
 
-    monkeypatch.setattr(checkpoint, "write", write_and_damage)
+    monkeypatch.setattr(checkpoint.LayerWriter, "finish", finish_and_damage)
     monkeypatch.setattr(surgery, "allocate", lambda *_: KEPT)
     dense, scores = made["llama-tied"] / "dense", write_scores(tmp_path / "scores", random_scores())
 

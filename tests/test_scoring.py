@@ -174,6 +174,28 @@ def test_scores_by_weights_equal_those_of_the_gradients_of_all_weights(name, kin
     assert_close(ours, scores_by_weights(name, make_model(), tokens(), kind))
 
 
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+@pytest.mark.parametrize(("name", "by_row"), [("llm_pruner_element_1", False), ("llm_pruner_vector", True)])
+def test_scores_by_weights_equal_torch_prunings_own(name, by_row):
+    """LLM-Pruner is built on that package, whose group importance is of the same form."""
+    import torch_pruning
+
+    ours = unit_scores(make_model(), tokens(), [name])[name]["mlp"]
+    model = make_model().requires_grad_(True)
+    model.config.use_cache = False
+    graph = torch_pruning.DependencyGraph().build_dependency(
+        model, example_inputs=tokens(1), output_transform=lambda output: output.logits
+    )
+    (-torch.log_softmax(model(tokens()).logits[:, :-1], -1).gather(-1, tokens()[:, 1:, None]).sum()).backward()
+    importance = torch_pruning.importance.GroupTaylorImportance(
+        group_reduction="sum", normalizer=None, multivariable=by_row
+    )
+    for layer, scores in zip(model.model.layers, ours, strict=True):
+        neurons = list(range(48))
+        group = graph.get_pruning_group(layer.mlp.gate_proj, torch_pruning.prune_linear_out_channels, neurons)
+        torch.testing.assert_close(scores, importance(group).detach() / 120, rtol=1e-4, atol=1e-7)
+
+
 def test_pairs_of_fisher_information_add_up_to_what_single_units_and_whole_layers_have():
     model = make_model()
     sums = add_up(model, tokens(), ["fisher_pairs", "fisher_token"], 0, 1, None, None)

@@ -5,11 +5,11 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+import hfprune
 from hfprune.runtime.memory import available_bytes
 
 GIB = 2**30
@@ -64,7 +64,7 @@ def examination(store: Path) -> str:
     """
     machine = this_machine()
     lines = [
-        f"hfprune    {version('hfprune')}, Python {platform.python_version()}, torch {torch.__version__}",
+        f"hfprune    {hfprune.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"device     {machine.device}; {machine.memory / GIB:.1f} GiB of memory free; models in {machine.dtype}",
         f"store      {_store(store)}",
         f"hub        {_hub()}",

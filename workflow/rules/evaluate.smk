@@ -32,6 +32,7 @@ rule measure:
         artifact("measure"),
     log:
         LOGS / "measure" / "{key}.log",
+    priority: 40  # fidelity is known first, then come trainings, then tasks
     conda:
         ENVIRONMENT
     threads: half_the_cores

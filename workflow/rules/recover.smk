@@ -6,7 +6,7 @@ rule recover:
         artifact("recover"),
     log:
         LOGS / "recover" / "{key}.log",
-    priority: 50
+    priority: 20  # what is cut is measured first
     conda:
         ENVIRONMENT
     threads: 16
