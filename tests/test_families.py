@@ -285,6 +285,29 @@ def test_a_trained_scale_of_the_embeddings_folds_into_the_weights(name, tied):
     torch.testing.assert_close(logits(finish(model, None)), before, rtol=1e-4, atol=1e-4)
 
 
+def test_a_family_that_is_not_declared_is_treated_as_the_one_that_it_is_like(capsys):
+    assert "ministral3" not in FAMILIES
+    model = make("ministral3")
+    check_config(model.config, "me")
+    kept = some(model, "mlp")
+    expected = logits(masked(model, kept))
+    assert "named, and compute, as those of 'llama'" in capsys.readouterr().err
+    cut(model, kept)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_names_alone_do_not_make_a_family(capsys):
+    model = make("granite")  # has the modules of a Llama
+    model.config.model_type = "unheard-of"
+    assert layout_of(model) == FAMILIES["granite"].layout
+    other = make("llama")
+    other.config.model_type = "unheard-of"
+    forward = other.model.layers[1].mlp.forward
+    other.model.layers[1].forward = lambda states, **_: states + 2 * forward(states)
+    with pytest.raises(UserError, match="they compute something else than those of 'llama'"):
+        layout_of(other)
+
+
 # One for each way of saving: transposed, without a module, fused, norms of heads, a cap, buffers, heads of fixed size.
 @pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "cohere", "gemma2", "apertus", "gpt_neox"])

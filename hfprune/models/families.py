@@ -68,9 +68,8 @@ POST_NORM = _with(
     attention={"norm": None, "after": "post_attention_layernorm"},
     mlp={"norm": None, "after": "post_feedforward_layernorm"},
 )
-GEMMA = replace(LLAMA, gain_offset=1.0)
 GEMMA_2 = _with(
-    GEMMA,
+    LLAMA,
     attention={"after": "post_attention_layernorm"},
     mlp={"norm": "pre_feedforward_layernorm", "after": "post_feedforward_layernorm"},
     masks_by_kind=True,
@@ -182,7 +181,7 @@ FAMILIES = {
     "ernie4_5": Family("ERNIE 4.5 dense", LLAMA),
     "exaone4": Family("EXAONE 4", POST_NORM),
     "olmo": Family("OLMo", LLAMA),
-    "gemma": Family("Gemma", GEMMA),
+    "gemma": Family("Gemma", LLAMA),
     "gemma2": Family("Gemma 2", GEMMA_2),
     "gemma3_text": Family("Gemma 3, text alone", GEMMA_2),
     "cohere": Family("Command R", COHERE),
@@ -197,7 +196,7 @@ FAMILIES = {
         "GLM-4-0414",
         _with(GLM, attention={"after": "post_self_attn_layernorm"}, mlp={"after": "post_mlp_layernorm"}),
     ),
-    "nemotron": Family("Nemotron, Minitron", replace(NO_GATE, gain_offset=1.0)),
+    "nemotron": Family("Nemotron, Minitron", NO_GATE),
     "arcee": Family("AFM", NO_GATE),
     "apertus": Family(
         "Apertus", _with(NO_GATE, attention={"norm": "attention_layernorm"}, mlp={"norm": "feedforward_layernorm"})

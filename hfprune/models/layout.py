@@ -79,7 +79,6 @@ class Layout:
         logit_scale, logit_divisor: key of the config with the factor or divisor of the logits; None for 1.
         logit_cap: key of the config with c in c * tanh(logits / c); None, there or here, if logits are not capped.
         masks_by_kind: whether the base model takes a dictionary of attention masks, by kind of layer.
-        gain_offset: what a norm adds to its weight before it multiplies by it.
         layers_return_tuples: whether a layer returns its hidden states as the first of several values.
         keeps_documents_apart: whether documents in one row do not see one another when positions begin anew.
         queries: query heads to a key-value head; None: as the config's numbers of heads say.
@@ -95,7 +94,6 @@ class Layout:
     logit_divisor: str | None = None
     logit_cap: str | None = None
     masks_by_kind: bool = False
-    gain_offset: float = 0.0
     layers_return_tuples: bool = False
     keeps_documents_apart: bool = True
     queries: int | None = None

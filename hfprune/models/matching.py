@@ -32,8 +32,11 @@ def matched(model: PreTrainedModel) -> Layout:
 
 def _search(model: PreTrainedModel) -> Layout:
     kind, has_values = model.config.model_type, not any(parameter.is_meta for parameter in model.parameters())
-    alike = [(name, family.layout) for name, family in FAMILIES.items() if isinstance(family.layout, Layout)]
-    alike = [(name, layout) for name, layout in alike if _names_match(model, layout)]
+    first_of: dict[Layout, str] = {}  # several families share a layout
+    for name, family in FAMILIES.items():
+        if isinstance(family.layout, Layout):
+            first_of.setdefault(family.layout, name)
+    alike = [(name, layout) for layout, name in first_of.items() if _names_match(model, layout)]
     for name, layout in alike:
         if not has_values:
             return layout
@@ -57,7 +60,7 @@ def _names_match(model: PreTrainedModel, layout: Layout) -> bool:
         layers = model.base_model.get_submodule(layout.layers)
         model.base_model.get_submodule(layout.final_norm)
         size = head_size(model.config)
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, RuntimeError):  # the last: a config whose values differ by layer
         return False
     blocks = (layout.attention, layout.mlp)
     linears = {block.output for block in blocks} | {rows.path for block in blocks for rows in block.rows}

@@ -305,7 +305,7 @@ def _norms(network: PreTrainedModel, **_lora_settings: object):
     """
     embedding = network.get_input_embeddings()
     last_norm = network.base_model.get_submodule(layout_of(network).final_norm)
-    tied, offset = network.get_output_embeddings().weight is embedding.weight, layout_of(network).gain_offset
+    tied = network.get_output_embeddings().weight is embedding.weight
     if tied and getattr(last_norm, "weight", None) is None:
         raise UserError(
             f"method 'norms': the last norm of a {network.config.model_type} model has no weights, which would take up "
@@ -325,6 +325,7 @@ def _norms(network: PreTrainedModel, **_lora_settings: object):
         scale = 1 + embedding.scale
         del embedding.scale
         if tied:
+            offset = _offset_of_gains(last_norm)
             last_norm.weight.copy_((last_norm.weight + offset) / scale - offset)
             if getattr(last_norm, "bias", None) is not None:
                 last_norm.bias /= scale
@@ -332,6 +333,13 @@ def _norms(network: PreTrainedModel, **_lora_settings: object):
         return trained
 
     return network, finish
+
+
+def _offset_of_gains(norm: nn.Module) -> int:
+    """What a norm adds to its weights before it multiplies by them: 1 in Gemma and Nemotron, else 0."""
+    silent = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
+    ramp = torch.linspace(-1, 1, len(norm.weight), device=norm.weight.device, dtype=norm.weight.dtype)
+    return int(torch.func.functional_call(norm, silent, (ramp,)).any())
 
 
 def _full(network: PreTrainedModel, **_lora_settings: object):
