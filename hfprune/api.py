@@ -22,14 +22,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfprune.data.sampling import draw_sequences
 from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import hidden_states, position_measures, summary
 from hfprune.models import checkpoint
-from hfprune.models.loading import check_config
+from hfprune.models.head import head_of
+from hfprune.models.loading import LINEAR, check_config
 from hfprune.models.units import PARTS, Kept, Scores, parts
 from hfprune.pruning import surgery
 from hfprune.pruning.allocation import ALLOCATIONS
@@ -63,7 +64,7 @@ def prune(
     """A smaller model, cut from a copy; `model` itself stays as it is, so memory holds both.
 
     Args:
-        model: of a supported family (Llama, Mistral, Qwen2, Qwen3), whole and on one device.
+        model: of a supported family (docs/families.md), whole and on one device.
         tokenizer: the model's.
         texts: documents to score on, and to refit on; `samples` of them must have `length` tokens.
         ratio: the share to remove, of what `ratio_of` says.
@@ -262,9 +263,10 @@ def fidelity(model: PreTrainedModel, dense: PreTrainedModel, tokens: Tensor) -> 
     with _as_scored(model), _as_scored(dense):
         both = zip(hidden_states(model, tokens, "measure"), hidden_states(dense, tokens, "dense"), strict=True)
         for sequence, (hidden, dense_hidden) in zip(tokens, both, strict=True):
-            head, dense_head = (each.get_output_embeddings().weight for each in (model, dense))
-            moved = [each.to(head.device) for each in (dense_hidden[0], dense_head, sequence)]
-            measures = position_measures(hidden[0].to(head.device), head, *moved)
+            with head_of(model) as head, head_of(dense) as dense_head:
+                place = head.weight.device
+                moved = [each.to(place) for each in (dense_hidden[0], dense_head, sequence)]
+                measures = position_measures(hidden[0].to(place), head, *moved)
             documents.append({name: values.mean().item() for name, values in measures.items()})
     return {name: estimate["value"] for name, estimate in summary(documents).items()}
 
@@ -281,12 +283,12 @@ def check_model(model: PreTrainedModel) -> None:
             "`model = model.merge_and_unload()`."
         )
     check_config(model.config, type(model).__name__)
-    if not hasattr(getattr(model, "model", None), "layers") or model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None:
         raise UserError(
             f"{type(model).__name__}: no language model with an output layer. Load it by AutoModelForCausalLM."
         )
     linears = [linear for name in PARTS for part in parts(model, name) for linear in part.linears]
-    if odd := [each for each in linears if type(each) is not nn.Linear or not each.weight.is_floating_point()]:
+    if odd := [each for each in linears if type(each) not in LINEAR or not each.weight.is_floating_point()]:
         raise UserError(
             f"{type(model).__name__}: its layers hold {type(odd[0]).__name__}, adapters or quantised weights. Merge "
             "adapters, and load the model without quantisation."

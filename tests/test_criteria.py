@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hfprune.models.units import PARTS, part_of
+from hfprune.models.units import PARTS, parts
 from hfprune.pruning.criteria import (
     CRITERIA,
     TOP_K,
@@ -241,23 +241,24 @@ FORMULAS = {
 @pytest.mark.parametrize("kind", PARTS)
 @pytest.mark.parametrize("name", FORMULAS)
 def test_static_scores_equal_their_formulas(name, kind):
-    layer = make_model().model.layers[1]
+    model = make_model()
+    layer, part = model.model.layers[1], parts(model, kind)[1]
     h = np.random.default_rng(0).normal(0.3, 1, (200, 48 if kind == "mlp" else 32))
     moments = Moments(200, *map(torch.tensor, (h.sum(0), (h**2).sum(0), h.T @ h)))
-    found = CRITERIA[name].score(part_of(layer, kind), moments, torch.Generator())
+    found = CRITERIA[name].score(part, moments, torch.Generator())
     np.testing.assert_allclose(found.numpy(), FORMULAS[name](layer, kind, h), rtol=1e-5)
 
 
 def test_ppm_activation_equals_optipfairs_own():
     from optipfair.pruning.mlp_glu import compute_neuron_pair_importance_maw_hybrid
 
-    layer = make_model().model.layers[0]
-    mlp = layer.mlp
+    model = make_model()
+    mlp = model.model.layers[0].mlp
     h = torch.randn(100, 48, dtype=torch.float64)
     theirs = compute_neuron_pair_importance_maw_hybrid(
         mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, h.norm(dim=0).float()
     )
     ours = CRITERIA["ppm_activation"].score(
-        part_of(layer, "mlp"), Moments(100, h.sum(0), (h**2).sum(0)), torch.Generator()
+        parts(model, "mlp")[0], Moments(100, h.sum(0), (h**2).sum(0)), torch.Generator()
     )
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)

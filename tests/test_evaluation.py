@@ -17,8 +17,8 @@ from hfprune.errors import UserError
 from hfprune.evaluation import shared_prefix
 from hfprune.evaluation.lm_eval_runner import evaluate_task, language_model
 from hfprune.evaluation.shared_prefix import Shared, Stock
-from hfprune.models.modeling_per_layer import CLASSES
-from hfprune.runtime.memory import forward_bytes
+from hfprune.models import modeling_per_layer
+from hfprune.models.activations import forward_bytes
 from tests.conftest import (
     FAMILIES,
     REPOSITORY,
@@ -57,7 +57,7 @@ def questions():
 def per_layer(family):
     made = make_model(family, intermediate_sizes=[48, 16, 32], key_value_heads=[2, 1, 2])
     torch.manual_seed(0)
-    network = CLASSES[family](made.config).eval().requires_grad_(False)
+    network = modeling_per_layer.per_layer(type(made))(made.config).eval().requires_grad_(False)
     for parameter in network.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=0.15)

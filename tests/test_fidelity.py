@@ -11,6 +11,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
 from hfprune.evaluation.fidelity import Profile, measure, position_measures, reference, summary, token_measures
+from hfprune.models.head import Head
 from hfprune.models.loading import load_model
 from hfprune.store.filenames import PROFILE, REFERENCE, RESULTS, SAMPLES
 from tests.conftest import save_checkpoint
@@ -49,7 +50,7 @@ def test_chunks_change_nothing_and_the_loss_is_the_models_own(checkpoint, monkey
     with torch.no_grad():
         hidden = model.model(tokens[None]).last_hidden_state[0]
         loss = model(tokens[None], labels=tokens[None]).loss.item()
-    head = model.get_output_embeddings().weight
+    head = Head(model.get_output_embeddings().weight)
     other = hidden + torch.linspace(-1, 1, 32)
     whole = position_measures(other, head, hidden, head, tokens)
     monkeypatch.setattr("hfprune.evaluation.fidelity.LOGITS_PER_CHUNK", 3 * 320)

@@ -7,8 +7,15 @@ import torch
 
 from hfprune.data.packing import NO_LABEL, PROMPT, Example, Packed, pack, read_examples
 from hfprune.errors import UserError
-from hfprune.models.loading import FAMILIES
-from tests.conftest import TEMPLATES, make_adding_tokenizer, make_model, make_tokenizer, sentences, write_lines
+from tests.conftest import (
+    FAMILIES,
+    TEMPLATES,
+    make_adding_tokenizer,
+    make_model,
+    make_tokenizer,
+    sentences,
+    write_lines,
+)
 
 
 def examples(*lengths, prompt=0):

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from hfprune.data.packing import Packed, read_examples
 from hfprune.errors import UserError
-from hfprune.models.loading import FAMILIES, load_model, load_tokenizer
+from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.pruning.surgery import cut
 from hfprune.recovery import training
 from hfprune.recovery.training import METHODS, recover
 from hfprune.runtime.signals import Stopped
 from hfprune.stages.recover import RecoverParameters
 from hfprune.store import artifacts
-from tests.conftest import make_model, run_hfprune, save_checkpoint, save_dense, sentences, write_lines
+from tests.conftest import FAMILIES, make_model, run_hfprune, save_checkpoint, save_dense, sentences, write_lines
 
 pytestmark = pytest.mark.usefixtures("forked_reload")
 SMALL = {"length": 384, "batch_tokens": 768, "rank": 4, "epochs": 1}

@@ -8,11 +8,13 @@ import torch
 
 from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import token_measures
+from hfprune.models.families import layout_of
 from hfprune.models.loading import flops_per_token
-from hfprune.models.units import part_of
+from hfprune.models.run_part import Passed, run_part
+from hfprune.models.units import parts
 from hfprune.models.walk import enter
 from hfprune.pruning.allocation import allocate
-from hfprune.pruning.refit import DRIFT, Repair, refit, run_part
+from hfprune.pruning.refit import DRIFT, Repair, Space, refit
 from hfprune.pruning.surgery import cut
 from tests.conftest import make_model
 
@@ -51,7 +53,8 @@ def seen_at(model, sequences, place, take):
 
 def activations(model, sequences, name="mlp"):
     """What meets every output layer: (tokens, columns) per layer."""
-    return seen_at(model, sequences, lambda layer: part_of(layer, name).output, lambda meets, _output: meets)
+    outputs = iter([part.output for part in parts(model, name)])
+    return seen_at(model, sequences, lambda _layer: next(outputs), lambda meets, _output: meets)
 
 
 def output(model, sequences):
@@ -68,9 +71,10 @@ def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family,
         assert len(stream) == 4
         for name in ("attention", "mlp"):
             with torch.no_grad():
-                passed = [run_part(layer, name, keywords, states) for states in stream]
-            stream = [states + written for states, (written, _) in zip(stream, passed, strict=True)]
-        found = torch.cat([seen for _, seen in passed]).flatten(0, 1)
+                how = (layout_of(model), model.config, layer, name, keywords)
+                passed = [run_part(*how, states) for states in stream]
+            stream = [states + each.written for states, each in zip(stream, passed, strict=True)]
+        found = torch.cat([each.activations for each in passed]).flatten(0, 1)
         assert torch.allclose(found, expected, atol=1e-5)
         assert torch.allclose(found.T @ found, expected.T @ expected, rtol=1e-4, atol=1e-4)
 
@@ -98,7 +102,7 @@ def test_least_squares_solves_the_ridge_problem_on_the_intact_model(structure):
     assert details.pop("refit_flops") > 640 * flops_per_token(dense, sequences.shape[1])
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
     for number, (name, columns) in product(range(3), (("mlp", neurons), ("attention", COLUMNS))):
-        weight, found = (part_of(each.model.layers[number], name).output.weight for each in (dense, model))
+        weight, found = (parts(each, name)[number].output.weight for each in (dense, model))
         if name not in kept or len(columns[number]) == weight.shape[1]:
             assert torch.equal(found, weight)
             continue
@@ -114,9 +118,13 @@ def behind(model, sequences, name):
     return seen_at(model, sequences, lambda layer: layer, lambda _meets, output: output)
 
 
+@pytest.mark.parametrize("multiplier", [1.0, 0.3])
 @pytest.mark.parametrize("structure", ["mlp", "attention", "mlp+attention"])
-def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_of_the_drift(structure):
-    dense, sequences, neurons = make_model(), tokens(20), some()
+def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_of_the_drift(structure, multiplier):
+    """Also where what a block writes is multiplied before it is added, as in Granite."""
+    family = {"llama": {}} if multiplier == 1 else {"granite": {"residual_multiplier": multiplier}}
+    ((family, changes),) = family.items()
+    dense, sequences, neurons = make_model(family, **changes), tokens(20), some()
     kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
     model, seen = copy.deepcopy(dense), copy.deepcopy(dense)  # seen: refitted as far as the loop below has come
     details = refit(model, kept, sequences, "sequential", 0.1)
@@ -125,17 +133,66 @@ def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_
     columns = {"mlp": neurons if "mlp" in kept else [torch.arange(48)] * 3}
     columns["attention"] = COLUMNS if "attention" in kept else [torch.arange(32)] * 3
     for number, name in product(range(3), ("attention", "mlp")):
-        stays, weight = columns[name][number], part_of(dense.model.layers[number], name).output.weight
+        stays, weight = columns[name][number], parts(dense, name)[number].output.weight
         right = behind(dense, sequences, name)[number]
         drift = right - behind(seen, sequences, name)[number]
         h = activations(seen, sequences, name)[number]
-        expected = ridge_solution(h, weight, stays, DRIFT * drift)
-        found = part_of(model.model.layers[number], name).output.weight
+        expected = ridge_solution(h, weight, stays, DRIFT * drift / multiplier)
+        found = parts(model, name)[number].output.weight
         assert torch.allclose(found[:, stays].double(), expected, atol=2e-5), (number, name)
-        part_of(seen.model.layers[number], name).output.weight.copy_(found)  # what everything above sees
+        parts(seen, name)[number].output.weight.copy_(found)  # what everything above sees
         lost = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, stays, False)
         assert not found[:, lost].any()
     assert DRIFT == 0.5
+
+
+def normed_layer():
+    """A layer of Gemma 2, whose norm behind the MLP has gains of its own, and the space of its errors."""
+    model = make_model("gemma2")
+    layer, draw = model.model.layers[1], torch.Generator().manual_seed(0)
+    layer.post_feedforward_layernorm.weight += 0.5 * torch.randn(32, generator=draw)
+    return model, layer, Space(layout_of(model), model.config, layer, "mlp")
+
+
+def test_where_a_norm_follows_the_refit_is_near_the_best_that_brute_force_finds():
+    model, layer, space = normed_layer()
+    part, norm, draw = parts(model, "mlp")[1], layer.post_feedforward_layernorm, torch.Generator().manual_seed(1)
+    h = torch.randn(400, 48, generator=draw) @ torch.randn(48, 48, generator=draw)
+    h = h * torch.randn(400, 1, generator=draw).mul(2).exp()  # tokens of very different sizes, which the norm evens out
+    weight, stays = part.output.weight.clone(), torch.arange(36)
+    right = norm(h @ weight.T)
+
+    def error(kept):
+        return (norm(h[:, stays] @ kept.T) - right).square().sum()
+
+    repair = Repair(part, stays, "mlp", 1, space)
+    outputs = (h @ weight.T)[None]
+    repair.add(Passed(h[None], outputs, outputs))
+    repair.solve(1e-6)
+    ours = error(part.output.weight[:, stays]).item()
+    plain = error(ridge_solution(h, weight, stays.tolist()).float()).item()
+    best = part.output.weight[:, stays].clone().requires_grad_()
+    search = torch.optim.LBFGS([best], max_iter=300, line_search_fn="strong_wolfe")
+
+    def step():
+        search.zero_grad()
+        loss = error(best)
+        loss.backward()
+        return loss
+
+    search.step(step)
+    assert ours < 1.3 * error(best).item()
+    assert ours < 0.7 * plain, "without the weights, the largest tokens decide alone"
+
+
+def test_drift_goes_back_through_the_norm_to_first_order():
+    _, layer, space = normed_layer()
+    draw, norm = torch.Generator().manual_seed(2), layer.post_feedforward_layernorm.double()
+    output, change = (torch.randn(6, 32, generator=draw, dtype=torch.float64) for _ in range(2))
+    drift = torch.func.jvp(norm, (output,), (change,))[1]
+    found = torch.func.jvp(norm, (output,), (space.back(drift, output),))[1]
+    kept = (norm.weight + 1).abs() > 0.02 * (norm.weight + 1).abs().max()
+    torch.testing.assert_close(found[:, kept], drift[:, kept], rtol=1e-3, atol=1e-3)
 
 
 def test_a_refit_lowers_the_error_of_each_layers_output():
@@ -206,8 +263,10 @@ def test_a_system_that_cannot_be_solved_names_its_layer():
     model.model.layers[1].mlp.gate_proj.weight[:5] = 0  # neurons that are always silent
     with pytest.raises(UserError, match=r"layer 1, mlp: .* with ridge 0.*Set a larger `ridge`"):
         refit(model, {"mlp": [torch.arange(47)] * 3}, tokens(8), "least_squares", 0.0)
-    broken = Repair(part_of(model.model.layers[0], "mlp"), torch.arange(40), "mlp", 7)
-    broken.add(torch.full((2, 3, 48), torch.nan), mean=False)
+    space = Space(layout_of(model), model.config, model.model.layers[0], "mlp")
+    broken = Repair(parts(model, "mlp")[0], torch.arange(40), "mlp", 7, space)
+    nothing = torch.zeros(2, 3, 32)
+    broken.add(Passed(torch.full((2, 3, 48), torch.nan), nothing, nothing))
     with pytest.raises(UserError, match="layer 7, mlp: "):
         broken.solve(0.1)
 

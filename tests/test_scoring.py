@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
+from hfprune.models.activations import graph_bytes
+from hfprune.models.head import Head
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.models.units import PARTS
 from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion
@@ -17,7 +19,6 @@ from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
 from hfprune.pruning.recorder import Sums
 from hfprune.pruning.scoring import add_up, finish, shard_range, unit_scores
-from hfprune.runtime.memory import graph_bytes
 from hfprune.runtime.signals import Stopped
 from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines
 
@@ -261,7 +262,7 @@ def test_one_backward_pass_serves_all_criteria_of_one_gradient(monkeypatch):
 
 def test_the_output_projection_in_chunks_changes_nothing(monkeypatch):
     torch.manual_seed(4)
-    hidden, head = torch.randn(2, 9, 32), torch.randn(320, 32)
+    hidden, head = torch.randn(2, 9, 32), Head(torch.randn(320, 32))
     positions, dense = positions_of(tokens(2, 9), 0, 0, 0, torch.device("cpu")), torch.randn(2, 9, 32)
     for name in GRADIENT:
         monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 10**6)

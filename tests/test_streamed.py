@@ -11,11 +11,15 @@ from safetensors.torch import load_file
 
 from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import measure, reference
-from hfprune.models.loading import load_model
+from hfprune.experiment.estimate import Estimate, Models, device_of, report
+from hfprune.experiment.plan import Plan
+from hfprune.experiment.schema import Experiment, parse
+from hfprune.models.loading import check_family, load_model
 from hfprune.pruning.scoring import unit_scores
 from hfprune.runtime.signals import Stopped
 from hfprune.store.filenames import PRUNING, REFERENCE, RESULTS
 from tests.conftest import FAMILIES, make_model, make_tokenizer, save_dense
+from tests.test_estimate import make
 from tests.test_scoring import INTACT, assert_close, flat, tokens
 from tests.test_surgery import run_prune
 
@@ -79,7 +83,7 @@ def test_weights_in_several_files_and_without_the_prefix_of_a_whole_model(tmp_pa
     assert_close(unit_scores(model, tokens(), ["entropy"])["entropy"], flat(expected), 1e-6)
 
 
-@pytest.mark.parametrize("calls", [3, 8, 13, 17])  # of 9 of three layers on three batches, forward and backward
+@pytest.mark.parametrize("calls", [3, 8, 14, 17])  # of 9 of three layers on three batches, forward and backward
 def test_a_pass_that_was_cut_short_goes_on_at_the_layer_where_it_was(calls, streamed, tmp_path):
     whole = unit_scores(streamed, tokens(), INTACT, batch=2)
     passed = []
@@ -183,3 +187,31 @@ def test_a_cut_layer_by_layer_equals_that_of_the_model_in_memory(
     assert written["streamed"][0].keys() == written["resident"][0].keys()
     for name, expected in written["resident"][0].items():
         torch.testing.assert_close(written["streamed"][0][name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_experiment_with_streamed_weights_makes_the_same_artifacts(experiment, tmp_path, forked_reload):
+    asked = experiment | {"store": str(tmp_path), "ratios": [0.2], "evaluation": {}}
+    asked["methods"] = [{"refitted": {"like": "HFPrune", "refit": "sequential"}}]
+    streamed = parse(Experiment, asked | {"model": experiment["model"] | {"memory": "streamed"}}, "test")
+    plan = Plan(streamed)
+    jobs = {stage: next(iter(plan.jobs[stage].values())) for stage in ("score", "prune", "reference", "measure")}
+    others = Plan(parse(Experiment, asked, "test")).jobs
+    for download in (*plan.jobs["model"].values(), *plan.jobs["text"].values()):
+        make(plan, download)
+    assert "weights are read layer by layer: up to" in report(streamed, "cpu", 0.4, None)
+    costs = Estimate(plan, Models(check_family(streamed.model.path), "float32"), device_of("cpu"))
+    for stage, job in jobs.items():
+        assert job.key in others[stage], "the setting is not part of a key"
+        details = make(plan, job)["details"]
+        assert details["memory"] == "streamed"
+        if stage == "score":
+            cost = costs.cost(job)
+            assert cost.flops == details["flops_together"]
+            assert cost.scratch_bytes == (3 + 1 + 2) * 6 * 32 * 32 * 4, "inputs of layers and head, two gradients"
+
+
+def test_a_training_with_streamed_weights_is_refused_with_the_reason(experiment, data):
+    recovery = {"recoveries": ["lora"], "recovery": {"lora": {"text": "calibration"}}}
+    asked = experiment | recovery | {"model": experiment["model"] | {"memory": "streamed"}}
+    with pytest.raises(UserError, match=r"recoveries 'lora': training needs the weights in memory.*memory: auto"):
+        parse(Experiment, asked, "test")

@@ -349,8 +349,11 @@ def test_cutting_nothing_changes_nothing():
     [
         ({"model_type": "mixtral"}, "'mixtral' is a mixture of experts; experts are not supported yet"),
         ({"model_type": "qwen3_moe"}, "'qwen3_moe' is a mixture of experts; experts are not supported yet"),
-        ({"model_type": "phi"}, "its blocks may not have the MLP .* Supported families: llama, mistral, qwen2, qwen3"),
-        ({"model_type": "llama", "final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0: capped logits"),
+        (
+            {"model_type": "rwkv"},
+            "'rwkv' is not supported: no family's modules match.*Supported families: llama",
+        ),
+        ({"model_type": "llama", "final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0, which models of"),
     ],
 )
 def test_what_would_be_scored_or_cut_wrongly_is_refused(config, message, tmp_path):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import walk
+from hfprune.models.head import Head, head_of
 from hfprune.models.loading import (
     PREFILL,
     count_parameters,
@@ -26,9 +27,7 @@ from hfprune.models.loading import (
     flops_per_token,
     load_model,
     load_tokenizer,
-    logits_of,
     weight_bytes,
-    weights_in_memory,
 )
 from hfprune.models.streamed import is_streamed, memory_of
 from hfprune.runtime.matmul import fast_products
@@ -49,15 +48,15 @@ def reference(
 
     `reference.safetensors` holds `tokens` (samples, length); `hidden` (samples, length, hidden size), the final hidden
     states; `head` (vocabulary, hidden size), the output projection; and `entropy` (samples, length), nats, the entropy
-    of the dense model's predictions, by which `measure` bins positions. The logits are hidden @ head.T.
+    of the dense model's predictions, by which `measure` bins positions. `Head.from_tensors` reads the head.
     """
     network = load_model(model, dtype, memory)
     tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
     hidden = torch.cat(list(hidden_states(network, tokens, "reference")))
-    with weights_in_memory(output := network.get_output_embeddings()):
-        entropies = torch.stack([_entropies(document, output.weight).cpu() for document in hidden])
-        head = output.weight.cpu().clone()
-    save_file({"tokens": tokens, "hidden": hidden.cpu(), "head": head, "entropy": entropies}, folder / REFERENCE)
+    with head_of(network) as head:
+        entropies = torch.stack([_entropies(document, head).cpu() for document in hidden])
+        kept = {name: tensor.cpu().clone() for name, tensor in head.tensors().items()}
+    save_file({"tokens": tokens, "hidden": hidden.cpu(), "entropy": entropies} | kept, folder / REFERENCE)
     return {"tokens": tokens.numel(), "memory": memory_of(network)}
 
 
@@ -77,13 +76,14 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str, memory: str 
     """
     network = load_model(model, dtype, memory)
     documents: list[dict[str, float]] = []
-    with weights_in_memory(output := network.get_output_embeddings()):
-        head = output.weight
-        dense = {name: tensor.to(head.device) for name, tensor in load_file(reference / REFERENCE).items()}
+    with head_of(network) as head:
+        place = head.weight.device
+        dense = {name: tensor.to(place) for name, tensor in load_file(reference / REFERENCE).items()}
+        dense_head = Head.from_tensors(dense)
         profile = Profile(dense["entropy"])
         for i, hidden in enumerate(hidden_states(network, dense["tokens"], "measure")):
-            hidden_on_device = hidden[0].to(head.device)
-            measures = position_measures(hidden_on_device, head, dense["hidden"][i], dense["head"], dense["tokens"][i])
+            on_device = hidden[0].to(place)
+            measures = position_measures(on_device, head, dense["hidden"][i], dense_head, dense["tokens"][i])
             documents.append({name: values.mean().item() for name, values in measures.items()})
             profile.add(measures, dense["entropy"][i])
     profile.write(folder / PROFILE)
@@ -160,32 +160,32 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, what: str):
 
 
 @torch.no_grad()
-def _entropies(hidden: Tensor, head: Tensor) -> Tensor:
+def _entropies(hidden: Tensor, head: Head) -> Tensor:
     """(length,) entropies, nats, of the predictions from (length, hidden size) final states, computed in chunks."""
-    size = max(1, LOGITS_PER_CHUNK // head.shape[0])
-    return torch.cat([entropy(logits_of(chunk, head).log_softmax(-1)) for chunk in hidden.split(size)])
+    size = max(1, LOGITS_PER_CHUNK // head.vocabulary)
+    return torch.cat([entropy(head.logits(chunk).log_softmax(-1)) for chunk in hidden.split(size)])
 
 
 @torch.no_grad()
 def position_measures(
-    hidden: Tensor, head: Tensor, dense_hidden: Tensor, dense_head: Tensor, tokens: Tensor
+    hidden: Tensor, head: Head, dense_hidden: Tensor, dense_head: Head, tokens: Tensor
 ) -> dict[str, Tensor]:
     """The measures of `token_measures` at every position of a document, computed in chunks of tokens.
 
     Args:
         hidden, dense_hidden: (length, hidden size) final hidden states of the model and of the dense model.
-        head, dense_head: (vocabulary, hidden size) their output projections.
+        head, dense_head: their heads.
         tokens: (length,) the document.
 
     Returns:
         float64 tensors by name: the measures, (length,), and `loss`, (length - 1,), -log q of the next token, nats.
     """
-    size = max(1, LOGITS_PER_CHUNK // head.shape[0])
+    size = max(1, LOGITS_PER_CHUNK // head.vocabulary)
     positions = torch.arange(len(tokens), device=tokens.device)
     parts: dict[str, list[Tensor]] = {}
     for chunk in positions.split(size):
-        log_q = logits_of(hidden[chunk], head).log_softmax(-1)
-        log_p = logits_of(dense_hidden[chunk], dense_head).log_softmax(-1)
+        log_q = head.logits(hidden[chunk]).log_softmax(-1)
+        log_p = dense_head.logits(dense_hidden[chunk]).log_softmax(-1)
         measures = token_measures(log_p, log_q)
         known = chunk[chunk < len(tokens) - 1]  # the last position has no next token
         measures["loss"] = -log_q[: len(known)].gather(-1, tokens[known + 1, None])[:, 0]

@@ -16,14 +16,18 @@ from typing import Any, TypeVar
 import torch
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfprune.data.sampling import added_tokens, check_vocabulary
 from hfprune.errors import UserError
-from hfprune.models.loading import logits_of, weights_in_memory
-from hfprune.runtime.memory import empty_cache, forward_bytes, free_bytes, is_out_of_memory
+from hfprune.models.activations import forward_bytes
+from hfprune.models.families import layout_of
+from hfprune.models.head import Head, head_of
+from hfprune.models.loading import LINEAR
+from hfprune.models.units import layers_of, parts
+from hfprune.runtime.memory import empty_cache, free_bytes, is_out_of_memory
 
 TOKENS = {"cpu": 2**11, "cuda": 2**15}  # largest batch: larger ones are no faster, even with free memory
 ROWS = 64  # rows in lm-eval's batches
@@ -296,8 +300,8 @@ def _pairs_per_token(model: PreTrainedModel) -> float:
 
     A token costs two operations for each weight of a layer, and four for each head dimension and attended token.
     """
-    weights = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear))
-    return weights / sum(2 * layer.self_attn.q_proj.out_features for layer in model.model.layers)
+    weights = sum(module.weight.numel() for module in layers_of(model).modules() if isinstance(module, LINEAR))
+    return weights / sum(2 * part.width for part in parts(model, "attention"))
 
 
 @torch.no_grad()
@@ -317,9 +321,9 @@ def forward(model: PreTrainedModel, batch: Sequence[Tree]) -> list[Answer]:
     inputs = {"input_ids": tokens.to(model.device)}
     if not all(tree.is_chain for tree in batch):  # chains are ordinary rows with padding at the end: no mask needed
         inputs |= {"position_ids": positions.to(model.device), "attention_mask": _masks(model, visible, positions)}
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
-    with weights_in_memory(output := model.get_output_embeddings()):
-        log_likelihoods, likeliest = _predicted(hidden, output.weight, torch.cat(places), torch.tensor(targets))
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
+    with head_of(model) as head:
+        log_likelihoods, likeliest = _predicted(hidden, head, torch.cat(places), torch.tensor(targets))
     lines = torch.tensor(owners)
     sums = torch.zeros(len(places), dtype=torch.float64).index_add_(0, lines, log_likelihoods)
     misses = torch.zeros(len(places), dtype=torch.int64).index_add_(0, lines, (~likeliest).long())
@@ -341,18 +345,17 @@ def _masks(model: PreTrainedModel, visible: Tensor, positions: Tensor) -> Tensor
 
     window = getattr(model.config, "sliding_window", None)
     near = visible if window is None else visible & (positions[:, :, None] - positions[:, None] < window)
-    if not hasattr(model.model, "has_sliding_layers"):  # one kind of layer
+    if not layout_of(model).masks_by_kind:
         return additive(near)
-    sliding = {"sliding_attention": additive(near)} if model.model.has_sliding_layers else {}
-    return {"full_attention": additive(visible)} | sliding
+    return {"full_attention": additive(visible), "sliding_attention": additive(near)}
 
 
-def _predicted(hidden: Tensor, head: Tensor, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _predicted(hidden: Tensor, head: Head, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets, and which of them are the likeliest tokens, computed in chunks of places.
 
     Args:
         hidden: (tokens, hidden size) final hidden states.
-        head: (vocabulary, hidden size) output projection.
+        head: the model's head.
         places: (predictions,) indices in `hidden`; several lines may share one place.
         targets: (predictions,) token ids.
 
@@ -362,11 +365,11 @@ def _predicted(hidden: Tensor, head: Tensor, places: Tensor, targets: Tensor) ->
     distinct, owner = places.unique(return_inverse=True)
     log_likelihoods = torch.zeros(len(targets), dtype=torch.float64)
     likeliest = torch.zeros(len(targets), dtype=torch.bool)
-    size = max(1, LOGITS // head.shape[0])
+    size = max(1, LOGITS // head.vocabulary)
     for start in range(0, len(distinct), size):
         chunk = distinct[start : start + size].to(hidden.device)
         # As in lm-eval's class. On a CPU this rounds 1e-6 per token more than a sum in float64.
-        log_p = logits_of(hidden[chunk].to(head.device), head).log_softmax(-1)
+        log_p = head.logits(hidden[chunk].to(head.weight.device)).log_softmax(-1)
         in_chunk = ((owner >= start) & (owner < start + size)).nonzero()[:, 0]
         rows, labels = (owner[in_chunk] - start).to(log_p.device), targets[in_chunk].to(log_p.device)
         log_likelihoods[in_chunk] = log_p[rows, labels].double().cpu()

@@ -26,6 +26,7 @@ from hfprune.data.download import _hub_errors, describe
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import DType, Experiment, Source
+from hfprune.models.activations import forward_bytes, graph_bytes
 from hfprune.models.loading import BYTES_BESIDE_WEIGHTS, PREFILL, check_family, flops_per_token, load_tokenizer
 from hfprune.pruning import scoring
 from hfprune.pruning.allocation import allocate
@@ -34,7 +35,6 @@ from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
 from hfprune.pruning.recorder import bytes_of_sums
 from hfprune.pruning.surgery import cut
-from hfprune.runtime.memory import forward_bytes, graph_bytes
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store

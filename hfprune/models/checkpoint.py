@@ -24,12 +24,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrain
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hfprune.errors import UserError
+from hfprune.models.families import head_size, heads_of, layout_of, queries_of
 from hfprune.models.files import model_files
+from hfprune.models.head import head_of
 from hfprune.models.loading import count_parameters, set_linear
-from hfprune.models.modeling_per_layer import CLASSES
+from hfprune.models.modeling_per_layer import count_heads, per_layer
 from hfprune.models.streamed import device_of, in_memory, is_streamed
-from hfprune.models.units import PARTS, Part, parts
-from hfprune.models.walk import enter, entrance, exit_norm, layers_of
+from hfprune.models.units import PARTS, Part, layers_of, matrix, parts
+from hfprune.models.walk import enter, entrance, exit_norm, run_layer
 from hfprune.store.filenames import MANIFEST, is_companion
 
 # Run in a fresh process on the saved folder: without hfprune, only with transformers, as any user would.
@@ -102,36 +104,45 @@ def declare_widths(model: PreTrainedModel) -> None:
     If all layers have the same width: the family's stock class. Otherwise, or if the stock class does not accept the
     number of heads (Llama's must divide the hidden size): a class of `modeling_per_layer`, with lists of widths.
     """
-    config = model.config
-    widths, groups = ([part.units for part in parts(model, name)] for name in PARTS)
+    config, layout = model.config, layout_of(model)
+    mlps, attention = (parts(model, name) for name in PARTS)
+    widths, groups = ([part.units for part in layers] for layers in (mlps, attention))
     for name in ("intermediate_sizes", "key_value_heads", "auto_map"):
         if hasattr(config, name):
             delattr(config, name)
-    config.intermediate_size = max(widths)
-    for layer, width in zip(model.model.layers, widths, strict=True):
-        layer.mlp.intermediate_size = width
+    if layout.mlp.size:
+        setattr(config, layout.mlp.size, max(widths))
+    for part in mlps:
+        if hasattr(part.block, "intermediate_size"):
+            part.block.intermediate_size = part.units
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if len(set(widths)) == len(set(groups)) == 1 and stock_accepts(model, groups[0]):
         for name, value in head_counts(model, groups[0]).items():
             setattr(config, name, value)
-        model.__class__ = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model.__class__ = stock
     else:
-        config.intermediate_sizes, config.key_value_heads = widths, groups
-        model.__class__ = CLASSES[config.model_type]  # differs from the stock class in its constructor, not in state
+        config.intermediate_sizes = widths
+        if not layout.attention.refused:
+            config.key_value_heads = groups
+        model.__class__ = per_layer(stock)  # differs from the stock class in its constructor, not in state
 
 
 def head_counts(model: PreTrainedModel, groups: int) -> dict[str, int]:
     """The values that a stock config needs for `groups` key-value groups in every layer; empty if none change."""
-    config, attention = model.config, model.model.layers[0].self_attn
-    if groups == config.num_key_value_heads:
+    config, queries = model.config, queries_of(model.config, layout_of(model))
+    if groups * queries == heads_of(config):
         return {}
-    counts = {"num_key_value_heads": groups, "num_attention_heads": groups * attention.num_key_value_groups}
-    return counts | {"head_dim": attention.head_dim}  # else it would follow from the number of heads
+    counts = {"num_key_value_heads": groups, "num_attention_heads": groups * queries}
+    return counts | {"head_dim": head_size(config)}  # else it would follow from the number of heads
 
 
 def stock_accepts(model: PreTrainedModel, groups: int) -> bool:
     """Whether the family's stock config accepts `groups` key-value groups in every layer."""
+    counts = head_counts(model, groups)
+    if counts and layout_of(model).attention.size != "heads":
+        return False
     try:
-        type(model.config).from_dict(model.config.to_dict() | head_counts(model, groups))
+        type(model.config).from_dict(model.config.to_dict() | counts)
     except (ValueError, StrictDataclassError):
         return False
     return True
@@ -162,12 +173,22 @@ def pad(model: PreTrainedModel) -> int:
 def pad_part(part: Part, units: int) -> None:
     """Widen a part to so many units with zeros."""
     missing = units - part.units
-    for linear in part.inputs:
-        rows = missing * linear.out_features // part.units
-        bias = None if linear.bias is None else pad_with_zeros(linear.bias, (0, rows))
-        set_linear(linear, pad_with_zeros(linear.weight, (0, 0, 0, rows)), bias)
+    for number, linear in enumerate(part.inputs):
+        blocks = [
+            (slice(first, first + size * part.units), size * missing) for first, size in part.blocks_of_rows(number)
+        ]
+        weight = torch.cat([pad_with_zeros(matrix(linear)[rows], (0, 0, 0, new)) for rows, new in blocks])
+        bias = linear.bias
+        if bias is not None:
+            bias = torch.cat([pad_with_zeros(bias[rows], (0, new)) for rows, new in blocks])
+        set_linear(linear, weight, bias)
+    for norm in part.per_head:
+        heads = len(norm.weight) // part.units * missing
+        norm.weight = nn.Parameter(pad_with_zeros(norm.weight, (0, 0, 0, heads), value=1.0), False)
     output = part.output
-    set_linear(output, pad_with_zeros(output.weight, (0, missing * part.columns)), output.bias)
+    set_linear(output, pad_with_zeros(matrix(output), (0, missing * part.columns)), output.bias)
+    if part.name == "attention":
+        count_heads(part.block, units, part.units)
 
 
 @torch.no_grad()
@@ -232,15 +253,15 @@ class LayerWriter:
     def add(self, number: int) -> None:
         """Write a layer, whose weights are in memory and cut."""
         layer = layers_of(self.model)[number]
-        self.states = layer(self.states, **self.arguments[number])
+        self.states = run_layer(layer, self.states, self.arguments[number])
         self._write(self.names[layers_of(self.final)[number]], layer)
 
     @torch.no_grad()
     def finish(self) -> Expected:
         """Write what is outside the layers. Returns what `prove` needs."""
         norm, head = exit_norm(self.model), self.model.get_output_embeddings()
-        with in_memory(norm, head):
-            logits = head(norm(self.states)).cpu()
+        with in_memory(norm), head_of(self.model) as whole_head:
+            logits = whole_head.logits(norm(self.states)).to(self.states.dtype).cpu()
         inside = {module for layer in layers_of(self.model) for module in layer.modules()}
         for name, module in self.model.named_modules():
             if module not in inside and module._parameters and not (module is head and is_tied(self.model)):
@@ -253,7 +274,7 @@ class LayerWriter:
 
     def _write(self, prefix: str, module: nn.Module) -> None:
         """Write the parameters of a module; they are kept until there are enough for a file."""
-        self.tensors |= {f"{prefix}.{name}": weight.cpu().contiguous() for name, weight in module.named_parameters()}
+        self.tensors |= {f"{prefix}.{name}": values.cpu().contiguous() for name, values in module.state_dict().items()}
         if sum(tensor.nbytes for tensor in self.tensors.values()) >= BYTES_PER_FILE:
             self._flush()
 

@@ -14,6 +14,7 @@ from accelerate.utils import align_module_device
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,19 +22,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import UserError
 from hfprune.models.config_json import check_values, read_json
-from hfprune.models.modeling_per_layer import CLASSES
+from hfprune.models.families import FAMILIES, layout_of, refusal
+from hfprune.models.modeling_per_layer import per_layer
 from hfprune.models.streamed import device_of, in_memory, place_in_files, refuse_overflow, weight_files
+from hfprune.models.units import parts
 from hfprune.runtime.memory import available_bytes
 from hfprune.store.keys import versions
 
-# `model_type`s whose blocks are model.layers[i].mlp = down_proj(act(gate_proj(x)) * up_proj(x)).
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 QUANTISED = ("quantization_config", "compression_config", "quantization")  # keys in config.json of quantised models
 SENTENCEPIECE = ("sentencepiece", "protobuf")  # libraries with which transformers reads tokenizer.model
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no network, and no code from a checkpoint
+LINEAR = (nn.Linear, Conv1D)  # classes of linear layers in models of transformers
 PREFILL = 256  # tokens of the sequence for which FLOPs are counted and time is measured
 
 # This much memory of every GPU is not used for weights: scoring 1024 tokens of a 7B model needs it (docs/scoring.md).
@@ -99,29 +102,37 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
     Raises:
         UserError: it is such a model.
     """
+    if reason := refusal(config):
+        raise UserError(f"{where}: model_type {config.model_type!r} is not supported: {reason}")
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(
             f"{where}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
         )
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type {config.model_type!r} is not supported: its blocks may not have the MLP "
-            f"down_proj(act(gate_proj(x)) * up_proj(x)). Supported families: {', '.join(FAMILIES)}."
-        )
-    if others := [name for name in config.architectures or [] if not name.endswith(("ForCausalLM", "Model"))]:
+    causal = ("ForCausalLM", "LMHeadModel", "Model")  # endings of language models' names
+    if others := [name for name in config.architectures or [] if not name.endswith(causal)]:
         raise UserError(
             f"{where}: architectures {others[0]!r} is no language model, so that there are no predictions to keep. "
             "Take the language model (...ForCausalLM) that it was made from."
         )
-    if getattr(config, "final_logit_softcapping", None):
+    if config.model_type in FAMILIES:
+        return
+    try:
+        with torch.device("meta"):
+            layout_of(AutoModelForCausalLM.from_config(config))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except Exception as error:  # of any class, whatever building this model raises
         raise UserError(
-            f"{where}: final_logit_softcapping = {config.final_logit_softcapping}: capped logits are not supported."
-        )
+            f"{where}: transformers makes no language model of model_type {config.model_type!r}: "
+            f"{str(error).partition(chr(10))[0]}. Supported families: {', '.join(FAMILIES)}."
+        ) from None
 
 
 def model_class(config: PreTrainedConfig) -> Any:
     """The class that builds a config's model: one of this package's if widths differ between layers."""
-    return CLASSES[config.model_type] if hasattr(config, "intermediate_sizes") else AutoModelForCausalLM
+    if hasattr(config, "intermediate_sizes"):
+        return per_layer(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return AutoModelForCausalLM
 
 
 def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool = True) -> PreTrainedModel:
@@ -238,11 +249,15 @@ def _reason(error: Exception, folder: Path, where: str) -> str:
     return " ".join(lines[:count] or [type(error).__name__]).replace(str(folder), where)
 
 
-def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+def set_linear(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Replace the weights of a linear layer; shapes (out, in) and (out,) may be new."""
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    conv = isinstance(linear, Conv1D)  # GPT-2's, which holds (in, out)
+    linear.weight = nn.Parameter((weight.T if conv else weight).contiguous(), requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    linear.out_features, linear.in_features = weight.shape
+    if conv:
+        linear.nf, linear.nx = weight.shape
+    else:
+        linear.out_features, linear.in_features = weight.shape
 
 
 def count_parameters(model: PreTrainedModel) -> int:
@@ -257,9 +272,8 @@ def flops_per_token(model: PreTrainedModel, length: int) -> int:
     per head dimension and token of the sequence: 2 for the scores and 2 for the sum of values, without the causal mask.
     Norms, activations, softmax and embedding lookups do not count. `torch.utils.flop_counter` counts the same.
     """
-    linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    heads = sum(layer.self_attn.q_proj.out_features for layer in model.model.layers)
-    return linear + 4 * heads * length
+    linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, LINEAR))
+    return linear + 4 * sum(part.width for part in parts(model, "attention")) * length
 
 
 def weight_bytes(folder: Path) -> int:
@@ -267,14 +281,9 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
-    """(..., hidden) final hidden states and (vocabulary, hidden) output projection -> float32 logits."""
-    return (hidden @ head.T).float()
-
-
 def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """(batch, length) tokens -> (batch, length, hidden) final hidden states."""
-    return model.model(input_ids=tokens.to(device_of(model)), use_cache=False).last_hidden_state
+    return model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False).last_hidden_state
 
 
 @contextmanager

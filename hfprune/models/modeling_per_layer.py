@@ -1,58 +1,124 @@
-"""Llama, Mistral, Qwen2 and Qwen3 whose MLPs and attention may have a different width in every layer.
+"""Language models of transformers whose MLPs and attention may have a different width in every layer.
 
-The classes are the stock ones of transformers, except for the widths. `config.intermediate_sizes` lists the MLPs'
-widths and `config.key_value_heads` the numbers of key-value heads, first layer to last. The number of query heads per
-key-value head is the same in all layers: `num_attention_heads` / `num_key_value_heads`. A checkpoint of such a model
-includes this file, so that it needs only transformers:
+The classes are the stock ones, except for the widths: `PerLayerLlamaForCausalLM` is a `LlamaForCausalLM`.
+`config.intermediate_sizes` lists the MLPs' widths and `config.key_value_heads` the numbers of key-value heads, first
+layer to last; without it, attention is as wide as the config says. The number of query heads per key-value head is the
+same in all layers. A checkpoint of such a model includes this file, so that it needs only transformers:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 Part of hfprune, Apache-2.0.
 """
 
-from copy import deepcopy
+from copy import copy
 
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# Paths below a decoder layer, of all families: what is there of them is made narrower.
+ROWS = {
+    "mlp": (
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.gate_up_proj",
+        "mlp.c_fc",
+        "mlp.fc1",
+        "mlp.dense_h_to_4h",
+        "fc1",
+    ),
+    "attention": (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.qkv_proj",
+        "attention.query_key_value",
+        "self_attention.query_key_value",
+        "attn.c_attn",
+    ),
+}
+COLUMNS = {
+    "mlp": ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "fc2"),
+    "attention": (
+        "self_attn.o_proj",
+        "self_attn.dense",
+        "self_attn.out_proj",
+        "attention.dense",
+        "self_attention.dense",
+        "attn.c_proj",
+    ),
+}
+KEY_VALUE_HEADS = ("num_kv_heads", "num_key_value_heads", "num_attention_heads")  # keys of configs, the first counts
+HEADS = ("self_attn.q_norm", "self_attn.k_norm")  # norms that may have a row for every head
+COUNTS = ("num_heads", "num_key_value_heads", "num_kv_heads", "split_size")  # attributes of attention, as heads go
 
 
 class PerLayerWidths:
-    """Gives every layer an MLP and an attention of its own width, both of the stock classes."""
+    """Gives every layer an MLP and an attention of its own width."""
 
     def __init__(self, config):
         super().__init__(config)
-        for number, layer in enumerate(self.model.layers):
-            own, attention = deepcopy(config), layer.self_attn
-            own.head_dim = attention.head_dim
-            own.intermediate_size = config.intermediate_sizes[number]
-            own.num_key_value_heads = config.key_value_heads[number]
-            own.num_attention_heads = own.num_key_value_heads * attention.num_key_value_groups
-            layer.mlp = type(layer.mlp)(own)
-            layer.self_attn = type(attention)(own, number)
-            layer.self_attn.config = config  # the shared one: it names the attention function, which may change later
+        layers = next(module for module in self.base_model.modules() if isinstance(module, nn.ModuleList))
+        groups = next(filter(None, (getattr(config, name, None) for name in KEY_VALUE_HEADS)))
+        for number, layer in enumerate(layers):
+            resize(layer, "mlp", config.intermediate_sizes[number])
+            if hasattr(config, "key_value_heads"):
+                resize(layer, "attention", config.key_value_heads[number], groups)
         self.post_init()  # again, for the new modules
 
 
-class PerLayerLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):
-    """Llama."""
+def resize(layer, part, units, before=None):
+    """Make the linear layers of a part anew for `units` units, where they have `before`; None: one a column."""
+    modules = dict(layer.named_modules())
+    for path in (*COLUMNS[part], *ROWS[part]):
+        if path in modules:
+            linear, (parent, _, name) = modules[path], path.rpartition(".")
+            before = before or linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
+            setattr(modules[parent], name, resized(linear, path in ROWS[part], units, before))
+    if part == "attention":
+        for path in HEADS:
+            if path in modules and modules[path].weight.ndim == 2:
+                weight = modules[path].weight
+                modules[path].weight = nn.Parameter(weight[: len(weight) * units // before].detach().clone())
+        attention = next(modules[path.rpartition(".")[0]] for path in COLUMNS[part] if path in modules)
+        count_heads(attention, units, before)
 
 
-class PerLayerMistralForCausalLM(PerLayerWidths, MistralForCausalLM):
-    """Mistral."""
+def resized(linear, rows, units, before):
+    """A new linear layer with units / before times the rows, or the columns, of this one."""
+    if isinstance(linear, Conv1D):
+        size = [linear.nf, linear.nx]
+        size[not rows] = size[not rows] * units // before
+        return Conv1D(*size)
+    size = {"out_features": linear.out_features, "in_features": linear.in_features}
+    key = "out_features" if rows else "in_features"
+    return type(linear)(**size | {key: size[key] * units // before}, bias=linear.bias is not None)
 
 
-class PerLayerQwen2ForCausalLM(PerLayerWidths, Qwen2ForCausalLM):
-    """Qwen2 and Qwen2.5."""
+def count_heads(attention, units, before):
+    """Set the numbers that a stock attention module keeps of its heads, for units / before times as many."""
+    for name in COUNTS:
+        if hasattr(attention, name):
+            setattr(attention, name, getattr(attention, name) * units // before)
+    if hasattr(attention, "qkv_proj"):  # Phi-3's reads the number of heads of its config
+        attention.config = copy(attention.config)
+        attention.config.num_attention_heads = attention.config.num_attention_heads * units // before
 
 
-class PerLayerQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):
-    """Qwen3."""
+CLASSES = {}
 
 
-CLASSES = {  # by `model_type`
-    "llama": PerLayerLlamaForCausalLM,
-    "mistral": PerLayerMistralForCausalLM,
-    "qwen2": PerLayerQwen2ForCausalLM,
-    "qwen3": PerLayerQwen3ForCausalLM,
-}
-for model_class in CLASSES.values():  # save_pretrained then copies this file and sets auto_map in config.json
-    model_class.register_for_auto_class("AutoModelForCausalLM")
+def per_layer(stock):
+    """The class with widths per layer of a stock class for causal language models."""
+    if stock not in CLASSES:
+        name = f"PerLayer{stock.__name__}"
+        CLASSES[stock] = type(name, (PerLayerWidths, stock), {"__module__": __name__, "__doc__": stock.__name__})
+        CLASSES[stock].register_for_auto_class("AutoModelForCausalLM")  # save_pretrained then copies this file
+    return CLASSES[stock]
+
+
+def __getattr__(name):
+    """The class with this name, which is made when it is asked for."""
+    if not name.startswith("PerLayer"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return per_layer(getattr(transformers, name.removeprefix("PerLayer")))

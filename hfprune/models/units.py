@@ -3,15 +3,22 @@
 MLP and attention are *parts* of a layer; each consists of *units*. A unit reads the hidden states through rows of some
 linear layers and writes through input columns of another. To prune it is to delete those rows and columns:
 
-- `mlp`: a neuron is a row of gate_proj and of up_proj, and a column of down_proj.
-- `attention`: a group is a key head and a value head, all query heads that read them, and their columns of o_proj.
-  Whole groups keep the model's ratio of query to key-value heads, as any code for grouped-query attention expects.
+- `mlp`: a neuron is a row of every layer that reads the hidden states (gate_proj and up_proj in Llama), and a column of
+  the one that writes (down_proj).
+- `attention`: a group is a key head and a value head, all query heads that read them, and their columns of the output
+  (o_proj). Whole groups keep the model's ratio of query to key-value heads, as any code for grouped-query attention
+  expects.
+
+Which rows and columns these are in a family says its layout (`layout.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from hfprune.models.families import head_size, layout_of, queries_of
+from hfprune.models.layout import QUERIES
 
 if TYPE_CHECKING:  # the config imports the structures' names from here and must not load torch
     from pathlib import Path
@@ -27,40 +34,84 @@ Scores = dict[str, "list[Tensor]"]  # by part: float32 (units,) per layer
 Kept = dict[str, "list[Tensor]"]  # by pruned part: ascending int64 indices of the units that stay, per layer
 
 
+def matrix(linear: nn.Module) -> Tensor:
+    """The weights of a linear layer, (out, in). A view: what is written into it changes the layer."""
+    return linear.weight.T if hasattr(linear, "nf") else linear.weight  # GPT-2's Conv1D holds them the other way round
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of one layer.
 
     Attributes:
+        name: the part's name, one of `PARTS`.
         inputs: the linear layers whose rows the units read through.
-        output: the linear layer whose input columns they write through.
-        units: number of units. All have the same number of rows and of columns; those of one unit are contiguous.
+        output: the linear layer whose input columns they write through. A unit's columns are neighbours.
+        units: number of units. All have the same number of rows and of columns.
+        sections: of each input, the relative sizes of its sections, see `layout.Rows`.
+        per_head: modules whose weight has a row for every head, see `layout.Block`.
+        block: the module that computes the part.
     """
 
-    inputs: tuple[nn.Linear, ...]
-    output: nn.Linear
+    name: str
+    inputs: tuple[nn.Module, ...]
+    output: nn.Module
     units: int
+    sections: tuple[tuple[int, ...], ...]
+    per_head: tuple[nn.Module, ...]
+    block: nn.Module
+
+    @property
+    def width(self) -> int:
+        """Columns of `output`."""
+        return matrix(self.output).shape[1]
 
     @property
     def columns(self) -> int:
         """Columns of `output` per unit."""
-        return self.output.in_features // self.units
+        return self.width // self.units
 
     @property
     def parameters(self) -> int:
         """Parameters per unit: its rows with their biases, and its columns."""
-        rows = sum(linear.out_features * (linear.in_features + (linear.bias is not None)) for linear in self.inputs)
-        return (rows + self.output.out_features * self.output.in_features) // self.units
+        rows = sum(linear.weight.numel() + (0 if linear.bias is None else len(linear.bias)) for linear in self.inputs)
+        heads = sum(module.weight.numel() for module in self.per_head)
+        return (rows + heads + self.output.weight.numel()) // self.units
 
     @property
-    def linears(self) -> tuple[nn.Linear, ...]:
+    def linears(self) -> tuple[nn.Module, ...]:
         """All linear layers of the part."""
         return (*self.inputs, self.output)
 
+    def blocks_of_rows(self, number: int) -> list[tuple[int, int]]:
+        """For each section of `inputs[number]`, its first row and the rows of one unit."""
+        sections, rows = self.sections[number], matrix(self.inputs[number]).shape[0]
+        sizes = [rows * size // sum(sections) for size in sections]
+        return [(sum(sizes[:i]), size // self.units) for i, size in enumerate(sizes)]
+
+    def rows_of(self, units: Tensor, number: int) -> Tensor:
+        """The rows of `inputs[number]` of some units, section by section: (count,) int64 -> (rows,) int64."""
+        import torch
+
+        return torch.cat([first + spread(units, size) for first, size in self.blocks_of_rows(number)])
+
+    def by_unit(self, rows: Tensor, number: int) -> Tensor:
+        """Values for the rows of `inputs[number]`, by unit: (rows, ...) -> (units, rows of a unit, ...)."""
+        import torch
+
+        blocks = self.blocks_of_rows(number)
+        return torch.cat(
+            [rows[first : first + size * self.units].unflatten(0, (self.units, size)) for first, size in blocks], 1
+        )
+
     def matrices(self) -> list[Tensor]:
-        """The weights by unit: a matrix (units, weights) for every linear layer."""
-        rows = [linear.weight.reshape(self.units, -1) for linear in self.inputs]
-        return [*rows, self.output.weight.T.reshape(self.units, -1)]
+        """The weights by unit: a matrix (units, weights) for every section of every linear layer."""
+        rows = [
+            matrix(linear)[first : first + size * self.units].reshape(self.units, -1)
+            for number, linear in enumerate(self.inputs)
+            for first, size in self.blocks_of_rows(number)
+        ]
+        return [*rows, matrix(self.output).T.reshape(self.units, -1)]
 
     def per_unit(self, values: Tensor) -> Tensor:
         """Sum over the columns of every unit: (..., units * columns) -> (..., units)."""
@@ -76,19 +127,28 @@ def spread(units: Tensor, size: int) -> Tensor:
     return (units[:, None] * size + units.new_tensor(range(size))).flatten()
 
 
-def part_of(layer: nn.Module, name: str) -> Part:
-    """A part of a decoder layer, by its name in `PARTS`."""
-    if name == "mlp":
-        mlp = layer.mlp
-        return Part((mlp.gate_proj, mlp.up_proj), mlp.down_proj, mlp.down_proj.in_features)
-    block = layer.self_attn
-    groups = block.k_proj.out_features // block.head_dim
-    return Part((block.q_proj, block.k_proj, block.v_proj), block.o_proj, groups)
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, first to last."""
+    return model.base_model.get_submodule(layout_of(model).layers)
 
 
 def parts(model: PreTrainedModel, name: str) -> list[Part]:
     """One part of all layers, first to last."""
-    return [part_of(layer, name) for layer in model.model.layers]
+    return [part_of(model, name, number) for number in range(len(layers_of(model)))]
+
+
+def part_of(model: PreTrainedModel, name: str, number: int) -> Part:
+    """A part of layer `number`."""
+    layout, layer = layout_of(model), layers_of(model)[number]
+    block, queries = layout.block(name), queries_of(model.config, layout)
+    columns = 1 if name == "mlp" else queries * head_size(model.config)
+    sections = tuple(tuple(queries if size == QUERIES else size for size in rows.sections) for rows in block.rows)
+    output = layer.get_submodule(block.output)
+    inputs = tuple(layer.get_submodule(rows.path) for rows in block.rows)
+    modules = dict(layer.named_modules()) if block.per_head else {}
+    per_head = tuple(modules[path] for path in block.per_head if path in modules)
+    units = matrix(output).shape[1] // columns
+    return Part(name, inputs, output, units, sections, per_head, layer.get_submodule(block.module or ""))
 
 
 def save_scores(file: Path, scores: Scores) -> None:

@@ -12,29 +12,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hfprune.models.families import layout_of
 from hfprune.models.streamed import device_of, in_memory, in_turn
+from hfprune.models.units import layers_of
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.progress import progress
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a layer, beside the hidden states
 
 
 def entrance(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """The modules around the layers that `enter` needs."""
-    return model.get_input_embeddings(), model.model.norm
+    beside = model.base_model.get_submodule(layout_of(model).layers.rpartition(".")[0])
+    return tuple(module for module in beside.children() if module is not layers_of(model))
 
 
 def exit_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last layer and the output projection."""
-    return model.model.norm
-
-
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's layers, first to last."""
-    return model.model.layers
+    return model.base_model.get_submodule(layout_of(model).final_norm)
 
 
 @torch.no_grad()
-def enter(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """What enters the first layer, and the keyword arguments of every layer: positions, the mask of the layer's kind.
+def enter(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, list[Arguments]]:
+    """What enters the first layer, and the arguments of every layer: positions, the mask of the layer's kind.
 
     They are those that the model's own forward pass gives to its layers, which here return their input at once. The
     arguments for one sequence fit all sequences of its length: none has padding.
@@ -47,23 +47,31 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, list[dict[str
         (batch, length, hidden), and the arguments of each layer.
     """
     entered: list[Tensor] = []
-    arguments: list[dict[str, Any]] = []
+    arguments: list[Arguments] = []
+    in_tuple = layout_of(model).layers_return_tuples
 
-    def record(hidden: Tensor, **keywords: Any) -> Tensor:
+    def record(hidden: Tensor, *positional: Any, **keywords: Any) -> Tensor | tuple[Tensor, None]:
         entered.append(hidden)
-        arguments.append(keywords)
-        return hidden
+        arguments.append((positional, keywords))
+        return (hidden, None) if in_tuple else hidden
 
     layers = layers_of(model)
     forwards = [layer.forward for layer in layers]
     for layer in layers:
         layer.forward = record
     try:
-        model.model(input_ids=tokens.to(device_of(model)), use_cache=False)
+        model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)
     finally:
         for layer, forward in zip(layers, forwards, strict=True):
             layer.forward = forward
     return entered[0], arguments
+
+
+def run_layer(layer: nn.Module, states: Tensor, arguments: Arguments) -> Tensor:
+    """(batch, length, hidden) that enter a layer -> those that leave it."""
+    positional, keywords = arguments
+    left = layer(states, *positional, **keywords)
+    return left[0] if isinstance(left, tuple) else left
 
 
 @torch.no_grad()
@@ -86,7 +94,7 @@ def final_states(model: PreTrainedModel, tokens: Tensor, batch: int, what: str) 
     for number in progress(in_turn([(layer,) for layer in layers]), what, len(layers), "layer"):
         for i, states in enumerate(stream):
             with fast_products(device):
-                stream[i] = layers[number](states.to(device), **arguments[number]).cpu()
+                stream[i] = run_layer(layers[number], states.to(device), arguments[number]).cpu()
     with in_memory(norm):
         for states in stream:
             yield from norm(states.to(device)).split(1)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
 from hfprune.errors import UserError
+from hfprune.models.families import head_size, hidden_size, layout_for, layout_of, queries_of
+from hfprune.models.layout import Layout
 from hfprune.models.units import PARTS, STRUCTURES, UNITS, Scores, parts
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
 
+EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")  # endings of names
+PARAMETERS = (".weight", ".bias", ".alpha_p", ".alpha_n")  # endings of their names; the last two of Apertus' activation
 STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
 DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
 
@@ -40,12 +44,14 @@ class Shape:
         units: by part, how many units each layer has.
         parameters: by part, those of one unit.
         hidden: hidden size.
+        refusals: by part that cannot be cut, why, and what can be instead.
     """
 
     total: int
     units: dict[str, list[int]]
     parameters: dict[str, int]
     hidden: int
+    refusals: dict[str, str] = field(default_factory=dict)
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -57,8 +63,14 @@ def shape_of(model: PreTrainedModel) -> Shape:
         count_parameters(model),
         {name: [part.units for part in layers] for name, layers in parts_by_name.items()},
         {name: layers[0].parameters for name, layers in parts_by_name.items()},
-        model.config.hidden_size,
+        hidden_size(model.config),
+        refusals(layout_of(model)),
     )
+
+
+def refusals(layout: Layout) -> dict[str, str]:
+    """See `Shape`."""
+    return {name: layout.block(name).refused for name in PARTS if layout.block(name).refused}
 
 
 def shape_on_disk(folder: Path) -> Shape:
@@ -68,25 +80,24 @@ def shape_on_disk(folder: Path) -> Shape:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "numpy") as stored:
             shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
-    # A base model's file lacks the prefix.
-    shapes = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": shapes[name] for name in shapes}
-    if config.get("tie_word_embeddings") and "model.embed_tokens.weight" in shapes:
+    if config.get("tie_word_embeddings") and any(name.endswith(EMBEDDINGS) for name in shapes):
         shapes.pop("lm_head.weight", None)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith((".weight", ".bias"))}
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    layers = [f"model.layers.{number}." for number in range(config["num_hidden_layers"])]
-    units = {
-        "mlp": [shapes[f"{layer}mlp.up_proj.weight"][0] for layer in layers],
-        "attention": [shapes[f"{layer}self_attn.k_proj.weight"][0] // head for layer in layers],
-    }
-    prefixes = {"mlp": ("mlp.",), "attention": tuple(f"self_attn.{letter}_proj" for letter in "qkvo")}
-    shared = {"mlp.down_proj.bias", "self_attn.o_proj.bias"}  # biases of the output belong to no unit
-    parameters = {}
-    for name, first in units.items():
-        own = [key.removeprefix(layers[0]) for key in sizes if key.startswith(layers[0])]
-        size = sum(sizes[layers[0] + key] for key in own if key.startswith(prefixes[name]) and key not in shared)
-        parameters[name] = size // first[0]
-    return Shape(sum(sizes.values()), units, parameters, config["hidden_size"])
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith(PARAMETERS)}
+    layout, head, hidden = layout_for(config), head_size(config), hidden_size(config)
+    block = layout.mlp
+    first = next(name for name in shapes if name.endswith(f"{layout.layers}.0.{block.output}.weight"))
+    before, after = first.removesuffix(f"0.{block.output}.weight"), f".{block.output}.weight"  # some lack a prefix
+    numbers = range(sum(name.startswith(before) and name.endswith(after) for name in shapes))
+    units, parameters = {}, {}
+    for name in PARTS:
+        block, columns = layout.block(name), 1 if name == "mlp" else queries_of(config, layout) * head
+        widths = [sizes[f"{before}{number}.{block.output}.weight"] // hidden for number in numbers]
+        units[name] = [width // columns for width in widths]
+        of_units = [f"{before}0.{block.output}.weight"]  # the bias of the output belongs to no unit
+        of_units += [f"{before}0.{rows.path}.{kind}" for rows in block.rows for kind in ("weight", "bias")]
+        of_units += [f"{before}0.{path}.weight" for path in block.per_head]
+        parameters[name] = sum(sizes.get(key, 0) for key in of_units) // units[name][0]
+    return Shape(sum(sizes.values()), units, parameters, hidden, refusals(layout))
 
 
 @dataclass(frozen=True)
@@ -153,8 +164,10 @@ def units_to_keep(
             from the neurons as far as possible, which is enough to see whether the budget can be met.
 
     Raises:
-        UserError: nothing would be removed, or the structure does not hold that much.
+        UserError: the structure cannot be cut, does not hold that much, or nothing would be removed.
     """
+    if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
+        raise UserError(f"structure {structure!r}: {faults[0]}")
     round_to = round_to or default_step(shape.hidden)
     capacities = {name: capacity_of(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
     total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
@@ -272,7 +285,7 @@ def check(folder: Path, cuts: list[dict[str, Any]]) -> None:
     """
     try:
         shape = shape_on_disk(folder)
-    except KeyError:  # of config.json, for which transformers has a default: stage `prune` will see
+    except (KeyError, StopIteration):  # the family, or a key for which transformers has a default: `prune` will see
         return
     faults = []
     for cut in cuts:

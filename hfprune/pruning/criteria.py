@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from hfprune.models.units import matrix
+
 if TYPE_CHECKING:  # the config reads the names of the criteria without paying for torch
     from torch import Generator, Tensor
 
@@ -158,13 +160,13 @@ def wanda(part: Part, moments: Moments, _generator: Generator) -> Tensor:
 
     Wanda's |W[j, i]| * ||h_i||, summed over all weights that a unit writes through.
     """
-    return part.per_unit(moments.squares.sqrt() * part.output.weight.double().norm(1, dim=0))
+    return part.per_unit(moments.squares.sqrt() * matrix(part.output).double().norm(1, dim=0))
 
 
 def _fluctuation(part: Part, moments: Moments) -> Tensor:
     """(columns,) FLAP's WIFV: the variance of the activation times the squared l2 norm of the column."""
     variance = (moments.squares - moments.total**2 / moments.count) / (moments.count - 1)
-    return variance.clamp(min=0) * part.output.weight.double().norm(dim=0) ** 2
+    return variance.clamp(min=0) * matrix(part.output).double().norm(dim=0) ** 2
 
 
 def flap(part: Part, moments: Moments, _generator: Generator) -> Tensor:
@@ -218,7 +220,7 @@ def spectral(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
     the unit contributes to the row space. (PruneNet, arXiv 2501.15296, compares spectra of such matrices to train a
     policy; this is the closed form nearest to its idea.)
     """
-    rows = part.inputs[0].weight.double()
+    rows = part.matrices()[0].double().reshape(-1, matrix(part.inputs[0]).shape[1])
     squares = rows.T @ rows
     squares.diagonal().add_(squares.diagonal().mean())
     of_rows = (rows @ squares.inverse() * rows).sum(1)
@@ -250,7 +252,7 @@ def contribution(part: Part, moments: Moments, _generator: Generator) -> Tensor:
     """
     from hfprune.pruning.greedy import one_by_one
 
-    weights = part.output.weight.double()
+    weights = matrix(part.output).double()
     per_pair = part.per_unit(part.per_unit(moments.products * (weights.T @ weights)).T)
     return one_by_one(per_pair / moments.count)
 
@@ -264,7 +266,7 @@ def obs(part: Part, moments: Moments, _generator: Generator) -> Tensor:
     """
     from hfprune.pruning.greedy import with_repair
 
-    return with_repair(_damped(moments)[0].inverse(), part.output.weight.double(), part.units)
+    return with_repair(_damped(moments)[0].inverse(), matrix(part.output).double(), part.units)
 
 
 def random(part: Part, moments: Moments, generator: Generator) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hfprune.models.loading import logits_of
+from hfprune.models.head import Head
 from hfprune.pruning.criteria import Positions
 
 # How many logits are held at once, in float32: 32 MiB on a CPU, where more is no faster; 256 MiB on a GPU.
@@ -37,7 +37,7 @@ def positions_of(tokens: Tensor, first: int, seed: int, draw: int, device: torch
 
 def hidden_gradient(
     hidden: Tensor,
-    head: Tensor,
+    head: Head,
     logit_gradient: LogitGradient,
     positions: Positions,
     dense: Tensor | None = None,
@@ -46,7 +46,7 @@ def hidden_gradient(
 
     Args:
         hidden: (batch, length, hidden) final hidden states.
-        head: (vocabulary, hidden) output projection.
+        head: the model's head.
         logit_gradient: see `criteria.GradientCriterion`.
         positions: what the gradient may read beside the logits, for batch * length positions.
         dense: the intact model's final hidden states, if the criterion compares with them.
@@ -54,13 +54,15 @@ def hidden_gradient(
     Returns:
         dS/dhidden of the shape, dtype and device of `hidden`, S summed over all positions.
     """
-    flat = hidden.flatten(0, 1).to(head.device)
-    flat_dense = dense.flatten(0, 1).to(head.device) if dense is not None else None
+    place = head.weight.device
+    flat = hidden.flatten(0, 1).to(place)
+    flat_dense = dense.flatten(0, 1).to(place) if dense is not None else None
     gradient = torch.empty_like(flat)
-    size = max(1, LOGITS_PER_CHUNK[head.device.type] // head.shape[0])
+    size = max(1, LOGITS_PER_CHUNK[place.type] // head.vocabulary)
     for first in range(0, len(flat), size):
         chunk = slice(first, first + size)
-        dense_logits = logits_of(flat_dense[chunk], head) if flat_dense is not None else None
+        dense_logits = head.logits(flat_dense[chunk]) if flat_dense is not None else None
         here = Positions(positions.next_tokens[chunk], positions.uniforms[chunk], dense_logits)
-        gradient[chunk] = logit_gradient(logits_of(flat[chunk], head), here).to(head.dtype) @ head
+        pulled = head.pulled_back(head.logits(flat[chunk]), lambda logits, here=here: logit_gradient(logits, here))
+        gradient[chunk] = pulled @ head.weight
     return gradient.view(hidden.shape).to(hidden.device)

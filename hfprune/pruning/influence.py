@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfprune.models.streamed import device_of, in_turn
-from hfprune.models.walk import layers_of
+from hfprune.models.units import layers_of
+from hfprune.models.walk import run_layer
 from hfprune.pruning.refit import Streams
 from hfprune.runtime.progress import progress
 
@@ -32,11 +33,11 @@ def layer_influence(model: PreTrainedModel, tokens: Tensor, measure: str, folder
     layers, device = layers_of(model), device_of(model)
     totals = torch.zeros(len(layers), dtype=torch.float64)
     with tempfile.TemporaryDirectory(dir=folder) as room:
-        streams = Streams(model, tokens, False, Path(room))
+        streams = Streams(model, tokens, sequential=False, parallel=False, folder=Path(room))
         for number in progress(in_turn([(layer,) for layer in layers]), "measure layers", len(layers), "layer"):
             for stored in streams.states:
                 enters = stored.to(device)
-                leaves = layers[number](enters, **streams.arguments[number])
+                leaves = run_layer(layers[number], enters, streams.arguments[number])
                 cosine = torch.cosine_similarity(enters.float(), leaves.float(), dim=-1).clamp(-1, 1)
                 change = cosine.arccos() / torch.pi if measure == "angle" else 1 - cosine
                 totals[number] += change.double().sum().cpu()

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hfprune.models.head import head_of
 from hfprune.models.streamed import device_of, in_memory, in_turn
-from hfprune.models.walk import enter, entrance, exit_norm, layers_of
+from hfprune.models.units import layers_of
+from hfprune.models.walk import enter, entrance, exit_norm, run_layer
 from hfprune.pruning.recorder import CalibrationPass, Sums, UnitRecorder
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.progress import bar
@@ -81,8 +83,9 @@ class LayerwisePass:
     def __init__(self, model: PreTrainedModel, one_pass: CalibrationPass, sums: Sums, streams: Streams) -> None:
         self.model, self.one_pass, self.streams = model, one_pass, streams
         self.device, self.layers = device_of(model), layers_of(model)
-        self.forward_recorder = UnitRecorder(sums, one_pass.moments, False, one_pass.silent, False)
-        self.backward_recorder = UnitRecorder(sums, (), True, one_pass.silent, False, one_pass.weights)
+        length = one_pass.tokens.shape[1]
+        self.forward_recorder = UnitRecorder(sums, length, one_pass.moments, False, one_pass.silent, False)
+        self.backward_recorder = UnitRecorder(sums, length, (), True, one_pass.silent, False, one_pass.weights)
         with in_memory(*entrance(model)):
             _, self.arguments = enter(model, one_pass.tokens[:1])
 
@@ -112,7 +115,7 @@ class LayerwisePass:
         recorder = self.forward_recorder if step.kind == "forward" else self.backward_recorder
         with ExitStack() as stack:
             if step.kind != "head":
-                stack.enter_context(recorder.attached(step.layer, self.layers[step.layer]))
+                stack.enter_context(recorder.attached(step.layer, self.model))
             for rows in self.batches():
                 with fast_products(self.device):
                     one_step(step.layer, rows)
@@ -120,30 +123,32 @@ class LayerwisePass:
 
     @torch.no_grad()
     def _forward(self, number: int, rows: slice) -> None:
-        layer, keywords, streams = self.layers[number], self.arguments[number], self.streams
-        streams.states(number + 1)[rows] = layer(streams.states(number)[rows].to(self.device), **keywords)
+        layer, arguments, streams = self.layers[number], self.arguments[number], self.streams
+        streams.states(number + 1)[rows] = run_layer(layer, streams.states(number)[rows].to(self.device), arguments)
         if self.one_pass.silent:
             with self.forward_recorder.in_phase("dense"):
-                streams.dense(number + 1)[rows] = layer(streams.dense(number)[rows].to(self.device), **keywords)
+                dense = streams.dense(number)[rows].to(self.device)
+                streams.dense(number + 1)[rows] = run_layer(layer, dense, arguments)
 
     def _head(self, number: int, rows: slice) -> None:
-        norm, head, streams = exit_norm(self.model), self.model.get_output_embeddings().weight, self.streams
+        norm, streams = exit_norm(self.model), self.streams
         entering = streams.states(number)[rows].to(self.device, copy=True).requires_grad_()
         hidden, dense = norm(entering), None
         if self.one_pass.silent:
             with torch.no_grad():
                 dense = norm(streams.dense(number)[rows].to(self.device))
-        for backward in range(len(self.one_pass.passes)):
-            gradient = self.one_pass.gradient(backward, rows.start, hidden.detach(), head, dense)
-            (streams.gradient(backward, number)[rows],) = torch.autograd.grad(
-                hidden, entering, gradient, retain_graph=True
-            )
+        with head_of(self.model) as head:
+            for backward in range(len(self.one_pass.passes)):
+                gradient = self.one_pass.gradient(backward, rows.start, hidden.detach(), head, dense)
+                (streams.gradient(backward, number)[rows],) = torch.autograd.grad(
+                    hidden, entering, gradient, retain_graph=True
+                )
 
     def _backward(self, number: int, rows: slice) -> None:
         layer, streams = self.layers[number], self.streams
         entering = streams.states(number)[rows].to(self.device, copy=True).requires_grad_(number > 0)
         with torch.enable_grad():
-            leaving = layer(entering, **self.arguments[number])
+            leaving = run_layer(layer, entering, self.arguments[number])
         last = len(self.one_pass.passes) - 1
         for backward, (names, _, _) in enumerate(self.one_pass.passes):
             self.backward_recorder.criteria = names
@@ -168,7 +173,7 @@ def add_up(model: PreTrainedModel, one_pass: CalibrationPass, resume: Path | Non
     """
     with ExitStack() as stack:
         folder = resume or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        name, sums, layers = one_pass.state(folder).stem, Sums(), model.config.num_hidden_layers
+        name, sums, layers = one_pass.state(folder).stem, Sums(), len(layers_of(model))
         state = folder / f"steps-{name}.safetensors"  # of another kind than the sums over some sequences
         streams = Streams(folder / f"streams-{name}", layers, one_pass, model.config.hidden_size, model.dtype)
         if state.exists() and not streams.scratch.is_new:

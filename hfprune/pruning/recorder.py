@@ -11,11 +11,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.linalg import vector_norm
 from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
+from hfprune.models.head import Head
 from hfprune.models.units import PARTS, Part, part_of, parts
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, StaticCriterion
 from hfprune.pruning.head import LogitGradient, hidden_gradient, positions_of
@@ -46,7 +47,7 @@ def moments_of(criteria: Sequence[str]) -> tuple[str, ...]:
 
 def flops_of_sums(part: Part, passes: Sequence[tuple[list[str], LogitGradient, int]], criteria: Sequence[str]) -> int:
     """Operations per token for the matrix products that the sums of a part need."""
-    columns = part.output.in_features
+    columns = part.width
     flops = 2 * columns**2 if "products" in moments_of(criteria) else 0
     for names, _, _ in passes:
         flops += 2 * sum(linear.weight.numel() for linear in part.linears) * any(map(reads_weights, names))
@@ -58,7 +59,7 @@ def bytes_of_sums(model: PreTrainedModel, criteria: Sequence[str]) -> int:
     """Size of the sums of a pass for these criteria."""
     numbers = 0
     for part in (part for kind in PARTS for part in parts(model, kind)):
-        columns = part.output.in_features
+        columns = part.width
         numbers += sum(columns**2 if name == "products" else columns for name in moments_of(criteria))
         for name in criteria:
             if reads_weights(name):
@@ -166,14 +167,14 @@ class CalibrationPass:
         summed = sorted(f"{name}x{count}" for name, count in draws.items())
         return folder and folder / f"{'-'.join(['sums', *summed, *self.moments])}.safetensors"
 
-    def gradient(self, number: int, first: int, hidden: Tensor, head: Tensor, dense: Tensor | None) -> Tensor:
+    def gradient(self, number: int, first: int, hidden: Tensor, head: Head, dense: Tensor | None) -> Tensor:
         """The gradient of backward pass `number` at final hidden states, see `head.hidden_gradient`.
 
         `hidden` are those of the sequences from `first` on, counted in `tokens`.
         """
         _, logit_gradient, draw = self.passes[number]
         rows = self.tokens[first : first + len(hidden)]
-        positions = positions_of(rows, self.first + first, self.seed, draw, head.device)
+        positions = positions_of(rows, self.first + first, self.seed, draw, head.weight.device)
         return hidden_gradient(hidden, head, logit_gradient, positions, dense)
 
 
@@ -188,18 +189,21 @@ class UnitRecorder:
         recompute: whether the backward pass computes layers a second time. Then no activation is kept in between: the
             backward pass reads what the second computation leaves in `recomputed`.
         recomputed: by part and layer, activations (batch, length, columns).
+        length: tokens of a sequence.
         weights: what sums over weights times their gradients, for criteria that read those.
     """
 
     def __init__(
         self,
         sums: Sums,
+        length: int,
         moments: tuple[str, ...],
         differentiate: bool,
         silent: list[Tensor] | None,
         recompute: bool,
         weights: bool = False,
     ) -> None:
+        self.length = length
         self.sums, self.moments, self.differentiate, self.silent = sums, moments, differentiate, silent
         self.recompute = recompute
         self.criteria: list[str] = []
@@ -212,9 +216,9 @@ class UnitRecorder:
         return Phase(self, phase)
 
     @contextmanager
-    def attached(self, layer: int, module: nn.Module) -> Iterator[None]:
-        """A context in which the activations of a decoder layer, number `layer`, are read."""
-        by_kind = {kind: part_of(module, kind) for kind in PARTS}
+    def attached(self, layer: int, model: PreTrainedModel) -> Iterator[None]:
+        """A context in which the activations of the model's layer number `layer` are read."""
+        by_kind = {kind: part_of(model, kind, layer) for kind in PARTS}
         hooks = [part.output.register_forward_pre_hook(self._hook(kind, layer, part)) for kind, part in by_kind.items()]
         if self.weights:
             hooks += [hook for kind, part in by_kind.items() for hook in self.weights.hooks(kind, layer, part)]
@@ -238,13 +242,13 @@ class UnitRecorder:
             if self.phase == "scored":
                 self._add_to_sums(f"{kind}.{layer}", part, activation)
             else:
-                self.recomputed[f"{kind}.{layer}"] = activation.detach()
+                self.recomputed[f"{kind}.{layer}"] = self.by_sequence(activation.detach())
             return (activation,)
 
         return before_output
 
     def _add_to_sums(self, location: str, part: Part, activation: Tensor) -> None:
-        values = activation.detach()
+        values = self.by_sequence(activation.detach())
         if self.moments:
             self.sums.add(f"total.{location}", values.float().sum((0, 1)))
             self.sums.add(f"squares.{location}", vector_norm(values.float(), dim=(0, 1)).double().square())
@@ -256,13 +260,17 @@ class UnitRecorder:
 
         def add(gradient: Tensor) -> None:
             activations = self.recomputed.pop(location) if kept is None else kept
-            products = part.per_unit(gradient.float() * activations.float())
+            products = part.per_unit(self.by_sequence(gradient).float() * activations.float())
             for name in self.criteria:
                 if not reads_weights(name):
                     self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
 
         if self.differentiate:
             activation.register_hook(add)
+
+    def by_sequence(self, values: Tensor) -> Tensor:
+        """(batch, length, columns); OPT's MLP sees the tokens of all sequences in a row."""
+        return values if values.ndim == 3 else values.unflatten(0, (-1, self.length))
 
 
 class Phase:

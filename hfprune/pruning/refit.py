@@ -1,8 +1,8 @@
 """Refit output layers so that the remaining units replace what the removed units wrote.
 
 An MLP or an attention block writes W h into the residual stream, where h are the activations that enter its output
-layer (down_proj, o_proj) at a token. Let S be the columns that stay, P the columns that go, and r the target of the
-repair at a token. With sums over all calibration tokens,
+layer (Llama's down_proj, o_proj) at a token. Let S be the columns that stay, P the columns that go, and r the target of
+the repair at a token. With sums over all calibration tokens,
 
     G = sum h[S] h[S]^T,    C = sum r h[S]^T,    lambda = ridge * mean(diag G),
 
@@ -14,6 +14,10 @@ the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + 
   nothing, so their difference is the error of the layers below. a is `DRIFT`: repairing all of that error would fit
   noise. The output layers of all parts are refitted, also of parts that keep all their units.
 - `bias`: h comes from the intact model. The output layer's bias repairs the mean of r (FLAP, arXiv 2312.11983).
+
+Some families norm what a block writes, or multiply it by m, before it is added. The repair is of the output W h all the
+same, and right to first order: an RMS norm divides a token's error by the RMS of its output, so tokens are weighted by
+1 / RMS(W h)^2, and the drift is carried back through norm and m (`Space`).
 
 Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. The weights of one
 layer are needed at a time, and the hidden states of the calibration tokens at one place (with `sequential` also the
@@ -32,16 +36,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
+from hfprune.models.families import layout_of
+from hfprune.models.layout import Layout
 from hfprune.models.loading import flops_per_token
+from hfprune.models.run_part import Passed, factor, run_part, written
 from hfprune.models.streamed import device_of, in_memory, in_turn, is_streamed
-from hfprune.models.units import UNITS, Kept, Part, part_of, parts
-from hfprune.models.walk import enter, entrance, layers_of
+from hfprune.models.units import UNITS, Kept, Part, layers_of, matrix, part_of, parts
+from hfprune.models.walk import enter, entrance
 from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.progress import progress
 from hfprune.runtime.scratch import Scratch
 
 TOKENS_PER_BATCH = 4096
 DRIFT = 0.5
+SMALLEST_GAIN = 1e-2  # of a norm, as a share of its largest, that drift is carried back through
 
 Stream = list[Tensor]  # batches of hidden states at one place, (batch, length, hidden) each, of all tokens
 
@@ -84,29 +92,34 @@ def refit(
             )
     sequential, starved = method == "sequential", set()
     flops = tokens.numel() * flops_per_token(model, tokens.shape[1]) * (1 + sequential)
+    layout, config = layout_of(model), model.config
     layers, device = layers_of(model), device_of(model)
     with ExitStack() as stack:
-        streams = Streams(model, tokens, sequential, Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))))
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+        streams = Streams(model, tokens, sequential, layout.parallel, place)
         for number in progress(in_turn([(layer,) for layer in layers]), "refit", len(layers), "layer"):
-            layer, keywords = layers[number], streams.arguments[number]
+            layer = layers[number]
+            streams.enter_layer()
             for name in ("attention", "mlp"):
-                part = part_of(layer, name)
+                part = part_of(model, name, number)
+                how = (layout, config, layer, name, streams.arguments[number])
                 units = kept[name][number] if name in kept else torch.arange(part.units)
-                repair = Repair(part, units, name, number)
+                repair = Repair(part, units, name, number, Space(layout, config, layer, name))
                 seen = streams.activations(part) if sequential else []
+                read, dense_read = streams.read_by(name)
                 for i, stored in enumerate(streams.states):
-                    states = stored.to(device)
-                    written, activations = run_part(layer, name, keywords, states)
+                    states, entering = stored.to(device), read[i].to(device)
+                    passed = run_part(*how, entering)
                     if sequential:
                         dense = streams.dense[i].to(device)
-                        dense = dense + run_part(layer, name, keywords, dense)[0]
+                        dense = dense + run_part(*how, dense_read[i].to(device)).written
                         streams.dense[i].copy_(dense)
-                        repair.add(activations, DRIFT * (dense.float() - (states + written).float()))
-                        seen[i].copy_(activations)
+                        repair.add(passed, DRIFT * (dense.float() - (states + passed.written).float()))
+                        seen[i].copy_(passed.activations)
                     else:
-                        stored.copy_(states + written)
+                        stored.copy_(states + passed.written)
                         if repair.lossy:
-                            repair.add(activations, mean=method == "bias")
+                            repair.add(passed, mean=method == "bias")
                 if repair.lossy and method == "bias":
                     repair.shift()
                 elif repair.lossy or sequential:
@@ -116,7 +129,8 @@ def refit(
                         starved.add(number)
                 if sequential:  # the layers above must see this part as it is now
                     for stored, activations in zip(streams.states, seen, strict=True):
-                        stored.copy_(stored.to(device) + part.output(activations.to(device)))
+                        output = part.output(activations.to(device))
+                        stored.copy_(stored.to(device) + written(layout, config, layer, name, output))
             finished(number)
     details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
     if method == "bias":
@@ -131,6 +145,44 @@ def refit(
     return details | {"ridge": ridge, "starved_layers": sorted(starved)}
 
 
+class Space:
+    """Where the error of a block's output is measured: after the norm and the factor that follow it, to first order.
+
+    A norm of root mean squares writes g * z / s, with s = RMS(z) and gains g. A small change dz writes
+    g * (dz - the part of dz along z) / s.
+    """
+
+    def __init__(self, layout: Layout, config: Any, layer: nn.Module, name: str) -> None:
+        self.factor, after = factor(layout, config), layout.block(name).after
+        self.norm = layer.get_submodule(after) if after else None
+
+    def weights(self, output: Tensor) -> Tensor | None:
+        """(tokens, hidden) float32 outputs -> (tokens, 1), 1 / RMS of each; None without a norm."""
+        if self.norm is None:
+            return None
+        return output.square().mean(1, keepdim=True).clamp(min=torch.finfo(output.dtype).tiny).rsqrt()
+
+    def back(self, drift: Tensor, output: Tensor) -> Tensor:
+        """The change of the output that the hidden states see as `drift`, to first order.
+
+        Args:
+            drift: (tokens, hidden) float32, wanted behind norm and factor.
+            output: (tokens, hidden) float32, of the output layer.
+
+        Returns:
+            (tokens, hidden) float32.
+        """
+        if self.factor != 1:
+            drift = drift / self.factor
+        if self.norm is None:
+            return drift
+        gains = self.norm(torch.ones_like(output[:1], dtype=self.norm.weight.dtype)).float()  # of a token of RMS 1
+        small = gains.abs() < SMALLEST_GAIN * gains.abs().max()  # where the norm hides what the output does
+        change = torch.where(small, 0, drift / gains.masked_fill(small, 1)) / self.weights(output)
+        along = (change * output).sum(1, keepdim=True) / output.square().sum(1, keepdim=True).clamp(min=1e-30)
+        return change - along * output
+
+
 class Streams:
     """What is kept of all calibration tokens between one part and the next.
 
@@ -139,26 +191,43 @@ class Streams:
     Attributes:
         states: the residual stream of the model that is refitted.
         dense: that of the intact model, for `sequential`.
-        arguments: the keyword arguments of each layer, see `walk.enter`.
+        arguments: the arguments of each layer, see `walk.enter`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, sequential: bool, folder: Path) -> None:
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, sequential: bool, parallel: bool, folder: Path) -> None:
         self._shape, self._batch = tuple(tokens.shape), max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self._dtype, self._device, hidden = model.dtype, device_of(model), model.config.hidden_size
-        widest = max(part.output.in_features for name in UNITS for part in parts(model, name)) if sequential else 0
-        size = tokens.numel() * (hidden * (1 + sequential) + widest) * model.dtype.itemsize
+        widest = max(part.width for name in UNITS for part in parts(model, name)) if sequential else 0
+        size = tokens.numel() * (hidden * (1 + sequential) * (1 + parallel) + widest) * model.dtype.itemsize
         self._folder = folder if is_streamed(model) or size > free_bytes(self._device) / 2 else None
         self.states, self.dense = self._room("states", hidden), self._room("dense", hidden * sequential)
         self._activations = self._room("activations", widest)
+        # With a parallel MLP, which reads what attention read, also what entered the layer.
+        self._entered = self._room("entered", hidden * parallel)
+        self._dense_entered = self._room("dense-entered", hidden * sequential * parallel)
+        self._parallel = parallel
         with in_memory(*entrance(model)):
             _, self.arguments = enter(model, tokens[:1])
             for i, rows in enumerate(tokens.split(self._batch)):
                 self.states[i].copy_(enter(model, rows)[0])
                 self.dense[i].copy_(self.states[i]) if sequential else None
 
+    def enter_layer(self) -> None:
+        """Keep what enters a layer, if its MLP reads that."""
+        for kept, states in ((self._entered, self.states), (self._dense_entered, self.dense)):
+            for room, batch in zip(kept, states, strict=True):
+                if room.shape == batch.shape:
+                    room.copy_(batch)
+
+    def read_by(self, name: str) -> tuple[Stream, Stream]:
+        """The hidden states that a part reads: of the model that is refitted, and of the intact one."""
+        if self._parallel and name == "mlp":
+            return self._entered, self._dense_entered
+        return self.states, self.dense
+
     def activations(self, part: Part) -> Stream:
         """Room for the input of a part's output layer."""
-        columns = part.output.in_features
+        columns = part.width
         rooms = [room.flatten()[: room[..., 0].numel() * columns] for room in self._activations]
         return [room.view(-1, self._shape[1], columns) for room in rooms]
 
@@ -180,20 +249,22 @@ class Repair:
         kept, removed: int64 columns of its output layer.
         name: the part's name.
         layer: the layer's number.
+        space: where errors are measured; None: in the output itself.
         tokens: how many tokens the sums contain.
     """
 
-    def __init__(self, part: Part, units: Tensor, name: str, layer: int) -> None:
-        self.part, self.name, self.layer = part, name, layer
+    def __init__(self, part: Part, units: Tensor, name: str, layer: int, space: Space | None = None) -> None:
+        self.part, self.name, self.layer, self.space = part, name, layer, space
         is_removed = torch.ones(part.units, dtype=torch.bool).index_fill_(0, units.cpu(), False)
         device = part.output.weight.device
         self.kept, self.removed = (
             part.columns_of(mask.nonzero()[:, 0]).to(device) for mask in (~is_removed, is_removed)
         )
-        self.removed_weights = part.output.weight[:, self.removed].float()
+        self.removed_weights = matrix(part.output)[:, self.removed].float()
         self.gram: Tensor | float = 0.0  # G
         self.cross: Tensor | float = 0.0  # C
-        self.lost: Tensor | float = 0.0  # sum of W[:, P] h[P]
+        self.lost: Tensor | float = 0.0  # sum of W[:, P] h[P], each token times its squared weight
+        self.weight: Tensor | float = 0.0  # sum of the squared weights
         self.tokens = 0
 
     @property
@@ -204,33 +275,37 @@ class Repair:
     @property
     def flops(self) -> int:
         """Floating-point operations for G, C and the solution by Cholesky's method."""
-        kept, hidden = len(self.kept), self.part.output.out_features
+        kept, hidden = len(self.kept), matrix(self.part.output).shape[0]
         return 2 * self.tokens * kept * (kept + hidden) + kept**3 // 3 + 2 * kept**2 * hidden
 
-    def add(self, activations: Tensor, drift: Tensor | None = None, mean: bool = False) -> None:
+    def add(self, passed: Passed, drift: Tensor | None = None, mean: bool = False) -> None:
         """Add a batch to the sums. Products are float32, sums float64.
 
         Args:
-            activations: (batch, length, columns), the input of the output layer.
-            drift: (batch, length, hidden) float32, added to the target beside what the cut loses here.
+            passed: the part's pass over (batch, length) tokens, with all its units.
+            drift: (batch, length, hidden) float32, the target beside what the cut loses here, in the hidden states.
             mean: only sum the target, which is all that `shift` needs.
         """
-        flat = activations.flatten(0, 1).float()
+        flat, output = passed.activations.flatten(0, -2).float(), passed.output.flatten(0, -2).float()
         target = flat[:, self.removed] @ self.removed_weights.T
-        self.lost += target.sum(0).double()
-        self.tokens += len(flat)
-        if mean:
-            return
         if drift is not None:
-            target += drift.flatten(0, 1)
+            target += self.space.back(drift.flatten(0, 1), output)
         kept = flat[:, self.kept]
+        self.tokens += len(flat)
+        weights = self.space.weights(output)
+        if mean:
+            self.lost += (target if weights is None else target * weights.square()).sum(0).double()
+            self.weight += len(flat) if weights is None else weights.square().sum().double()
+            return
+        if weights is not None:
+            target, kept = target * weights, kept * weights
         self.gram += (kept.T @ kept).double()
         self.cross += (target.T @ kept).double()
 
     def shift(self) -> None:
         """Repair the mean of the loss, with the bias."""
         bias = self.part.output.bias
-        bias += (self.lost / self.tokens).to(bias.dtype)
+        bias += (self.lost / self.weight).to(bias.dtype)
         self._silence()
 
     def solve(self, ridge: float) -> None:
@@ -247,36 +322,10 @@ class Repair:
                 f"{UNITS[self.name]} are linearly dependent or not finite. Set a larger `ridge`, take more samples, or "
                 "compute in float32."
             )
-        weight = self.part.output.weight
+        weight = matrix(self.part.output)
         correction = torch.cholesky_solve(self.cross.T, factor).T
         weight[:, self.kept] = (weight[:, self.kept] + correction).to(weight.dtype)
         self._silence()
 
     def _silence(self) -> None:
-        self.part.output.weight[:, self.removed] = 0
-
-
-def run_part(layer: nn.Module, name: str, keywords: dict[str, Any], states: Tensor) -> tuple[Tensor, Tensor]:
-    """Run one part of a layer, with the norm before it.
-
-    Args:
-        layer: a decoder layer that computes a = x + attention(norm(x)) and then a + mlp(norm(a)).
-        name: the part's name.
-        keywords: the layer's keyword arguments, see `walk.enter`.
-        states: (batch, length, hidden), the input of the part.
-
-    Returns:
-        (batch, length, hidden) what the part adds to the residual stream, and (batch, length, columns) the input of its
-        output layer.
-    """
-    output_inputs: list[Tensor] = []
-    output = part_of(layer, name).output
-    hook = output.register_forward_pre_hook(lambda _module, inputs: output_inputs.append(inputs[0]))
-    try:
-        if name == "attention":
-            written, _ = layer.self_attn(hidden_states=layer.input_layernorm(states), **keywords)
-        else:
-            written = layer.mlp(layer.post_attention_layernorm(states))
-    finally:
-        hook.remove()
-    return written, output_inputs[0]
+        matrix(self.part.output)[:, self.removed] = 0

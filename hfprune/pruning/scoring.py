@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
+from hfprune.models.activations import checkpointed, is_short
+from hfprune.models.head import head_of
 from hfprune.models.loading import (
     final_hidden,
     flops_per_token,
@@ -25,8 +27,7 @@ from hfprune.models.loading import (
     weights_in_memory,
 )
 from hfprune.models.streamed import is_streamed, memory_of
-from hfprune.models.units import PARTS, Part, Scores, parts, read_scores
-from hfprune.models.walk import layers_of
+from hfprune.models.units import PARTS, Part, Scores, layers_of, parts, read_scores
 from hfprune.pruning import layerwise
 from hfprune.pruning.criteria import CRITERIA, LIGHT_CUT, GradientCriterion, Moments, StaticCriterion
 from hfprune.pruning.greedy import one_by_one
@@ -34,7 +35,6 @@ from hfprune.pruning.head import LogitGradient, generator
 from hfprune.pruning.recorder import CalibrationPass, Sums, UnitRecorder, flops_of_sums, moments_of, names_of_sums
 from hfprune.pruning.weight_recorder import reads_weights, sum_name
 from hfprune.runtime.matmul import fast_products
-from hfprune.runtime.memory import checkpointed, is_short
 from hfprune.runtime.progress import progress
 from hfprune.runtime.signals import Stopped, sigterm_deferred
 from hfprune.store.filenames import RESUME, SCORES, SUMS
@@ -277,21 +277,19 @@ def _add_up_resident(model: PreTrainedModel, one_pass: CalibrationPass, resume: 
     sums = Sums()
     if state and state.exists():
         sums.load(state)
-    size, passes = one_pass.batch, one_pass.passes
-    recompute = bool(passes) and is_short(model, size * one_pass.tokens.shape[1])
-    recorder = UnitRecorder(sums, one_pass.moments, bool(passes), one_pass.silent, recompute, one_pass.weights)
-    output = model.get_output_embeddings()
+    size, passes, length = one_pass.batch, one_pass.passes, one_pass.tokens.shape[1]
+    recompute = bool(passes) and is_short(model, size * length)
+    recorder = UnitRecorder(sums, length, one_pass.moments, bool(passes), one_pass.silent, recompute, one_pass.weights)
     remaining = one_pass.tokens[sums.sequences :]
     saved = time.monotonic()
     with ExitStack() as stack:
-        for layer, module in enumerate(layers_of(model)):
-            stack.enter_context(recorder.attached(layer, module))
-        stack.enter_context(weights_in_memory(output))
+        for layer in range(len(layers_of(model))):
+            stack.enter_context(recorder.attached(layer, model))
+        head = stack.enter_context(head_of(model))
         stack.enter_context(fast_products(model.device))
         if recompute:
             print("memory is short: the backward pass computes each layer a second time", flush=True)
             stack.enter_context(checkpointed(model, lambda: recorder.in_phase("recompute")))
-        head = output.weight
         sigterm = stack.enter_context(sigterm_deferred())
         batches = remaining.split(size) if len(remaining) else ()
         for rows in progress(batches, "score", remaining.numel(), " tokens", torch.numel):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
@@ -21,9 +21,9 @@ from hfprune.models.loading import (
     set_linear,
     shape_only,
 )
+from hfprune.models.modeling_per_layer import count_heads
 from hfprune.models.streamed import device_of, in_turn, memory_of
-from hfprune.models.units import PARTS, Kept, Part, Scores, part_of, parts, read_scores, spread
-from hfprune.models.walk import layers_of
+from hfprune.models.units import PARTS, Kept, Part, Scores, layers_of, matrix, part_of, parts, read_scores
 from hfprune.pruning.allocation import ALLOCATIONS, allocate
 from hfprune.pruning.budget import Budget, shape_of, units_to_keep
 from hfprune.pruning.influence import layer_influence
@@ -153,14 +153,14 @@ def _cut_and_write(
         tokens: (sequences, length) calibration tokens for a refit.
         refit, ridge: see `prune`.
     """
-    layers, final_layers = layers_of(model), layers_of(final)
+    layers = layers_of(model)
 
     def finish(number: int) -> None:
         for name in PARTS:
-            part = part_of(layers[number], name)
+            part = part_of(model, name, number)
             if name in kept:
                 cut_part(part, kept[name][number].to(part.output.weight.device))
-            checkpoint.pad_part(part_of(layers[number], name), part_of(final_layers[number], name).units)
+            checkpoint.pad_part(part_of(model, name, number), part_of(final, name, number).units)
         writer.add(number)
 
     with fast_products(device_of(model)):
@@ -202,7 +202,11 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
 
 def cut_part(part: Part, units: Tensor) -> None:
     """Remove the rows and columns of the units that are not in `units`, (count,) int64."""
-    for linear in part.inputs:
-        rows = spread(units, linear.out_features // part.units)
-        set_linear(linear, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
-    set_linear(part.output, part.output.weight[:, part.columns_of(units)], part.output.bias)
+    for number, linear in enumerate(part.inputs):
+        rows = part.rows_of(units, number)
+        set_linear(linear, matrix(linear)[rows], None if linear.bias is None else linear.bias[rows])
+    for norm in part.per_head:
+        norm.weight = nn.Parameter(norm.weight.unflatten(0, (part.units, -1))[units].flatten(0, 1), False)
+    set_linear(part.output, matrix(part.output)[:, part.columns_of(units)], part.output.bias)
+    if part.name == "attention":
+        count_heads(part.block, len(units), part.units)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune.models.loading import weights_in_memory
-from hfprune.models.units import Part
+from hfprune.models.units import Part, matrix
 from hfprune.pruning.criteria import CRITERIA
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def sum_name(criterion: str, number: int) -> str:
 def sizes(part: Part, criterion: str) -> list[int]:
     """How many numbers are summed for each linear layer of a part."""
     form = WEIGHT_FORMS[CRITERIA[criterion].products]
-    vectors = [*(linear.out_features for linear in part.inputs), part.output.in_features]
-    lengths = [*(linear.in_features for linear in part.inputs), part.output.out_features]
+    written, width = matrix(part.output).shape
+    vectors, lengths = zip(*(matrix(linear).shape for linear in part.inputs), (width, written), strict=True)
     shapes = [(part.units, count // part.units, length) for count, length in zip(vectors, lengths, strict=True)]
     return [form(torch.empty(shape, device="meta")).numel() for shape in shapes]
 
@@ -101,12 +101,12 @@ class WeightRecorder:
 
     def _add(self, names: list[str], location: str, part: Part, number: int, x: Tensor, gradient: Tensor) -> None:
         """Add one batch: (batch, length, in) inputs and (batch, length, out) gradients of a linear layer."""
-        linear = part.linears[number]
+        linear, of_sequences = part.linears[number], self.recorder.by_sequence
         with weights_in_memory(linear):
-            for inputs, gradients in zip(x.float(), gradient.float(), strict=True):
-                salience = linear.weight * (gradients.T @ inputs)
-                vectors = salience.T if linear is part.output else salience
-                by_unit = vectors.unflatten(0, (part.units, -1))
+            for inputs, gradients in zip(of_sequences(x).float(), of_sequences(gradient).float(), strict=True):
+                salience = matrix(linear) * (gradients.T @ inputs)
+                is_output = linear is part.output
+                by_unit = salience.T.unflatten(0, (part.units, -1)) if is_output else part.by_unit(salience, number)
                 for name in names:
                     form = WEIGHT_FORMS[CRITERIA[name].products]
                     self.recorder.sums.add(f"{sum_name(name, number)}.{location}", form(by_unit).contiguous())

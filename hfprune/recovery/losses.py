@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from hfprune.models.loading import logits_of
+from hfprune.models.head import Head
 
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # 32 MiB and 512 MiB in float32
 
@@ -27,16 +27,16 @@ def cross_entropy(labels: Tensor) -> Term:
     return term
 
 
-def distillation(teacher: Tensor, teacher_head: Tensor) -> Term:
+def distillation(teacher: Tensor, teacher_head: Head) -> Term:
     """KL(teacher || student), nats.
 
     Args:
         teacher: (tokens, hidden) final hidden states of the teacher.
-        teacher_head: (vocabulary, hidden) its output projection.
+        teacher_head: its head.
     """
 
     def term(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        log_t = log_softmax(logits_of(teacher[chunk], teacher_head), -1)
+        log_t = log_softmax(teacher_head.logits(teacher[chunk]), -1)
         log_s = log_softmax(logits, -1)
         t = log_t.exp()
         return (t * (log_t - log_s)).sum(), log_s.exp_() - t
@@ -44,45 +44,53 @@ def distillation(teacher: Tensor, teacher_head: Tensor) -> Term:
     return term
 
 
-def chunked(hidden: Tensor, head: Tensor, term: Term) -> Tensor:
-    """The sum of `term` over all tokens, computed in chunks; differentiable in both tensors.
+def chunked(hidden: Tensor, head: Head, term: Term) -> Tensor:
+    """The sum of `term` over all tokens, computed in chunks; differentiable in the states and the head's tensors.
 
     Args:
         hidden: (tokens, hidden) final hidden states.
-        head: (vocabulary, hidden) output projection.
+        head: the model's head.
         term: the loss, with its closed-form gradient.
 
     Returns:
         A scalar, float32.
     """
-    return _Chunked.apply(hidden, head, term)
+    return _Chunked.apply(hidden, head.weight, head.bias, head, term)
 
 
 class _Chunked(torch.autograd.Function):
     """Computes the gradients together with the loss. So no chunk's logits are kept or computed twice."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, term: Term) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, term: Term) -> Tensor:
         device_type = hidden.device.type
         total = torch.zeros((), device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
-        head_gradient = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         if torch.is_autocast_enabled(device_type):  # cast once, not for every chunk
-            hidden, head = (tensor.to(torch.get_autocast_dtype(device_type)) for tensor in (hidden, head))
-        size = max(1, LOGITS_PER_CHUNK[device_type] // head.shape[0])
+            hidden, head = (each.to(torch.get_autocast_dtype(device_type)) for each in (hidden, head))
+        size = max(1, LOGITS_PER_CHUNK[device_type] // head.vocabulary)
         for first in range(0, len(hidden), size):
             chunk = slice(first, first + size)
-            loss, gradient = term(logits_of(hidden[chunk], head), chunk)
-            gradient = gradient.to(head.dtype)
-            total += loss
-            hidden_gradient[chunk] = gradient @ head
-            if head_gradient is not None:
-                head_gradient += gradient.T @ hidden[chunk]
-        ctx.save_for_backward(hidden_gradient, head_gradient)
+            losses: list[Tensor] = []
+
+            def gradient_of(logits: Tensor, chunk: slice = chunk, losses: list[Tensor] = losses) -> Tensor:
+                loss, gradient = term(logits, chunk)
+                losses.append(loss)
+                return gradient
+
+            gradient = head.pulled_back(head.logits(hidden[chunk]), gradient_of)
+            total += losses[0]
+            hidden_gradient[chunk] = gradient @ head.weight
+            if weight_gradient is not None:
+                weight_gradient += gradient.T @ hidden[chunk]
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0)
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        hidden_gradient, head_gradient = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = upstream
-        return hidden_gradient * scale, None if head_gradient is None else head_gradient * scale, None
+        return *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors), None, None

@@ -32,12 +32,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from hfprune.data.packing import NO_LABEL, Packed, read_examples
 from hfprune.errors import UserError
 from hfprune.models import checkpoint
+from hfprune.models.activations import checkpointed, is_short
 from hfprune.models.context import check_checkpoint
+from hfprune.models.families import layout_of
+from hfprune.models.head import head_of
 from hfprune.models.history import BEFORE, read_step, since_the_last_cut, steps
-from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
+from hfprune.models.loading import LINEAR, flops_per_token, load_model, load_tokenizer
 from hfprune.recovery.losses import chunked, cross_entropy, distillation
 from hfprune.runtime.matmul import fast_products
-from hfprune.runtime.memory import checkpointed, is_short
 from hfprune.runtime.progress import bar
 from hfprune.runtime.signals import Sigterm, Stopped, sigterm_deferred
 from hfprune.store.filenames import ADAPTER, LOSSES, PRUNING, RECOVERY, RESUME
@@ -89,6 +91,11 @@ def recover(
         raise UserError(f"report_to = {report_to!r}: not installed. Run `pip install {report_to}`, or leave it out.")
     check_checkpoint(model, {"length": length})
     network = load_model(model, dtype, spread=False)
+    if not layout_of(network).keeps_documents_apart:
+        raise UserError(
+            f"{model}: training packs several documents into a row, and in models of model_type "
+            f"{network.config.model_type!r} they would see one another. These can be pruned and refitted, not trained."
+        )
     own_dtype = network.dtype
     use_cache = network.config.use_cache
     rows = Packed(read_examples(load_tokenizer(model), network.config.vocab_size, text, length), length, epochs, seed)
@@ -144,7 +151,7 @@ def recover(
     with arguments.main_process_first(local=False):
         last = _last_whole_checkpoint(work)
     with ExitStack() as stack:
-        stack.callback(network.model.register_forward_hook(trainer.keep_hidden).remove)
+        stack.callback(network.base_model.register_forward_hook(trainer.keep_hidden).remove)
         stack.enter_context(fast_products(arguments.device))
         if short:
             print("memory is short: the backward pass computes each layer a second time", flush=True)
@@ -264,7 +271,7 @@ def training_flops(trained: nn.Module, method: str, forward: int, short: bool, t
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
     """The distinct weights of the module's linear layers."""
-    weights = {id(layer.weight): layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)}
+    weights = {id(layer.weight): layer.weight for layer in module.modules() if isinstance(layer, LINEAR)}
     return list(weights.values())
 
 
@@ -272,7 +279,7 @@ def _lora(network: PreTrainedModel, rank: int, alpha: int, dropout: float, targe
     """Low-rank adapters (arXiv 2106.09685) beside linear layers, merged into them at the end."""
     from peft import LoraConfig, get_peft_model
 
-    names = {name.split(".")[-1] for name, module in network.model.named_modules() if isinstance(module, nn.Linear)}
+    names = {name.split(".")[-1] for name, module in network.base_model.named_modules() if isinstance(module, LINEAR)}
     if missing := sorted(set(targets) - names):
         raise UserError(f"targets: this model has no linear layer {missing[0]!r}; it has {', '.join(sorted(names))}.")
     base, network.name_or_path = network.name_or_path, ""  # at each save, peft looks up a named model on the hub
@@ -296,12 +303,20 @@ def _norms(network: PreTrainedModel, **_lora_settings: object):
     is tied to the embeddings, the last norm is divided by the scale. So the function stays the same, and the result is
     a plain checkpoint.
     """
-    embedding, last_norm = network.get_input_embeddings(), network.model.norm
+    embedding = network.get_input_embeddings()
+    last_norm = network.base_model.get_submodule(layout_of(network).final_norm)
+    tied = network.get_output_embeddings().weight is embedding.weight
+    if tied and getattr(last_norm, "weight", None) is None:
+        raise UserError(
+            f"method 'norms': the last norm of a {network.config.model_type} model has no weights, which would take up "
+            "the scale of its tied embeddings. Use 'lora' or 'full'."
+        )
     for parameter in network.parameters():
         if parameter.ndim == 1:  # norms and biases; all others are matrices
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    embedding.scale = nn.Parameter(torch.zeros_like(last_norm.weight))  # scale - 1: weight decay pulls to 1
+    zeros = torch.zeros(embedding.weight.shape[1], device=embedding.weight.device)
+    embedding.scale = nn.Parameter(zeros)  # scale - 1: weight decay pulls to 1
     hook = embedding.register_forward_hook(lambda module, _inputs, output: output * (1 + module.scale))
 
     @torch.no_grad()
@@ -309,12 +324,22 @@ def _norms(network: PreTrainedModel, **_lora_settings: object):
         hook.remove()
         scale = 1 + embedding.scale
         del embedding.scale
-        if network.get_output_embeddings().weight is embedding.weight:
-            last_norm.weight /= scale
+        if tied:
+            offset = _offset_of_gains(last_norm)
+            last_norm.weight.copy_((last_norm.weight + offset) / scale - offset)
+            if getattr(last_norm, "bias", None) is not None:
+                last_norm.bias /= scale
         embedding.weight *= scale
         return trained
 
     return network, finish
+
+
+def _offset_of_gains(norm: nn.Module) -> int:
+    """What a norm adds to its weights before it multiplies by them: 1 in Gemma and Nemotron, else 0."""
+    silent = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
+    ramp = torch.linspace(-1, 1, len(norm.weight), device=norm.weight.device, dtype=norm.weight.dtype)
+    return int(torch.func.functional_call(norm, silent, (ramp,)).any())
 
 
 def _full(network: PreTrainedModel, **_lora_settings: object):
@@ -341,7 +366,7 @@ class RecoveryTrainer(Trainer):
         self.trend: LossTrend | None = None
 
     def keep_hidden(self, _module: nn.Module, _inputs: object, output: Any) -> None:
-        """Forward hook of `network.model`: keeps the final hidden states for the loss."""
+        """Forward hook of the base model: keeps the final hidden states for the loss."""
         self.hidden = output.last_hidden_state
 
     def compute_loss(
@@ -358,9 +383,11 @@ class RecoveryTrainer(Trainer):
                 term = cross_entropy(labels[has_label])
             else:
                 with torch.no_grad():
-                    dense = self.teacher.model(**sequence).last_hidden_state[:, :-1][has_label]
-                term = distillation(dense, self.teacher.get_output_embeddings().weight)
-            total = chunked(hidden, self.network.get_output_embeddings().weight, term)
+                    dense = self.teacher.base_model(**sequence).last_hidden_state[:, :-1][has_label]
+                with head_of(self.teacher) as head:
+                    term = distillation(dense, head)
+            with head_of(self.network) as head:
+                total = chunked(hidden, head, term)
         # Gradients are averaged over the processes, but `num_items_in_batch` counts the labels of all processes.
         loss = total / num_items_in_batch * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss

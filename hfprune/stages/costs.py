@@ -25,7 +25,7 @@ class Cost:
 
 def streamed_bytes(model: PreTrainedModel) -> int:
     """Bytes of the weights that are in memory at once where they are streamed: of a layer and what is read next."""
-    from hfprune.models.walk import layers_of
+    from hfprune.models.units import layers_of
 
     layer = max(weight_bytes(layer) for layer in layers_of(model))
     return layer + max(layer, weight_bytes(model.get_output_embeddings()))

@@ -64,8 +64,8 @@ def _cost(job: Any, estimate: Any) -> Any:
     import math
 
     from hfprune.evaluation.shared_prefix import LOGITS, ROWS, TOKENS
+    from hfprune.models.activations import forward_bytes
     from hfprune.models.loading import flops_per_token
-    from hfprune.runtime.memory import forward_bytes
     from hfprune.stages.costs import Cost, weight_bytes
 
     longest_request = 3  # a task's longest request, as a multiple of the mean; memory depends on it

@@ -22,8 +22,8 @@ def _produce(folder: Path, inputs: Any, parameters: MeasureParameters, run: Any)
 @outside_key
 def _cost(job: Any, estimate: Any) -> Any:
     from hfprune.evaluation.fidelity import LOGITS_PER_CHUNK
+    from hfprune.models.activations import graph_bytes
     from hfprune.models.loading import flops_per_token
-    from hfprune.runtime.memory import graph_bytes
     from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 
     model, reference = estimate.models.of(job.inputs["model"]), job.inputs["reference"]

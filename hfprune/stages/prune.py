@@ -164,7 +164,7 @@ def _cost(job: Any, estimate: Any) -> Any:
 
     from hfprune.models.checkpoint import BYTES_PER_FILE
     from hfprune.models.loading import flops_per_token
-    from hfprune.models.units import PARTS, part_of
+    from hfprune.models.units import PARTS, parts
     from hfprune.pruning import refit
     from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 
@@ -181,15 +181,14 @@ def _cost(job: Any, estimate: Any) -> Any:
         sequential = job.settings.refit == "sequential"
         flops += tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
         kept = estimate.models.kept(job)
-        for number, layer in enumerate(dense.model.layers):
-            for name in PARTS:
-                part = part_of(layer, name)
+        for name in PARTS:
+            for number, part in enumerate(parts(dense, name)):
                 units = kept[name][number] if name in kept else torch.arange(part.units)
                 repair = refit.Repair(part, units, name, number)
                 if job.settings.refit != "bias" and (repair.lossy or sequential):
                     repair.tokens = tokens
                     flops += repair.flops
-        width, hidden = dense.config.intermediate_size, dense.config.hidden_size
+        width, hidden = max(part.units for part in parts(dense, "mlp")), dense.config.hidden_size
         streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
         memory += 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
     if streamed:

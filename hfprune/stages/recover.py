@@ -130,10 +130,10 @@ def _cost(job: Any, estimate: Any) -> Any:
     import copy
     import warnings
 
+    from hfprune.models.activations import graph_bytes
     from hfprune.models.loading import flops_per_token
     from hfprune.recovery.losses import LOGITS_PER_CHUNK
     from hfprune.recovery.training import BYTES_PER_TRAINED, METHODS, training_flops
-    from hfprune.runtime.memory import graph_bytes
     from hfprune.stages.costs import Cost, weight_bytes
 
     settings, dense = job.settings, estimate.models.dense

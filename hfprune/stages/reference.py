@@ -24,8 +24,8 @@ def _produce(folder: Path, inputs: Any, parameters: ReferenceParameters, run: An
 
 @outside_key
 def _cost(job: Any, estimate: Any) -> Any:
+    from hfprune.models.activations import graph_bytes
     from hfprune.models.loading import flops_per_token
-    from hfprune.runtime.memory import graph_bytes
     from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 
     dense, length = estimate.models.dense, job.settings.length

@@ -1,0 +1,157 @@
+"""Streamed weights: memory of scoring, cutting and measuring layer by layer, and speed beside a model in memory.
+
+    python benchmarks/streaming.py
+
+A checkpoint of random bfloat16 weights, a file for each layer. Each step runs in a process of its own. For the speed a
+small model scores the same tokens in turn with streamed weights and in memory.
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from common import alternate, record
+from safetensors.torch import save_file
+from scoring import SHAPES
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from hfprune.evaluation import fidelity
+from hfprune.models.loading import load_model, shape_only, weight_bytes
+from hfprune.models.units import save_scores
+from hfprune.pruning import surgery
+from hfprune.pruning.scoring import unit_scores
+from hfprune.store.filenames import SCORES
+
+LARGE = SHAPES | {
+    "tinyllama-1.1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+SMALL = SHAPES["smollm2-135m"] | {"num_hidden_layers": 8}
+CUT = {
+    "ratio": 0.2, "ratio_of": "all", "target_parameters": None, "round_to": 1, "structure": "mlp",
+    "attention_share": None, "allocation": "uniform", "refit": "sequential", "ridge": 0.1, "pad": False,
+    "dtype": "auto",
+}  # fmt: skip
+
+
+def write_checkpoint(folder: Path, shape: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write a Llama of that shape with random weights, one layer in memory at a time."""
+    torch.manual_seed(0)
+    model = shape_only(AutoConfig.for_model("llama", max_position_embeddings=4096, **shape), dtype)
+    model.save_pretrained(folder, state_dict={})
+    groups: dict[str, list[str]] = {}
+    for name in dict(model.named_parameters()):
+        groups.setdefault(name.partition("layers.")[2].partition(".")[0], []).append(name)
+    weight_map = {}
+    for number, names in enumerate(groups.values()):
+        file, weights = f"model-{number:05}.safetensors", {}
+        for name in names:
+            size = model.get_parameter(name).shape
+            weights[name] = (torch.randn(size) * 0.02 if len(size) > 1 else torch.ones(size)).to(dtype)
+        save_file(weights, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+def score(folder: Path, tokens: torch.Tensor) -> None:
+    """Scores of the model in `folder`, for `cut`."""
+    (folder / "scores").mkdir(exist_ok=True)
+    scores = unit_scores(load_model(folder, "auto", "streamed"), tokens, ["entropy"], resume=folder / "resume")
+    save_scores(folder / "scores" / SCORES, scores["entropy"])
+
+
+def cut(folder: Path, tokens: torch.Tensor) -> None:
+    """The model without a fifth of its parameters, refitted, reloaded."""
+    surgery.sample_sequences = lambda *_arguments, **_options: tokens
+    (folder / "pruned").mkdir(exist_ok=True)
+    calibration = {
+        "criterion": "entropy",
+        "samples": len(tokens),
+        "length": tokens.shape[1],
+        "seed": 0,
+        "text": "random",
+    }
+    surgery.prune(folder / "pruned", folder, folder / "scores", folder, {}, calibration, **CUT, memory="streamed")
+
+
+def measure(folder: Path, tokens: torch.Tensor) -> None:
+    """The cut model's distance from the dense one."""
+    fidelity.sample_sequences = lambda *_arguments, **_options: tokens
+    fidelity.reference(folder, folder, folder, len(tokens), tokens.shape[1], 0, "auto", "streamed")
+    fidelity.measure(folder, folder / "pruned", folder, "auto", "streamed")
+
+
+STEPS = {"score": score, "cut": cut, "measure": measure}
+
+
+def peak(step: str, folder: Path, length: int, samples: int, results: Any) -> None:
+    """Put into `results` the seconds of a step and the peak of this process's and its children's resident memory."""
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 32000, (samples, length))
+    process, seen, done = psutil.Process(), [(0, 0)], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            children = sum(child.memory_info().rss for child in process.children())
+            memory = process.memory_info()
+            seen.append((memory.rss - memory.shared, memory.rss, children))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started = time.perf_counter()
+    STEPS[step](folder, tokens)
+    seconds = time.perf_counter() - started
+    done.set()
+    thread.join()
+    results.put((seconds, *(max(values) for values in zip(*seen[1:], strict=True))))
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(LARGE), default="tinyllama-1.1b")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="for the checkpoint (default: the system's temporary folder)")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    figures: dict[str, Any] = {"shape": args.shape, "tokens": args.samples * args.length}
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        large, small = Path(scratch, "large"), Path(scratch, "small")
+        write_checkpoint(small, SMALL, torch.float32)
+        tokens = torch.randint(0, SMALL["vocab_size"], (4, 512))
+        networks = {memory: load_model(small, "auto", memory) for memory in ("resident", "streamed")}
+        work = {name: partial(unit_scores, network, tokens, ["entropy"]) for name, network in networks.items()}
+        seconds = alternate(work, args.rounds)
+        figures |= {f"tokens_per_second_{name}": tokens.numel() / median for name, median in seconds.items()}
+        figures["speed_streamed_over_resident"] = seconds["resident"] / seconds["streamed"]
+        print(figures, flush=True)
+        write_checkpoint(large, LARGE[args.shape], torch.bfloat16)
+        figures["weight_bytes"] = weight_bytes(large)
+        for step in STEPS:
+            results = context.Queue()
+            process = context.Process(target=peak, args=(step, large, args.length, args.samples, results))
+            process.start()
+            names = ("seconds", "peak_bytes_without_files", "peak_bytes", "peak_bytes_of_reload")
+            figures |= {f"{step}_{name}": value for name, value in zip(names, results.get(), strict=True)}
+            process.join()
+            print(figures, flush=True)
+    record("streaming", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What a model's passes take in memory, and how to fit them into what there is.
+
+Scoring and training keep each layer's activations for the backward pass, or compute them a second time. Evaluation
+batches as many rows as fit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from hfprune.models.families import head_size
+from hfprune.models.units import layers_of, parts
+from hfprune.runtime import memory
+
+
+def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """An upper bound on the bytes that a forward pass over `tokens` tokens keeps for the backward pass.
+
+    A layer keeps up to 12 tensors of the hidden size and 5 of the MLP's width in the model's type, and 2 of the hidden
+    size in float32 for its norms (counted by `torch.autograd.graph.saved_tensors_hooks` for every family).
+    """
+    hidden, layers = model.config.hidden_size, parts(model, "mlp")
+    width = max(part.units for part in layers)
+    per_layer = (12 * hidden + 5 * width) * model.dtype.itemsize + 8 * hidden
+    return per_layer * len(layers) * tokens
+
+
+def forward_bytes(model: PreTrainedModel, length: int, whole: bool = False) -> int:
+    """An upper bound on the bytes that a forward pass without gradients takes for each row of `length` tokens.
+
+    A layer holds at most 8 tensors of the hidden size and 3 of the MLP's width at a time, and 2 of the hidden size in
+    float32. "eager" attention holds the scores and their softmax for all heads; other kinds hold the mask twice.
+
+    Args:
+        model: a loaded model.
+        length: tokens of a row.
+        whole: the pass computes logits and their softmax at every position, and keeps keys and values.
+    """
+    config, attention = model.config, parts(model, "attention")
+    width = max(part.units for part in parts(model, "mlp"))
+    size, head = model.dtype.itemsize, head_size(config)
+    per_token = (8 * config.hidden_size + 3 * width) * size + 8 * config.hidden_size
+    if whole:
+        per_token += 3 * config.vocab_size * size
+        per_token += sum(2 * part.units * head for part in attention) * size
+    heads = max(part.width // head for part in attention)
+    per_pair = heads * (2 * size + 4) if config._attn_implementation == "eager" else 2 * size
+    return per_token * length + per_pair * length**2
+
+
+def is_short(model: PreTrainedModel, tokens: int, reserved: int = 0) -> bool:
+    """Whether the graph of `tokens` tokens could take more than half of the free memory, or weights are offloaded.
+
+    `reserved` bytes of the free memory count as taken.
+    """
+    free = memory.free_bytes(model.device)
+    return memory.is_offloaded(model) or graph_bytes(model, tokens) > (free - reserved) / 2
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel, recomputing: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Keep only each layer's input. The backward pass runs the layer's forward pass again, within `recomputing()`.
+
+    The checkpointing is non-reentrant: several backward passes over one graph are possible, and each runs the layer
+    again. Each layer runs to its end: if it stopped early, accelerate would leave its offloaded weights on the device.
+    """
+    forwards = [layer.forward for layer in layers_of(model)]
+    again = partial(checkpoint, use_reentrant=False, early_stop=False)  # the same dropout again
+    for layer, forward in zip(layers_of(model), forwards, strict=True):
+        layer.forward = partial(again, forward, context_fn=lambda: (nullcontext(), recomputing()))
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers_of(model), forwards, strict=True):
+            layer.forward = forward

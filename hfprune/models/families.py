@@ -1,0 +1,322 @@
+"""The supported families, each one short declaration (see `layout.py`), and the layout of a model.
+
+To add a family, write its line in `FAMILIES`: its `model_type` in transformers, models that people know it by, and its
+layout or a function from the config to it. tests/test_families.py then tests it, and `hfprune families` shows it. A
+model of another family is supported too where its modules match a layout here, and its numbers agree (`matching.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from hfprune.models.layout import QUERIES, Block, Layout, Rows
+
+if TYPE_CHECKING:  # a workflow reads layouts without paying for torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family.
+
+    Attributes:
+        models: names that people know it by.
+        layout: the layout, or a function to it from a config: one of transformers, or the keys of a config.json.
+        variants: names of models whose layout differs, and the keys of their config that make the difference.
+    """
+
+    models: str
+    layout: Layout | Callable[[Any], Layout]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def setting(config: Any, key: str, otherwise: Any = None) -> Any:
+    """A value of a config, which is one of transformers or the keys of a config.json."""
+    value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+    return otherwise if value is None else value
+
+
+def _with(
+    layout: Layout, attention: Mapping[str, Any] | None = None, mlp: Mapping[str, Any] | None = None, **others: Any
+) -> Layout:
+    """The layout with other values of its blocks, and of its own."""
+    blocks = {"attention": replace(layout.attention, **attention or {}), "mlp": replace(layout.mlp, **mlp or {})}
+    return replace(layout, **blocks, **others)
+
+
+LLAMA = Layout(
+    attention=Block(
+        rows=(Rows("self_attn.q_proj"), Rows("self_attn.k_proj"), Rows("self_attn.v_proj")),
+        output="self_attn.o_proj",
+        module="self_attn",
+        norm="input_layernorm",
+        size="heads",
+    ),
+    mlp=Block(
+        rows=(Rows("mlp.gate_proj"), Rows("mlp.up_proj")),
+        output="mlp.down_proj",
+        module="mlp",
+        norm="post_attention_layernorm",
+        size="intermediate_size",
+    ),
+)
+BY_KIND = replace(LLAMA, masks_by_kind=True)  # full and sliding attention take masks of their own
+POST_NORM = _with(
+    BY_KIND,
+    attention={"norm": None, "after": "post_attention_layernorm"},
+    mlp={"norm": None, "after": "post_feedforward_layernorm"},
+)
+GEMMA_2 = _with(
+    LLAMA,
+    attention={"after": "post_attention_layernorm"},
+    mlp={"norm": "pre_feedforward_layernorm", "after": "post_feedforward_layernorm"},
+    masks_by_kind=True,
+    logit_cap="final_logit_softcapping",
+)
+COHERE = _with(
+    LLAMA,
+    attention={"per_head": ("self_attn.q_norm", "self_attn.k_norm")},
+    mlp={"norm": "input_layernorm"},
+    parallel=True,
+    logit_scale="logit_scale",
+)
+NORM_OVER_ALL_HEADS = (
+    "it norms the queries and keys of all heads together, so that fewer heads would change those that stay. Cut mlp."
+)
+OLMO_2 = _with(POST_NORM, attention={"refused": NORM_OVER_ALL_HEADS}, masks_by_kind=False)
+GATE_UP = {"rows": (Rows("mlp.gate_up_proj", (1, 1)),)}
+GLM = _with(LLAMA, mlp=GATE_UP)
+NO_GATE = _with(LLAMA, mlp={"rows": (Rows("mlp.up_proj"),)})
+
+
+def _stablelm(config: Any) -> Layout:
+    parallel = bool(setting(config, "use_parallel_residual"))
+    normed = "its class holds a norm of its own for every head (qk_layernorm) and cannot have fewer. Cut mlp."
+    return _with(
+        LLAMA,
+        attention={"size": None, "refused": normed if setting(config, "qk_layernorm") else None},
+        mlp={"norm": "input_layernorm" if parallel else "post_attention_layernorm"},
+        parallel=parallel,
+    )
+
+
+def _gpt_neox(config: Any) -> Layout:
+    return Layout(
+        # Each head's rows stand together: [q, k, v] of one head, then of the next.
+        attention=Block((Rows("attention.query_key_value"),), "attention.dense", "attention", "input_layernorm"),
+        mlp=Block(
+            (Rows("mlp.dense_h_to_4h"),),
+            "mlp.dense_4h_to_h",
+            "mlp",
+            "post_attention_layernorm",
+            size="intermediate_size",
+        ),
+        final_norm="final_layer_norm",
+        parallel=setting(config, "use_parallel_residual", True),
+    )
+
+
+def _falcon(config: Any) -> Layout:
+    new, one_group = setting(config, "new_decoder_architecture", False), setting(config, "multi_query", True)
+    parallel = new or setting(config, "parallel_attn", True)
+    two_norms = new and setting(config, "num_ln_in_parallel_attn", 2) == 2
+    heads, queries, refused = heads_of(config), 1, None
+    if new:
+        queries = heads // setting(config, "num_kv_heads", heads)
+    elif one_group:
+        queries = heads
+    if one_group and not new:
+        refused = "all its query heads share one key-value head, which has to stay. Cut mlp."
+    return Layout(
+        attention=Block(
+            # A group's rows stand together, but for `multi_query`, where the one group has all.
+            (Rows("self_attention.query_key_value"),),
+            "self_attention.dense",
+            "self_attention",
+            "ln_attn" if two_norms else "input_layernorm",
+            refused=refused,
+        ),
+        mlp=Block(
+            (Rows("mlp.dense_h_to_4h"),),
+            "mlp.dense_4h_to_h",
+            "mlp",
+            "ln_mlp" if two_norms else "input_layernorm" if parallel else "post_attention_layernorm",
+            size="ffn_hidden_size",
+        ),
+        layers="h",
+        final_norm="ln_f",
+        parallel=parallel,
+        layers_return_tuples=True,
+        keeps_documents_apart=False,
+        queries=queries,
+    )
+
+
+OPT = Layout(
+    attention=Block(LLAMA.attention.rows, "self_attn.out_proj", "self_attn", "self_attn_layer_norm"),
+    mlp=Block((Rows("fc1"),), "fc2", None, "final_layer_norm", activation="activation_fn", size="ffn_dim"),
+    layers="decoder.layers",
+    keeps_documents_apart=False,
+    final_norm="decoder.final_layer_norm",
+)
+GPT_2 = Layout(
+    attention=Block((Rows("attn.c_attn", (1, 1, 1)),), "attn.c_proj", "attn", "ln_1"),
+    mlp=Block((Rows("mlp.c_fc"),), "mlp.c_proj", "mlp", "ln_2", size="n_inner"),
+    layers="h",
+    final_norm="ln_f",
+)
+
+FAMILIES = {
+    "llama": Family("Llama, SmolLM2, and Mistral as GGUF", LLAMA),
+    "mistral": Family("Mistral", LLAMA),
+    "qwen2": Family("Qwen2, Qwen2.5", BY_KIND),
+    "qwen3": Family("Qwen3", BY_KIND),
+    "smollm3": Family("SmolLM3", BY_KIND),
+    "granite": Family("Granite", replace(LLAMA, multiplier="residual_multiplier", logit_divisor="logits_scaling")),
+    "ministral": Family("Ministral", BY_KIND),
+    "seed_oss": Family("Seed-OSS", LLAMA),
+    "hunyuan_v1_dense": Family("Hunyuan dense", LLAMA),
+    "ernie4_5": Family("ERNIE 4.5 dense", LLAMA),
+    "exaone4": Family("EXAONE 4", POST_NORM),
+    "olmo": Family("OLMo", LLAMA),
+    "gemma": Family("Gemma", LLAMA),
+    "gemma2": Family("Gemma 2", GEMMA_2),
+    "gemma3_text": Family("Gemma 3, text alone", GEMMA_2),
+    "cohere": Family("Command R", COHERE),
+    "cohere2": Family("Command R7B, Command A", replace(COHERE, masks_by_kind=True)),
+    "olmo2": Family("OLMo 2", OLMO_2),
+    "olmo3": Family("OLMo 3", replace(OLMO_2, masks_by_kind=True)),
+    "helium": Family("Helium", _with(LLAMA, attention={"size": None})),
+    "stablelm": Family("StableLM 2 1.6B, StableLM Zephyr 3B", _stablelm, {"StableLM 2 12B": {"qk_layernorm": True}}),
+    "phi3": Family("Phi-3, Phi-4", _with(GLM, attention={"rows": (Rows("self_attn.qkv_proj", (QUERIES, 1, 1)),)})),
+    "glm": Family("GLM-4 9B", GLM),
+    "glm4": Family(
+        "GLM-4-0414",
+        _with(GLM, attention={"after": "post_self_attn_layernorm"}, mlp={"after": "post_mlp_layernorm"}),
+    ),
+    "nemotron": Family("Nemotron, Minitron", NO_GATE),
+    "arcee": Family("AFM", NO_GATE),
+    "apertus": Family(
+        "Apertus", _with(NO_GATE, attention={"norm": "attention_layernorm"}, mlp={"norm": "feedforward_layernorm"})
+    ),
+    "starcoder2": Family("StarCoder2", _with(LLAMA, mlp={"rows": (Rows("mlp.c_fc"),), "output": "mlp.c_proj"})),
+    "phi": Family(
+        "Phi-1.5, Phi-2",
+        _with(
+            LLAMA,
+            attention={"output": "self_attn.dense"},
+            mlp={"rows": (Rows("mlp.fc1"),), "output": "mlp.fc2", "norm": "input_layernorm"},
+            parallel=True,
+            final_norm="final_layernorm",
+        ),
+    ),
+    "gpt_neox": Family("Pythia, GPT-NeoX", _gpt_neox),
+    "falcon": Family(
+        "Falcon 7B",
+        _falcon,
+        {"Falcon 11B, 40B, 180B": {"new_decoder_architecture": True}},
+    ),
+    "opt": Family("OPT", OPT),
+    "gpt2": Family("GPT-2", GPT_2),
+}
+
+# Families whose units cannot be removed: why, and what can be done instead.
+FIXED = (
+    "the width of its MLPs is always four times the hidden size, and its positions (ALiBi) depend on the number of "
+    "heads: neither neurons nor heads can go. "
+)
+SHARED = (
+    "its last layers use the keys and values of others, and each layer mixes several streams: what a unit is worth to "
+    "one layer is not all that it is worth. Gemma 3 (gemma3_text) can be pruned."
+)
+GATED = (
+    "its attention is gated and most layers have linear attention, whose states have no units that can go. Qwen3 "
+    "(qwen3) can be pruned."
+)
+REFUSED = {
+    "bloom": FIXED + "Pythia and OPT of the same sizes can be pruned.",
+    "mpt": FIXED + "Llama and Falcon of the same size can be pruned.",
+    "gemma3n_text": SHARED,
+    "gemma3n": SHARED,
+    "qwen3_next": GATED,
+    "qwen3_5_text": GATED,
+    "qwen3_5": GATED,
+}
+
+
+def refusal(config: Any) -> str | None:
+    """Why units of a model cannot be removed, and what can be done instead; None if nothing is known against it.
+
+    Args:
+        config: one of transformers.
+    """
+    kind = setting(config, "model_type")
+    if kind in REFUSED:
+        return REFUSED[kind]
+    if setting(config, "kv_lora_rank"):
+        return (
+            "its attention is latent (MLA, kv_lora_rank): all heads share one compressed state, which has no units "
+            "that can go. Take a model with ordinary attention, of one of the families of `hfprune families`."
+        )
+    if kind == "opt" and not config.do_layer_norm_before:
+        return (
+            "do_layer_norm_before = false: its norms stand behind the sum of hidden states and block (OPT 350M alone). "
+            "The other OPT models can be pruned."
+        )
+    if kind == "falcon" and config.alibi:
+        return (
+            "its positions are linear biases of attention (alibi), which rows of several texts do not allow. Falcon 7B "
+            "and larger can be pruned."
+        )
+    if kind in FAMILIES and setting(config, "final_logit_softcapping") and not layout_for(config).logit_cap:
+        return f"final_logit_softcapping = {config.final_logit_softcapping}, which models of this family do not have."
+    return None
+
+
+def layout_for(config: Any) -> Layout:
+    """The layout of a model of a known family.
+
+    Args:
+        config: one of transformers, or the keys of a config.json.
+
+    Raises:
+        KeyError: the family is not known.
+    """
+    layout = FAMILIES[setting(config, "model_type")].layout
+    return layout if isinstance(layout, Layout) else layout(config)
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The layout of a model.
+
+    Raises:
+        UserError: it is of no known family, and its modules match no layout.
+    """
+    if model.config.model_type in FAMILIES:
+        return layout_for(model.config)
+    from hfprune.models.matching import matched
+
+    return matched(model)
+
+
+def heads_of(config: Any) -> int:
+    """The number of query heads that a config states."""
+    return setting(config, "num_attention_heads") or config["n_head"]
+
+
+def queries_of(config: Any, layout: Layout) -> int:
+    """Query heads to a key-value head. It stays the same when heads are cut."""
+    heads = heads_of(config)
+    return layout.queries or heads // setting(config, "num_key_value_heads", heads)
+
+
+def head_size(config: Any) -> int:
+    """Columns of one head."""
+    return setting(config, "head_dim") or hidden_size(config) // heads_of(config)
+
+
+def hidden_size(config: Any) -> int:
+    """The size of the hidden states."""
+    return setting(config, "hidden_size") or config["n_embd"]

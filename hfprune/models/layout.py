@@ -1,0 +1,109 @@
+"""The description of a family: where its layers are, and what a unit of each part of a layer consists of.
+
+Everything that scores, cuts, refits, saves or sizes a model reads it, and nothing else knows a module's name. It is
+made of plain values and imports no torch. `families.py` declares one for every family.
+
+A decoder layer adds what its two *blocks*, attention and MLP, write to the hidden states x:
+
+    x + m * after(output(...rows(norm(x))))
+
+`norm` and `after` may be absent, m is 1 in most families. With `parallel`, the MLP reads the same x as attention;
+otherwise what attention has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+QUERIES = "queries"  # in `Rows.sections`: as many parts as there are query heads to a key-value head
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a linear layer through which units read.
+
+    The rows are divided into sections of relative size, and every section equally among the units. So fused matrices
+    differ in their sections alone: [gate; up] has (1, 1), [q; k; v] has (QUERIES, 1, 1). Where each head's rows stand
+    together, as [q, k, v] of one head after the other, or where the layer is not fused, there is one section.
+
+    Attributes:
+        path: of the linear layer, below the decoder layer.
+        sections: relative sizes.
+    """
+
+    path: str
+    sections: tuple[int | str, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a decoder layer. Paths are below the layer.
+
+    Attributes:
+        rows: the linear layers that its units read through.
+        output: the linear layer that they write through, with equally many neighbouring columns each.
+        module: computes the block from the normed hidden states; None if the layer itself does, as
+            output(activation(rows)).
+        norm: of the block's input; None if it has none.
+        after: norm of what the block writes, before that is added to the hidden states; None if it has none.
+        per_head: modules whose weight has a row for every head: (heads, head size). Some models of the family may
+            lack them.
+        activation: of a block without a module.
+        size: key of the stock config with the number of neurons; of attention, "heads" if the stock config holds any
+            number of heads. None: the stock class cannot have fewer.
+        refused: why its units cannot be removed, and what can be instead; None if they can.
+    """
+
+    rows: tuple[Rows, ...]
+    output: str
+    module: str | None
+    norm: str | None
+    after: str | None = None
+    per_head: tuple[str, ...] = ()
+    activation: str | None = None
+    size: str | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of a family.
+
+    Attributes:
+        attention, mlp: the parts of every layer.
+        layers: path of the list of layers, below the base model (`model.base_model`).
+        final_norm: path of the norm after the last layer, below the base model.
+        parallel: whether the MLP reads the same hidden states as attention.
+        multiplier: key of the config with m, by which what a block writes is multiplied; None for 1.
+        logit_scale, logit_divisor: key of the config with the factor or divisor of the logits; None for 1.
+        logit_cap: key of the config with c in c * tanh(logits / c); None, there or here, if logits are not capped.
+        masks_by_kind: whether the base model takes a dictionary of attention masks, by kind of layer.
+        layers_return_tuples: whether a layer returns its hidden states as the first of several values.
+        keeps_documents_apart: whether documents in one row do not see one another when positions begin anew.
+        queries: query heads to a key-value head; None: as the config's numbers of heads say.
+    """
+
+    attention: Block
+    mlp: Block
+    layers: str = "layers"
+    final_norm: str = "norm"
+    parallel: bool = False
+    multiplier: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
+    logit_cap: str | None = None
+    masks_by_kind: bool = False
+    layers_return_tuples: bool = False
+    keeps_documents_apart: bool = True
+    queries: int | None = None
+
+    def block(self, name: str) -> Block:
+        """The block of a part, by its name in `units.PARTS`."""
+        return self.mlp if name == "mlp" else self.attention
+
+    @property
+    def norms(self) -> Iterator[str]:
+        """The paths of all norms of hidden states in a layer."""
+        for block in (self.attention, self.mlp):
+            yield from (path for path in (block.norm, block.after) if path)
