@@ -26,7 +26,8 @@ OTHER_SECONDS = 8
 PAGES = ("index.html", "report.html")
 # The beginnings of messages that only tell how Snakemake works.
 INTERNAL = (
-    "--keep-incomplete", "Assuming unrestricted", "At least one job", "Building DAG", "Conda environments",
+    "--keep-incomplete", "Assuming unrestricted", "At least one job", "Building DAG", "Cannot restore",
+    "Cleaning up SLURM log", "Conda environments", "No SLURM account", "No account was given", "Unable to guess SLURM",
     "DAG of jobs will", "Elapsed time", "Exiting because", "Finished updating", "Job ", "Keeping incomplete",
     "Reasons:", "Removing output files", "Select jobs", "Shutting down", "SLURM run ID", "Some jobs were triggered",
     "The run involves checkpoint", "Trying to restart", "Updating checkpoint", "Using shell", "host: ",

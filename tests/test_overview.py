@@ -7,7 +7,17 @@ import pytest
 
 from hfprune.reporting.figures import COLUMN, draw_widths
 from hfprune.reporting.labels import spread
-from hfprune.reporting.overview import ACCURACY_CHANGE, KL, accuracy_finding, kl_finding, trained_finding
+from hfprune.reporting.overview import (
+    ACCURACY_CHANGE,
+    KL,
+    Results,
+    accuracy_finding,
+    kl_finding,
+    overview,
+    trained_finding,
+)
+from hfprune.reporting.statistics import MODEL
+from tests.test_tables import WAYS, metrics, trained
 
 
 def test_names_at_lines_do_not_meet_and_stay_near():
@@ -38,6 +48,8 @@ def test_a_caption_says_what_was_found():
     assert kl_finding(several) == (
         "With 20% removed, B stays nearest to the dense model (KL 0.70), and A is farthest (1.08)."
     )
+    all_trained = several[several["recovery"] != "none"]
+    assert kl_finding(all_trained) == "A, lora leaves the model at a distance from the dense one: KL 1.00 at 20%."
     assert trained_finding(one) is None
     assert trained_finding(several) == "Training after the cut: lora takes A, 20% from KL 1.08 to 1.00."
 
@@ -60,3 +72,23 @@ def test_every_figure_is_as_wide_as_a_column_or_a_page(tmp_path):
         tmp_path,
     )
     assert b'width="%d' % (72 * COLUMN) in (tmp_path / "widths.svg").read_bytes()
+
+
+DIFFERENCES = [*MODEL, *(f"other_{name}" for name in MODEL), "task", "metric", "difference", "low", "high", "p_holm"]
+
+
+@pytest.mark.parametrize("kind", ["cut", "all trained", "without tasks"])
+def test_any_experiment_has_a_page(kind):
+    rows = {"cut": metrics(WAYS[0]), "all trained": pd.concat([metrics()[:4], trained("lora")])}
+    found = rows.get(kind, rows["cut"])
+    found = found if kind != "without tasks" else found[found["group"] != "task"]
+    config = {
+        "experiment": "it <b>", "calibration": {"samples": 1, "length": 2, "text": "c"}, "evaluation": {},
+        "fidelity": {"samples": 1, "length": 2, "texts": ["text"]},
+    }  # fmt: skip
+    widths = pd.DataFrame([{"model": "entropy", "ratio": 0.2, "part": "mlp", "layer": 0, "kept": 1, "dense": 2}])
+    overlap = pd.DataFrame(columns=["tested", "tested_for", "seen", "seen_for", "documents", "overlapping", "example"])
+    differences = pd.DataFrame(columns=[*DIFFERENCES, "distinguishable"])
+    page = overview(Results(found, config, "a: <i>", [], differences, widths, overlap))
+    assert "it &lt;b&gt;: what pruning costs m" in page and "a: &lt;i&gt;" in page
+    assert ("chart-kl" in page) and "<td>" in page

@@ -138,14 +138,18 @@ def kl_finding(models: pd.DataFrame) -> str:
     Args:
         models: rows of `summary` with `name`.
     """
-    cut = models[(models["method"] != DENSE) & (models["stage"] == "pruned")]
+    cut = models[models["method"] != DENSE]
+    if (cut["stage"] == "pruned").any():  # an experiment may have trained all of them
+        cut = cut[cut["stage"] == "pruned"]
     ratio = cut["ratio"].mode().iloc[-1]
     ranked = cut[cut["ratio"] == ratio].sort_values(KL)
     best, worst = ranked.iloc[0], ranked.iloc[-1]
     if len(ranked) == 1:
         line = cut[cut["name"] == best["name"]].sort_values("ratio")
         values = _listed([f"{row[KL]:.2f} at {row['ratio']:.0%}" for _, row in line.iterrows()])
-        return f"The more {best['name']} removes, the farther the model is from the dense one: KL {values}."
+        if len(line) > 1 and line[KL].is_monotonic_increasing:
+            return f"The more {best['name']} removes, the farther the model is from the dense one: KL {values}."
+        return f"{best['name']} leaves the model at a distance from the dense one: KL {values}."
     return (
         f"With {ratio:.0%} removed, {best['name']} stays nearest to the dense model (KL {best[KL]:.2f}), and "
         f"{worst['name']} is farthest ({worst[KL]:.2f})."
