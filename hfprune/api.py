@@ -40,7 +40,6 @@ from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.methods import MethodRecipe, preset
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.scoring import unit_scores
-from hfprune.runtime.matmul import fast_products
 
 SAMPLES, LENGTH = 32, 256  # an experiment's defaults
 
@@ -232,8 +231,7 @@ def refit(
         raise UserError("refit 'none': expected 'sequential', 'least_squares' or 'bias'.")
     check_model(model)
     model.requires_grad_(False)
-    with fast_products(model.device):
-        return refit_kept(model, kept, tokens, recipe.refit, recipe.ridge)
+    return refit_kept(model, kept, tokens, recipe.refit, recipe.ridge)
 
 
 def cut(model: PreTrainedModel, kept: Kept) -> None:

@@ -43,6 +43,7 @@ from hfprune.models.run_part import Passed, factor, run_part, written
 from hfprune.models.streamed import device_of, in_memory, in_turn, is_streamed
 from hfprune.models.units import UNITS, Kept, Part, layers_of, matrix, part_of, parts
 from hfprune.models.walk import enter, entrance
+from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.progress import progress
 from hfprune.runtime.scratch import Scratch
@@ -98,39 +99,40 @@ def refit(
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         streams = Streams(model, tokens, sequential, layout.parallel, place)
         for number in progress(in_turn([(layer,) for layer in layers]), "refit", len(layers), "layer"):
-            layer = layers[number]
-            streams.enter_layer()
-            for name in ("attention", "mlp"):
-                part = part_of(model, name, number)
-                how = (layout, config, layer, name, streams.arguments[number])
-                units = kept[name][number] if name in kept else torch.arange(part.units)
-                repair = Repair(part, units, name, number, Space(layout, config, layer, name))
-                seen = streams.activations(part) if sequential else []
-                read, dense_read = streams.read_by(name)
-                for i, stored in enumerate(streams.states):
-                    states, entering = stored.to(device), read[i].to(device)
-                    passed = run_part(*how, entering)
-                    if sequential:
-                        dense = streams.dense[i].to(device)
-                        dense = dense + run_part(*how, dense_read[i].to(device)).written
-                        streams.dense[i].copy_(dense)
-                        repair.add(passed, DRIFT * (dense.float() - (states + passed.written).float()))
-                        seen[i].copy_(passed.activations)
-                    else:
-                        stored.copy_(states + passed.written)
-                        if repair.lossy:
-                            repair.add(passed, mean=method == "bias")
-                if repair.lossy and method == "bias":
-                    repair.shift()
-                elif repair.lossy or sequential:
-                    repair.solve(ridge)
-                    flops += repair.flops
-                    if len(repair.kept) > tokens.numel():
-                        starved.add(number)
-                if sequential:  # the layers above must see this part as it is now
-                    for stored, activations in zip(streams.states, seen, strict=True):
-                        output = part.output(activations.to(device))
-                        stored.copy_(stored.to(device) + written(layout, config, layer, name, output))
+            with fast_products(device):
+                layer = layers[number]
+                streams.enter_layer()
+                for name in ("attention", "mlp"):
+                    part = part_of(model, name, number)
+                    how = (layout, config, layer, name, streams.arguments[number])
+                    units = kept[name][number] if name in kept else torch.arange(part.units)
+                    repair = Repair(part, units, name, number, Space(layout, config, layer, name))
+                    seen = streams.activations(part) if sequential else []
+                    read, dense_read = streams.read_by(name)
+                    for i, stored in enumerate(streams.states):
+                        states, entering = stored.to(device), read[i].to(device)
+                        passed = run_part(*how, entering)
+                        if sequential:
+                            dense = streams.dense[i].to(device)
+                            dense = dense + run_part(*how, dense_read[i].to(device)).written
+                            streams.dense[i].copy_(dense)
+                            repair.add(passed, DRIFT * (dense.float() - (states + passed.written).float()))
+                            seen[i].copy_(passed.activations)
+                        else:
+                            stored.copy_(states + passed.written)
+                            if repair.lossy:
+                                repair.add(passed, mean=method == "bias")
+                    if repair.lossy and method == "bias":
+                        repair.shift()
+                    elif repair.lossy or sequential:
+                        repair.solve(ridge)
+                        flops += repair.flops
+                        if len(repair.kept) > tokens.numel():
+                            starved.add(number)
+                    if sequential:  # the layers above must see this part as it is now
+                        for stored, activations in zip(streams.states, seen, strict=True):
+                            output = part.output(activations.to(device))
+                            stored.copy_(stored.to(device) + written(layout, config, layer, name, output))
             finished(number)
     details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
     if method == "bias":

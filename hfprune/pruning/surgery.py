@@ -163,11 +163,10 @@ def _cut_and_write(
             checkpoint.pad_part(part_of(model, name, number), part_of(final, name, number).units)
         writer.add(number)
 
-    with fast_products(device_of(model)):
-        if tokens is not None:
-            return refit_kept(model, kept, tokens, refit, ridge, writer.folder, finish)
-        for number in in_turn([(layer,) for layer in layers]):
-            finish(number)
+    if tokens is not None:
+        return refit_kept(model, kept, tokens, refit, ridge, writer.folder, finish)
+    for number in in_turn([(layer,) for layer in layers]):
+        finish(number)
     return {}
 
 
