@@ -286,7 +286,7 @@ def check_model(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: no language model with an output layer. Load it by AutoModelForCausalLM."
         )
     linears = [linear for name in PARTS for part in parts(model, name) for linear in part.linears]
-    if odd := [each for each in linears if type(each) not in LINEAR or not each.weight.is_floating_point()]:
+    if odd := [each for each in linears if not isinstance(each, LINEAR) or not each.weight.is_floating_point()]:
         raise UserError(
             f"{type(model).__name__}: its layers hold {type(odd[0]).__name__}, adapters or quantised weights. Merge "
             "adapters, and load the model without quantisation."

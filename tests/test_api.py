@@ -161,9 +161,9 @@ def test_models_that_the_engine_would_get_wrong_are_refused():
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig
 
-    with pytest.raises(UserError, match="model_type 'gpt2' is not supported"):
+    with pytest.raises(UserError, match="model_type 'bloom' is not supported"):
         api.check_model(
-            AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+            AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", n_layer=1, hidden_size=8, n_head=1))
         )
     config = make_model().config
     with pytest.raises(UserError, match="no language model with an output layer"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hfprune import api
 from hfprune.cli.families import ANY, table
 from hfprune.errors import UserError
 from hfprune.evaluation.shared_prefix import Line, Tree, forward
@@ -82,7 +83,7 @@ def some(model, part, share=0.6):
     torch.manual_seed(1)
     kept = []
     for number, each in enumerate(parts(model, part)):
-        count = max(1, round(share * each.units) - (number == 1 and each.units > 2))
+        count = min(each.units, round(share * each.units) + (number == 1))
         kept.append(torch.randperm(each.units)[:count].sort().values)
     return {part: kept}
 
@@ -322,6 +323,11 @@ def test_a_cut_with_widths_per_layer_is_refitted_and_proven_in_a_fresh_process(n
     assert written["reload"]["max_difference"] < 1e-4
     assert abs(done["ratio_achieved"] - 0.2) < 0.01
     check(out, "the checkpoint")  # as a download of it would be
+
+
+@pytest.mark.parametrize("name", ["falcon", "gpt2", "phi3"])
+def test_the_python_interface_takes_linear_layers_of_every_class(name):
+    api.check_model(make(name))
 
 
 def test_padding_makes_fused_rows_as_wide_again():

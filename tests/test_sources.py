@@ -268,9 +268,10 @@ def test_gguf_out_of_a_file_becomes_plain_safetensors(tmp_path):
 
 
 def test_a_family_that_is_not_supported_is_refused_when_it_is_downloaded(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPTJConfig, GPTJForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20)).save_pretrained(tmp_path / "gpt2")
-    assert load_file(tmp_path / "gpt2" / "model.safetensors")
-    said = download(tmp_path / "store", "model", "--path", tmp_path / "gpt2", status=2)
-    assert "model_type 'gpt2' is not supported" in said and "Supported families: llama, mistral" in said
+    config = GPTJConfig(n_embd=8, n_layer=1, n_head=2, vocab_size=20, rotary_dim=2)
+    GPTJForCausalLM(config).save_pretrained(tmp_path / "gptj")
+    assert load_file(tmp_path / "gptj" / "model.safetensors")
+    said = download(tmp_path / "store", "model", "--path", tmp_path / "gptj", status=2)
+    assert "model_type 'gptj' is not supported" in said and "Supported families: llama, mistral" in said

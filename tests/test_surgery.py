@@ -363,8 +363,8 @@ def test_what_would_be_scored_or_cut_wrongly_is_refused(config, message, tmp_pat
 
 
 def test_an_unsupported_family_is_refused_by_name_with_the_list(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPTJConfig, GPTJForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"config.json: model_type 'gpt2' is not supported.*llama, mistral, qwen2"):
+    GPTJForCausalLM(GPTJConfig(n_embd=8, n_layer=1, n_head=2, vocab_size=20, rotary_dim=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config.json: model_type 'gptj' is not supported.*llama, mistral, qwen2"):
         load_model(tmp_path, "float32")
