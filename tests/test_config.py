@@ -299,7 +299,7 @@ def test_a_model_of_the_paper_has_what_its_tables_need(name):
 @pytest.mark.parametrize("name", ["llama-2-7b"])  # the others differ in the model
 def test_every_target_of_a_config_of_the_paper_is_planned_without_a_network(name, tmp_path):
     done = subprocess.run(
-        ["snakemake", "paper", "report", "--dry-run", "--configfile", f"configs/{name}.yaml"],
+        ["snakemake", "paper", "report", "--dry-run", "--verbose", "--configfile", f"configs/{name}.yaml"],
         cwd=REPOSITORY,
         env=os.environ | {"HFPRUNE_STORE": str(tmp_path)},
         capture_output=True,

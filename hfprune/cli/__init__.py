@@ -17,7 +17,7 @@ from hfprune.store import artifacts
 ONLINE = ("download", "push", "plan", "on-gpus")
 
 WELCOME = """\
-hfprune prunes LLaMA-like language models and measures the pruned models.
+hfprune prunes language models and measures the pruned models.
 
 Start with the default experiment (a real 135M model; two CPU cores are enough; no account):
 
@@ -87,7 +87,7 @@ def _is_first() -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hfprune",
-        description="Prune LLaMA-like language models and measure the pruned models. `snakemake --cores all` runs a "
+        description="Prune language models and measure the pruned models. `snakemake --cores all` runs a "
         "whole experiment; the commands below run single steps.",
         epilog="`hfprune COMMAND --help` explains a command and shows an example.",
     )
