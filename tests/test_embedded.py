@@ -46,7 +46,7 @@ def test_the_model_loads_speaks_is_scored_and_is_cut(plan, command):
     assert [scores[f"layers.{layer}.attention"].shape for layer in range(30)] == [(3,)] * 30
     assert all(layer.isfinite().all() and (layer > 0).any() for layer in scores.values())
 
-    how = ("--structure", "mlp+attention", "--allocation", "global", "--refit", "sequential")
+    how = ("--structure", "mlp+attention", "--allocation", "global", "--refit", "sequential", "--round-to", 1)
     pruned = command("prune", "--model", model, "--scores", folder, "--text", text, "--ratio", 0.2, *how)
     written = json.loads((pruned / PRUNING).read_text())
     assert abs(written["parameters"] - 0.8 * 134_515_008) <= 1728

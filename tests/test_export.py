@@ -472,7 +472,8 @@ def test_k_quants_are_made_by_llama_cpps_quantizer_where_there_is_one(made, tmp_
         return main([*words, "--store", str(made["store"])]), capsys.readouterr().err
 
     status, message = run()
-    said, command = message.splitlines()
+    warning, said, command = message.splitlines()
+    assert "no multiple of 32" in warning
     assert status == 2
     assert "`llama-quantize` is not on the PATH. Export --type f16, and where you have llama.cpp, run" in said
     program, source, output, kind = command.split()

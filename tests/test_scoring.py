@@ -309,12 +309,14 @@ def test_layers_computed_anew_leave_no_activations_behind(monkeypatch):
     model, held = make_model(), []
     width = model.config.intermediate_size
 
-    def count(*_):
+    def activations():
         gc.collect()
         alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape[-1:] == (width,)]
-        held.append(len({each.untyped_storage().data_ptr() for each in alive if each.dim() == 3}))
+        return {each.untyped_storage().data_ptr() for each in alive if each.dim() == 3}
 
-    model.model.norm.register_forward_hook(count)  # all layers have run forward
+    before = activations()  # of other tests in this process
+    # When all layers have run forward.
+    model.model.norm.register_forward_hook(lambda *_: held.append(len(activations() - before)))
     unit_scores(model, tokens(), ["entropy"], batch=3)
     assert len(held) == 2
     assert max(held) == 0
