@@ -2,7 +2,6 @@
 
 import copy
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from hfprune.pruning.scoring import unit_scores
 from hfprune.pruning.surgery import cut
 from hfprune.recovery.training import METHODS
 from tests.conftest import REPOSITORY, make_tokenizer
-from tests.test_surgery import run_prune
+from tests.test_surgery import masked, run_prune
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -91,18 +90,6 @@ def some(model, part, share=0.6):
 def logits(model, tokens=TOKENS):
     with torch.no_grad():
         return model(tokens).logits
-
-
-def masked(model, kept):
-    """The model with the units that are not in `kept` silent."""
-    model = copy.deepcopy(model)
-    for name, layers in kept.items():
-        for part, stays in zip(parts(model, name), layers, strict=True):
-            mask = torch.zeros(part.units, part.columns)
-            mask[stays] = 1
-            hook = partial(lambda _module, inputs, mask: (inputs[0] * mask,), mask=mask.flatten())
-            part.output.register_forward_pre_hook(hook)
-    return model
 
 
 @pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)

@@ -1,5 +1,6 @@
 """The pruned checkpoint: exact, of the asked size, and loadable by anyone."""
 
+import copy
 import json
 from functools import partial
 
@@ -53,17 +54,22 @@ def run_prune(model, folder, text=None, scores=None, **asked):
     return out, prune_into(out, model, scores, text, **asked)
 
 
-def masked_logits(dense, kept, tokens):
-    """The logits of the intact model with the units that are not in `kept` silent."""
-    model = load_model(dense, "float32")
+def masked(model, kept):
+    """A copy of the model with the units that are not in `kept` silent."""
+    model = copy.deepcopy(model)
     for name, layers in kept.items():
         for part, stays in zip(parts(model, name), layers, strict=True):
             mask = torch.zeros(part.units, part.columns)
             mask[stays] = 1
             hook = partial(lambda _module, inputs, mask: (inputs[0] * mask,), mask=mask.flatten())
             part.output.register_forward_pre_hook(hook)
+    return model
+
+
+def masked_logits(dense, kept, tokens):
+    """The logits of the intact model with the units that are not in `kept` silent."""
     with torch.no_grad():
-        return model(tokens).logits
+        return masked(load_model(dense, "float32"), kept)(tokens).logits
 
 
 VARIANTS = [

@@ -74,6 +74,17 @@ def run_layer(layer: nn.Module, states: Tensor, arguments: Arguments) -> Tensor:
     return left[0] if isinstance(left, tuple) else left
 
 
+def layers_in_turn(model: PreTrainedModel, what: str) -> Iterator[int]:
+    """Iterate over the numbers of the layers, with the weights of each in memory meanwhile.
+
+    Args:
+        model: streamed or in memory.
+        what: name of the work, for its progress.
+    """
+    layers = layers_of(model)
+    return progress(in_turn([(layer,) for layer in layers]), what, len(layers), "layer")
+
+
 @torch.no_grad()
 def final_states(model: PreTrainedModel, tokens: Tensor, batch: int, what: str) -> Iterator[Tensor]:
     """Pass all tokens through one layer after another.
@@ -91,7 +102,7 @@ def final_states(model: PreTrainedModel, tokens: Tensor, batch: int, what: str) 
     with in_memory(*entrance(model)):
         _, arguments = enter(model, tokens[:1])
         stream = [enter(model, rows)[0].cpu() for rows in tokens.split(batch)]
-    for number in progress(in_turn([(layer,) for layer in layers]), what, len(layers), "layer"):
+    for number in layers_in_turn(model, what):
         for i, states in enumerate(stream):
             with fast_products(device):
                 stream[i] = run_layer(layers[number], states.to(device), arguments[number]).cpu()

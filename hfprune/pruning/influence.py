@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfprune.models.streamed import device_of, in_turn
+from hfprune.models.streamed import device_of
 from hfprune.models.units import layers_of
-from hfprune.models.walk import run_layer
+from hfprune.models.walk import layers_in_turn, run_layer
 from hfprune.pruning.refit import Streams
-from hfprune.runtime.progress import progress
 
 
 @torch.no_grad()
@@ -34,7 +33,7 @@ def layer_influence(model: PreTrainedModel, tokens: Tensor, measure: str, folder
     totals = torch.zeros(len(layers), dtype=torch.float64)
     with tempfile.TemporaryDirectory(dir=folder) as room:
         streams = Streams(model, tokens, sequential=False, parallel=False, folder=Path(room))
-        for number in progress(in_turn([(layer,) for layer in layers]), "measure layers", len(layers), "layer"):
+        for number in layers_in_turn(model, "measure layers"):
             for stored in streams.states:
                 enters = stored.to(device)
                 leaves = run_layer(layers[number], enters, streams.arguments[number])

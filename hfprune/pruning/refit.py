@@ -40,12 +40,11 @@ from hfprune.models.families import layout_of
 from hfprune.models.layout import Layout
 from hfprune.models.loading import flops_per_token
 from hfprune.models.run_part import Passed, factor, run_part, written
-from hfprune.models.streamed import device_of, in_memory, in_turn, is_streamed
+from hfprune.models.streamed import device_of, in_memory, is_streamed
 from hfprune.models.units import UNITS, Kept, Part, layers_of, matrix, part_of, parts
-from hfprune.models.walk import enter, entrance
+from hfprune.models.walk import enter, entrance, layers_in_turn
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
-from hfprune.runtime.progress import progress
 from hfprune.runtime.scratch import Scratch
 
 TOKENS_PER_BATCH = 4096
@@ -98,7 +97,7 @@ def refit(
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
         streams = Streams(model, tokens, sequential, layout.parallel, place)
-        for number in progress(in_turn([(layer,) for layer in layers]), "refit", len(layers), "layer"):
+        for number in layers_in_turn(model, "refit"):
             with fast_products(device):
                 layer = layers[number]
                 streams.enter_layer()

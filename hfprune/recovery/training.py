@@ -103,8 +103,8 @@ def recover(
     per_step = _rows_per_step(rows, batch_tokens, micro_batch, processes)
     per_token = flops_per_token(network, length)
     set_seed(seed)  # of the adapters' first weights
-    network.name_or_path = model.name  # an adapter names its base model: by key, not by a path on this machine
-    trained, finish = METHODS[method](network, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+    lora_settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
+    trained, finish = METHODS[method](network, base=model.name, **lora_settings)
     work = folder / RESUME
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("tensorboard") / folder.name))
@@ -275,14 +275,17 @@ def _matrices(module: nn.Module) -> list[nn.Parameter]:
     return list(weights.values())
 
 
-def _lora(network: PreTrainedModel, rank: int, alpha: int, dropout: float, targets: Sequence[str]):
-    """Low-rank adapters (arXiv 2106.09685) beside linear layers, merged into them at the end."""
+def _lora(network: PreTrainedModel, base: str, rank: int, alpha: int, dropout: float, targets: Sequence[str]):
+    """Low-rank adapters (arXiv 2106.09685) beside linear layers, merged into them at the end.
+
+    An adapter names its base model: by `base`, a key, not by a path on this machine.
+    """
     from peft import LoraConfig, get_peft_model
 
     names = {name.split(".")[-1] for name, module in network.base_model.named_modules() if isinstance(module, LINEAR)}
     if missing := sorted(set(targets) - names):
         raise UserError(f"targets: this model has no linear layer {missing[0]!r}; it has {', '.join(sorted(names))}.")
-    base, network.name_or_path = network.name_or_path, ""  # at each save, peft looks up a named model on the hub
+    network.name_or_path = ""  # peft would look a named model up on the hub at each save
     adapters = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
     )
