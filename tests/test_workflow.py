@@ -34,7 +34,7 @@ def test_it_runs_end_to_end(checkout):
     assert checkout.first == {
         "download": 4, "score": 1, "prune": 2, "reference": 1, "measure": 3, "evaluate": 3,
         "overlap": 1, "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "agreement": 1,
-        "widths": 1, "config": 1, "index": 1, "all": 1,
+        "widths": 1, "index": 1, "all": 1,
     }  # fmt: skip
     results = checkout.folder / "results" / "tiny"
     made = {
@@ -71,7 +71,7 @@ def test_a_an_unchanged_second_run_does_nothing_and_says_so(checkout, experiment
 def report(checkout, experiment) -> Path:
     """The report of the tiny experiment."""
     assert ran(checkout.snakemake(experiment, "report")) == {
-        "table1": 1, "table2": 1, "page": 18, "artifacts": 1, "report": 1,
+        "table1": 1, "table2": 1, "page": 18, "artifacts": 1, "config": 1, "report": 1,
     }  # fmt: skip
     return checkout.folder / "results" / "tiny" / "report.html"
 
@@ -293,8 +293,8 @@ def test_j_a_clock_that_jumps_reruns_nothing_and_hides_nothing(checkout, experim
                 os.utime(path, (seconds, seconds), follow_symlinks=False)
         assert checkout.planned(more) == {
             "prune": 1, "measure": 1, "evaluate": 1,
-            "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "widths": 1, "config": 1,
-            "index": 1, "all": 1,
+            "collect": 1, "tables": 1, "figures": 1, "differences": 1, "profile": 1, "widths": 1, "index": 1,
+            "all": 1,
         }  # fmt: skip
     assert model_stages(ran(checkout.snakemake(more, "--until", "prune"))) == {"prune": 1}, "from inputs of 2099"
     manifest = checkout.manifests("measure")[0]
@@ -325,7 +325,7 @@ def test_a_budget_that_the_model_cannot_meet_is_refused_before_anything_is_score
         assert "ratio 0.2 of all parameters: takes" in output
         assert "largest ratio that allows is 0.1" in output
         assert "Traceback" not in output
-        assert not set(ran(output)) - {"download", "overlap", "config"}  # nothing is scored
+        assert not set(ran(output)) - {"download", "overlap"}
     assert fresh.manifests("model")
     assert ran(fresh.snakemake(experiment, "--until", "download"))["download"] <= 4
 

@@ -1,6 +1,5 @@
 """Commands for a whole experiment, and for the machine that it runs on."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pydantic import Field
 from hfprune.cli.commands import POSITIONAL, Command, Count, Option, StoreCommand
 from hfprune.cli.results import results
 from hfprune.errors import UserError
-from hfprune.experiment.schema import load, schema
+from hfprune.experiment.schema import as_yaml, load, schema
 
 
 class Config(Command):
@@ -31,10 +30,7 @@ class Config(Command):
             with results() as aside:
                 aside.path(self.schema_file).write_text(schema(), encoding="utf-8")
             return
-        experiment = load(self.file)
-        import yaml
-
-        text = yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False)
+        text = as_yaml(load(self.file))
         if not self.output:
             print(text, end="")
             return

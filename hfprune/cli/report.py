@@ -9,7 +9,7 @@ from pydantic import Field
 from hfprune.cli.commands import POSITIONAL, Command, NamedPath, Option, StoreCommand
 from hfprune.cli.results import results
 from hfprune.errors import UserError
-from hfprune.experiment.schema import load
+from hfprune.experiment.schema import as_yaml, load
 from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
@@ -89,11 +89,11 @@ class Index(Command):
 
     words = ("index",)
     examples = (
-        "hfprune index --results results/default --config results/default/provenance/config.yaml \\\n"
+        "hfprune index --results results/default --config config.yaml \\\n"
         "    --output results/default/index.html store/*/*/manifest.json",
     )
     results: Path = Field(description="the experiment's folder, with metrics.csv and tables/")
-    config: Path = Field(description="the experiment's config with every default")
+    config: Path = Field(description="the experiment's config")
     output: Path = Field(description="HTML file to write")
     manifests: Annotated[list[Path], POSITIONAL] = Field(description="manifests or folders of the artifacts behind it")
 
@@ -108,14 +108,15 @@ class Index(Command):
         tables = {name: self.results / "tables" / f"{name}.csv" for name in ("differences", "widths", "overlap")}
         if (losses := self.results / "tables" / "losses.csv").is_file():
             tables["losses"] = losses
-        with results([metrics, *tables.values(), self.config]) as aside:
+        experiment = load(self.config)
+        with results([metrics, *tables.values()]) as aside:
             try:
                 read = {name: pd.read_csv(file) for name, file in tables.items()}
-                config_text = self.config.read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
                 raise UserError(f"{error}: expected the tables of a finished experiment in {self.results}.") from None
-            config = json.loads(load(self.config).model_dump_json(exclude_none=True))
-            page = overview(Results(read_metrics(metrics), config, config_text, _manifests(self.manifests), **read))
+            config = json.loads(experiment.model_dump_json(exclude_none=True))
+            made_of = _manifests(self.manifests)
+            page = overview(Results(read_metrics(metrics), config, as_yaml(experiment), made_of, **read))
             aside.path(self.output).write_text(page, encoding="utf-8")
 
 

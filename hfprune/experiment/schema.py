@@ -419,6 +419,13 @@ def load(path: Path) -> Experiment:
     return parse(Experiment, read(path), str(path))
 
 
+def as_yaml(experiment: Experiment) -> str:
+    """An experiment as a config file, with every default filled in."""
+    import yaml
+
+    return yaml.safe_dump(json.loads(experiment.model_dump_json(exclude_none=True)), sort_keys=False)
+
+
 def read(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file.
 

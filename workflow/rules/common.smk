@@ -145,6 +145,11 @@ def every_core(wildcards):
     return CORES
 
 
+def whole_config(wildcards):
+    """Params function: the experiment with every default, as JSON. As a string, its braces would be wildcards."""
+    return plan.experiment.model_dump_json(exclude_none=True)
+
+
 def results_of(models, *stages):
     """The jobs of these stages that measure the models."""
     return [job for model in models for job in model.results if job.recipe.stage in stages]

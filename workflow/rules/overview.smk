@@ -11,7 +11,7 @@ rule config:
     conda:
         ENVIRONMENT
     params:
-        experiment=lambda wildcards: plan.experiment.model_dump_json(exclude_none=True),  # a function: as a string, its braces would be wildcards
+        experiment=whole_config,
     message:
         "write the config with its defaults"
     shell:
@@ -27,7 +27,6 @@ rule index:
         rules.overlap.output,
         rules.losses.output if plan.recoveries else [],
         missing(plan.needed),
-        config=rules.config.output[0],
     output:
         RESULTS / "index.html",
     log:
@@ -36,10 +35,11 @@ rule index:
         ENVIRONMENT
     params:
         folder=RESULTS,
+        experiment=whole_config,
         artifacts=manifests([*plan.needed, *plan.parts.values()]),
         code=[code_digest("hfprune.reporting.overview"), file_sha256(PAGE)],
     message:
         "write the overview page"
     shell:
-        "python -m hfprune index --results {params.folder:q} --config {input.config:q} --output {output:q}"
-        " {params.artifacts:q} > {log:q} 2>&1"
+        "python -m hfprune index --results {params.folder:q} --config /dev/stdin --output {output:q}"
+        " {params.artifacts:q} <<< {params.experiment:q} > {log:q} 2>&1"
