@@ -141,7 +141,7 @@ def _cost(job: Any, estimate: Any) -> Any:
     disk, forward = weight_bytes(network), flops_per_token(network, settings.length)
     adapters = {name: getattr(settings, name) for name in ("rank", "alpha", "dropout", "targets")}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # raised by transformers for adapters
-        trained, _ = METHODS[settings.method](network, **(adapters if settings.method == "lora" else {}))
+        trained, _ = METHODS[settings.method](network, base="", **(adapters if settings.method == "lora" else {}))
     trainable = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
     memory = weight_bytes(trained) + BYTES_PER_TRAINED * trainable
     batch = settings.micro_batch * settings.length
