@@ -1,8 +1,12 @@
 """Products by oneDNN are PyTorch's own, up to rounding, whatever the operands look like."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from hfprune.cli import main
 from hfprune.runtime import matmul
 from tests.conftest import make_model
 
@@ -12,8 +16,6 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2 has biases
 def test_products_by_onednn_are_torchs_own_up_to_rounding(family):
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("no oneDNN on this machine")
     model, calls = make_model(family), []
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -28,8 +30,8 @@ def test_products_by_onednn_are_torchs_own_up_to_rounding(family):
     expected = [tensor.clone() for tensor in run()]
     embedded.grad = None
     with pytest.MonkeyPatch.context() as patch:
-        product = matmul._product
-        patch.setattr(matmul, "_product", lambda *operands: (calls.append(1), product(*operands))[1])
+        product = matmul.OneDNN._product
+        patch.setattr(matmul.OneDNN, "_product", lambda *operands: (calls.append(1), product(*operands))[1])
         with matmul.fast_products(torch.device("cpu")):
             found = run()
     assert len(calls) == 2 * 7 * 3, "every linear layer, forward and backward"
@@ -51,7 +53,8 @@ OPERANDS = {
 
 @pytest.mark.parametrize("bias", [None, lambda: torch.randn(20), lambda: torch.randn(40)[::2], lambda: torch.randn(1)])
 @pytest.mark.parametrize("name", OPERANDS)
-def test_any_operands(name, bias):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_any_operands(dtype, tolerance, name, bias):
     torch.manual_seed(0)
     a, b = OPERANDS[name](torch.randn)
     row = bias().to(a) if bias else None
@@ -59,9 +62,56 @@ def test_any_operands(name, bias):
     def product():
         return a @ b if row is None else torch.addmm(row, a, b)
 
-    with matmul.fast_products(CPU):
+    with matmul.fast_products(CPU, dtype):
         found = product()
-    torch.testing.assert_close(found, product(), rtol=1e-4, atol=1e-5)
+    scale = max(1.0, product().abs().max().item() if product().numel() else 0)
+    torch.testing.assert_close(found, product(), rtol=1e-4, atol=tolerance * scale)
+    assert found.dtype == product().dtype
+
+
+def test_products_of_bfloat16_are_those_of_the_rounded_operands_with_float32_sums():
+    torch.manual_seed(0)
+    a, b = torch.rand(8, 4096), torch.rand(4096, 8)  # sums in bfloat16 would stop growing
+    with matmul.fast_products(CPU, torch.bfloat16):
+        found = a @ b
+    exact = a.bfloat16().double() @ b.bfloat16().double()
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("products", "model", "device", "expected"),
+    [
+        ("auto", torch.float32, "cpu", torch.bfloat16),
+        ("float32", torch.float32, "cpu", torch.float32),
+        ("auto", torch.float16, "cpu", torch.float16),
+        ("auto", torch.float32, "cuda", torch.float32),
+    ],
+)
+def test_only_a_float32_model_on_a_cpu_takes_products_in_bfloat16(products, model, device, expected, monkeypatch):
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: True)
+    assert matmul.product_dtype(products, model, torch.device(device)) == expected
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: False)
+    assert matmul.product_dtype(products, model, torch.device(device)) == model
+
+
+def test_a_score_says_how_its_products_were_taken_and_its_key_holds_what_was_set(
+    checkpoint, data, tmp_path, capsys, monkeypatch
+):
+    def stage(*words):
+        assert main([*map(str, words), "--store", str(tmp_path / "store")]) == 0
+        folder = Path(capsys.readouterr().out.splitlines()[-1])
+        return folder, json.loads((folder / "manifest.json").read_text())
+
+    model, _ = stage("download", "model", "--path", checkpoint)
+    text, _ = stage("download", "text", "--path", data / "calibration.jsonl")
+    words = ("--model", model, "--text", text, "--samples", 2, "--length", 16)
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: True)
+    shards = [stage("shard", *words, "--shard", number, "--shards", 2)[0] for number in range(2)]
+    merged, auto = stage("score", *words, "--shards", *shards)
+    exact, float32 = stage("score", *words, "--products", "float32")
+    assert auto["details"]["products"] == "bfloat16" and auto["parameters"]["products"] == "auto"
+    assert float32["details"]["products"] == float32["parameters"]["products"] == "float32"
+    assert merged.name != exact.name
 
 
 def test_a_scaled_sum_is_left_to_torch():

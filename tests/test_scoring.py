@@ -19,8 +19,10 @@ from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
 from hfprune.pruning.recorder import Sums
 from hfprune.pruning.scoring import add_up, finish, shard_range, unit_scores
+from hfprune.runtime import matmul
+from hfprune.runtime.matmul import OneDNN
 from hfprune.runtime.signals import Stopped
-from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines
+from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense, sentences, write_lines
 
 WEIGHT_FORMS = ["llm_pruner_element_1", "llm_pruner_element_2", "llm_pruner_vector"]
 INTACT = [name for name, criterion in CRITERIA.items() if not criterion.light_cut]
@@ -229,6 +231,27 @@ def test_static_scores_rest_on_the_activations_of_the_intact_model(kind):
     norms = seen[0].flatten(0, 1).norm(dim=0) * output.weight.abs().sum(0)
     expected = norms if kind == "mlp" else norms.view(2, 16).sum(1)
     torch.testing.assert_close(unit_scores(model, tokens(), ["wanda"])["wanda"][kind][2], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN on this machine")
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_products_of_bfloat16_are_the_models_own_not_those_of_sums(memory, tmp_path, monkeypatch):
+    model = load_model(save_dense(tmp_path / "model"), "float32", memory)
+    shapes = {torch.float32: set(), torch.bfloat16: set()}
+    product = OneDNN._product
+    monkeypatch.setattr(
+        OneDNN, "_product", lambda mode, a, *rest: (shapes[mode.dtype].add(a.shape), product(mode, a, *rest))[1]
+    )
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: True)
+    names = ["entropy", "obs", "fisher_pairs", "llm_pruner_vector"]
+    ours = unit_scores(model, tokens(), names, products="auto", batch=3)
+    assert {rows for rows, _ in shapes[torch.bfloat16]} == {60}, "activations or gradients of 3 x 20 tokens"
+    assert {columns for _, columns in shapes[torch.float32]} == {60, 20}, "sums over tokens, of a batch or a sequence"
+    exact = unit_scores(model, tokens(), names, batch=3)
+    for name in names:
+        for one, other in zip(ours[name]["mlp"], exact[name]["mlp"], strict=True):
+            assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.8, name  # pairs are chosen one by one
+            assert not one.equal(other), name
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])

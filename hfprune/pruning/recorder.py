@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +22,7 @@ from hfprune.models.units import PARTS, Part, part_of, parts
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, StaticCriterion
 from hfprune.pruning.head import LogitGradient, hidden_gradient, positions_of
 from hfprune.pruning.weight_recorder import WeightRecorder, reads_weights, sizes, sum_name
+from hfprune.runtime.matmul import fast_products
 
 PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, units) products -> (units,) their sum
     "absolute": lambda products: vector_norm(products, 1, dim=(0, 1)),
@@ -143,6 +145,7 @@ class CalibrationPass:
         moments: the names of the moments that static criteria read.
         silent: per layer, 0 for the neurons that are silenced and 1 for the others, (neurons,); None if all are intact.
         batch: sequences that run through the model, or a layer, at once.
+        products: type of the inputs of the model's matrix products, see `matmul.product_dtype`.
     """
 
     tokens: Tensor
@@ -152,6 +155,7 @@ class CalibrationPass:
     moments: tuple[str, ...]
     silent: list[Tensor] | None
     batch: int
+    products: torch.dtype
 
     @property
     def weights(self) -> bool:
@@ -254,16 +258,18 @@ class UnitRecorder:
             self.sums.add(f"squares.{location}", vector_norm(values.float(), dim=(0, 1)).double().square())
         if "products" in self.moments:
             flat = values.flatten(0, 1).float()
-            self.sums.add(f"products.{location}", flat.T @ flat)
+            with fast_products(flat.device):  # float32, whatever the model's products are
+                self.sums.add(f"products.{location}", flat.T @ flat)
 
         kept = None if self.recompute else values
 
         def add(gradient: Tensor) -> None:
             activations = self.recomputed.pop(location) if kept is None else kept
             products = part.per_unit(self.by_sequence(gradient).float() * activations.float())
-            for name in self.criteria:
-                if not reads_weights(name):
-                    self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
+            with fast_products(products.device):  # as above
+                for name in self.criteria:
+                    if not reads_weights(name):
+                        self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
 
         if self.differentiate:
             activation.register_hook(add)
