@@ -59,6 +59,11 @@ def draw(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     return _save(figures, folder)
 
 
+def draw_headline(metrics: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw KL of models before any training into `folder`; the files' paths."""
+    return _save({"headline": lambda: kl(metrics)}, folder)
+
+
 def draw_scores(scores: list[Artifact], agreements: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the scores and, if there are several, their agreement into `folder`; the files' paths."""
     figures = {"importance": lambda: importance(scores)}

@@ -120,7 +120,9 @@ def _introduction(results: Results, models: pd.DataFrame) -> Iterator[str]:
     yield f"{words}; accuracy is zero-shot on {_listed(tasks)}, {documents}." if tasks else f"{words}."
     trained = sorted(set(models["recovery"]) - {"none"})
     if trained:
-        yield f"Some were trained after the cut: {_listed(trained)}. The dense model, trained alike, is the control."
+        is_control = (models["method"] == DENSE) & (models["recovery"] != "none")
+        control = " The dense model, trained alike, is the control." if is_control.any() else ""
+        yield f"Some were trained after the cut: {_listed(trained)}.{control}"
 
 
 def _findings(results: Results, models: pd.DataFrame) -> Iterator[str]:
