@@ -197,8 +197,8 @@ def _commands(checkpoint, data, experiment, tmp_path_factory) -> dict[str, list]
 
 
 NAMES = (
-    "collect", "differences", "headline", "profile", "tables", "figures", "pareto", "compare", "widths", "table", "overlap", "page",
-    "artifacts", "efficiency", "scoring-cost", "config", "schema", "crate", "export",
+    "collect", "headline", "differences", "profile", "tables", "figures", "pareto", "compare", "widths", "table",
+    "overlap", "page", "artifacts", "efficiency", "scoring-cost", "config", "schema", "crate", "export",
 )  # fmt: skip
 
 

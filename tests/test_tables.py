@@ -10,7 +10,7 @@ from hfprune.reporting import figures
 from hfprune.reporting.identity import recovery_names
 from hfprune.reporting.metrics import COLUMNS, collect
 from hfprune.reporting.statistics import MODEL, varying
-from hfprune.reporting.summary import cost, summary, write_tables
+from hfprune.reporting.summary import cost, summary, write_headline, write_tables
 from hfprune.store.artifacts import Store
 from tests.test_comparison import Fabricated
 
@@ -319,3 +319,21 @@ def test_without_tasks_there_is_no_accuracy(tmp_path):
     write_tables(found, tmp_path)
     assert "Perplexity" in (tmp_path / "summary.md").read_text()
     assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}
+
+
+def test_the_mean_of_one_task_is_not_drawn_beside_it():
+    one = metrics(*WAYS)
+    two = pd.concat([one, one[one["group"] == "task"].assign(task="piqa")])
+    for found, titles in ((one, ["BoolQ"]), (two, ["Mean of tasks", "BoolQ", "PIQA"])):
+        figure = figures.accuracy(found)
+        assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == titles
+        plt.close(figure)
+
+
+def test_the_first_results_are_a_table_and_a_figure_without_tasks(tmp_path):
+    found = metrics(*WAYS)
+    found = found[found["group"] != "task"]
+    written = [*write_headline(found, tmp_path), *figures.draw_headline(found, tmp_path)]
+    assert {path.suffix for path in written} == {".csv", ".md", ".tex", ".png", ".pdf", ".svg"}
+    assert {path.stem for path in written} == {"headline"}
+    assert "| KL (nats/token) |" in (tmp_path / "headline.md").read_text()

@@ -109,7 +109,7 @@ def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
 
 
 def accuracy(metrics: pd.DataFrame) -> Figure:
-    """Zero-shot accuracy against the share of parameters removed: every task, and their mean."""
+    """Zero-shot accuracy against the share of parameters removed: every task and, of several, their mean."""
     headlines = headline(metrics)
     names = list(dict.fromkeys(headlines["task"]))
     if not names:
@@ -118,9 +118,9 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
         axis.text(0.5, 0.5, "No task has an accuracy.", ha="center")
         return figure
     tasks = with_sizes(estimates(headlines), headlines)
-    panels = {"Mean of tasks": with_sizes(mean_accuracy(headlines), headlines)} | {
-        TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
-    }
+    panels = {TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names}
+    if len(panels) > 1:
+        panels = {"Mean of tasks": with_sizes(mean_accuracy(headlines), headlines)} | panels
     if (ratio := _one_size(tasks)) is not None:
         return _ranked_tasks(panels, ratio)
     columns = min(3, len(panels))

@@ -212,7 +212,7 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
         kl = interactive.rows(cut.sort_values(KL)[columns], KL, 0)
     finding = kl_finding(models)
     add("kl", "Distance from the dense model", f"{finding} Lower is better; bars are 95 % intervals.", kl)
-    if MEAN in models and len(changes := _from_dense(results, models)):
+    if MEAN in models and (changes := _from_dense(results, models))["distinguishable"].any():  # else it shows nothing
         caption = f"{accuracy_finding(changes)} The same documents were asked of both models; bars are 95 % intervals."
         spec = interactive.rows(changes[["name", *_with_ends(ACCURACY_CHANGE)]], ACCURACY_CHANGE, 0)
         add("accuracy", "Accuracy against the dense model", caption, spec)
