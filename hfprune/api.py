@@ -254,8 +254,8 @@ def fidelity(model: PreTrainedModel, dense: PreTrainedModel, tokens: Tensor) -> 
         tokens: (sequences, length) int64, best of text that was not scored on; see `sample`.
 
     Returns:
-        `kl` (nats per token), `js`, `top1_agreement`, `top15_jaccard`, `entropy_change` and `perplexity`, as in
-        docs/evaluation.md. The dense model with itself has kl 0.
+        `kl` (nats per token), `js`, `top1_agreement`, `top15_jaccard`, `acceptance`, `entropy_change` and `perplexity`,
+        as in docs/statistics.md. The dense model with itself has kl 0.
     """
     documents = []
     with _as_scored(model), _as_scored(dense):
