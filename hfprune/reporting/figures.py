@@ -34,6 +34,7 @@ COLUMN, PAGE = 3.35, 6.9  # inches: the widths of a column and of both columns o
 LONG = 18  # characters of a name that leaves a column too little room
 OFFSET = 4  # points between models of one cost
 KL_LABEL = "KL(dense || pruned), nats per token"
+FEWEST_RANKED = 3  # models, below which a rank correlation says nothing
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
 STYLE = {
     "figure.dpi": 100,
@@ -54,8 +55,10 @@ NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def draw(metrics: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw KL and, if tasks were evaluated, accuracy into `folder`; the files' paths."""
+    """Draw KL and, of what was measured, accuracy and KL before and after training into `folder`; the files' paths."""
     figures = {"kl": lambda: kl(metrics)}
+    if len(before_and_after(metrics).groupby("recovery").filter(lambda cuts: len(cuts) >= FEWEST_RANKED)):
+        figures["before_after"] = lambda: after_against_before(metrics)
     if (metrics["group"] == "task").any():
         figures["accuracy"] = lambda: accuracy(metrics)
     return _save(figures, folder)
@@ -430,6 +433,47 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
         axis.set_xlabel("Layer")
     for axis in axes[:, -1]:
         _name_lines(axis)
+    return figure
+
+
+def before_and_after(metrics: pd.DataFrame) -> pd.DataFrame:
+    """KL on the headline text of every cut model that was also trained, before and after.
+
+    Args:
+        metrics: rows of metrics.csv.
+
+    Returns:
+        Columns of `MODEL`, those of the trained model; `before`, `after`.
+    """
+    heldout = on_headline_text(metrics)
+    kl = estimates(heldout[(heldout["metric"] == "kl") & (heldout["method"] != DENSE)])
+    cut = [name for name in MODEL if name not in ("stage", "recovery")]
+    before, after = (kl[kl["stage"] == stage] for stage in ("pruned", "recovered"))
+    before = before[before["recovery"] == "none"].rename(columns={"value": "before"})[[*cut, "before"]]
+    return after.rename(columns={"value": "after"})[[*MODEL, "after"]].merge(before, on=cut)
+
+
+def after_against_before(metrics: pd.DataFrame) -> Figure:
+    """Does KL before training predict KL after it? A point for each cut model, a look for each training.
+
+    The legend has Spearman's rank correlation between the cuts of each training. On the diagonal training changed
+    nothing.
+    """
+    pairs = before_and_after(metrics)
+    figure, axis = plt.subplots(figsize=(COLUMN, COLUMN), layout="constrained")
+    for number, (recovery, cuts) in enumerate(pairs.groupby("recovery", sort=False)):
+        label = recovery
+        if len(cuts) >= FEWEST_RANKED:
+            label += f": rank correlation {spearmanr(cuts['before'], cuts['after']).statistic:.2f}, {len(cuts)} models"
+        look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+        axis.plot("before", "after", data=cuts, ls="", markersize=5, label=label, **look)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    ends = [pairs[["before", "after"]].min(axis=None), pairs[["before", "after"]].max(axis=None)]
+    axis.plot(ends, ends, color="0.5", ls="--", lw=0.8, zorder=0)
+    axis.set_xlabel("KL before training, nats per token")
+    axis.set_ylabel("KL after it, nats per token")
+    figure.legend(frameon=False, fontsize=7, loc="outside lower center")
     return figure
 
 
