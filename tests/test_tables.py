@@ -132,6 +132,25 @@ def trained(recovery, criterion="entropy", ratio=0.2, value=0.5):
     )
 
 
+def test_kl_after_training_stands_against_kl_before_it():
+    cuts = metrics(*WAYS)
+    after = cuts[cuts["stage"] != "dense"].assign(stage="recovered", recovery="lora")
+    of_kl = after["metric"] == "kl"
+    after.loc[of_kl, "value"] = [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]  # before: 1 to 6
+    dense = cuts[cuts["stage"] == "dense"].assign(stage="recovered", recovery="lora")
+    few = after[(after["criterion"] == "entropy") & (after["allocation"] == "uniform")].assign(recovery="norms")
+    found = pd.concat([cuts, dense, after, few[few["refit"] == "none"]])
+    pairs = figures.before_and_after(found)
+    assert pairs[pairs["recovery"] == "lora"][["before", "after"]].values.tolist() == [
+        [1, 3], [2, 1], [3, 2], [4, 4], [5, 5], [6, 6]
+    ]  # fmt: skip
+    figure = figures.after_against_before(found)
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert labels == ["lora: rank correlation 0.83, 6 models", "norms"], "two models have no rank correlation"
+    plt.close(figure)
+    assert figures.before_and_after(cuts).empty
+
+
 def test_models_cut_twice_are_told_from_those_cut_once():
     once = metrics(WAYS[0])
     twice = once[once["ratio"] == 0.2].assign(parent="wanda 0.1", ratio_achieved=0.28, value=9.0)

@@ -72,11 +72,11 @@ rule tables:
 
 
 rule figures:
-    """Draw accuracy and KL divergence against the ratio."""
+    """Draw accuracy and KL divergence against the ratio, and KL before and after training."""
     input:
         rules.collect.output,
     output:
-        drawn("kl", *(["accuracy"] if plan.experiment.evaluation.tasks else [])),
+        drawn(*drawn_of_models(plan.experiment)),
     log:
         LOGS / "figures.log",
     conda:
