@@ -145,7 +145,7 @@ class CalibrationPass:
         moments: the names of the moments that static criteria read.
         silent: per layer, 0 for the neurons that are silenced and 1 for the others, (neurons,); None if all are intact.
         batch: sequences that run through the model, or a layer, at once.
-        products: type of the inputs of the model's matrix products, see `matmul.product_dtype`.
+        products: type of the inputs of the backward pass's matrix products, see `matmul.product_dtype`.
     """
 
     tokens: Tensor
@@ -258,15 +258,14 @@ class UnitRecorder:
             self.sums.add(f"squares.{location}", vector_norm(values.float(), dim=(0, 1)).double().square())
         if "products" in self.moments:
             flat = values.flatten(0, 1).float()
-            with fast_products(flat.device):  # float32, whatever the model's products are
-                self.sums.add(f"products.{location}", flat.T @ flat)
+            self.sums.add(f"products.{location}", flat.T @ flat)
 
         kept = None if self.recompute else values
 
         def add(gradient: Tensor) -> None:
             activations = self.recomputed.pop(location) if kept is None else kept
             products = part.per_unit(self.by_sequence(gradient).float() * activations.float())
-            with fast_products(products.device):  # as above
+            with fast_products(products.device):  # float32, whatever the model's gradients are
                 for name in self.criteria:
                     if not reads_weights(name):
                         self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))

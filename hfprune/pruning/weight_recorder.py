@@ -103,7 +103,7 @@ class WeightRecorder:
     def _add(self, names: list[str], location: str, part: Part, number: int, x: Tensor, gradient: Tensor) -> None:
         """Add one batch: (batch, length, in) inputs and (batch, length, out) gradients of a linear layer."""
         linear, of_sequences = part.linears[number], self.recorder.by_sequence
-        with weights_in_memory(linear), fast_products(x.device):  # float32, whatever the model's products are
+        with weights_in_memory(linear), fast_products(x.device):  # float32, whatever the model's gradients are
             for inputs, gradients in zip(of_sequences(x).float(), of_sequences(gradient).float(), strict=True):
                 salience = matrix(linear) * (gradients.T @ inputs)
                 is_output = linear is part.output

@@ -23,7 +23,8 @@ Memory = Annotated[
 Products = Annotated[
     Literal["auto", "float32"],
     Field(
-        description="inputs of a float32 model's matrix products on a CPU; auto: bfloat16 where the CPU multiplies it"
+        description="inputs of a float32 model's matrix products on a CPU, for gradients; auto: bfloat16 where the CPU "
+        "multiplies it"
     ),
 ]
 Seed = Annotated[int, Field(ge=0)]
