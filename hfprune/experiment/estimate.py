@@ -29,12 +29,11 @@ from hfprune.experiment.schema import DType, Experiment, Source
 from hfprune.models.activations import forward_bytes, graph_bytes
 from hfprune.models.loading import BYTES_BESIDE_WEIGHTS, PREFILL, check_family, flops_per_token, load_tokenizer
 from hfprune.pruning import scoring
-from hfprune.pruning.allocation import allocate
-from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.budget import shape_of, units_shapes, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
 from hfprune.pruning.recorder import bytes_of_sums
-from hfprune.pruning.surgery import cut
+from hfprune.pruning.surgery import best_units, cut
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
@@ -272,13 +271,10 @@ class Models:
         budget = {name: parameters[name] for name in names if name in parameters}
         whole = units_to_keep(self.shape, **budget)
         generator = torch.Generator().manual_seed(0)
-        kept = {}
-        for name, units in whole.keep.items():
-            scores = [torch.rand(width, generator=generator) for width in self.shape.units[name]]
-            step = whole.round_to if name == "mlp" else 1
-            alike = torch.ones(len(scores), dtype=torch.float64)
-            kept[name] = allocate(parameters["allocation"], scores, units, step, alike)
-        return kept
+        shapes = {name: units_shapes(self.shape, name) for name in whole.keep}
+        scores = {name: [torch.rand(shape, generator=generator) for shape in shapes[name]] for name in shapes}
+        alike = torch.ones(self.dense.config.num_hidden_layers, dtype=torch.float64)
+        return best_units(whole, scores, parameters["allocation"], alike)
 
 
 class Estimate:
