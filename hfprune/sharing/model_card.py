@@ -235,7 +235,8 @@ def _loading(reload: Mapping[str, Any], address: str) -> str:
     if trust:
         text += (
             "Its layers have widths of their own, which no stock class builds; `modeling_per_layer.py`, in this "
-            "folder, does. Software that runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
+            "folder, does. vLLM takes such folders too, as tried with Llama, Qwen2 and Qwen3: `vllm serve FOLDER "
+            "--trust-remote-code`. Software that runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
         )
     return text + (
         f"Before it was kept, a fresh process loaded it so with transformers {reload['transformers']}: "
