@@ -7,12 +7,15 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune.cli.families import ANY
 from hfprune.errors import UserError
+from hfprune.experiment.estimate import report
+from hfprune.experiment.schema import Experiment, parse
+from hfprune.models.activations import graph_bytes
 from hfprune.models.families import FAMILIES, layout_for
 from hfprune.models.loading import check_config, count_parameters, flops_per_token, load_model
 from hfprune.models.mixtures import all_experts, experts_in
@@ -418,3 +421,44 @@ def test_a_cut_goes_the_whole_way_and_its_files_are_those_of_the_authors(name, s
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
     before, after = (set(load_file(next(folder.glob("*.safetensors")))) for folder in (tmp_path / "dense", out))
     assert after < before if structure == "experts" else after == before
+
+
+def test_a_plan_counts_the_experts_that_a_token_is_sent_to(experiment, tmp_path):
+    model = mixture("qwen3_moe")
+    model.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    asked = experiment | {"store": str(tmp_path / "store"), "model": {"path": str(tmp_path / "dense")}, "ratios": [0.2]}
+    lines = report(parse(Experiment, asked | {"methods": ["REAP", "Expert frequency"]}, "test"), "cpu", 0.4, None)
+    idle = 3 * 5 * 3 * 32 * 24  # layers, experts that a token is not sent to, matrices
+    total = count_parameters(model)
+    assert f"{total:,} parameters ({total - idle:,} of them for a token), float32" in lines
+    with pytest.raises(UserError, match="refit 'sequential': mixtures of experts are not refitted"):
+        report(parse(Experiment, asked | {"methods": ["hfprune-best-stock"]}, "test"), "cpu", 0.4, None)
+
+
+def test_layers_beside_the_model_do_not_count_for_a_budget(tmp_path):
+    """Of DeepSeek-V3 and GLM-4.5, a further layer predicts the token after the next; transformers leaves it out."""
+    model = mixture("glm4_moe")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    further = {
+        name.replace("layers.2.", "layers.3."): tensor for name, tensor in tensors.items() if "layers.2." in name
+    }
+    save_file(tensors | {name: tensor.clone() for name, tensor in further.items()}, tmp_path / "model.safetensors")
+    assert shape_on_disk(tmp_path) == shape_of(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_a_forward_pass_keeps_no_more_than_is_estimated(name):
+    model, held = mixture(name), {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _kept = model.base_model(TOKENS.repeat(4, 2), use_cache=False)
+    for parameter in model.parameters():
+        held.pop(parameter.untyped_storage().data_ptr(), None)
+    assert 0 < sum(held.values()) < graph_bytes(model, 8 * 24)

@@ -467,7 +467,7 @@ def fewest_experts(config: Any, mixture: Mixture) -> int:
     """The fewest experts that every group has to keep, for the router to choose among."""
     if groups_of(config, mixture) == 1:
         return max(mixture.groups, chosen_of(config))
-    return max(mixture.groups, -(-chosen_of(config) // setting(config, "topk_group")))
+    return max(mixture.groups, -(-chosen_of(config) // setting(config, "topk_group", 1)))
 
 
 def neuron_parameters(config: Any, mixture: Mixture) -> int:

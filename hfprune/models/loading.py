@@ -270,6 +270,11 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def active_parameters(model: PreTrainedModel) -> int:
+    """Number of parameters that a token meets: of a mixture of experts, without those that it is not sent to."""
+    return count_parameters(model) - sum(experts.idle_parameters for experts in all_experts(model))
+
+
 def flops_per_token(model: PreTrainedModel, length: int) -> int:
     """Floating-point operations per token of a forward pass over a sequence of `length` tokens.
 

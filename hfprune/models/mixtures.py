@@ -95,6 +95,12 @@ class Experts:
         """Weights that a token meets: the router, and the matrices of the experts that it is sent to."""
         return self.router.weight.numel() + self.chosen * 3 * self.width * self.router.weight.shape[1]
 
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters of the experts that a token is not sent to."""
+        parameters = sum(parameter.numel() for parameter in self.experts.parameters())
+        return parameters // self.count * (self.count - self.chosen)
+
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The choice of the router, as the family's class makes it.
 

@@ -76,11 +76,11 @@ class Shape:
     parameters: dict[str, int]
     hidden: int
     refusals: dict[str, str] = field(default_factory=dict)
-    mixture: Experts | None = None
+    mixture: ExpertCounts | None = None
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertCounts:
     """What of a mixture of experts counts for a budget. Its units are counted in one expert, or in one group of them.
 
     Attributes:
@@ -111,7 +111,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         {name: next(filter(None, layers)).parameters for name, layers in parts_by_name.items()},
         hidden_size(model.config),
         refusals(layout),
-        _experts(model.config, layout),
+        _expert_counts(model.config, layout),
     )
 
 
@@ -131,12 +131,12 @@ def refusals(layout: Layout) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _experts(config: Any, layout: Layout) -> Experts | None:
+def _expert_counts(config: Any, layout: Layout) -> ExpertCounts | None:
     """See `Shape`."""
     if (mixture := layout.mixture) is None:
         return None
     groups, fewest = groups_of(config, mixture), fewest_experts(config, mixture)
-    return Experts(experts_of(config), groups, fewest, chosen_of(config))
+    return ExpertCounts(experts_of(config), groups, fewest, chosen_of(config))
 
 
 def shape_on_disk(folder: Path) -> Shape:
@@ -148,12 +148,18 @@ def shape_on_disk(folder: Path) -> Shape:
             shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     if config.get("tie_word_embeddings") and any(name.endswith(EMBEDDINGS) for name in shapes):
         shapes.pop("lm_head.weight", None)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith(PARAMETERS)}
     layout, hidden = layout_for(config), hidden_size(config)
     mixture, output = layout.mixture, f".{layout.attention.output}.weight"
     first = next(name for name in shapes if name.endswith(f"{layout.layers}.0{output}"))
     before = first.removesuffix(f"0{output}")  # some lack a prefix
-    numbers = range(sum(name.startswith(before) and name.endswith(output) for name in shapes))
+    count = sum(name.startswith(before) and name.endswith(output) for name in shapes)
+    numbers = range(min(count, config.get("num_hidden_layers", count)))
+    further = tuple(f"{before}{number}." for number in range(len(numbers), count))  # that predict tokens further ahead
+    sizes = {
+        name: math.prod(shape)
+        for name, shape in shapes.items()
+        if name.endswith(PARAMETERS) and not name.startswith(further)
+    }
     units, parameters = {}, {}
     for name in PARTS:
         if mixture and name == "mlp":
@@ -167,13 +173,13 @@ def shape_on_disk(folder: Path) -> Shape:
         of_units += [f"{before}0.{path}.weight" for path in block.per_head]
         parameters[name] = sum(sizes.get(key, 0) for key in of_units) // units[name][0]
     if mixture:
-        experts, width = _experts(config, layout), setting(config, mixture.size)
+        experts, width = _expert_counts(config, layout), setting(config, mixture.size)
         is_sparse = [f"{before}{number}.{mixture.stored}" in sizes for number in numbers]
         units["mlp"] = [width * sparse for sparse in is_sparse]
         parameters["mlp"] = experts.count * neuron_parameters(config, mixture)
         units["experts"] = [experts.count // experts.groups * sparse for sparse in is_sparse]
         parameters["experts"] = experts.groups * expert_parameters(config, mixture)
-    return Shape(sum(sizes.values()), units, parameters, hidden, refusals(layout), _experts(config, layout))
+    return Shape(sum(sizes.values()), units, parameters, hidden, refusals(layout), _expert_counts(config, layout))
 
 
 @dataclass(frozen=True)
