@@ -17,6 +17,7 @@ from hfprune.experiment.estimate import report
 from hfprune.experiment.schema import Experiment, parse
 from hfprune.models.activations import graph_bytes
 from hfprune.models.families import FAMILIES, layout_for
+from hfprune.models.history import kept_shapes
 from hfprune.models.loading import check_config, count_parameters, flops_per_token, load_model
 from hfprune.models.mixtures import all_experts, experts_in
 from hfprune.models.units import layers_of, parts
@@ -462,3 +463,9 @@ def test_a_forward_pass_keeps_no_more_than_is_estimated(name):
     for parameter in model.parameters():
         held.pop(parameter.untyped_storage().data_ptr(), None)
     assert 0 < sum(held.values()) < graph_bytes(model, 8 * 24)
+
+
+def test_what_is_shown_of_a_cut_leaves_dense_layers_out():
+    assert kept_shapes("experts", [[], [0, 1], [2, 5]]) == {1: (2,), 2: (2,)}
+    assert kept_shapes("mlp", [[], [[0, 1, 4], [2, 5, 6]]]) == {1: (2, 3)}
+    assert kept_shapes("mlp", [[0, 1], []]) == {0: (2,), 1: (0,)}, "of a dense model"

@@ -292,6 +292,7 @@ FAMILIES = {
         _with(
             BY_KIND,
             attention={"refused": SINKS},
+            keeps_documents_apart=False,
             mixture=Mixture(router="mlp.router", stored="mlp.router.weight", size="intermediate_size", biased=True),
         ),
     ),

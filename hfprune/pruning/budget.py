@@ -29,7 +29,7 @@ from hfprune.models.families import (
 from hfprune.models.layout import Layout
 from hfprune.models.units import PARTS, STRUCTURES, UNITS, Scores, kinds_of, parts
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
-from hfprune.pruning.criteria import CRITERIA, ranks
+from hfprune.pruning.criteria import rankers, ranks
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
@@ -301,11 +301,10 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
     """
     mixture = shape.mixture is not None
     if unranked := [part for part in STRUCTURES[structure] if not ranks(criterion, part, mixture)]:
-        usable = [name for name in CRITERIA if all(ranks(name, part, mixture) for part in STRUCTURES[structure])]
         where = " inside experts" if mixture and unranked == ["mlp"] else ""
         raise UserError(
             f"criterion {criterion!r} does not rank {UNITS[unranked[0]]}{where}, which structure {structure!r} cuts. "
-            f"Those that do: {', '.join(usable)}."
+            f"Those that do: {', '.join(rankers(STRUCTURES[structure], mixture))}."
         )
     if mixture and refit != "none":
         raise UserError(NO_REFIT.format(refit=refit))

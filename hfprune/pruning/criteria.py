@@ -366,6 +366,11 @@ def ranks(name: str, part: str, mixture: bool) -> bool:
     return True
 
 
+def rankers(parts: Sequence[str], mixture: bool) -> list[str]:
+    """The criteria that rank the units of all these parts, see `ranks`."""
+    return [name for name in CRITERIA if all(ranks(name, part, mixture) for part in parts)]
+
+
 def passes(names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
     """The passes over the calibration text that these criteria need: (light cut before the pass, its criteria).
 

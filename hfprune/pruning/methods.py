@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from hfprune.errors import UserError
 from hfprune.models.units import STRUCTURES
 from hfprune.pruning.allocation import ALLOCATIONS
-from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, ranks
+from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
 
 CriterionName = Literal[tuple(CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
@@ -52,12 +52,9 @@ class MethodRecipe(BaseModel):
     @model_validator(mode="after")
     def _experts(self) -> "MethodRecipe":
         of_experts = self.structure == "experts"
-        if not all(ranks(self.criterion, part, of_experts) for part in STRUCTURES[self.structure]):
-            usable = [
-                name for name in CRITERIA if all(ranks(name, part, of_experts) for part in STRUCTURES[self.structure])
-            ]
+        if self.criterion not in (usable := rankers(STRUCTURES[self.structure], of_experts)):
             raise ValueError(
-                f"criterion {self.criterion} ranks no units of structure {self.structure}; of those that do: "
+                f"criterion {self.criterion} does not rank the units of structure {self.structure}; these do: "
                 f"{', '.join(usable)}"
             )
         if of_experts and (self.allocation, self.refit) != ("uniform", "none"):
