@@ -45,16 +45,11 @@ def compare(artifacts: list[Artifact]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def layers(artifact: Artifact, others: Container[str] = UNITS) -> list[np.ndarray]:
-    """The scores of an artifact's neurons, (neurons,) per layer; of another part if it, or `others`, rank none.
-
-    Args:
-        artifact: of stage `score`.
-        others: the parts that may be shown.
-    """
+def layers(artifact: Artifact, parts: Container[str] = UNITS) -> list[np.ndarray]:
+    """The scores of the units of the first of these parts that an artifact ranks, neurons if it can: per layer."""
     scores = read_scores(artifact.folder / SCORES)
-    part = next((part for part in UNITS if part in scores and part in others), None)
-    return [layer.flatten().numpy() for layer in scores.get(part, []) if layer.numel()]
+    part = next(part for part in UNITS if part in scores and part in parts)
+    return [layer.flatten().numpy() for layer in scores[part] if layer.numel()]
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:
