@@ -217,7 +217,7 @@ def refit(
         model: the intact model, no parameter of which asks for a gradient afterwards.
         kept: see `allocate`.
         tokens: (sequences, length) int64, best those that the scores were made on.
-        refit: "sequential", "least_squares" or "bias".
+        refit: "sequential", "trained", "least_squares" or "bias".
         ridge: how strongly weights keep to what they were.
 
     Returns:
@@ -228,7 +228,7 @@ def refit(
     """
     recipe = _recipe({"criterion": "entropy", "refit": refit, "ridge": ridge})
     if recipe.refit == "none":
-        raise UserError("refit 'none': expected 'sequential', 'least_squares' or 'bias'.")
+        raise UserError("refit 'none': expected 'sequential', 'trained', 'least_squares' or 'bias'.")
     check_model(model)
     model.requires_grad_(False)
     return refit_kept(model, kept, tokens, recipe.refit, recipe.ridge)
