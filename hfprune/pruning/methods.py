@@ -21,9 +21,9 @@ from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes
 CriterionName = Literal[tuple(CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
-RefitName = Literal["none", "bias", "least_squares", "sequential", "trained"]
+RefitName = Literal["none", "bias", "least_squares", "sequential", "trained", "local_search"]
 FOLDER = Path(__file__).parent / "presets"
-READ_RIDGE = ("least_squares", "sequential", "trained")  # the refits that solve for weights
+READ_RIDGE = ("least_squares", "sequential", "trained", "local_search")  # the refits that solve for weights
 DENSE = "dense"  # how results name the model before any cut
 
 
@@ -66,7 +66,7 @@ class MethodRecipe(BaseModel):
         scoring += [f"{backward} backward pass{'es' if backward > 1 else ''}"] if backward else []
         needs = [f"scoring: {' and '.join(scoring)} over the calibration text"]
         if self.refit != "none":
-            times = "2 forward passes" if self.refit in ("sequential", "trained") else "1 forward pass"
+            times = "1 forward pass" if self.refit in ("bias", "least_squares") else "2 forward passes"
             needs.append(f"refit: {times} over the same text, a layer at a time")
         if self.refit == "trained":
             needs.append("training of every cut MLP by itself, on the same text: at most 9 forward passes' worth")

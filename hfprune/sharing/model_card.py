@@ -22,6 +22,7 @@ TITLES = {
     "js": "Jensen-Shannon distance from the dense model",
     "top1_agreement": "Same likeliest token as the dense model",
     "top15_jaccard": "Overlap of the 15 likeliest tokens with the dense model's",
+    "acceptance": "Draft tokens that the dense model accepts in speculative decoding",
     "entropy_change": "Entropy of the predictions minus the dense model's, nats",
 }
 
@@ -235,7 +236,8 @@ def _loading(reload: Mapping[str, Any], address: str) -> str:
     if trust:
         text += (
             "Its layers have widths of their own, which no stock class builds; `modeling_per_layer.py`, in this "
-            "folder, does. Software that runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
+            "folder, does. vLLM takes such folders too, as tried with Llama, Qwen2 and Qwen3: `vllm serve FOLDER "
+            "--trust-remote-code`. Software that runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
         )
     return text + (
         f"Before it was kept, a fresh process loaded it so with transformers {reload['transformers']}: "

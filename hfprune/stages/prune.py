@@ -29,7 +29,7 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
-RefitName = Literal["none", "bias", "least_squares", "sequential", "trained"]
+RefitName = Literal["none", "bias", "least_squares", "sequential", "trained", "local_search"]
 # A command line's numbers are words, which a Literal does not take.
 RoundTo = Annotated[
     Literal[STEPS],
@@ -193,7 +193,8 @@ def _cost(job: Any, estimate: Any) -> Any:
                     flops += training_flops(part, tokens)
         width, hidden = max(part.units for part in parts(dense, "mlp")), dense.config.hidden_size
         streams = tokens * hidden * (1 + sequential + trains) + tokens * width * sequential
-        memory += 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
+        matrices = 8 if job.settings.refit == "local_search" else 3
+        memory += matrices * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
     if streamed:
         scratch = streams * dense.dtype.itemsize
     else:
