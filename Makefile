@@ -24,7 +24,7 @@ lint: env
 
 # The documentation as a site: open build/docs/index.html. Broken links and references fail it.
 docs: env
-	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 env: $(STAMP)
 
