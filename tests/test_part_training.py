@@ -11,7 +11,7 @@ from hfprune.models.units import layers_of, matrix, part_of
 from hfprune.models.walk import enter
 from hfprune.pruning import part_training
 from hfprune.pruning.part_training import train_part
-from hfprune.pruning.refit import refit
+from hfprune.pruning.refit import DRIFT, refit
 from tests.conftest import make_model
 
 REMOVED = torch.arange(30, 48)
@@ -90,6 +90,34 @@ def test_its_gradient_is_that_of_the_formula():
     assert torch.allclose(gradient, 2 * (output - target).detach() / sizes[:, None], rtol=1e-4)
 
 
+@torch.no_grad()
+def written(model, number, name, states):
+    """What a part of a layer adds to (batch, length, hidden) states."""
+    arguments = enter(model, SEQUENCES[:1])[1][number]
+    return run_part(layout_of(model), model.config, layers_of(model)[number], name, arguments, states).written
+
+
+@pytest.mark.parametrize(("family", "multiplier"), [("llama", 1.0), ("granite", 0.3)])
+def test_an_mlp_is_to_write_what_the_whole_one_does_and_half_of_the_error_from_below(family, multiplier, monkeypatch):
+    changes = {"residual_multiplier": multiplier} if family == "granite" else {}
+    dense, model, given = make_model(family, **changes), make_model(family, **changes), []
+    kept = {"mlp": [torch.arange(30)] * 3}
+    monkeypatch.setattr(
+        "hfprune.pruning.refit.train_part",
+        lambda _part, _removed, _write, states, targets: given.append([torch.cat(each) for each in (states, targets)]),
+    )
+    refit(model, kept, SEQUENCES, "trained", 0.1)
+    stream = enter(dense, SEQUENCES)[0]
+    for number, (states, targets) in enumerate(given):
+        for name in ("attention", "mlp"):
+            stream = stream + written(dense, number, name, stream)
+        whole = written(dense, number, "mlp", states)
+        expected = whole + DRIFT * (stream - (states + whole))
+        assert torch.allclose(targets * multiplier, expected, atol=1e-5), number
+        assert number == 0 or not torch.allclose(expected, whole, atol=1e-2)
+    assert len(given) == 3
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_trained_part_is_nearer_to_what_it_should_write_than_a_refitted_one(family, short):
     """Behind the second MLP, where some of the error comes from the first. In Gemma 2 a norm follows."""
@@ -102,10 +130,7 @@ def test_a_trained_part_is_nearer_to_what_it_should_write_than_a_refitted_one(fa
         for number in range(2):
             for name in ("attention", "mlp"):
                 for key, network in (("dense", dense), (method, model)):
-                    arguments = enter(network, SEQUENCES[:1])[1][number]
-                    how = (layout_of(network), network.config, layers_of(network)[number], name, arguments)
-                    with torch.no_grad():
-                        states[key] = states[key] + run_part(*how, states[key]).written
+                    states[key] = states[key] + written(network, number, name, states[key])
         errors[method] = (states["dense"] - states[method]).square().sum().item()
     assert errors["trained"] < 0.95 * errors["sequential"]
 

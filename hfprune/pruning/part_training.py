@@ -46,7 +46,7 @@ def train_part(
         targets: what `write` should return of each, in the same shapes.
     """
     weights = [linear.weight for linear in part.linears]
-    masters = [weight.detach().to(torch.float32, copy=True) for weight in weights]
+    masters = [weight.detach().float() for weight in weights]
     rates = [RATE * master.square().mean().sqrt().item() for master in masters]
     optimiser = torch.optim.Adam([{"params": [master]} for master in masters], betas=MOMENTS)
     device = removed.device
