@@ -9,7 +9,7 @@ import pytest
 from hfprune.cli import main
 
 STAGES = (
-    "score", "shard", "prune", "gguf", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare",
+    "score", "shard", "order", "prune", "gguf", "reference", "measure", "evaluate", "collect", "tables", "figures", "compare",
     "config", "overlap", "page", "index", "artifacts", "provenance",
 )  # fmt: skip
 OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")

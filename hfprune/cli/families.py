@@ -5,6 +5,7 @@ from hfprune.models.families import FAMILIES, REFUSED, layout_for
 from hfprune.models.layout import Block
 
 ANY = {"num_attention_heads": 4}  # a config's keys that every layout needs
+OWN_CLASS = "yes, in a class of hfprune's"
 
 
 class Families(Command):
@@ -20,12 +21,13 @@ class Families(Command):
 
 def table() -> str:
     """A row for each family, or for each kind of layout in one, in Markdown."""
-    rows = [("`model_type`", "models", "mlp", "attention"), ("---",) * 4]
+    rows = [("`model_type`", "models", "mlp", "attention", "sublayers", "layers"), ("---",) * 6]
     for name, family in FAMILIES.items():
         for models, keys in {family.models: {}, **family.variants}.items():
             layout = layout_for({"model_type": name, **ANY, **keys})
-            rows.append((f"`{name}`", models, _cell(layout.mlp), _cell(layout.attention)))
-    rows += [(f"`{name}`", "", f"no: {reason}", "no") for name, reason in REFUSED.items()]
+            cells = _cell(layout.mlp), _cell(layout.attention), OWN_CLASS, "yes"
+            rows.append((f"`{name}`", models, *cells))
+    rows += [(f"`{name}`", "", f"no: {reason}", *["no"] * 3) for name, reason in REFUSED.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -33,7 +35,7 @@ def _cell(block: Block) -> str:
     """What can be done with a part."""
     if block.refused:
         return f"no: {block.refused}"
-    return "yes" if block.size else "yes, in a class of hfprune's"
+    return "yes" if block.size else OWN_CLASS
 
 
 COMMANDS = (Families,)

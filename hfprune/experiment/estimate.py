@@ -28,11 +28,13 @@ from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import DType, Experiment, Source
 from hfprune.models.activations import forward_bytes, graph_bytes
 from hfprune.models.loading import BYTES_BESIDE_WEIGHTS, PREFILL, check_family, flops_per_token, load_tokenizer
+from hfprune.models.units import DEPTH
 from hfprune.pruning import scoring
 from hfprune.pruning.allocation import allocate
 from hfprune.pruning.budget import shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
+from hfprune.pruning.order import best_steps, kept_without, steps_of
 from hfprune.pruning.recorder import bytes_of_sums
 from hfprune.pruning.surgery import cut
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
@@ -271,6 +273,9 @@ class Models:
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
         budget = {name: parameters[name] for name in names if name in parameters}
         whole = units_to_keep(self.shape, **budget)
+        if budget["structure"] in DEPTH:
+            last_first = steps_of(self.shape.units, budget["structure"])[:0:-1]
+            return kept_without(self.shape.units, best_steps(self.shape, last_first, whole.share * self.shape.total))
         generator = torch.Generator().manual_seed(0)
         kept = {}
         for name, units in whole.keep.items():
@@ -349,7 +354,7 @@ class Estimate:
         dense, shape, draws = self.models.dense, (calibration.samples, calibration.length), calibration.draws
         costs = [scoring.cost(dense, shape, [name], draws, bool(CRITERIA[name].light_cut), False) for name in criteria]
         seconds = self.seconds(SCORED_ROUNDS * sum(cost["flops"] for cost in costs), SLOW_SHARE)
-        memory = max(self.scoring_memory([name], calibration.length, False) for name in criteria)
+        memory = max((self.scoring_memory([name], calibration.length, False) for name in criteria), default=0)
         return self._timing(memory, weight_bytes(dense), len(criteria), seconds)
 
     def _timing(self, memory: int, files: int, processes: int, seconds: float) -> Request:

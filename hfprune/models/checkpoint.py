@@ -4,6 +4,7 @@ If all layers have the same width, the checkpoint is of the family's stock class
 `modeling_per_layer`, and that file is saved with it; `pad` makes the widths equal again with zeros.
 """
 
+import copy
 import gc
 import json
 import os
@@ -27,8 +28,8 @@ from hfprune.errors import UserError
 from hfprune.models.families import head_size, heads_of, layout_of, queries_of
 from hfprune.models.files import model_files
 from hfprune.models.head import head_of
-from hfprune.models.loading import count_parameters, set_linear
-from hfprune.models.modeling_per_layer import count_heads, per_layer
+from hfprune.models.loading import count_parameters, set_linear, shape_only
+from hfprune.models.modeling_per_layer import KEY_VALUE_HEADS, count_heads, per_layer
 from hfprune.models.streamed import device_of, in_memory, is_streamed
 from hfprune.models.units import PARTS, Part, layers_of, matrix, parts
 from hfprune.models.walk import enter, entrance, exit_norm, run_layer
@@ -122,9 +123,63 @@ def declare_widths(model: PreTrainedModel) -> None:
         model.__class__ = stock
     else:
         config.intermediate_sizes = widths
-        if not layout.attention.refused:
+        if layout.attention.refused:  # then a layer has all groups, or none
+            whole = next(filter(None, (getattr(config, name, None) for name in KEY_VALUE_HEADS)))
+            groups = [whole if count else 0 for count in groups]
+        if not layout.attention.refused or 0 in groups:
             config.key_value_heads = groups
         model.__class__ = per_layer(stock)  # differs from the stock class in its constructor, not in state
+
+
+LISTS = ("layer_types", "no_rope_layers")  # keys of configs with a value for each layer
+
+
+def keep_layers(model: PreTrainedModel, numbers: list[int]) -> None:
+    """Remove all layers of `model` but these, in place, and what its config says of them.
+
+    Raises:
+        UserError: see `_refuse_other_places`.
+    """
+    layers, config = layers_of(model), model.config
+    if len(numbers) == len(layers):
+        return
+    stay = [layers[number] for number in numbers]
+    for name in LISTS:
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[number] for number in numbers])
+    config.num_hidden_layers = len(numbers)
+    del layers[:]
+    layers.extend(stay)
+    for place, layer in enumerate(layers):
+        for module in layer.modules():
+            if getattr(module, "layer_idx", None) is not None:
+                module.layer_idx = place
+
+
+def refuse_moved_layers(config: PreTrainedConfig) -> None:
+    """Refuse a model whose class computes a layer differently where other layers before it are gone.
+
+    It is built with a layer less, and each layer compared with the one that it would come from.
+
+    Args:
+        config: of the dense model.
+
+    Raises:
+        UserError: it is such a model.
+    """
+    dense = shape_only(config, torch.float32)
+    fewer = copy.deepcopy(dense)
+    keep_layers(fewer, list(range(1, len(layers_of(dense)))))
+    rebuilt = shape_only(fewer.config, torch.float32)
+    for moved, built in zip(layers_of(fewer), layers_of(rebuilt), strict=True):
+        for (path, one), other in zip(moved.named_modules(), built.modules(), strict=True):
+            for name, value in vars(one).items():
+                if isinstance(value, bool | int | float | str | None) and value != getattr(other, name):
+                    raise UserError(
+                        f"layers of this {config.model_type} model cannot go: {path}.{name} depends on the number of "
+                        "the layer, and the layers behind would compute something else. Cut sublayers, mlp or "
+                        "attention."
+                    )
 
 
 def head_counts(model: PreTrainedModel, groups: int) -> dict[str, int]:
@@ -173,6 +228,8 @@ def pad(model: PreTrainedModel) -> int:
 def pad_part(part: Part, units: int) -> None:
     """Widen a part to so many units with zeros."""
     missing = units - part.units
+    if not missing:
+        return
     for number, linear in enumerate(part.inputs):
         blocks = [
             (slice(first, first + size * part.units), size * missing) for first, size in part.blocks_of_rows(number)
@@ -250,11 +307,11 @@ class LayerWriter:
         self.names = {module: name for name, module in final.named_modules()}
 
     @torch.no_grad()
-    def add(self, number: int) -> None:
-        """Write a layer, whose weights are in memory and cut."""
+    def add(self, number: int, place: int) -> None:
+        """Write a layer, whose weights are in memory and cut. `place` is its number after the cut."""
         layer = layers_of(self.model)[number]
         self.states = run_layer(layer, self.states, self.arguments[number])
-        self._write(self.names[layers_of(self.final)[number]], layer)
+        self._write(self.names[layers_of(self.final)[place]], layer)
 
     @torch.no_grad()
     def finish(self) -> Expected:

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from hfprune.errors import UserError
 from hfprune.models.families import head_size, hidden_size, layout_for, layout_of, queries_of
 from hfprune.models.layout import Layout
-from hfprune.models.units import PARTS, STRUCTURES, UNITS, Scores, parts
+from hfprune.models.units import DEPTH, PARTS, STRUCTURES, UNITS, Scores, layers_of, parts
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
+from hfprune.pruning.order import removable_sizes
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
@@ -45,6 +46,8 @@ class Shape:
         parameters: by part, those of one unit.
         hidden: hidden size.
         refusals: by part that cannot be cut, why, and what can be instead.
+        sublayers: by part, the parameters of the whole part in each layer, without norms of hidden states.
+        layers: parameters of each layer.
     """
 
     total: int
@@ -52,6 +55,8 @@ class Shape:
     parameters: dict[str, int]
     hidden: int
     refusals: dict[str, str] = field(default_factory=dict)
+    sublayers: dict[str, list[int]] = field(default_factory=dict)
+    layers: list[int] = field(default_factory=list)
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -62,9 +67,11 @@ def shape_of(model: PreTrainedModel) -> Shape:
     return Shape(
         count_parameters(model),
         {name: [part.units for part in layers] for name, layers in parts_by_name.items()},
-        {name: layers[0].parameters for name, layers in parts_by_name.items()},
+        {name: max(part.parameters for part in layers) for name, layers in parts_by_name.items()},
         hidden_size(model.config),
         refusals(layout_of(model)),
+        {name: [part.whole for part in layers] for name, layers in parts_by_name.items()},
+        [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model)],
     )
 
 
@@ -88,16 +95,19 @@ def shape_on_disk(folder: Path) -> Shape:
     first = next(name for name in shapes if name.endswith(f"{layout.layers}.0.{block.output}.weight"))
     before, after = first.removesuffix(f"0.{block.output}.weight"), f".{block.output}.weight"  # some lack a prefix
     numbers = range(sum(name.startswith(before) and name.endswith(after) for name in shapes))
-    units, parameters = {}, {}
+    units, parameters, sublayers = {}, {}, {}
     for name in PARTS:
         block, columns = layout.block(name), 1 if name == "mlp" else queries_of(config, layout) * head
         widths = [sizes[f"{before}{number}.{block.output}.weight"] // hidden for number in numbers]
         units[name] = [width // columns for width in widths]
-        of_units = [f"{before}0.{block.output}.weight"]  # the bias of the output belongs to no unit
-        of_units += [f"{before}0.{rows.path}.{kind}" for rows in block.rows for kind in ("weight", "bias")]
-        of_units += [f"{before}0.{path}.weight" for path in block.per_head]
-        parameters[name] = sum(sizes.get(key, 0) for key in of_units) // units[name][0]
-    return Shape(sum(sizes.values()), units, parameters, hidden, refusals(layout))
+        paths = [f"{rows.path}.{kind}" for rows in block.rows for kind in ("weight", "bias")]
+        paths += [f"{block.output}.weight", *(f"{path}.weight" for path in block.per_head)]
+        of_units = [sum(sizes.get(f"{before}{number}.{path}", 0) for path in paths) for number in numbers]
+        parameters[name] = max(size // max(1, count) for size, count in zip(of_units, units[name], strict=True))
+        biases = [sizes.get(f"{before}{number}.{block.output}.bias", 0) for number in numbers]  # belong to no unit
+        sublayers[name] = [size + bias for size, bias in zip(of_units, biases, strict=True)]
+    layers = [sum(size for key, size in sizes.items() if key.startswith(f"{before}{number}.")) for number in numbers]
+    return Shape(sum(sizes.values()), units, parameters, hidden, refusals(layout), sublayers, layers)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,8 @@ class Budget:
 
     Attributes:
         share: share of all parameters to remove.
-        keep: for each part that is cut, the number of units to keep over all layers, not yet rounded.
+        keep: for each part that is cut, the number of units to keep over all layers, not yet rounded. Empty where
+            whole sublayers or layers go: `order.best_sublayers` says which.
         round_to: what MLP widths are multiples of.
     """
 
@@ -166,20 +177,19 @@ def units_to_keep(
     Raises:
         UserError: the structure cannot be cut, does not hold that much, or nothing would be removed.
     """
+    if structure in DEPTH:
+        return _depth_budget(shape, structure, ratio, target_parameters)
     if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
         raise UserError(f"structure {structure!r}: {faults[0]}")
+    if faults := [name for name in STRUCTURES[structure] if 0 in shape.units[name]]:
+        raise UserError(
+            f"structure {structure!r}: the {faults[0]} of some layers is gone already. Cut sublayers or layers."
+        )
     round_to = round_to or default_step(shape.hidden)
     capacities = {name: capacity_of(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
     total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
-    if target_parameters is not None:
-        budget, remove = f"target_parameters {target_parameters}", float(total - target_parameters)
-        if remove <= 0:
-            raise UserError(f"{budget}: the model has {total:,} parameters; the target has to be smaller.")
-        possible = f"smallest target_parameters that allows is {total - removable}"
-    else:
-        of = total if ratio_of == "all" else sum(capacities["mlp"].units) * capacities["mlp"].parameters
-        budget, remove = f"ratio {ratio} of {ratio_of} parameters", ratio * of
-        possible = f"largest ratio that allows is {math.floor(removable / of * 10_000) / 10_000}"
+    of = total if ratio_of == "all" else sum(capacities["mlp"].units) * capacities["mlp"].parameters
+    budget, remove, possible = _to_remove(total, removable, ratio, ratio_of, of, target_parameters)
     half_a_unit = min(capacity.parameters for capacity in capacities.values()) / 2
     if remove > removable + half_a_unit:
         least = " and ".join(
@@ -203,6 +213,46 @@ def units_to_keep(
         removed = _split(capacities, remove, attention_share, allocation, scores)
     keep = {name: sum(capacity.units) - removed[name] / capacity.parameters for name, capacity in capacities.items()}
     return Budget(remove / total, keep, round_to)
+
+
+def _to_remove(
+    total: int, removable: int, ratio: float | None, ratio_of: str, of: int, target_parameters: int | None
+) -> tuple[str, float, str]:
+    """A budget in words, the parameters to remove, and in words the budget that removes all that can be removed.
+
+    Raises:
+        UserError: the target is not smaller than the model.
+    """
+    if target_parameters is None:
+        largest = math.floor(removable / of * 10_000) / 10_000
+        return f"ratio {ratio} of {ratio_of} parameters", ratio * of, f"largest ratio that allows is {largest}"
+    budget = f"target_parameters {target_parameters}"
+    if target_parameters >= total:
+        raise UserError(f"{budget}: the model has {total:,} parameters; the target has to be smaller.")
+    return budget, float(total - target_parameters), f"smallest target_parameters that allows is {total - removable}"
+
+
+def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_parameters: int | None) -> Budget:
+    """The budget where whole sublayers or layers go.
+
+    Raises:
+        UserError: they do not hold that much, or nothing would be removed.
+    """
+    sizes = removable_sizes(shape, structure)
+    removable, smallest = sum(sizes), min(sizes, default=0)
+    budget, remove, possible = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
+    stays = "a layer" if structure == "layers" else "an attention and an MLP"
+    if remove > removable + smallest / 2:
+        raise UserError(
+            f"{budget}: takes {remove:,.0f} parameters. Structure {structure!r} leaves at least {stays}, and can "
+            f"remove {removable:,} parameters. The {possible}."
+        )
+    if remove <= smallest / 2:
+        raise UserError(
+            f"{budget}: takes {remove:,.0f} parameters, less than half of the {smallest:,} that structure "
+            f"{structure!r} removes at least ({smallest / shape.total:.4g} of all parameters): nothing would go."
+        )
+    return Budget(remove / shape.total, {}, 1)
 
 
 def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capacity:

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hfprune.models.history import is_cut, steps
-from hfprune.models.units import UNITS
+from hfprune.models.units import DEPTH, UNITS
 from hfprune.pruning.methods import method_name, presets
 from hfprune.store.filenames import CARD, LICENCE
 
@@ -197,7 +197,9 @@ def _training(step: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
-    """Numbers of units that the layers kept, smallest to largest, and the padding."""
+    """Numbers of units that the layers kept, smallest to largest, and the padding; or which sublayers are gone."""
+    if pruning["structure"] in DEPTH:
+        return _sublayers(pruning["kept"])
     rows = {}
     for name, layers in pruning["kept"].items():
         widths = sorted(map(len, layers))
@@ -206,6 +208,21 @@ def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
         rows[f"{UNITS[name].capitalize()} a layer"] = width_range + multiple
     if pruning["padding"]:
         rows["Padding"] = f"{pruning['padding']:,} parameters that are zero make all layers as wide as the widest"
+    return rows
+
+
+def _sublayers(kept: Mapping[str, Any]) -> dict[str, str]:
+    """What is left of the layers, and the numbers of those that are gone, by what of them is gone."""
+    gone = {name: {number for number, units in enumerate(layers) if not units} for name, layers in kept.items()}
+    layers, whole = len(kept["mlp"]), gone["mlp"] & gone["attention"]
+    rows = {"Layers": f"{layers - len(whole)} of {layers}"}
+    for title, numbers in (
+        ("Layers gone", whole),
+        ("Attention gone of layers", gone["attention"] - whole),
+        ("MLP gone of layers", gone["mlp"] - whole),
+    ):
+        if numbers:
+            rows[title] = f"{', '.join(map(str, sorted(numbers)))}, counted from 0 before this step"
     return rows
 
 
@@ -234,8 +251,9 @@ def _loading(reload: Mapping[str, Any], address: str) -> str:
     )
     if trust:
         text += (
-            "Its layers have widths of their own, which no stock class builds; `modeling_per_layer.py`, in this "
-            "folder, does. Software that runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
+            "Its layers have widths of their own, or lack a part, which no stock class builds; "
+            "`modeling_per_layer.py`, in this folder, does. Software that "
+            "runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
         )
     return text + (
         f"Before it was kept, a fresh process loaded it so with transformers {reload['transformers']}: "
