@@ -16,6 +16,7 @@ from hfprune.evaluation.lm_eval_runner import language_model
 from hfprune.models import checkpoint
 from hfprune.models.loading import count_parameters, load_model
 from hfprune.models.units import parts
+from hfprune.models.widths import FLAG, widths_of
 from hfprune.pruning import surgery
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import PRUNING, RESULTS
@@ -112,9 +113,17 @@ def test_widths_per_layer_and_padding_are_the_dense_model_with_units_silent(case
 def test_configs_say_what_the_folders_hold(made):
     own, padded, dense = (json.loads((made["mistral"] / name / "config.json").read_text()) for name in
                           ("own", "padded", "dense"))  # fmt: skip
-    assert own["intermediate_sizes"] == list(WIDTHS)
-    assert own["key_value_heads"] == [1, 2, 1]
-    assert own["auto_map"] == {"AutoModelForCausalLM": "modeling_per_layer.PerLayerMistralForCausalLM"}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    assert own["per_layer_config"] == {
+        "0": heads,
+        "1": {"intermediate_size": 17},
+        "2": {"intermediate_size": 29} | heads,
+    }
+    assert (own["intermediate_size"], own["num_attention_heads"], own["num_key_value_heads"]) == (40, 4, 2)
+    assert own["auto_map"] == {
+        "AutoModel": "modeling_per_layer.PerLayerMistralModel",
+        "AutoModelForCausalLM": "modeling_per_layer.PerLayerMistralForCausalLM",
+    }
     assert padded == dense | {"intermediate_size": max(WIDTHS)}
 
 
@@ -133,12 +142,37 @@ def test_a_checkpoint_with_widths_per_layer_is_loaded_here_without_running_its_c
     assert (logits - load_file(own / "found.safetensors")["logits"]).abs().max() < 1e-6
 
 
+def test_a_checkpoint_of_before_with_lists_of_widths_is_loaded(made, tmp_path):
+    own = made["llama-biases"] / "own"
+    config = written_config(own)
+    for name in ("per_layer_config", FLAG):
+        del config[name]
+    config |= {"intermediate_sizes": list(WIDTHS), "key_value_heads": [1, 2, 1]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(own / "model.safetensors")
+    network = load_model(tmp_path, "float32")
+    with torch.no_grad():
+        assert (network(TOKENS).logits - load_file(own / "found.safetensors")["logits"]).abs().max() < 1e-6
+    surgery.cut(network, {"mlp": [torch.arange(10), torch.arange(12), torch.arange(10)]})
+    assert "intermediate_sizes" not in network.config.to_dict()
+    assert widths_of(network.config).neurons == [10, 12, 10]
+    assert widths_of(network.config).groups == [1, 2, 1]
+
+
+def test_what_else_differs_between_layers_is_refused(made, tmp_path):
+    config = written_config(made["mistral"] / "own")
+    config["per_layer_config"]["1"]["skip"] = ["mlp"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config.json: per_layer_config.1.skip: only widths may differ"):
+        load_model(tmp_path, "float32")
+
+
 def test_one_width_again_is_a_plain_model_again(made):
     network = load_model(made["qwen3-head_dim"] / "own", "float32")
     surgery.cut(network, {"mlp": [torch.arange(10)] * 3, "attention": [torch.arange(1)] * 3})
     assert type(network).__module__.startswith("transformers.")
     config = network.config
-    assert not {"intermediate_sizes", "key_value_heads", "auto_map"} & set(config.to_dict())
+    assert not {"per_layer_config", FLAG, "auto_map"} & set(config.to_dict())
     assert (config.intermediate_size, config.num_key_value_heads, config.num_attention_heads) == (10, 1, 2)
     assert config.head_dim == 12
 
@@ -253,6 +287,12 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda folder: change_weights(folder, lambda found: found.pop(NAME)), "logits differ by up to"),
         (lambda folder: change_weights(folder, lambda found: found[NAME].fill_(float("nan"))), "differ by up to nan"),
         (lambda folder: change_config(folder, tie_word_embeddings=False), r"parameters \d+, saved with \d+"),
+        (
+            lambda folder: change_config(
+                folder, auto_map={"AutoModelForCausalLM": "modeling_per_layer.PerLayerLlamaForCausalLM"}
+            ),
+            "it does not load|auto_model False, saved with True",
+        ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "it does not load"),
     ],
 )

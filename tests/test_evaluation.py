@@ -19,6 +19,8 @@ from hfprune.evaluation.lm_eval_runner import evaluate_task, language_model
 from hfprune.evaluation.shared_prefix import Shared, Stock
 from hfprune.models import modeling_per_layer
 from hfprune.models.activations import forward_bytes
+from hfprune.models.families import layout_of
+from hfprune.models.widths import state_widths
 from tests.conftest import (
     FAMILIES,
     REPOSITORY,
@@ -55,7 +57,8 @@ def questions():
 
 
 def per_layer(family):
-    made = make_model(family, intermediate_sizes=[48, 16, 32], key_value_heads=[2, 1, 2])
+    made = make_model(family)
+    state_widths(made.config, layout_of(made), [48, 16, 32], [2, 1, 2])
     torch.manual_seed(0)
     network = modeling_per_layer.per_layer(type(made))(made.config).eval().requires_grad_(False)
     for parameter in network.parameters():

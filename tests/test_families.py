@@ -112,6 +112,15 @@ def test_the_description_computes_what_the_familys_class_does(name, keys):
     torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
 
 
+def assert_auto_model_builds(model):
+    """The class that the checkpoint names for AutoModel makes all layers as wide as they are."""
+    base = getattr(modeling_per_layer, model.config.auto_map["AutoModel"].removeprefix("modeling_per_layer."))
+    with torch.device("meta"):
+        made = base._from_config(copy.deepcopy(model.config))
+    shapes, expected = ({name: p.shape for name, p in each.named_parameters()} for each in (made, model.base_model))
+    assert shapes == expected
+
+
 @pytest.mark.parametrize(("name", "keys", "part"), CUTTABLE)
 def test_what_is_cut_saved_and_reloaded_is_the_model_with_those_units_silent(name, keys, part, tmp_path):
     model = make(name, **keys)
@@ -122,6 +131,7 @@ def test_what_is_cut_saved_and_reloaded_is_the_model_with_those_units_silent(nam
     torch.testing.assert_close(logits(small), expected, rtol=1e-4, atol=1e-4)
     assert (expected - before).abs().max() > 1e-2
     small.save_pretrained(tmp_path)
+    assert_auto_model_builds(small)
     again = load_model(tmp_path, "float32")
     assert torch.equal(logits(again), logits(small))
     assert count_parameters(again) == count_parameters(small)
@@ -218,6 +228,7 @@ def test_the_class_with_widths_per_layer_knows_the_modules_of_every_family():
             assert {rows.path for rows in block.rows} <= set(modeling_per_layer.ROWS[part])
             assert block.output in modeling_per_layer.COLUMNS[part]
             assert set(block.per_head) <= set(modeling_per_layer.HEADS)
+        assert layout.mlp.size in modeling_per_layer.NEURONS
 
 
 def test_the_table_in_the_docs_is_that_of_the_registry():

@@ -131,7 +131,8 @@ def test_a_part_that_was_removed_whole_adds_nothing(family, without, layer, tmp_
         metadata={"format": "pt"},
     )
     config = json.loads((folder / "config.json").read_text())
-    config[{"mlp": "intermediate_sizes", "self_attn": "key_value_heads"}[without]][layer] = 0
+    names = {"mlp": ("intermediate_size",), "self_attn": ("num_attention_heads", "num_key_value_heads")}[without]
+    config["per_layer_config"].setdefault(str(layer), {}).update(dict.fromkeys(names, 0))
     (folder / "config.json").write_text(json.dumps(config))
     file, details = written(folder)
     assert prove(file, right, 1e-4)["max_difference"] < 1e-4

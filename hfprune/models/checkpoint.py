@@ -29,10 +29,11 @@ from hfprune.models.families import head_size, heads_of, layout_of, queries_of
 from hfprune.models.files import model_files
 from hfprune.models.head import head_of
 from hfprune.models.loading import count_parameters, set_linear, shape_only
-from hfprune.models.modeling_per_layer import KEY_VALUE_HEADS, count_heads, per_layer
+from hfprune.models.modeling_per_layer import count_heads, per_layer
 from hfprune.models.streamed import device_of, in_memory, is_streamed
 from hfprune.models.units import PARTS, Part, layers_of, matrix, parts
 from hfprune.models.walk import enter, entrance, exit_norm, run_layer
+from hfprune.models.widths import forget_widths, state_widths
 from hfprune.store.filenames import MANIFEST, is_companion
 
 # Run in a fresh process on the saved folder: without hfprune, only with transformers, as any user would.
@@ -41,7 +42,10 @@ import json, sys
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+def shapes(module):
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 folder, expected, device, trust, placement = sys.argv[1:]
 expected = load_file(expected, device=device)
@@ -50,6 +54,9 @@ placement = json.loads(placement)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust == "True", **placement)
 model = model if placement else model.to(device)
 parameters = sum(parameter.numel() for parameter in model.parameters())
+with torch.device("meta"):  # as vLLM builds it
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    base = AutoModel.from_config(config, trust_remote_code=trust == "True")
 tokens = expected["tokens"]
 with torch.no_grad():
     logits = model(tokens).logits
@@ -60,6 +67,7 @@ print(json.dumps({
     "dtype": str(logits.dtype).removeprefix("torch."),
     "max_difference": (logits.float() - expected["logits"].float()).abs().max().item(),
     "parameters": parameters,
+    "auto_model": shapes(base) == shapes(model.base_model),
     "generated": written.shape[1] - prompt.shape[1],
     "tokenizer": type(tokenizer).__name__,
     "transformers": transformers.__version__,
@@ -103,16 +111,15 @@ def declare_widths(model: PreTrainedModel) -> None:
     """Set the class and the config of `model` according to the widths of its layers, in place.
 
     If all layers have the same width: the family's stock class. Otherwise, or if the stock class does not accept the
-    number of heads (Llama's must divide the hidden size): a class of `modeling_per_layer`, with lists of widths.
+    number of heads (Llama's must divide the hidden size): a class of `modeling_per_layer`, and the config states
+    each layer's widths.
     """
     config, layout = model.config, layout_of(model)
     mlps, attention = (parts(model, name) for name in PARTS)
     widths, groups = ([part.units for part in layers] for layers in (mlps, attention))
-    for name in ("intermediate_sizes", "key_value_heads", "auto_map"):
-        if hasattr(config, name):
-            delattr(config, name)
-    if layout.mlp.size:
-        setattr(config, layout.mlp.size, max(widths))
+    forget_widths(config)
+    vars(config).pop("auto_map", None)
+    setattr(config, layout.mlp.size, max(widths))
     for part in mlps:
         if hasattr(part.block, "intermediate_size"):
             part.block.intermediate_size = part.units
@@ -122,27 +129,22 @@ def declare_widths(model: PreTrainedModel) -> None:
             setattr(config, name, value)
         model.__class__ = stock
     else:
-        config.intermediate_sizes = widths
-        if layout.attention.refused:  # then a layer has all groups, or none
-            whole = next(filter(None, (getattr(config, name, None) for name in KEY_VALUE_HEADS)))
-            groups = [whole if count else 0 for count in groups]
-        if not layout.attention.refused or 0 in groups:
-            config.key_value_heads = groups
+        is_whole = layout.attention.refused and 0 not in groups
+        state_widths(config, layout, widths, None if is_whole else groups)
         model.__class__ = per_layer(stock)  # differs from the stock class in its constructor, not in state
+        base = per_layer(type(model.base_model))
+        config.auto_map = {"AutoModel": f"modeling_per_layer.{base.__name__}"}  # saving adds AutoModelForCausalLM
 
 
 LISTS = ("layer_types", "no_rope_layers")  # keys of configs with a value for each layer
 
 
 def keep_layers(model: PreTrainedModel, numbers: list[int]) -> None:
-    """Remove all layers of `model` but these, in place, and what its config says of them.
-
-    Raises:
-        UserError: see `_refuse_other_places`.
-    """
+    """Remove all layers of `model` but these, in place, and what its config says of them. Widths are to be declared."""
     layers, config = layers_of(model), model.config
     if len(numbers) == len(layers):
         return
+    forget_widths(config)
     stay = [layers[number] for number in numbers]
     for name in LISTS:
         if getattr(config, name, None):
@@ -170,6 +172,7 @@ def refuse_moved_layers(config: PreTrainedConfig) -> None:
     dense = shape_only(config, torch.float32)
     fewer = copy.deepcopy(dense)
     keep_layers(fewer, list(range(1, len(layers_of(dense)))))
+    declare_widths(fewer)
     rebuilt = shape_only(fewer.config, torch.float32)
     for moved, built in zip(layers_of(fewer), layers_of(rebuilt), strict=True):
         for (path, one), other in zip(moved.named_modules(), built.modules(), strict=True):
@@ -197,7 +200,7 @@ def stock_accepts(model: PreTrainedModel, groups: int) -> bool:
     if counts and layout_of(model).attention.size != "heads":
         return False
     try:
-        type(model.config).from_dict(model.config.to_dict() | counts)
+        type(model.config).from_dict(model.config.to_dict() | counts | {"per_layer_config": None})
     except (ValueError, StrictDataclassError):
         return False
     return True
@@ -278,7 +281,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def _is_own_class(model: PreTrainedModel) -> bool:
-    return hasattr(model.config, "intermediate_sizes")
+    return model.config.is_heterogeneous
 
 
 def probe(config: PreTrainedConfig) -> Tensor:
@@ -368,12 +371,13 @@ def _companions(folder: Path) -> list[str]:
 def prove(folder: Path, expected: Expected) -> dict[str, Any]:
     """Reload the checkpoint in `folder` in a fresh process, offline and without hfprune, and compare it.
 
-    `AutoModelForCausalLM` and `AutoTokenizer` load it (`trust_remote_code` only for a class of ours). The process
-    compares logits, counts parameters and generates 8 tokens.
+    `AutoModelForCausalLM` and `AutoTokenizer` load it, and `AutoModel.from_config` builds a model of the same shapes
+    (`trust_remote_code` only for a class of ours). The process compares logits, counts parameters and generates 8
+    tokens.
 
     Returns:
         `max_difference` of the logits, `tolerance`, `dtype`, `parameters`, `generated` tokens, `trust_remote_code`,
-        `tokenizer` class and version of `transformers`.
+        `auto_model` (true), `tokenizer` class and version of `transformers`.
 
     Raises:
         UserError: it does not load, or differs from the saved model.
@@ -397,7 +401,8 @@ def prove(folder: Path, expected: Expected) -> dict[str, Any]:
         raise _not_proven(folder, f"it does not load: {lines[-1] if lines else f'exit status {process.returncode}'}")
     reloaded = json.loads(process.stdout.splitlines()[-1])
     dtype = str(expected.logits.dtype).removeprefix("torch.")
-    for name, saved in (("parameters", expected.parameters), ("dtype", dtype), ("generated", GENERATED)):
+    proof = {"parameters": expected.parameters, "dtype": dtype, "generated": GENERATED, "auto_model": True}
+    for name, saved in proof.items():
         if reloaded[name] != saved:
             raise _not_proven(folder, f"{name} {reloaded[name]}, saved with {saved}")
     if not reloaded["max_difference"] <= expected.tolerance:  # also if it is nan

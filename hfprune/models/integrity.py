@@ -155,7 +155,7 @@ def _check_names(folder: Path, config: Any, buffers: dict[str, str], where: str)
     transformers.utils.logging.set_verbosity_error()  # the messages below replace its warnings
     try:
         model, loading_info = model_class(config).from_pretrained(
-            folder, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **LOCAL
+            folder, config=config, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **LOCAL
         )
     except Exception as error:  # whatever a config that no model can be built from makes it raise
         reason = str(error).partition("\n")[0].replace(str(folder), where)

@@ -50,8 +50,8 @@ class Block:
         per_head: modules whose weight has a row for every head: (heads, head size). Some models of the family may
             lack them.
         activation: of a block without a module.
-        size: key of the stock config with the number of neurons; of attention, "heads" if the stock config holds any
-            number of heads. None: the stock class cannot have fewer.
+        size: of an MLP, key of the config with the number of neurons; of attention, "heads" if the stock config holds
+            any number of heads. None: the stock class cannot have fewer.
         refused: why its units cannot be removed, and what can be instead; None if they can.
     """
 

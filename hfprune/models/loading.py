@@ -15,7 +15,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -30,6 +29,7 @@ from hfprune.models.families import FAMILIES, layout_of, refusal
 from hfprune.models.modeling_per_layer import per_layer
 from hfprune.models.streamed import device_of, in_memory, place_in_files, refuse_overflow, weight_files
 from hfprune.models.units import parts
+from hfprune.models.widths import check_overrides, read_config
 from hfprune.runtime.memory import available_bytes
 from hfprune.store.keys import versions
 
@@ -83,7 +83,7 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
             f"language model alone. Supported families: {', '.join(FAMILIES)}."
         )
     try:
-        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        config = read_config(folder)
     except Exception as error:  # of any class: an unknown model_type, values of wrong types, custom code
         raise UserError(
             f"{where}: not a checkpoint that transformers can read: {_reason(error, folder, where)}"
@@ -104,6 +104,7 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
     """
     if reason := refusal(config):
         raise UserError(f"{where}: model_type {config.model_type!r} is not supported: {reason}")
+    check_overrides(config, where)
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(
             f"{where}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
@@ -130,7 +131,7 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
 
 def model_class(config: PreTrainedConfig) -> Any:
     """The class that builds a config's model: one of this package's if widths differ between layers."""
-    if hasattr(config, "intermediate_sizes"):
+    if config.is_heterogeneous:
         return per_layer(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     return AutoModelForCausalLM
 
@@ -154,7 +155,8 @@ def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool 
     kind = _dtype(folder, config, dtype)
     if memory == "streamed" or (memory == "auto" and not _fits(_values(folder) * kind.itemsize, spread)):
         return _streamed(folder, config, kind)
-    model = model_class(config).from_pretrained(folder, dtype=dtype, **LOCAL, **(_placement() if spread else {}))
+    placement = _placement() if spread else {}
+    model = model_class(config).from_pretrained(folder, config=config, dtype=dtype, **LOCAL, **placement)
     for name, parameter in model.named_parameters() if dtype == "float16" else ():
         if not parameter.is_meta:  # not offloaded
             refuse_overflow(name, parameter, folder)

@@ -1,10 +1,10 @@
 """Language models of transformers whose MLPs and attention may have a different width in every layer.
 
-The classes are the stock ones, except for the widths: `PerLayerLlamaForCausalLM` is a `LlamaForCausalLM`.
-`config.intermediate_sizes` lists the MLPs' widths and `config.key_value_heads` the numbers of key-value heads, first
-layer to last; without it, attention is as wide as the config says. Where a width is 0, that part of the layer is gone.
-The number of query heads per key-value head is the same in all layers. A checkpoint of such a model includes this file,
-so that it needs only transformers:
+The classes are the stock ones, except for the widths: `PerLayerLlamaForCausalLM` is a `LlamaForCausalLM`, and
+`PerLayerLlamaModel` a `LlamaModel`. `config.per_layer_config` gives the widths of layers that differ from the config,
+under the config's own keys, such as `intermediate_size` and `num_key_value_heads`. Where one is 0, that part of the
+layer is gone. The number of query heads per key-value head is the same in all layers. A checkpoint of such a model
+includes this file, so that it needs only transformers:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -16,6 +16,7 @@ from copy import copy
 
 import transformers
 from torch import nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
@@ -51,7 +52,9 @@ COLUMNS = {
         "attn.c_proj",
     ),
 }
-KEY_VALUE_HEADS = ("num_kv_heads", "num_key_value_heads", "num_attention_heads")  # keys of configs, the first counts
+# Keys of configs. A config has the first of its keys of key-value heads, or only that of heads.
+NEURONS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
+KEY_VALUE_HEADS = ("num_kv_heads", "num_key_value_heads", "num_attention_heads")
 HEADS = ("self_attn.q_norm", "self_attn.k_norm")  # norms that may have a row for every head
 COUNTS = ("num_heads", "num_key_value_heads", "num_kv_heads", "split_size")  # attributes of attention, as heads go
 
@@ -62,11 +65,13 @@ class PerLayerWidths:
     def __init__(self, config):
         super().__init__(config)
         layers = next(module for module in self.base_model.modules() if isinstance(module, nn.ModuleList))
-        groups = next(filter(None, (getattr(config, name, None) for name in KEY_VALUE_HEADS)))
-        for number, layer in enumerate(layers):
-            resize(layer, "mlp", config.intermediate_sizes[number])
-            if hasattr(config, "key_value_heads"):
-                resize(layer, "attention", config.key_value_heads[number], groups)
+        differing = config.per_layer_attributes or ()
+        neurons, groups = (next(filter(differing.__contains__, keys), None) for keys in (NEURONS, KEY_VALUE_HEADS))
+        for layer, own in zip(layers, config.per_layer_config, strict=True):
+            if neurons:
+                resize(layer, "mlp", getattr(own, neurons))
+            if groups:
+                resize(layer, "attention", getattr(own, groups), getattr(config, groups))
         self.post_init()  # again, for the new modules
 
 
@@ -153,11 +158,12 @@ CLASSES = {}
 
 
 def per_layer(stock):
-    """The class with widths per layer of a stock class for causal language models."""
+    """The class with widths per layer of a stock class, with or without an output projection."""
     if stock not in CLASSES:
         name = f"PerLayer{stock.__name__}"
         CLASSES[stock] = type(name, (PerLayerWidths, stock), {"__module__": __name__, "__doc__": stock.__name__})
-        CLASSES[stock].register_for_auto_class("AutoModelForCausalLM")  # save_pretrained then copies this file
+        auto_class = "AutoModelForCausalLM" if issubclass(stock, GenerationMixin) else "AutoModel"
+        CLASSES[stock].register_for_auto_class(auto_class)  # save_pretrained then copies this file
     return CLASSES[stock]
 
 

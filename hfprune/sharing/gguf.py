@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hfprune.errors import UserError
-from hfprune.models.widths import widths_of
+from hfprune.models.widths import read_config, widths_of
 from hfprune.runtime.progress import progress
 from hfprune.sharing.gguf_identity import Identity
 from hfprune.sharing.gguf_vocabulary import Vocabulary, read_vocabulary
@@ -113,7 +113,7 @@ def write_gguf(folder: Path, output: Path, kind: str, identity: Identity) -> dic
     """
     from gguf import GGUFWriter
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = read_config(folder)
     layout = layout_of(config, folder)
     vocabulary = read_vocabulary(folder, config.vocab_size)
     writer = GGUFWriter(output, layout.architecture)

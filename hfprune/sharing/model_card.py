@@ -121,7 +121,7 @@ def card(history: CheckpointHistory, figures: Sequence[Figure], address: str) ->
         "## Measured\n",
         measured(history, figures),
         "## Loading\n",
-        _loading(history.last["reload"], address),
+        _loading(history, address),
         "## Source and licence\n",
         source_and_licence(history),
     ]
@@ -242,18 +242,24 @@ def measured(history: CheckpointHistory, figures: Sequence[Figure]) -> str:
     return f"| Measure | On | {dense} | This model | Documents |\n|---|---|---|---|---|\n{text}"
 
 
-def _loading(reload: Mapping[str, Any], address: str) -> str:
+def _loading(history: CheckpointHistory, address: str) -> str:
+    reload = history.last["reload"]
     trust = ", trust_remote_code=True" if reload["trust_remote_code"] else ""
     text = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{address}", dtype="auto"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{address}")\n```\n\n'
     )
-    if trust:
+    if trust and any(step.get("structure") == "sublayers" for step in history.steps):
         text += (
-            "Its layers have widths of their own, or lack a part, which no stock class builds; "
-            "`modeling_per_layer.py`, in this folder, does. Software that "
-            "runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
+            "Some of its layers lack their attention or their MLP, which no stock class builds; "
+            "`modeling_per_layer.py`, in this folder, does.\n\n"
+        )
+    elif trust:
+        text += (
+            "Its layers have widths of their own, which no stock class builds; `modeling_per_layer.py`, in this "
+            "folder, does. vLLM takes such folders too, as tried with Llama, Qwen2 and Qwen3: `vllm serve FOLDER "
+            "--trust-remote-code`. Software that runs stock classes only wants one width: hfprune's `pad: true`.\n\n"
         )
     return text + (
         f"Before it was kept, a fresh process loaded it so with transformers {reload['transformers']}: "
