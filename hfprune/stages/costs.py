@@ -46,9 +46,9 @@ def refit_cost(model: PreTrainedModel, refit: str, tokens: int, carries: bool) -
         carries: whether whole sublayers go, see `refit.Streams`.
     """
     from hfprune.models.units import parts
-    from hfprune.pruning.refit import TOKENS_PER_BATCH
+    from hfprune.pruning.refit import SEQUENTIAL, TOKENS_PER_BATCH
 
-    sequential = refit == "sequential"
+    sequential, matrices = refit in SEQUENTIAL, 8 if refit == "local_search" else 3
     width, hidden = max(part.units for part in parts(model, "mlp")), model.config.hidden_size
     streams = tokens * hidden * (1 + sequential + carries) + tokens * width * sequential
-    return 3 * 8 * width**2 + 4 * 5 * TOKENS_PER_BATCH * width, streams
+    return matrices * 8 * width**2 + 4 * 5 * TOKENS_PER_BATCH * width, streams
