@@ -22,13 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad as pad_with_zeros
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hfprune.errors import UserError
-from hfprune.models.families import head_size, heads_of, layout_of, queries_of
+from hfprune.models.families import experts_key, head_size, heads_of, layout_of, queries_of
 from hfprune.models.files import model_files
 from hfprune.models.head import head_of
 from hfprune.models.loading import count_parameters, set_linear, shape_only
+from hfprune.models.mixtures import all_experts
 from hfprune.models.modeling_per_layer import count_heads, per_layer
 from hfprune.models.streamed import device_of, in_memory, is_streamed
 from hfprune.models.units import PARTS, Part, layers_of, matrix, parts
@@ -115,10 +117,13 @@ def declare_widths(model: PreTrainedModel) -> None:
     each layer's widths.
     """
     config, layout = model.config, layout_of(model)
+    vars(config).pop("auto_map", None)
+    if layout.mixture:
+        _declare_experts(model)
+        return
     mlps, attention = (parts(model, name) for name in PARTS)
     widths, groups = ([part.units for part in layers] for layers in (mlps, attention))
     forget_widths(config)
-    vars(config).pop("auto_map", None)
     setattr(config, layout.mlp.size, max(widths))
     for part in mlps:
         if hasattr(part.block, "intermediate_size"):
@@ -185,6 +190,16 @@ def refuse_moved_layers(config: PreTrainedConfig) -> None:
                     )
 
 
+def _declare_experts(model: PreTrainedModel) -> None:
+    """`declare_widths` of a mixture of experts, all layers of which keep the same."""
+    config, layout, experts = model.config, layout_of(model), next(all_experts(model))
+    setattr(config, experts_key(config), experts.count)
+    setattr(config, layout.mixture.size, experts.width)
+    if not layout.attention.refused:
+        for name, value in head_counts(model, parts(model, "attention")[0].units).items():
+            setattr(config, name, value)
+
+
 def head_counts(model: PreTrainedModel, groups: int) -> dict[str, int]:
     """The values that a stock config needs for `groups` key-value groups in every layer; empty if none change."""
     config, queries = model.config, queries_of(model.config, layout_of(model))
@@ -216,6 +231,8 @@ def pad(model: PreTrainedModel) -> int:
     Returns:
         The number of zeros added.
     """
+    if layout_of(model).mixture:
+        return 0  # all of its layers have one width
     before = count_parameters(model)
     for name in PARTS:
         layers = parts(model, name)
@@ -334,7 +351,10 @@ class LayerWriter:
 
     def _write(self, prefix: str, module: nn.Module) -> None:
         """Write the parameters of a module; they are kept until there are enough for a file."""
-        self.tensors |= {f"{prefix}.{name}": values.cpu().contiguous() for name, values in module.state_dict().items()}
+        tensors = {f"{prefix}.{name}": values.cpu().contiguous() for name, values in module.state_dict().items()}
+        # Of experts, files hold other tensors than the model: those that their authors published.
+        stored = revert_weight_conversion(self.model, tensors) if layout_of(self.model).mixture else tensors
+        self.tensors |= {name: values.contiguous() for name, values in stored.items()}
         if sum(tensor.nbytes for tensor in self.tensors.values()) >= BYTES_PER_FILE:
             self._flush()
 

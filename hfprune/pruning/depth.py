@@ -33,7 +33,7 @@ from hfprune.models.run_part import run_part
 from hfprune.models.streamed import device_of, in_memory, is_streamed, memory_of
 from hfprune.models.units import PARTS, Sublayer, layers_of, part_of
 from hfprune.models.walk import enter, entrance, exit_norm, final_states, layers_in_turn
-from hfprune.pruning.budget import shape_of
+from hfprune.pruning.budget import refuse_method, shape_of
 from hfprune.pruning.head import LOGITS_PER_CHUNK
 from hfprune.pruning.influence import layer_influence, part_influence
 from hfprune.pruning.order import Step, kept_without, may_go, read_order, save_order, size_of, steps_of
@@ -100,6 +100,7 @@ def order(
     Raises:
         UserError: layers cannot go without a change of others; or see `refit.refit`.
     """
+    refuse_method(shape_of(model), structure, criterion, refit)
     if structure == "layers":
         refuse_moved_layers(model.config)
     if criterion == "greedy_kl":

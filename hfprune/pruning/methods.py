@@ -17,7 +17,7 @@ from hfprune.errors import UserError
 from hfprune.models.units import DEPTH, STRUCTURES
 from hfprune.pruning import order
 from hfprune.pruning.allocation import ALLOCATIONS
-from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes
+from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
 
 CriterionName = Literal[tuple(CRITERIA | order.CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
@@ -51,13 +51,18 @@ class MethodRecipe(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _depth(self) -> "MethodRecipe":
-        """Whole sublayers and layers have criteria of their own."""
-        fitting = order.CRITERIA if self.structure in DEPTH else CRITERIA
-        if self.criterion not in fitting:
+    def _criterion(self) -> "MethodRecipe":
+        """Experts have criteria of their own, and so have whole sublayers and layers."""
+        of_experts = self.structure == "experts"
+        usable = order.CRITERIA if self.structure in DEPTH else rankers(STRUCTURES[self.structure], of_experts)
+        if self.criterion not in usable:
             raise ValueError(
-                f"criterion {self.criterion!r} does not go with structure {self.structure}: expected one of "
-                f"{', '.join(fitting)}"
+                f"criterion {self.criterion} does not rank the units of structure {self.structure}; these do: "
+                f"{', '.join(usable)}"
+            )
+        if of_experts and (self.allocation, self.refit) != ("uniform", "none"):
+            raise ValueError(
+                f"structure experts goes with allocation uniform and refit none, not {self.allocation} and {self.refit}"
             )
         return self
 
@@ -84,7 +89,7 @@ class MethodRecipe(BaseModel):
             needs.append(f"refit: {times} over the same text, a layer at a time")
         if ALLOCATIONS[self.allocation].influence:
             needs.append("allocation: 1 forward pass over the same text")
-        stock = self.structure == "mlp" and self.allocation == "uniform"
+        stock = self.structure in ("mlp", "experts") and self.allocation == "uniform"
         return [*needs, f"checkpoint: {'stock class' if stock else 'widths per layer'}", "GPU: helps, not required"]
 
     @property

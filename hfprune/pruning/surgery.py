@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
+from hfprune.models.families import layout_of
 from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
 from hfprune.models.loading import (
     count_parameters,
@@ -26,6 +27,7 @@ from hfprune.models.streamed import device_of, in_turn, memory_of
 from hfprune.models.units import (
     DEPTH,
     PARTS,
+    AnyPart,
     Kept,
     Part,
     Scores,
@@ -36,7 +38,7 @@ from hfprune.models.units import (
     read_scores,
 )
 from hfprune.pruning.allocation import ALLOCATIONS, allocate
-from hfprune.pruning.budget import Budget, shape_of, units_to_keep
+from hfprune.pruning.budget import Budget, refuse_method, shape_of, units_to_keep
 from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.order import best_steps, kept_without, read_order
 from hfprune.pruning.refit import refit as refit_kept
@@ -81,6 +83,7 @@ def prune(
     network = load_model(model, dtype, memory, spread=False)
     ranked = None if structure in DEPTH else read_scores(scores / SCORES)
     shape = shape_of(network)
+    refuse_method(shape, structure, calibration["criterion"], refit)
     budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
@@ -98,8 +101,10 @@ def prune(
     else:
         steps_to_go, _ = read_order(scores / ORDER)
         kept = kept_without(shape.units, best_steps(shape, steps_to_go, budget.share * shape.total))
-    units_before = {name: sum(shape.units[name]) for name in kept}
-    units_after = {name: sum(map(len, layers)) for name, layers in kept.items()}
+    units_before = {
+        name: sum(layer.numel() for layer in ranked[name]) if ranked else sum(shape.units[name]) for name in kept
+    }
+    units_after = {name: sum(layer.numel() for layer in layers) for name, layers in kept.items()}
     network.config.tie_word_embeddings = checkpoint.is_tied(network)
     final = shape_only(network.config, network.dtype)
     cut(final, kept)
@@ -171,16 +176,15 @@ def _cut_and_write(
         tokens: (sequences, length) calibration tokens for a refit.
         refit, ridge: see `prune`.
     """
-    layers = layers_of(model)
+    layers, pad = layers_of(model), not layout_of(model).mixture  # whose layers all have one width
     places = {number: place for place, number in enumerate(layers_that_stay(kept))}
 
     def finish(number: int) -> None:
         if number not in places:
             return
-        for name in PARTS:
-            part = part_of(model, name, number)
-            if name in kept:
-                cut_part(part, kept[name][number].to(part.output.weight.device))
+        for name, units in kept.items():
+            cut_part(part_of(model, name, number), units[number])
+        for name in PARTS if pad else ():
             checkpoint.pad_part(part_of(model, name, number), part_of(final, name, places[number]).units)
         writer.add(number, places[number])
 
@@ -200,10 +204,17 @@ def best_units(budget: Budget, scores: Scores, allocation: str, influence: Tenso
         allocation: a name in `allocation.ALLOCATIONS`.
         influence: (layers,), for allocations that read it, see `influence.py`.
     """
-    return {
-        name: allocate(allocation, scores[name], keep, budget.round_to if name == "mlp" else 1, influence)
-        for name, keep in budget.keep.items()
-    }
+    kept: Kept = {}
+    for name, keep in budget.keep.items():
+        layers, groups = scores[name], budget.groups if name == "experts" else 1
+        if groups > 1:
+            layers = [layer.reshape(groups, len(layer) // groups) for layer in layers]
+        units = allocate(allocation, layers, keep, budget.round_to if name == "mlp" else 1, influence)
+        if groups > 1:  # the number of an expert in its layer, from that in its group
+            first = torch.arange(groups)[:, None]
+            units = [(each + first * layer.shape[1]).flatten() for each, layer in zip(units, layers, strict=True)]
+        kept[name] = units
+    return kept
 
 
 @torch.no_grad()
@@ -221,14 +232,19 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
     stay = layers_that_stay(kept)
     for name, layers in kept.items():
         for number in stay:
-            part = part_of(model, name, number)
-            cut_part(part, layers[number].to(part.output.weight.device))
+            cut_part(part_of(model, name, number), layers[number])
     checkpoint.keep_layers(model, stay)
     checkpoint.declare_widths(model)
 
 
-def cut_part(part: Part, units: Tensor) -> None:
-    """Remove the rows and columns of the units that are not in `units`, (count,) int64."""
+def cut_part(part: AnyPart, units: Tensor) -> None:
+    """Remove the units of a part that are not in `units`, int64; of a layer without the part, nothing."""
+    if part is None:
+        return
+    if not isinstance(part, Part):
+        part.keep(units.to(part.experts.router.weight.device))
+        return
+    units = units.to(part.output.weight.device)
     for number, linear in enumerate(part.inputs):
         rows = part.rows_of(units, number)
         set_linear(linear, matrix(linear)[rows], None if linear.bias is None else linear.bias[rows])
