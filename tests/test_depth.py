@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -21,7 +22,7 @@ from hfprune.models.run_part import run_part
 from hfprune.models.units import layers_of, part_of
 from hfprune.models.walk import enter
 from hfprune.pruning import depth
-from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.budget import ExpertCounts, refuse_method, shape_of, units_to_keep
 from hfprune.pruning.order import best_steps, kept_without, may_go, read_order, save_order, size_of, steps_of
 from hfprune.pruning.refit import refit
 from hfprune.pruning.surgery import cut
@@ -115,6 +116,15 @@ def test_a_class_that_counts_its_layers_is_refused_by_name():
     with pytest.raises(UserError, match=r"layers of this gpt2 model cannot go: attn\.scaling depends on the number"):
         depth.order(model, TEXT, "block_influence", "layers")
     assert depth.order(model, TEXT, "block_influence", "sublayers")[0]
+
+
+def test_a_mixture_of_experts_is_refused_with_what_can_be_cut():
+    shape = replace(shape_of(make("llama")), mixture=ExpertCounts(4, 1, 2, 2))
+    for structure in ("layers", "sublayers"):
+        with pytest.raises(UserError, match=r"of a mixture of experts cannot go\. Cut experts"):
+            units_to_keep(shape, 0.2, structure=structure)
+        with pytest.raises(UserError, match=r"of a mixture of experts cannot go\. Cut experts"):
+            refuse_method(shape, structure, "greedy_kl", "none")
 
 
 SEARCHES = [("llama", "layers", "none"), ("llama", "sublayers", "sequential"), ("gemma2", "sublayers", "least_squares")]

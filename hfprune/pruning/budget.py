@@ -265,6 +265,7 @@ def units_to_keep(
         UserError: the structure cannot be cut, does not hold that much, or nothing would be removed.
     """
     if structure in DEPTH:
+        _refuse_mixture(shape, structure)
         return _depth_budget(shape, structure, ratio, target_parameters)
     if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
         raise UserError(f"structure {structure!r}: {faults[0]}")
@@ -314,11 +315,7 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
     """
     mixture = shape.mixture is not None
     if structure in DEPTH:
-        if mixture:
-            raise UserError(
-                f"structure {structure!r}: whole {structure} of a mixture of experts cannot go. Cut experts, mlp or "
-                "attention."
-            )
+        _refuse_mixture(shape, structure)
         return
     if unranked := [part for part in STRUCTURES[structure] if not ranks(criterion, part, mixture)]:
         where = " inside experts" if mixture and unranked == ["mlp"] else ""
@@ -328,6 +325,15 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
         )
     if mixture and refit != "none":
         raise UserError(NO_REFIT.format(refit=refit))
+
+
+def _refuse_mixture(shape: Shape, structure: str) -> None:
+    """Refuse to remove whole sublayers or layers of a mixture of experts."""
+    if shape.mixture:
+        raise UserError(
+            f"structure {structure!r}: whole {structure} of a mixture of experts cannot go. Cut experts, mlp or "
+            "attention."
+        )
 
 
 def _refuse_widths(structure: str, allocation: str, round_to: int | None) -> None:
