@@ -48,7 +48,7 @@ def refit_cost(model: PreTrainedModel, refit: str, tokens: int, carries: bool) -
     from hfprune.models.units import parts
     from hfprune.pruning.refit import SEQUENTIAL, TOKENS_PER_BATCH
 
-    sequential, matrices = refit in SEQUENTIAL, 8 if refit == "local_search" else 3
+    sequential, trains, matrices = refit in SEQUENTIAL, refit == "trained", 8 if refit == "local_search" else 3
     width, hidden = max(part.units for part in parts(model, "mlp")), model.config.hidden_size
-    streams = tokens * hidden * (1 + sequential + carries) + tokens * width * sequential
+    streams = tokens * hidden * (1 + sequential + carries + trains) + tokens * width * sequential
     return matrices * 8 * width**2 + 4 * 5 * TOKENS_PER_BATCH * width, streams
