@@ -350,6 +350,11 @@ def test_every_group_loses_its_worst_experts():
     assert [layer.tolist() for layer in kept] == [[], [1, 2, 3, 5, 6, 7], [1, 2, 3, 5, 6, 7]]
 
 
+def test_a_group_keeps_as_many_experts_as_its_own_score_is_made_of():
+    shape = shape_of(mixture("deepseek_v3", topk_group=2, num_experts_per_tok=2))
+    assert shape.mixture.fewest == 2
+
+
 @pytest.mark.parametrize(
     ("name", "cut", "message"),
     [
