@@ -15,6 +15,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/resources.smk"
 include: "workflow/rules/download.smk"
 include: "workflow/rules/score.smk"
+include: "workflow/rules/order.smk"
 include: "workflow/rules/prune.smk"
 include: "workflow/rules/recover.smk"
 include: "workflow/rules/evaluate.smk"
@@ -53,7 +54,7 @@ rule all:
         rules.figures.output,
         rules.differences.output,
         rules.profile.output,
-        rules.agreement.output,
+        rules.agreement.output if plan.scores else [],
         rules.widths.output,
         rules.losses.output if plan.recoveries else [],
         rules.index.output,

@@ -31,13 +31,15 @@ from hfprune.evaluation.fidelity import hidden_states, position_measures, summar
 from hfprune.models import checkpoint
 from hfprune.models.head import head_of
 from hfprune.models.loading import LINEAR, check_config
-from hfprune.models.units import PARTS, UNITS, Kept, Part, Scores, parts
+from hfprune.models.units import DEPTH, PARTS, UNITS, Kept, Part, Scores, parts
 from hfprune.pruning import surgery
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS, shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, passes
+from hfprune.pruning.depth import order
 from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.methods import MethodRecipe, preset
+from hfprune.pruning.order import best_steps, kept_without
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.scoring import unit_scores
 
@@ -89,25 +91,52 @@ def prune(
     check_model(model)
     small = copy.deepcopy(model).eval().requires_grad_(False)
     tokens = sample(small, tokenizer, texts, samples, length, seed)
-    scores = score(small, tokens, recipe.criterion, seed, draws)
-    kept = allocate(
-        small,
-        scores,
-        ratio,
-        recipe.structure,
-        recipe.allocation,
-        target_parameters=target_parameters,
-        ratio_of=ratio_of,
-        attention_share=recipe.attention_share,
-        round_to=round_to,
-        tokens=tokens,
-    )
+    if recipe.structure in DEPTH:
+        kept = _without_sublayers(small, tokens, recipe, ratio, target_parameters)
+    else:
+        scores = score(small, tokens, recipe.criterion, seed, draws)
+        kept = allocate(
+            small,
+            scores,
+            ratio,
+            recipe.structure,
+            recipe.allocation,
+            target_parameters=target_parameters,
+            ratio_of=ratio_of,
+            attention_share=recipe.attention_share,
+            round_to=round_to,
+            tokens=tokens,
+        )
     if recipe.refit != "none":
         refit(small, kept, tokens, recipe.refit, recipe.ridge)
     cut(small, kept)
     if pad:
         checkpoint.pad(small)
     return small.train(model.training).requires_grad_(any(each.requires_grad for each in model.parameters()))
+
+
+def _without_sublayers(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    recipe: MethodRecipe,
+    ratio: float | None,
+    target_parameters: int | None,
+) -> Kept:
+    """All units but those of the sublayers or layers that a recipe removes."""
+    _check_budget(ratio, target_parameters)
+    shape = shape_of(model)
+    budget = units_to_keep(shape, ratio, target_parameters=target_parameters, structure=recipe.structure)
+    with _as_scored(model):
+        steps, _, _ = order(model, tokens, recipe.criterion, recipe.structure, recipe.refit, recipe.ridge)
+    return kept_without(shape.units, best_steps(shape, steps, budget.share * shape.total))
+
+
+def _check_budget(ratio: float | None, target_parameters: int | None) -> None:
+    """Refuse two budgets or none, and a ratio that is no share."""
+    if (ratio is None) == (target_parameters is None):
+        raise UserError(f"give one of ratio and target_parameters, not {'none' if ratio is None else 'both'}.")
+    if ratio is not None and not 0 < ratio < 1:
+        raise UserError(f"ratio {ratio}: expected a share between 0 and 1, such as 0.2.")
 
 
 def sample(
@@ -183,11 +212,10 @@ def allocate(
     Raises:
         UserError: the budget cannot be met, or is given twice or not at all; the allocation needs `tokens`.
     """
-    if (ratio is None) == (target_parameters is None):
-        raise UserError(f"give one of ratio and target_parameters, not {'none' if ratio is None else 'both'}.")
-    if ratio is not None and not 0 < ratio < 1:
-        raise UserError(f"ratio {ratio}: expected a share between 0 and 1, such as 0.2.")
+    _check_budget(ratio, target_parameters)
     check_model(model)
+    if structure in DEPTH:
+        raise UserError(f"structure {structure!r}: no scores choose {structure}. Use `hfprune.prune`, which searches.")
     recipe = _recipe(
         {"criterion": "entropy", "structure": structure, "allocation": allocation}
         | ({} if attention_share is None else {"attention_share": attention_share})

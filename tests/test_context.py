@@ -64,6 +64,7 @@ def store(data, tmp_path_factory):
 COMMANDS = {
     "score": ["--criterion", "magnitude"],
     "shard": ["--shard", "0", "--shards", "2"],
+    "order": [],
     "reference": [],
     "recover": ["--batch-tokens", "65"],
     "scoring-cost": ["--criteria", "entropy", "--output", "cost.csv"],

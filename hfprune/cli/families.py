@@ -5,6 +5,7 @@ from hfprune.models.families import FAMILIES, REFUSED, layout_for
 from hfprune.models.layout import Block, Mixture
 
 ANY = {"num_attention_heads": 4}  # a config's keys that every layout needs
+OWN_CLASS = "yes, in a class of hfprune's"
 
 
 class Families(Command):
@@ -20,14 +21,15 @@ class Families(Command):
 
 def table() -> str:
     """A row for each family, or for each kind of layout in one, in Markdown."""
-    rows = [("`model_type`", "models", "mlp", "attention", "experts"), ("---",) * 5]
+    rows = [("`model_type`", "models", "mlp", "attention", "experts", "sublayers", "layers"), ("---",) * 7]
     for name, family in FAMILIES.items():
         for models, keys in {family.models: {}, **family.variants}.items():
             layout = layout_for({"model_type": name, **ANY, **keys})
             mixture = layout.mixture
             cells = (_cell(mixture or layout.mlp), _cell(layout.attention), "yes" if mixture else "")
+            cells += ("no", "no") if mixture else (OWN_CLASS, "yes")
             rows.append((f"`{name}`", models, *cells))
-    rows += [(f"`{name}`", "", f"no: {reason}", "no", "no") for name, reason in REFUSED.items()]
+    rows += [(f"`{name}`", "", f"no: {reason}", *["no"] * 4) for name, reason in REFUSED.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -35,7 +37,7 @@ def _cell(block: Block | Mixture) -> str:
     """What can be done with a part."""
     if block.refused:
         return f"no: {block.refused}"
-    return "yes" if block.size else "yes, in a class of hfprune's"
+    return "yes" if block.size else OWN_CLASS
 
 
 COMMANDS = (Families,)

@@ -35,10 +35,12 @@ from hfprune.models.loading import (
     flops_per_token,
     load_tokenizer,
 )
+from hfprune.models.units import DEPTH
 from hfprune.pruning import scoring
 from hfprune.pruning.budget import refuse_method, shape_of, units_shapes, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
+from hfprune.pruning.order import best_steps, kept_without, steps_of
 from hfprune.pruning.recorder import bytes_of_sums
 from hfprune.pruning.surgery import best_units, cut
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
@@ -279,6 +281,9 @@ class Models:
         criterion = job.inputs["scores"].settings.criterion
         refuse_method(self.shape, job.settings.structure, criterion, job.settings.refit)
         whole = units_to_keep(self.shape, **budget)
+        if budget["structure"] in DEPTH:
+            last_first = steps_of(self.shape.units, budget["structure"])[:0:-1]
+            return kept_without(self.shape.units, best_steps(self.shape, last_first, whole.share * self.shape.total))
         generator = torch.Generator().manual_seed(0)
         shapes = {name: units_shapes(self.shape, name) for name in whole.keep}
         scores = {name: [torch.rand(shape, generator=generator) for shape in shapes[name]] for name in shapes}
@@ -354,7 +359,7 @@ class Estimate:
         dense, shape, draws = self.models.dense, (calibration.samples, calibration.length), calibration.draws
         costs = [scoring.cost(dense, shape, [name], draws, bool(CRITERIA[name].light_cut), False) for name in criteria]
         seconds = self.seconds(SCORED_ROUNDS * sum(cost["flops"] for cost in costs), SLOW_SHARE)
-        memory = max(self.scoring_memory([name], calibration.length, False) for name in criteria)
+        memory = max((self.scoring_memory([name], calibration.length, False) for name in criteria), default=0)
         return self._timing(memory, weight_bytes(dense), len(criteria), seconds)
 
     def _timing(self, memory: int, files: int, processes: int, seconds: float) -> Request:

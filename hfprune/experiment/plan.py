@@ -10,6 +10,7 @@ from typing import Any
 from hfprune.errors import UserError
 from hfprune.experiment.schema import Experiment
 from hfprune.models.context import check_checkpoint
+from hfprune.models.units import DEPTH
 from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
 from hfprune.reporting.paper_tables import Setting
@@ -123,7 +124,7 @@ class Plan:
         store: the folder of all artifacts.
         jobs: stage -> key -> job.
         parts: by key, the results of one task each; the job that evaluates all tasks, `after`, makes them.
-        scores: the jobs that score.
+        scores: the jobs that score units.
         models: what results are collected of.
         cuts: the pruned models of the first calibration seed, before any training.
         methods: the methods' names, by the keys of the models that they cut.
@@ -275,13 +276,16 @@ class Plan:
         for name in trained:
             if config.recovery[name].dense and config.recovery[name].loss != "distillation":
                 models.append(self._recover(name, whole, dense, texts))
+        calibration = texts[config.calibration.text]
         for seed in config.calibration.seeds:
-            scores = self._score(dense, texts[config.calibration.text], seed)
+            scores = self._score(dense, calibration, seed)
             self.scores += scores.values()
             for (method, criterion, cut), recoveries in config.cuts().items():
-                inputs = {"model": dense, "scores": scores[criterion]}
+                is_deep = cut.structure in DEPTH
+                ranking = self._order(dense, calibration, criterion, cut, seed) if is_deep else scores[criterion]
+                inputs = {"model": dense, "scores": ranking}
                 if cut.reads_text:
-                    inputs["text"] = texts[config.calibration.text]
+                    inputs["text"] = calibration
                 label = f"{cut.label} by {method}, seed {seed}"
                 pruned = Model(self.add("prune", cut.options(), inputs, label), label, method, criterion, cut, seed)
                 self.methods[pruned.job.key] = method
@@ -342,6 +346,14 @@ class Plan:
                 parts = {"shards": shards[name]} if there or not done else {}
                 scores[name] = self.add("score", one, inputs | parts, f"{name}, seed {seed}")
         return {name: scores[name] for name in criteria}
+
+    def _order(self, model: Job, text: Job, criterion: str, cut: PruneParameters, seed: int) -> Job:
+        """The job that makes the order in which sublayers or layers go. Cuts of all sizes share it."""
+        parameters = self.experiment.calibration.model_dump(include={"samples", "length"}) | {"seed": seed}
+        parameters |= self.experiment.model.model_dump(include={"dtype", "memory"})
+        parameters |= {"criterion": criterion, "structure": cut.structure, "refit": cut.refit, "ridge": cut.ridge}
+        label = f"{cut.structure} by {criterion}, seed {seed}"
+        return self.add("order", parameters, {"model": model, "text": text}, label)
 
     def _pass(
         self, stage: str, asked: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Job], label: str

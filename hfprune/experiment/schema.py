@@ -25,6 +25,7 @@ from pydantic import (
 
 from hfprune.data.readers import decoded
 from hfprune.errors import UserError
+from hfprune.models.units import DEPTH
 from hfprune.pruning.methods import (
     DENSE,
     AllocationName,
@@ -285,8 +286,8 @@ class Experiment(Section):
 
     @property
     def criteria(self) -> list[str]:
-        """The criteria of all methods, without repeats."""
-        return list(dict.fromkeys(cut.criterion for cut in self.cuts()))
+        """The criteria that score units, of all methods, without repeats."""
+        return list(dict.fromkeys(cut.criterion for cut in self.cuts() if cut.cut.structure not in DEPTH))
 
     def cuts(self) -> dict[MethodCut, list[str]]:
         """Every method at each of its budgets, with its trainings after the cut; without repeats."""

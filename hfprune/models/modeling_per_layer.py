@@ -2,20 +2,22 @@
 
 The classes are the stock ones, except for the widths: `PerLayerLlamaForCausalLM` is a `LlamaForCausalLM`, and
 `PerLayerLlamaModel` a `LlamaModel`. `config.per_layer_config` gives the widths of layers that differ from the config,
-under the config's own keys, such as `intermediate_size` and `num_key_value_heads`. The number of query heads per
-key-value head is the same in all layers. A checkpoint of such a model includes this file, so that it needs only
-transformers:
+under the config's own keys, such as `intermediate_size` and `num_key_value_heads`. Where one is 0, that part of the
+layer is gone. The number of query heads per key-value head is the same in all layers. A checkpoint of such a model
+includes this file, so that it needs only transformers:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 Part of hfprune, Apache-2.0.
 """
 
+import warnings
 from copy import copy
 
 import transformers
 from torch import nn
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 # Paths below a decoder layer, of all families: what is there of them is made narrower.
@@ -81,6 +83,8 @@ def resize(layer, part, units, before=None):
             linear, (parent, _, name) = modules[path], path.rpartition(".")
             before = before or linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
             setattr(modules[parent], name, resized(linear, path in ROWS[part], units, before))
+            if not units and path in COLUMNS[part]:
+                write_nothing(getattr(modules[parent], name))
     if part == "attention":
         for path in HEADS:
             if path in modules and modules[path].weight.ndim == 2:
@@ -92,23 +96,62 @@ def resize(layer, part, units, before=None):
 
 def resized(linear, rows, units, before):
     """A new linear layer with units / before times the rows, or the columns, of this one."""
-    if isinstance(linear, Conv1D):
-        size = [linear.nf, linear.nx]
-        size[not rows] = size[not rows] * units // before
-        return Conv1D(*size)
-    size = {"out_features": linear.out_features, "in_features": linear.in_features}
-    key = "out_features" if rows else "in_features"
-    return type(linear)(**size | {key: size[key] * units // before}, bias=linear.bias is not None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        if isinstance(linear, Conv1D):
+            size = [linear.nf, linear.nx]
+            size[not rows] = size[not rows] * units // before
+            return Conv1D(*size)
+        size = {"out_features": linear.out_features, "in_features": linear.in_features}
+        key = "out_features" if rows else "in_features"
+        return type(linear)(**size | {key: size[key] * units // before}, bias=linear.bias is not None)
 
 
 def count_heads(attention, units, before):
     """Set the numbers that a stock attention module keeps of its heads, for units / before times as many."""
+    if not units:
+        become(attention, NoHeads)
     for name in COUNTS:
         if hasattr(attention, name):
             setattr(attention, name, getattr(attention, name) * units // before)
     if hasattr(attention, "qkv_proj"):  # Phi-3's reads the number of heads of its config
         attention.config = copy(attention.config)
         attention.config.num_attention_heads = attention.config.num_attention_heads * units // before
+
+
+def write_nothing(output):
+    """Let the output layer of a part without units write zeros, in place."""
+    output.bias = None
+    become(output, NoColumns)
+
+
+def become(module, kind):
+    """Let a module compute as `kind` says, in place."""
+    module.__class__ = type(f"{kind.__name__}{type(module).__name__}", (kind, type(module)), {})
+
+
+class NoColumns:
+    """The output layer of a part without units."""
+
+    def forward(self, activations):
+        """(..., 0) -> zeros, (..., hidden)."""
+        size = self.nf if isinstance(self, Conv1D) else self.out_features
+        return activations.new_zeros(*activations.shape[:-1], size)
+
+
+class NoHeads:
+    """Attention without heads. It tells the cache how many tokens there are: generation reads that from any layer."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        """As the stock attention's: zeros of the shape of the hidden states, and no weights."""
+        batch, length, _ = hidden_states.shape
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is not None:
+            counted = hidden_states.new_zeros(batch, 1, length, 1)
+            cache.update(counted, counted, self.layer_idx)
+        names = {path.rpartition(".")[2] for path in COLUMNS["attention"]}
+        output = next(module for name, module in self.named_children() if name in names)
+        return output(hidden_states.new_zeros(batch, length, 0)), None
 
 
 CLASSES = {}

@@ -151,7 +151,9 @@ def in_memory(*modules: nn.Module, values: Values | None = None) -> Iterator[Non
     finally:
         for owner, name, parameter in placed:
             now = owner._parameters[name]
-            is_whole = now is not None and now.shape == parameter.shape
+            if now is None:  # a bias that is gone
+                continue
+            is_whole = now.shape == parameter.shape
             owner._parameters[name] = parameter if is_whole else nn.Parameter(now.to("meta"), requires_grad=False)
 
 

@@ -9,7 +9,8 @@ linear layers and writes through input columns of another. To prune it is to del
   (o_proj). Whole groups keep the model's ratio of query to key-value heads, as any code for grouped-query attention
   expects.
 
-Which rows and columns these are in a family says its layout (`layout.py`).
+Which rows and columns these are in a family says its layout (`layout.py`). A part that loses all of its units writes
+nothing, and a layer that loses both of its parts is gone: so whole *sublayers* and *layers* can be pruned, too.
 
 In a mixture of experts, a unit of `mlp` is a neuron inside an expert, and whole experts are units of a third part,
 `experts`; see `mixtures.py`. Its dense layers and shared experts have no units: they stay as they are.
@@ -29,19 +30,22 @@ if TYPE_CHECKING:  # the config imports the structures' names from here and must
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-
+PARTS = ("mlp", "attention")  # scoring covers them all
+DEPTH = ("sublayers", "layers")  # structures whose parts go with all of their units
 STRUCTURES = {
     "mlp": ("mlp",),
     "attention": ("attention",),
-    "mlp+attention": ("mlp", "attention"),
+    "mlp+attention": PARTS,
     "experts": ("experts",),
+    "sublayers": PARTS,
+    "layers": PARTS,
 }
-PARTS = ("mlp", "attention")  # scoring covers them all
 UNITS = {"mlp": "neurons", "attention": "key-value groups", "experts": "experts"}  # names in messages and tables
 
 # By part: float32 (units,) per layer; of neurons inside experts (experts, units). Empty for a layer without such units.
 Scores = dict[str, "list[Tensor]"]
 Kept = dict[str, "list[Tensor]"]  # by pruned part: ascending int64 indices of the units that stay, per layer; as scores
+Sublayer = tuple[str, int]  # a part and the number of its layer
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -58,6 +62,7 @@ class Part:
         inputs: the linear layers whose rows the units read through.
         output: the linear layer whose input columns they write through. A unit's columns are neighbours.
         units: number of units. All have the same number of rows and of columns.
+        columns: columns of `output` per unit.
         sections: of each input, the relative sizes of its sections, see `layout.Rows`.
         per_head: modules whose weight has a row for every head, see `layout.Block`.
         block: the module that computes the part.
@@ -67,6 +72,7 @@ class Part:
     inputs: tuple[nn.Module, ...]
     output: nn.Module
     units: int
+    columns: int
     sections: tuple[tuple[int, ...], ...]
     per_head: tuple[nn.Module, ...]
     block: nn.Module
@@ -77,16 +83,16 @@ class Part:
         return matrix(self.output).shape[1]
 
     @property
-    def columns(self) -> int:
-        """Columns of `output` per unit."""
-        return self.width // self.units
-
-    @property
     def parameters(self) -> int:
-        """Parameters per unit: its rows with their biases, and its columns."""
+        """Parameters per unit: its rows with their biases, and its columns; 0 if there is no unit."""
         rows = sum(linear.weight.numel() + (0 if linear.bias is None else len(linear.bias)) for linear in self.inputs)
         heads = sum(module.weight.numel() for module in self.per_head)
-        return (rows + heads + self.output.weight.numel()) // self.units
+        return (rows + heads + self.output.weight.numel()) // max(1, self.units)
+
+    @property
+    def whole(self) -> int:
+        """Parameters that go when the part loses all of its units: those of its units, and the bias of its output."""
+        return self.units * self.parameters + (0 if self.output.bias is None else len(self.output.bias))
 
     @property
     def linears(self) -> tuple[nn.Module, ...]:
@@ -97,7 +103,7 @@ class Part:
         """For each section of `inputs[number]`, its first row and the rows of one unit."""
         sections, rows = self.sections[number], matrix(self.inputs[number]).shape[0]
         sizes = [rows * size // sum(sections) for size in sections]
-        return [(sum(sizes[:i]), size // self.units) for i, size in enumerate(sizes)]
+        return [(sum(sizes[:i]), size // max(1, self.units)) for i, size in enumerate(sizes)]
 
     def rows_of(self, units: Tensor, number: int) -> Tensor:
         """The rows of `inputs[number]` of some units, section by section: (count,) int64 -> (rows,) int64."""
@@ -172,7 +178,14 @@ def part_of(model: PreTrainedModel, name: str, number: int) -> AnyPart:
     modules = dict(layer.named_modules()) if block.per_head else {}
     per_head = tuple(modules[path] for path in block.per_head if path in modules)
     units = matrix(output).shape[1] // columns
-    return Part(name, inputs, output, units, sections, per_head, layer.get_submodule(block.module or ""))
+    return Part(name, inputs, output, units, columns, sections, per_head, layer.get_submodule(block.module or ""))
+
+
+def layers_that_stay(kept: Kept) -> list[int]:
+    """The numbers of the layers that stay: those that keep a unit."""
+    if set(kept) != set(PARTS):
+        return list(range(len(next(iter(kept.values()), []))))
+    return [number for number, units in enumerate(zip(*kept.values(), strict=True)) if any(map(len, units))]
 
 
 def save_scores(file: Path, scores: Scores) -> None:

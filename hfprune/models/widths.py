@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from hfprune.errors import UserError
-from hfprune.models.families import FAMILIES, head_size, layout_for, queries_of
+from hfprune.models.families import FAMILIES, head_size, heads_of, layout_for, queries_of
 from hfprune.models.layout import Layout
 from hfprune.models.modeling_per_layer import KEY_VALUE_HEADS, NEURONS
 
@@ -72,13 +72,16 @@ def state_widths(config: PreTrainedConfig, layout: Layout, neurons: list[int], g
         config: of a model whose layers have the family's module names.
         layout: of the model.
         neurons: of each layer's MLP.
-        groups: key-value heads of each layer's attention; None if they are those of the config.
+        groups: key-value groups of each layer's attention; None if they are those of the config.
     """
     layers = [{layout.mlp.size: width} for width in neurons]
     if groups is not None:
         key, queries = next(key for key in KEY_VALUE_HEADS if getattr(config, key, None)), queries_of(config, layout)
+        whole = heads_of(config) // queries  # Falcon 7B has one group of all heads, and its config states none
         for layer, count in zip(layers, groups, strict=True):
-            layer |= {"num_attention_heads": count * queries, key: count}
+            layer[key] = count * getattr(config, key) // whole
+            if count:  # a config of Falcon's divides by its number of heads
+                layer["num_attention_heads"] = count * queries
         if layout.attention.size == "heads":
             config.head_dim = head_size(config)  # else readers would derive it from each layer's number of heads
     setattr(config, FLAG, True)

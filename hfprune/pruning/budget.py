@@ -27,9 +27,10 @@ from hfprune.models.families import (
     setting,
 )
 from hfprune.models.layout import Layout
-from hfprune.models.units import PARTS, STRUCTURES, UNITS, Scores, kinds_of, parts
+from hfprune.models.units import DEPTH, PARTS, STRUCTURES, UNITS, Scores, kinds_of, layers_of, parts
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 from hfprune.pruning.criteria import rankers, ranks
+from hfprune.pruning.order import removable_sizes
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
@@ -69,6 +70,8 @@ class Shape:
         hidden: hidden size.
         refusals: by part that cannot be cut, why, and what can be instead.
         mixture: what more counts if it is a mixture of experts, or else None.
+        sublayers: by part, the parameters of the whole part in each layer, without norms of hidden states.
+        layers: parameters of each layer.
     """
 
     total: int
@@ -77,6 +80,8 @@ class Shape:
     hidden: int
     refusals: dict[str, str] = field(default_factory=dict)
     mixture: ExpertCounts | None = None
+    sublayers: dict[str, list[int]] = field(default_factory=dict)
+    layers: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,12 @@ def shape_of(model: PreTrainedModel) -> Shape:
     return Shape(
         count_parameters(model),
         {name: [part.units if part else 0 for part in layers] for name, layers in parts_by_name.items()},
-        {name: next(filter(None, layers)).parameters for name, layers in parts_by_name.items()},
+        {name: max(part.parameters for part in filter(None, layers)) for name, layers in parts_by_name.items()},
         hidden_size(model.config),
         refusals(layout),
         _expert_counts(model.config, layout),
+        {} if layout.mixture else {name: [part.whole for part in layers] for name, layers in parts_by_name.items()},
+        [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model)],
     )
 
 
@@ -160,7 +167,7 @@ def shape_on_disk(folder: Path) -> Shape:
         for name, shape in shapes.items()
         if name.endswith(PARAMETERS) and not name.startswith(further)
     }
-    units, parameters = {}, {}
+    units, parameters, sublayers = {}, {}, {}
     for name in PARTS:
         if mixture and name == "mlp":
             continue
@@ -168,10 +175,12 @@ def shape_on_disk(folder: Path) -> Shape:
         columns = 1 if name == "mlp" else queries_of(config, layout) * head_columns(config, layout)
         widths = [sizes[f"{before}{number}.{block.output}.weight"] // hidden for number in numbers]
         units[name] = [width // columns for width in widths]
-        of_units = [f"{before}0.{block.output}.weight"]  # the bias of the output belongs to no unit
-        of_units += [f"{before}0.{rows.path}.{kind}" for rows in block.rows for kind in ("weight", "bias")]
-        of_units += [f"{before}0.{path}.weight" for path in block.per_head]
-        parameters[name] = sum(sizes.get(key, 0) for key in of_units) // units[name][0]
+        paths = [f"{rows.path}.{kind}" for rows in block.rows for kind in ("weight", "bias")]
+        paths += [f"{block.output}.weight", *(f"{path}.weight" for path in block.per_head)]
+        of_units = [sum(sizes.get(f"{before}{number}.{path}", 0) for path in paths) for number in numbers]
+        parameters[name] = max(size // max(1, count) for size, count in zip(of_units, units[name], strict=True))
+        biases = [sizes.get(f"{before}{number}.{block.output}.bias", 0) for number in numbers]  # belong to no unit
+        sublayers[name] = [size + bias for size, bias in zip(of_units, biases, strict=True)]
     if mixture:
         experts, width = _expert_counts(config, layout), setting(config, mixture.size)
         is_sparse = [f"{before}{number}.{mixture.stored}" in sizes for number in numbers]
@@ -179,7 +188,11 @@ def shape_on_disk(folder: Path) -> Shape:
         parameters["mlp"] = experts.count * neuron_parameters(config, mixture)
         units["experts"] = [experts.count // experts.groups * sparse for sparse in is_sparse]
         parameters["experts"] = experts.groups * expert_parameters(config, mixture)
-    return Shape(sum(sizes.values()), units, parameters, hidden, refusals(layout), _expert_counts(config, layout))
+    layers = [sum(size for key, size in sizes.items() if key.startswith(f"{before}{number}.")) for number in numbers]
+    counts = _expert_counts(config, layout)
+    return Shape(
+        sum(sizes.values()), units, parameters, hidden, refusals(layout), counts, {} if mixture else sublayers, layers
+    )
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,8 @@ class Budget:
 
     Attributes:
         share: share of all parameters to remove.
-        keep: for each part that is cut, the number of units to keep over all layers, not yet rounded.
+        keep: for each part that is cut, the number of units to keep over all layers, not yet rounded. Empty where
+            whole sublayers or layers go: `order.best_steps` says which.
         round_to: what MLP widths are multiples of.
         groups: number of groups of experts, all of which keep equally many.
     """
@@ -250,22 +264,22 @@ def units_to_keep(
     Raises:
         UserError: the structure cannot be cut, does not hold that much, or nothing would be removed.
     """
+    if structure in DEPTH:
+        _refuse_mixture(shape, structure)
+        return _depth_budget(shape, structure, ratio, target_parameters)
     if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
         raise UserError(f"structure {structure!r}: {faults[0]}")
     if shape.mixture:
         _refuse_widths(structure, allocation, round_to)
+    elif faults := [name for name in STRUCTURES[structure] if 0 in shape.units[name]]:
+        raise UserError(
+            f"structure {structure!r}: the {faults[0]} of some layers is gone already. Cut sublayers or layers."
+        )
     round_to = round_to or default_step(shape.hidden, EXPERT_STEPS if shape.mixture else DEFAULT_STEPS)
     capacities = {name: capacity_of(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
     total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
-    if target_parameters is not None:
-        budget, remove = f"target_parameters {target_parameters}", float(total - target_parameters)
-        if remove <= 0:
-            raise UserError(f"{budget}: the model has {total:,} parameters; the target has to be smaller.")
-        possible = f"smallest target_parameters that allows is {total - removable}"
-    else:
-        of = total if ratio_of == "all" else sum(capacities["mlp"].units) * capacities["mlp"].parameters
-        budget, remove = f"ratio {ratio} of {ratio_of} parameters", ratio * of
-        possible = f"largest ratio that allows is {math.floor(removable / of * 10_000) / 10_000}"
+    of = total if ratio_of == "all" else sum(capacities["mlp"].units) * capacities["mlp"].parameters
+    budget, remove, possible = _to_remove(total, removable, ratio, ratio_of, of, target_parameters)
     half_a_unit = min(capacity.parameters for capacity in capacities.values()) / 2
     if remove > removable + half_a_unit:
         rows = shape.mixture.rows if shape.mixture else lambda _part: 1
@@ -300,6 +314,9 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
         UserError: there is one.
     """
     mixture = shape.mixture is not None
+    if structure in DEPTH:
+        _refuse_mixture(shape, structure)
+        return
     if unranked := [part for part in STRUCTURES[structure] if not ranks(criterion, part, mixture)]:
         where = " inside experts" if mixture and unranked == ["mlp"] else ""
         raise UserError(
@@ -308,6 +325,15 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
         )
     if mixture and refit != "none":
         raise UserError(NO_REFIT.format(refit=refit))
+
+
+def _refuse_mixture(shape: Shape, structure: str) -> None:
+    """Refuse to remove whole sublayers or layers of a mixture of experts."""
+    if shape.mixture:
+        raise UserError(
+            f"structure {structure!r}: whole {structure} of a mixture of experts cannot go. Cut experts, mlp or "
+            "attention."
+        )
 
 
 def _refuse_widths(structure: str, allocation: str, round_to: int | None) -> None:
@@ -331,6 +357,46 @@ def _refuse_widths(structure: str, allocation: str, round_to: int | None) -> Non
             f"round_to {round_to}: torch multiplies experts together, whose widths have to be multiples of {ALIGNED} "
             f"for that. Set it to {ALIGNED} or more."
         )
+
+
+def _to_remove(
+    total: int, removable: int, ratio: float | None, ratio_of: str, of: int, target_parameters: int | None
+) -> tuple[str, float, str]:
+    """A budget in words, the parameters to remove, and in words the budget that removes all that can be removed.
+
+    Raises:
+        UserError: the target is not smaller than the model.
+    """
+    if target_parameters is None:
+        largest = math.floor(removable / of * 10_000) / 10_000
+        return f"ratio {ratio} of {ratio_of} parameters", ratio * of, f"largest ratio that allows is {largest}"
+    budget = f"target_parameters {target_parameters}"
+    if target_parameters >= total:
+        raise UserError(f"{budget}: the model has {total:,} parameters; the target has to be smaller.")
+    return budget, float(total - target_parameters), f"smallest target_parameters that allows is {total - removable}"
+
+
+def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_parameters: int | None) -> Budget:
+    """The budget where whole sublayers or layers go.
+
+    Raises:
+        UserError: they do not hold that much, or nothing would be removed.
+    """
+    sizes = removable_sizes(shape, structure)
+    removable, smallest = sum(sizes), min(sizes, default=0)
+    budget, remove, possible = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
+    stays = "a layer" if structure == "layers" else "an attention and an MLP"
+    if remove > removable + smallest / 2:
+        raise UserError(
+            f"{budget}: takes {remove:,.0f} parameters. Structure {structure!r} leaves at least {stays}, and can "
+            f"remove {removable:,} parameters. The {possible}."
+        )
+    if remove <= smallest / 2:
+        raise UserError(
+            f"{budget}: takes {remove:,.0f} parameters, less than half of the {smallest:,} that structure "
+            f"{structure!r} removes at least ({smallest / shape.total:.4g} of all parameters): nothing would go."
+        )
+    return Budget(remove / shape.total, {}, 1)
 
 
 def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capacity:

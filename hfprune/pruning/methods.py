@@ -14,11 +14,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.models.units import STRUCTURES
+from hfprune.models.units import DEPTH, STRUCTURES
+from hfprune.pruning import order
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
 
-CriterionName = Literal[tuple(CRITERIA)]
+CriterionName = Literal[tuple(CRITERIA | order.CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
 RefitName = Literal["none", "bias", "least_squares", "sequential", "trained", "local_search"]
@@ -50,9 +51,11 @@ class MethodRecipe(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _experts(self) -> "MethodRecipe":
+    def _criterion(self) -> "MethodRecipe":
+        """Experts have criteria of their own, and so have whole sublayers and layers."""
         of_experts = self.structure == "experts"
-        if self.criterion not in (usable := rankers(STRUCTURES[self.structure], of_experts)):
+        usable = order.CRITERIA if self.structure in DEPTH else rankers(STRUCTURES[self.structure], of_experts)
+        if self.criterion not in usable:
             raise ValueError(
                 f"criterion {self.criterion} does not rank the units of structure {self.structure}; these do: "
                 f"{', '.join(usable)}"
@@ -71,6 +74,8 @@ class MethodRecipe(BaseModel):
     @property
     def needs(self) -> list[str]:
         """What running it takes, for people."""
+        if self.structure in DEPTH:
+            return [*self._needs_of_order, "GPU: helps, not required"]
         forward, backward = 0, 0
         for light_cut, names in passes([self.criterion]):
             forward += 2 if light_cut else 1
@@ -88,6 +93,19 @@ class MethodRecipe(BaseModel):
             needs.append("allocation: 1 forward pass over the same text")
         stock = self.structure in ("mlp", "experts") and self.allocation == "uniform"
         return [*needs, f"checkpoint: {'stock class' if stock else 'widths per layer'}", "GPU: helps, not required"]
+
+    @property
+    def _needs_of_order(self) -> list[str]:
+        needs = ["order: 1 forward pass over the calibration text"]
+        if self.criterion == "greedy_kl":
+            needs = [
+                "order: for each removal, a forward pass over some of the text for every candidate, from its layer on"
+            ]
+        if self.refit != "none":
+            times = "2 forward passes" if self.refit == "sequential" else "1 forward pass"
+            each = "; in the search, after each removal" if self.criterion == "greedy_kl" else ""
+            needs.append(f"refit: {times} over the same text, a layer at a time{each}")
+        return [*needs, f"checkpoint: {'stock class' if self.structure == 'layers' else 'widths per layer'}"]
 
 
 class Preset(BaseModel):

@@ -19,6 +19,9 @@ the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + 
   scores: `greedy.swapped` fits W h + a (y - y') with as many neurons (OSSCAR, arXiv 2403.12983).
 - `bias`: h comes from the intact model. The output layer's bias repairs the mean of r (FLAP, arXiv 2312.11983).
 
+A part that loses all of its units has nothing left to repair with. The next part that stays takes over: what the parts
+gone before it would have written is added to its r.
+
 Some families norm what a block writes, or multiply it by m, before it is added. The repair is of the output W h all the
 same, and right to first order: an RMS norm divides a token's error by the RMS of its output, so tokens are weighted by
 1 / RMS(W h)^2, and the drift is carried back through norm and m (`Space`).
@@ -73,6 +76,7 @@ def refit(
     ridge: float,
     folder: Path | None = None,
     finished: Callable[[int], None] = lambda _layer: None,
+    what: str = "refit",
 ) -> dict[str, Any]:
     """Refit every output layer in place for a cut to `kept`, and set the columns of the removed units to 0.
 
@@ -85,6 +89,7 @@ def refit(
         folder: for hidden states that do not fit into memory; by default the system's temporary folder.
         finished: called with the number of each layer when it is refitted. The weights of a streamed model are in
             memory only until then.
+        what: name of the work, for its progress.
 
     Returns:
         Details for the record: `refit_tokens` and `refit_flops` of the passes and solved systems. Except for `bias`,
@@ -109,8 +114,9 @@ def refit(
     layers, device = layers_of(model), device_of(model)
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
-        streams = Streams(model, tokens, sequential, layout.parallel, place, trains)
-        for number in layers_in_turn(model, "refit"):
+        carries = any(not len(units) for layers_kept in kept.values() for units in layers_kept)
+        streams, carrying = Streams(model, tokens, sequential, layout.parallel, place, carries, trains), False
+        for number in layers_in_turn(model, what):
             with fast_products(device):
                 layer = layers[number]
                 streams.enter_layer()
@@ -132,18 +138,29 @@ def refit(
                             dense = streams.dense[i].to(device)
                             dense = dense + run_part(*how, dense_read[i].to(device)).written
                             streams.dense[i].copy_(dense)
-                            drift = DRIFT * (dense.float() - (states + passed.written).float())
+                        else:
+                            stored.copy_(states + passed.written)
+                        if not len(units):
+                            streams.carried[i].add_(passed.written.to(streams.carried[i].device))
+                            continue
+                        carried = streams.carried[i].to(device).float() if carrying else None
+                        if sequential:
+                            ahead = states + passed.written  # where this part, and those gone before it, lose nothing
+                            ahead = ahead.float() if carried is None else ahead + carried
+                            drift = DRIFT * (dense.float() - ahead)
+                            drift = drift if carried is None else drift + carried
                             repair.add(passed, drift)
                             seen[i].copy_(passed.activations)
                             if train:
                                 streams.targets[i].copy_(repair.space.target(passed, drift))
-                        else:
-                            stored.copy_(states + passed.written)
-                            if repair.lossy:
-                                repair.add(passed, mean=method == "bias")
-                    if repair.lossy and method == "bias":
+                        elif repair.lossy or carrying:
+                            repair.add(passed, carried, mean=method == "bias")
+                    if not len(units):
+                        carrying = True
+                        continue
+                    if (repair.lossy or carrying) and method == "bias":
                         repair.shift()
-                    elif repair.lossy or sequential:
+                    elif repair.lossy or carrying or sequential:
                         repair.solve(ridge)
                         if searches:
                             kept[name][number] = repair.kept.cpu()
@@ -161,6 +178,9 @@ def refit(
                                 output = part.output(seen[i].to(device))
                                 now = written(layout, config, layer, name, output)
                             stored.copy_(stored.to(device) + now)
+                    if carrying:
+                        streams.empty_carried()
+                        carrying = False
             finished(number)
     details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
     if method == "bias":
@@ -173,6 +193,27 @@ def refit(
             file=sys.stderr,
         )
     return details | {"ridge": ridge, "starved_layers": sorted(starved)}
+
+
+def flops_of_refit(model: PreTrainedModel, kept: Kept, tokens: tuple[int, int], method: str) -> int:
+    """Floating-point operations of `refit` over (sequences, length) tokens. The model's shapes are enough."""
+    sequential, count = method in SEQUENTIAL, tokens[0] * tokens[1]
+    flops, carrying = count * flops_per_token(model, tokens[1]) * (1 + sequential), False
+    for number in range(len(layers_of(model))):
+        for name in ("attention", "mlp"):
+            part = part_of(model, name, number)
+            units = len(kept[name][number]) if name in kept else part.units
+            if method != "bias" and units and (units < part.units or carrying or sequential):
+                flops += flops_of_solution(count, units * part.columns, matrix(part.output).shape[0])
+            if method == "trained" and name == "mlp" and units < part.units:
+                flops += training_flops(part, count)
+            carrying = not units
+    return flops
+
+
+def flops_of_solution(tokens: int, kept: int, hidden: int) -> int:
+    """Floating-point operations for G, C and the solution by Cholesky's method."""
+    return 2 * tokens * kept * (kept + hidden) + kept**3 // 3 + 2 * kept**2 * hidden
 
 
 def _output(*how_and_states: Any) -> Tensor:
@@ -231,6 +272,7 @@ class Streams:
     Attributes:
         states: the residual stream of the model that is refitted.
         dense: that of the intact model, for `sequential`.
+        carried: what the parts that are gone would have written, since the last part that stays.
         targets: what the output layer of the present part should give, if MLPs are trained.
         arguments: the arguments of each layer, see `walk.enter`.
     """
@@ -242,15 +284,18 @@ class Streams:
         sequential: bool,
         parallel: bool,
         folder: Path,
+        carries: bool = False,
         trains: bool = False,
     ) -> None:
         self._shape, self._batch = tuple(tokens.shape), max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self._dtype, self._device, hidden = model.dtype, device_of(model), model.config.hidden_size
         widest = max(part.width for name in PARTS for part in parts(model, name)) if sequential else 0
-        size = tokens.numel() * (hidden * ((1 + sequential) * (1 + parallel) + trains) + widest)
+        size = tokens.numel() * (hidden * ((1 + sequential) * (1 + parallel) + carries + trains) + widest)
         size *= model.dtype.itemsize
         self._folder = folder if is_streamed(model) or size > free_bytes(self._device) / 2 else None
         self.states, self.dense = self._room("states", hidden), self._room("dense", hidden * sequential)
+        self.carried = self._room("carried", hidden * carries)
+        self.empty_carried()
         self.targets, self._activations = self._room("targets", hidden * trains), self._room("activations", widest)
         # With a parallel MLP, which reads what attention read, also what entered the layer.
         self._entered = self._room("entered", hidden * parallel)
@@ -261,6 +306,11 @@ class Streams:
             for i, rows in enumerate(tokens.split(self._batch)):
                 self.states[i].copy_(enter(model, rows)[0])
                 self.dense[i].copy_(self.states[i]) if sequential else None
+
+    def empty_carried(self) -> None:
+        """What is gone has been taken over."""
+        for batch in self.carried:
+            batch.zero_()
 
     def enter_layer(self) -> None:
         """Keep what enters a layer, if its MLP reads that."""
@@ -324,9 +374,8 @@ class Repair:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations for G, C and the solution by Cholesky's method."""
-        kept, hidden = len(self.kept), matrix(self.part.output).shape[0]
-        return 2 * self.tokens * kept * (kept + hidden) + kept**3 // 3 + 2 * kept**2 * hidden
+        """See `flops_of_solution`."""
+        return flops_of_solution(self.tokens, len(self.kept), matrix(self.part.output).shape[0])
 
     def add(self, passed: Passed, drift: Tensor | None = None, mean: bool = False) -> None:
         """Add a batch to the sums. Products are float32, sums float64.

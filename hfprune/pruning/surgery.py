@@ -22,15 +22,28 @@ from hfprune.models.loading import (
     set_linear,
     shape_only,
 )
-from hfprune.models.modeling_per_layer import count_heads
+from hfprune.models.modeling_per_layer import count_heads, write_nothing
 from hfprune.models.streamed import device_of, in_turn, memory_of
-from hfprune.models.units import PARTS, AnyPart, Kept, Part, Scores, layers_of, matrix, part_of, parts, read_scores
+from hfprune.models.units import (
+    DEPTH,
+    PARTS,
+    AnyPart,
+    Kept,
+    Part,
+    Scores,
+    layers_of,
+    layers_that_stay,
+    matrix,
+    part_of,
+    read_scores,
+)
 from hfprune.pruning.allocation import ALLOCATIONS, allocate
 from hfprune.pruning.budget import Budget, refuse_method, shape_of, units_to_keep
 from hfprune.pruning.influence import layer_influence
+from hfprune.pruning.order import best_steps, kept_without, read_order
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.runtime.matmul import fast_products
-from hfprune.store.filenames import PRUNING, SCORES
+from hfprune.store.filenames import ORDER, PRUNING, SCORES
 
 NOTICED = 5e-4  # difference of a share from the one asked for that is told
 
@@ -48,7 +61,7 @@ def prune(
     Args:
         folder: where to write.
         model: folder of the dense checkpoint.
-        scores: folder of its scores.
+        scores: folder of its scores, or of the order in which its sublayers or layers go.
         text: folder of the text that the scores were made on; only a refit and some allocations read it.
         source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
@@ -68,7 +81,7 @@ def prune(
     """
     before = steps(model)
     network = load_model(model, dtype, memory, spread=False)
-    ranked = read_scores(scores / SCORES)
+    ranked = None if structure in DEPTH else read_scores(scores / SCORES)
     shape = shape_of(network)
     refuse_method(shape, structure, calibration["criterion"], refit)
     budget = units_to_keep(
@@ -83,16 +96,21 @@ def prune(
             influence = layer_influence(network, tokens, measure, folder)
         flops = tokens.numel() * flops_per_token(network, tokens.shape[1])
         further = {"influence": influence.tolist(), "allocation_flops": flops}
-    kept = best_units(budget, ranked, allocation, influence)
-    units_before, units_after = (
-        {name: sum(layer.numel() for layer in units[name]) for name in kept} for units in (ranked, kept)
-    )
+    if ranked:
+        kept = best_units(budget, ranked, allocation, influence)
+    else:
+        steps_to_go, _ = read_order(scores / ORDER)
+        kept = kept_without(shape.units, best_steps(shape, steps_to_go, budget.share * shape.total))
+    units_before = {
+        name: sum(layer.numel() for layer in ranked[name]) if ranked else sum(shape.units[name]) for name in kept
+    }
+    units_after = {name: sum(layer.numel() for layer in layers) for name, layers in kept.items()}
     network.config.tie_word_embeddings = checkpoint.is_tied(network)
     final = shape_only(network.config, network.dtype)
     cut(final, kept)
     padding = checkpoint.pad(final) if pad else 0
     parameters, dense = count_parameters(final), dense_parameters(before, shape.total)
-    _tell_achieved(budget, 1 - parameters / shape.total)
+    _tell_achieved(budget, 1 - parameters / shape.total, structure)
     writer = checkpoint.LayerWriter(folder, network, final, model)
     refit_details = _cut_and_write(network, final, kept, writer, tokens if refit != "none" else None, refit, ridge)
     expected, memory = writer.finish(), memory_of(network)
@@ -133,12 +151,13 @@ def prune(
     return details
 
 
-def _tell_achieved(budget: Budget, achieved: float) -> None:
+def _tell_achieved(budget: Budget, achieved: float, structure: str) -> None:
     """Tell the share that was removed, if steps keep it from being the one asked for."""
     if abs(achieved - budget.share) > NOTICED:
+        widths = f"whole units and widths in multiples of {budget.round_to}"
+        steps = f"whole {structure}" if structure in DEPTH else widths
         print(
-            f"removed {achieved:.4f} of all parameters, asked {budget.share:.4f}: the nearest that whole units and "
-            f"widths in multiples of {budget.round_to} give",
+            f"removed {achieved:.4f} of all parameters, asked {budget.share:.4f}: the nearest that {steps} give",
             file=sys.stderr,
         )
 
@@ -158,18 +177,21 @@ def _cut_and_write(
         refit, ridge: see `prune`.
     """
     layers, pad = layers_of(model), not layout_of(model).mixture  # whose layers all have one width
+    places = {number: place for place, number in enumerate(layers_that_stay(kept))}
 
     def finish(number: int) -> None:
+        if number not in places:
+            return
         for name, units in kept.items():
             cut_part(part_of(model, name, number), units[number])
         for name in PARTS if pad else ():
-            checkpoint.pad_part(part_of(model, name, number), part_of(final, name, number).units)
-        writer.add(number)
+            checkpoint.pad_part(part_of(model, name, number), part_of(final, name, places[number]).units)
+        writer.add(number, places[number])
 
     if tokens is not None:
         return refit_kept(model, kept, tokens, refit, ridge, writer.folder, finish)
-    for number in in_turn([(layer,) for layer in layers]):
-        finish(number)
+    for index in in_turn([(layers[number],) for number in places]):
+        finish([*places][index])
     return {}
 
 
@@ -201,11 +223,17 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
 
     Args:
         model: a model of a supported family.
-        kept: for each part, the int64 indices to keep, per layer. Other parts stay whole.
+        kept: for each part, the int64 indices to keep, per layer. Other parts stay whole. A layer of which nothing
+            stays is gone.
+
+    Raises:
+        UserError: layers go, and the family's class would compute another layer differently in its new place.
     """
+    stay = layers_that_stay(kept)
     for name, layers in kept.items():
-        for part, units in zip(parts(model, name), layers, strict=True):
-            cut_part(part, units)
+        for number in stay:
+            cut_part(part_of(model, name, number), layers[number])
+    checkpoint.keep_layers(model, stay)
     checkpoint.declare_widths(model)
 
 
@@ -223,5 +251,7 @@ def cut_part(part: AnyPart, units: Tensor) -> None:
     for norm in part.per_head:
         norm.weight = nn.Parameter(norm.weight.unflatten(0, (part.units, -1))[units].flatten(0, 1), False)
     set_linear(part.output, matrix(part.output)[:, part.columns_of(units)], part.output.bias)
+    if not len(units):
+        write_nothing(part.output)
     if part.name == "attention":
         count_heads(part.block, len(units), part.units)

@@ -34,7 +34,8 @@ NO_NAMES = Names()
 def lineage(key: str, store: Store) -> list[dict[str, Any]]:
     """The manifests of a model and of its ancestors, the oldest first.
 
-    The first is that of a download. The others are of `prune`, each after that of its `score`, and of `recover`.
+    The first is that of a download. The others are of `prune`, each after that of its `score` or `order`, and of
+    `recover`.
 
     Raises:
         UserError: the store lacks one of them.
@@ -43,8 +44,13 @@ def lineage(key: str, store: Store) -> list[dict[str, Any]]:
     manifest = store.manifest(stage, key)
     if stage == "model":
         return [manifest]
-    scores = [store.manifest("score", manifest["inputs"]["scores"])] if stage == "prune" else []
+    scores = [_scores(manifest["inputs"]["scores"], store)] if stage == "prune" else []
     return [*lineage(manifest["inputs"]["model"], store), *scores, manifest]
+
+
+def _scores(key: str, store: Store) -> dict[str, Any]:
+    """The manifest of what a cut was ranked by."""
+    return store.manifest("order" if store.has("order", key) else "score", key)
 
 
 def described(keys: Sequence[str], store: Store, methods: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:

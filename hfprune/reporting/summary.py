@@ -74,7 +74,7 @@ def cost(metrics: pd.DataFrame) -> pd.DataFrame:
     by = [*MODEL, "seed"]
     columns = [REMOVED, PARAMETERS, "seeds", *_with_ends("KL (nats/token)")]
     table = summary(metrics).set_index(MODEL)[columns]
-    stages = {"Scoring (s)": ["light_cut", "score"], "Cutting (s)": ["prune"], "Training (s)": ["recover"]}
+    stages = {"Scoring (s)": ["light_cut", "score", "order"], "Cutting (s)": ["prune"], "Training (s)": ["recover"]}
     costs = {
         title: rows[rows["task"].isin(names) & (rows["metric"] == "seconds")].groupby(by, dropna=False)["value"].sum()
         for title, names in stages.items()

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hfprune.models.history import is_cut, kept_shapes, steps
-from hfprune.models.units import UNITS
+from hfprune.models.units import DEPTH, UNITS
 from hfprune.pruning.methods import method_name, presets
 from hfprune.store.filenames import CARD, LICENCE
 
@@ -122,7 +122,7 @@ def card(history: CheckpointHistory, figures: Sequence[Figure], address: str) ->
         "## Measured\n",
         measured(history, figures),
         "## Loading\n",
-        _loading(history.last["reload"], address),
+        _loading(history, address),
         "## Source and licence\n",
         source_and_licence(history),
     ]
@@ -198,7 +198,9 @@ def _training(step: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
-    """Numbers of units that the layers kept, smallest to largest, and the padding."""
+    """Numbers of units that the layers kept, smallest to largest, and the padding; or which sublayers are gone."""
+    if pruning["structure"] in DEPTH:
+        return _sublayers(pruning["kept"])
     rows = {}
     for name, layers in pruning["kept"].items():
         shapes = kept_shapes(name, layers).values()
@@ -209,6 +211,21 @@ def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
         rows[f"{UNITS[name].capitalize()} {place}"] = width_range + multiple
     if pruning["padding"]:
         rows["Padding"] = f"{pruning['padding']:,} parameters that are zero make all layers as wide as the widest"
+    return rows
+
+
+def _sublayers(kept: Mapping[str, Any]) -> dict[str, str]:
+    """What is left of the layers, and the numbers of those that are gone, by what of them is gone."""
+    gone = {name: {number for number, units in enumerate(layers) if not units} for name, layers in kept.items()}
+    layers, whole = len(kept["mlp"]), gone["mlp"] & gone["attention"]
+    rows = {"Layers": f"{layers - len(whole)} of {layers}"}
+    for title, numbers in (
+        ("Layers gone", whole),
+        ("Attention gone of layers", gone["attention"] - whole),
+        ("MLP gone of layers", gone["mlp"] - whole),
+    ):
+        if numbers:
+            rows[title] = f"{', '.join(map(str, sorted(numbers)))}, counted from 0 before this step"
     return rows
 
 
@@ -228,14 +245,20 @@ def measured(history: CheckpointHistory, figures: Sequence[Figure]) -> str:
     return f"| Measure | On | {dense} | This model | Documents |\n|---|---|---|---|---|\n{text}"
 
 
-def _loading(reload: Mapping[str, Any], address: str) -> str:
+def _loading(history: CheckpointHistory, address: str) -> str:
+    reload = history.last["reload"]
     trust = ", trust_remote_code=True" if reload["trust_remote_code"] else ""
     text = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{address}", dtype="auto"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{address}")\n```\n\n'
     )
-    if trust:
+    if trust and any(step.get("structure") == "sublayers" for step in history.steps):
+        text += (
+            "Some of its layers lack their attention or their MLP, which no stock class builds; "
+            "`modeling_per_layer.py`, in this folder, does.\n\n"
+        )
+    elif trust:
         text += (
             "Its layers have widths of their own, which no stock class builds; `modeling_per_layer.py`, in this "
             "folder, does. vLLM takes such folders too, as tried with Llama, Qwen2 and Qwen3: `vllm serve FOLDER "

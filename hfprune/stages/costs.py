@@ -34,3 +34,21 @@ def streamed_bytes(model: PreTrainedModel) -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a module's parameters."""
     return sum(weight.nbytes for weight in model.parameters())
+
+
+def refit_cost(model: PreTrainedModel, refit: str, tokens: int, carries: bool) -> tuple[int, int]:
+    """Bytes of memory for the sums and solutions of a refit, and values of the hidden states that it keeps.
+
+    Args:
+        model: the dense model.
+        refit: the method.
+        tokens: number of calibration tokens.
+        carries: whether whole sublayers go, see `refit.Streams`.
+    """
+    from hfprune.models.units import parts
+    from hfprune.pruning.refit import SEQUENTIAL, TOKENS_PER_BATCH
+
+    sequential, trains, matrices = refit in SEQUENTIAL, refit == "trained", 8 if refit == "local_search" else 3
+    width, hidden = max(part.units for part in parts(model, "mlp")), model.config.hidden_size
+    streams = tokens * hidden * (1 + sequential + carries + trains) + tokens * width * sequential
+    return matrices * 8 * width**2 + 4 * 5 * TOKENS_PER_BATCH * width, streams

@@ -1,4 +1,4 @@
-"""Cutting a checkpoint: its least important neurons or key-value groups are removed."""
+"""Cutting a checkpoint: its least important neurons, key-value groups, sublayers or layers are removed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.models.units import STRUCTURES
+from hfprune.models.units import DEPTH, STRUCTURES
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS
 from hfprune.stages.declaration import (
@@ -77,8 +77,18 @@ def fits_structures(cut: Cut, structures: Sequence[str], key: str) -> None:
     """Refuse settings that do not fit the structures to cut."""
     if cut.ratio_of == "mlp" and set(structures) != {"mlp"}:
         raise ValueError(f"'ratio_of: mlp' goes with {key} mlp alone, not {', '.join(structures)}")
+    if cut.pad and "sublayers" in structures:
+        raise ValueError(f"'pad' does not go with {key} sublayers: what is gone cannot be padded")
     if cut.attention_share is not None and "mlp+attention" not in structures:
         raise ValueError(f"'attention_share' goes with {key} mlp+attention, not {', '.join(structures)}")
+
+
+def refuse_unread(structure: str, allocation: str, refit: str) -> None:
+    """Refuse what does not go with whole sublayers and layers."""
+    if structure in DEPTH and allocation != "uniform":
+        raise ValueError(f"'allocation' does not go with structure {structure}: its order says what goes")
+    if structure in DEPTH and refit not in ("none", "least_squares", "sequential"):
+        raise ValueError(f"refit {refit!r} does not go with structure {structure}. Use 'least_squares' or 'sequential'")
 
 
 class PruneParameters(Cut, Parameters):
@@ -98,6 +108,7 @@ class PruneParameters(Cut, Parameters):
     def _budget(self) -> PruneParameters:
         one_budget(self, "ratio", "target_parameters")
         fits_structures(self, [self.structure], "structure")
+        refuse_unread(self.structure, self.allocation, self.refit)
         return self
 
     @property
@@ -132,10 +143,24 @@ def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
             if text
             else f"{both} reads the calibration text: give --text, the one that the scores were made on."
         )
+    _check_order(parameters, scores)
     if scores.manifest["inputs"]["model"] != model.key:
         raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
     if text and scores.manifest["inputs"]["text"] != text.key:
         raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
+
+
+def _check_order(parameters: PruneParameters, scores: Any) -> None:
+    """Refuse scores where an order is needed, an order where scores are, and one of another structure or refit."""
+    stage, structure = scores.manifest["stage"], parameters.structure
+    if stage != ("order" if structure in DEPTH else "score"):
+        needed = "the order of `hfprune order`" if structure in DEPTH else "the scores of `hfprune score`"
+        raise UserError(f"{scores.folder}: an artifact of {stage!r}; structure {structure!r} takes {needed}.")
+    for name, value in (("structure", structure), ("refit", parameters.refit), ("ridge", parameters.ridge)):
+        if stage == "order" and scores.parameters.get(name, value) != value:
+            raise UserError(
+                f"{scores.folder}: an order for {name} {scores.parameters[name]!r}; this cut has {name} {value!r}."
+            )
 
 
 @outside_key  # the card only repeats the other files
@@ -160,14 +185,10 @@ def _produce(folder: Path, inputs: Any, parameters: PruneParameters, run: Any) -
 
 @outside_key
 def _cost(job: Any, estimate: Any) -> Any:
-    import torch
-
     from hfprune.models.checkpoint import BYTES_PER_FILE
     from hfprune.models.loading import flops_per_token
-    from hfprune.models.units import PARTS, parts
-    from hfprune.pruning import refit
-    from hfprune.pruning.part_training import training_flops
-    from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
+    from hfprune.pruning.refit import flops_of_refit
+    from hfprune.stages.costs import Cost, refit_cost, streamed_bytes, weight_bytes
 
     dense, flops, scratch = estimate.models.dense, 0, 0
     streamed, written = estimate.is_streamed(job, dense), weight_bytes(estimate.models.of(job))
@@ -179,22 +200,10 @@ def _cost(job: Any, estimate: Any) -> Any:
         flops += tokens * flops_per_token(dense, calibration.length)
         streams = tokens * dense.config.hidden_size
     if job.settings.refit != "none":
-        sequential, trains = job.settings.refit in refit.SEQUENTIAL, job.settings.refit == "trained"
-        flops += tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
-        kept = estimate.models.kept(job)
-        for name in PARTS:
-            for number, part in enumerate(parts(dense, name)):
-                units = kept[name][number] if name in kept else torch.arange(part.units)
-                repair = refit.Repair(part, units, name, number)
-                if job.settings.refit != "bias" and (repair.lossy or sequential):
-                    repair.tokens = tokens
-                    flops += repair.flops
-                if trains and name == "mlp" and repair.lossy:
-                    flops += training_flops(part, tokens)
-        width, hidden = max(part.units for part in parts(dense, "mlp")), dense.config.hidden_size
-        streams = tokens * hidden * (1 + sequential + trains) + tokens * width * sequential
-        matrices = 8 if job.settings.refit == "local_search" else 3
-        memory += matrices * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
+        sampled = (calibration.samples, calibration.length)
+        flops += flops_of_refit(dense, estimate.models.kept(job), sampled, job.settings.refit)
+        solving, streams = refit_cost(dense, job.settings.refit, tokens, job.settings.structure in DEPTH)
+        memory += solving
     if streamed:
         scratch = streams * dense.dtype.itemsize
     else:
@@ -205,7 +214,7 @@ def _cost(job: Any, estimate: Any) -> Any:
 PRUNE = Stage(
     name="prune",
     module=__name__,
-    description="Remove the least important neurons or key-value groups, and save the smaller checkpoint.",
+    description="Remove the least important neurons, key-value groups or layers, and save the smaller checkpoint.",
     examples=(
         "hfprune prune --model store/model/KEY --scores store/score/KEY --ratio 0.2",
         "hfprune prune --model store/model/KEY --scores store/score/KEY --target-parameters 107000000 \\\n"
@@ -215,7 +224,11 @@ PRUNE = Stage(
     produce=_produce,
     inputs={
         "model": Input(CHECKPOINTS, description="dense checkpoint"),
-        "scores": Input(("score",), description="the model's scores, from `hfprune score`"),
+        "scores": Input(
+            ("score", "order"),
+            description="the model's scores, from `hfprune score`; for layers and sublayers their order, from `hfprune "
+            "order`",
+        ),
         "text": Input(
             ("text",), description="for a refit and some allocations: the text that the scores come from", optional=True
         ),

@@ -2,6 +2,9 @@
 SOURCES, REFUSED = table_sources()
 for table, timed in {"table4": rules.efficiency.output, "table5": rules.scoring_cost.output}.items():
     SOURCES[table] = timed, timed
+if not plan.scores:
+    del SOURCES["table5"]
+    REFUSED["table5"] = "table5 compares the cost of criteria: no method here scores units."
 
 
 for table, (inputs, results) in SOURCES.items():

@@ -28,10 +28,16 @@ rule efficiency:
         " --output {output:q} > {log:q} 2>&1"
 
 
+CALIBRATION = {
+    "model": next(iter(plan.jobs["model"].values())),
+    "text": next(iter(plan.documents["calibration"].values())),
+}
+
+
 rule scoring_cost:
     """Measure seconds and memory of scoring by each criterion alone, on the calibration sequences."""
     input:
-        missing([*(plan.scores[0].inputs[name] for name in ("model", "text")), *plan.light_cuts]),
+        missing([*CALIBRATION.values(), *plan.light_cuts]),
         VERDICT,
     output:
         RESULTS / "scoring_cost.csv",
@@ -47,11 +53,7 @@ rule scoring_cost:
     params:
         python=python,
         inputs=[
-            *(
-                word
-                for name in ("model", "text")
-                for word in (f"--{name}", plan.manifest(plan.scores[0].inputs[name]))
-            ),
+            *(word for name, job in CALIBRATION.items() for word in (f"--{name}", plan.manifest(job))),
             *(["--light-cut", *manifests(plan.light_cuts)] if plan.light_cuts else []),
         ],
         criteria=plan.experiment.criteria,

@@ -1,0 +1,354 @@
+"""The search for the sublayers or layers to remove: a greedy one by what their removal costs, measured.
+
+What one removal costs alone says little of what several cost together. So after each removal, and its refit where the
+method has one, the cost of every further removal is measured anew: the KL divergence from the dense model's
+predictions to those of the model without it. A search goes on until a single one of each kind is left. Every budget
+reads as much of the same order as it needs.
+
+Each removal takes one walk over the layers, in which all candidates ride along. A candidate leaves the current model's
+hidden states at its own layer, so only the layers behind it are computed again. The walk reads each layer's weights
+once, so they may be streamed.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfprune.data.sampling import sample_sequences
+from hfprune.models.checkpoint import refuse_moved_layers
+from hfprune.models.families import layout_of
+from hfprune.models.head import head_of
+from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
+from hfprune.models.run_part import run_part
+from hfprune.models.streamed import device_of, in_memory, is_streamed, memory_of
+from hfprune.models.units import PARTS, Sublayer, layers_of, part_of
+from hfprune.models.walk import enter, entrance, exit_norm, final_states, layers_in_turn
+from hfprune.pruning.budget import refuse_method, shape_of
+from hfprune.pruning.head import LOGITS_PER_CHUNK
+from hfprune.pruning.influence import layer_influence, part_influence
+from hfprune.pruning.order import Step, kept_without, may_go, read_order, save_order, size_of, steps_of
+from hfprune.pruning.refit import TOKENS_PER_BATCH, flops_of_refit
+from hfprune.pruning.refit import refit as refit_kept
+from hfprune.runtime.matmul import fast_products
+from hfprune.runtime.memory import free_bytes
+from hfprune.runtime.signals import Stopped, sigterm_deferred
+from hfprune.store.filenames import ORDER, RESUME
+
+SEARCH_TOKENS = 1024  # on which a search measures: the first sequences of the calibration
+
+
+def write_order(
+    folder: Path, model: Path, text: Path, criterion: str, structure: str, refit: str, ridge: float, samples: int,
+    length: int, seed: int, dtype: str, memory: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """Stage `order`: write the order in which sublayers or layers go into `folder`.
+
+    Args:
+        folder: the artifact's; a search keeps the order so far in its `.resume`, to go on after a kill.
+        model: folder of the checkpoint.
+        text: folder of the calibration text.
+        criterion, structure, refit, ridge: see `order`.
+        samples, length, seed: how the sequences are drawn, see `sampling.sample_sequences`.
+        dtype: of the model's arithmetic.
+        memory: "resident", "streamed" or "auto", see `loading.load_model`.
+
+    Returns:
+        `tokens` and `flops`, and the `memory` used.
+    """
+    network = load_model(model, dtype, memory, spread=False)
+    tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
+    steps, measures, cost = order(network, tokens, criterion, structure, refit, ridge, folder, folder / RESUME)
+    save_order(folder / ORDER, steps, measures)
+    return cost | {"memory": memory_of(network)}
+
+
+def order(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    criterion: str,
+    structure: str,
+    refit: str = "none",
+    ridge: float = 0.1,
+    folder: Path | None = None,
+    resume: Path | None = None,
+) -> tuple[list[Step], list[float], dict[str, Any]]:
+    """The order in which sublayers or layers go, all but the last of each kind.
+
+    Args:
+        model: the intact model, in memory or streamed. It is the same afterwards.
+        tokens: (sequences, length) int64 calibration tokens.
+        criterion: a name in `order.CRITERIA`.
+        structure: "sublayers" or "layers".
+        refit, ridge: what makes up for the removals while `greedy_kl` searches, see `refit.refit`.
+        folder: for hidden states that do not fit into memory; by default the system's temporary folder.
+        resume: folder in which a search keeps the order so far, to go on after a kill.
+
+    Returns:
+        The steps; for each its influence, or the KL of the model after it, in nats per token; and `tokens` and `flops`
+        for the record.
+
+    Raises:
+        UserError: layers cannot go without a change of others; or see `refit.refit`.
+    """
+    refuse_method(shape_of(model), structure, criterion, refit)
+    if structure == "layers":
+        refuse_moved_layers(model.config)
+    if criterion == "greedy_kl":
+        search = Search(model, tokens, structure, refit, ridge, folder)
+        steps, measures = search.run(resume)
+        return steps, measures, {"tokens": search.searched.numel(), "flops": search.flops}
+    steps, measures = by_influence(model, tokens, structure, folder)
+    flops = tokens.numel() * flops_per_token(model, tokens.shape[1])
+    return steps, measures, {"tokens": tokens.numel(), "flops": flops}
+
+
+def by_influence(
+    model: PreTrainedModel, tokens: Tensor, structure: str, folder: Path | None = None
+) -> tuple[list[Step], list[float]]:
+    """The steps by their influence, the lowest first, and that influence."""
+    with fast_products(device_of(model)):
+        if structure == "layers":
+            by_part = dict.fromkeys(PARTS, layer_influence(model, tokens, "cosine", folder))
+        else:
+            by_part = part_influence(model, tokens, folder)
+    remaining, chosen = steps_of(shape_of(model).units, structure), []
+    influence = {step: by_part[step[0][0]][step[0][1]].item() for step in remaining}
+    for step in sorted(remaining, key=influence.__getitem__):
+        if may_go(step, remaining):
+            remaining.remove(step)
+            chosen.append(step)
+    return chosen, [influence[step] for step in chosen]
+
+
+class Search:
+    """A greedy search.
+
+    Args:
+        model, tokens, structure, refit, ridge, folder: see `order`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        structure: str,
+        refit: str = "none",
+        ridge: float = 0.1,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.tokens, self.shape = model, tokens, shape_of(model)
+        self.refit, self.ridge = refit, ridge
+        self.remaining = steps_of(self.shape.units, structure)
+        self.searched = tokens[: sequences(tokens.shape[1])]
+        self.folder, self.flops = folder, 0
+        self.outputs: dict[tuple[str, int], Tensor] = {}  # weights that refits change, of a model in memory
+        if refit != "none" and not is_streamed(model):
+            for name in PARTS:
+                for number in range(len(self.shape.layers)):
+                    self.outputs[name, number] = part_of(model, name, number).output.weight.detach().cpu().clone()
+
+    @torch.no_grad()
+    def run(self, resume: Path | None = None) -> tuple[list[Step], list[float]]:
+        """The order and the KL after each step."""
+        chosen, costs = self._before(resume)
+        dense = torch.cat([states[0].cpu() for states in final_states(self.model, self.searched, 8, "dense model")])
+        last = costs[-1] if costs else 0.0
+        started, done = time.monotonic(), 0
+        with ExitStack() as stack:
+            sigterm = stack.enter_context(sigterm_deferred())
+            while candidates := [step for step in self.remaining if may_go(step, self.remaining)]:
+                removals = len(chosen) + len(self._removals())
+                what = f"removal {len(chosen) + 1} of {removals}"
+                measured = self._measure(chosen, candidates, dense, what)
+                best = min(candidates, key=lambda step: (measured[step] - last) / size_of(self.shape, step))
+                last = measured[best]
+                chosen.append(best)
+                costs.append(last)
+                self.remaining.remove(best)
+                done += len(candidates) ** 2
+                seconds = (time.monotonic() - started) / done * sum(count**2 for count in self._removals())
+                print(
+                    f"{' and '.join(name for name, _ in best)} of layer {best[0][1]} goes: KL {last:.4g}; about "
+                    f"{seconds / 60:.0f} min left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                if resume:
+                    save_order(resume / "partial", chosen, costs)
+                    (resume / "partial").replace(resume / ORDER)
+                if sigterm.received:
+                    raise Stopped(f"{len(chosen)} removals are kept")
+        return chosen, costs
+
+    def _before(self, resume: Path | None) -> tuple[list[Step], list[float]]:
+        """What a search that was killed has found."""
+        if resume is None:
+            return [], []
+        resume.mkdir(parents=True, exist_ok=True)
+        if not (resume / ORDER).exists():
+            return [], []
+        chosen, costs = read_order(resume / ORDER)
+        for step in chosen:
+            self.remaining.remove(step)
+        return chosen, costs
+
+    def _removals(self) -> list[int]:
+        """How many candidates each removal to come has."""
+        remaining, counts = list(self.remaining), []
+        while candidates := [step for step in remaining if may_go(step, remaining)]:
+            counts.append(len(candidates))
+            remaining.remove(candidates[-1])
+        return counts
+
+    def _measure(self, gone: Sequence[Step], candidates: Sequence[Step], dense: Tensor, what: str) -> dict[Step, float]:
+        """The KL of the model without the steps `gone` and each candidate, in nats per token.
+
+        Args:
+            gone: steps that went before; a refit makes up for them.
+            candidates: in the order of the model.
+            dense: (tokens, hidden) final hidden states of the dense model.
+            what: name of the work, for its progress.
+        """
+        walk = Walk(self.model, self.searched, gone, candidates)
+        self.flops += walk.flops
+
+        def finish(number: int) -> None:
+            walk.advance(number)
+            for name in PARTS:  # a model in memory keeps what a refit changed
+                if (name, number) in self.outputs:
+                    part_of(self.model, name, number).output.weight.copy_(self.outputs[name, number])
+
+        if gone and self.refit != "none":
+            kept = kept_without(self.shape.units, gone)
+            details = refit_kept(self.model, kept, self.tokens, self.refit, self.ridge, self.folder, finish, what)
+            self.flops += details["refit_flops"]
+        else:
+            for number in layers_in_turn(self.model, what):
+                finish(number)
+        return walk.divergences(dense)
+
+
+class Walk:
+    """One walk over the layers: the current model, and what becomes of it without each candidate.
+
+    Args:
+        model: streamed or in memory.
+        tokens: (sequences, length) int64.
+        gone: steps that went before.
+        candidates: steps to measure, in the order of the model.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokens: Tensor, gone: Sequence[Step], candidates: Sequence[Step]
+    ) -> None:
+        self.model, self.layout, self.device = model, layout_of(model), device_of(model)
+        self.tokens, self.candidates = tokens, candidates
+        self.gone = {sublayer for step in gone for sublayer in step}
+        with in_memory(*entrance(model)):
+            _, self.arguments = enter(model, tokens[:1])
+            self.states = enter(model, tokens)[0]
+        shape = (len(candidates), *self.states.shape)
+        fits = math.prod(shape) * model.dtype.itemsize < free_bytes(self.device) / 2
+        self.riders = torch.empty(shape, dtype=model.dtype, device=self.device if fits else "cpu")
+        self.riding = 0  # how many of the candidates' layers are behind
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the walk and of the logits behind it."""
+        return flops_of_walk(self.model, tuple(self.tokens.shape), self.gone, self.candidates)
+
+    def advance(self, number: int) -> None:
+        """Pass a layer, whose weights are in memory."""
+        riding = self.riders[: self.riding].flatten(0, 1)
+        with fast_products(self.device):
+            for rows in riding.split(max(1, TOKENS_PER_BATCH // self.tokens.shape[1])) if self.riding else ():
+                rows.copy_(self._passed(number, rows.to(self.device), self.gone))
+            while self.riding < len(self.candidates) and self.candidates[self.riding][0][1] == number:
+                without = self.gone | {*self.candidates[self.riding]}
+                self.riders[self.riding].copy_(self._passed(number, self.states, without))
+                self.riding += 1
+            self.states = self._passed(number, self.states, self.gone)
+
+    def _passed(self, number: int, states: Tensor, gone: set[Sublayer]) -> Tensor:
+        """(sequences, length, hidden) behind a layer without the sublayers that are gone."""
+        layer, entered = layers_of(self.model)[number], states
+        for name in ("attention", "mlp"):
+            if (name, number) not in gone:
+                read = entered if self.layout.parallel else states
+                passed = run_part(self.layout, self.model.config, layer, name, self.arguments[number], read)
+                states = states + passed.written
+        return states
+
+    def divergences(self, dense: Tensor) -> dict[Step, float]:
+        """The mean KL(dense || candidate) over all tokens, by candidate.
+
+        Args:
+            dense: (tokens, hidden) final hidden states of the dense model.
+        """
+        norm, totals = exit_norm(self.model), torch.zeros(len(self.candidates), dtype=torch.float64)
+        with in_memory(norm), head_of(self.model) as head:
+            place = head.weight.device
+            size = max(1, LOGITS_PER_CHUNK[place.type] // head.vocabulary)
+            for first in range(0, len(dense), size):
+                chunk = slice(first, first + size)
+                log_p = head.logits(dense[chunk].to(place)).log_softmax(-1)
+                p = log_p.exp()
+                for number, states in enumerate(self.riders.flatten(1, 2)):
+                    hidden = norm(states[chunk].to(self.device)).to(place)
+                    totals[number] += (p * (log_p - head.logits(hidden).log_softmax(-1))).sum().double().cpu()
+        return dict(zip(self.candidates, (totals / len(dense)).tolist(), strict=True))
+
+
+def flops_of_walk(
+    model: PreTrainedModel, shape: tuple[int, int], gone: set[Sublayer], candidates: Sequence[Step]
+) -> int:
+    """Floating-point operations of a walk over (sequences, length) tokens and of the logits behind it."""
+    sequences, length = shape
+    cost: dict[Sublayer, int] = {}
+    for number in range(len(layers_of(model))):
+        for name in ("attention", "mlp"):
+            part = part_of(model, name, number)
+            products = sum(2 * linear.weight.numel() for linear in part.linears)
+            cost[name, number] = products + (4 * part.width * length if name == "attention" else 0)
+    cost |= dict.fromkeys(gone, 0)
+    layers = [cost["attention", number] + cost["mlp", number] for number in range(len(cost) // 2)]
+    behind = [sum(layers[number:]) for number in range(len(layers))]
+    total = behind[0] + sum(behind[step[0][1]] - sum(cost[sublayer] for sublayer in step) for step in candidates)
+    logits = 2 * model.get_output_embeddings().weight.numel() * (1 + len(candidates))
+    return sequences * length * (total + logits)
+
+
+def sequences(length: int) -> int:
+    """Number of sequences that a search measures on, if there are as many."""
+    return max(1, SEARCH_TOKENS // length)
+
+
+def cost(model: PreTrainedModel, tokens: tuple[int, int], structure: str, refit: str) -> int:
+    """Floating-point operations of a search, if the last sublayers or layers go first.
+
+    Args:
+        model: the dense model; its shapes are enough.
+        tokens: (sequences, length) of the calibration.
+        structure, refit: see `order`.
+    """
+    units = shape_of(model).units
+    remaining, gone = steps_of(units, structure), []
+    walked = (min(tokens[0], sequences(tokens[1])), tokens[1])
+    flops = walked[0] * walked[1] * flops_per_token(model, tokens[1])  # the dense model
+    while candidates := [step for step in remaining if may_go(step, remaining)]:
+        flops += flops_of_walk(model, walked, {sublayer for step in gone for sublayer in step}, candidates)
+        if gone and refit != "none":
+            flops += flops_of_refit(model, kept_without(units, gone), tokens, refit)
+        gone.append(candidates[-1])
+        remaining.remove(candidates[-1])
+    return flops

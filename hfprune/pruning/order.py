@@ -1,0 +1,115 @@
+"""The order in which whole sublayers or layers go, and how far down that order a budget reaches.
+
+A *sublayer* is the attention or the MLP of one layer. An order lists *steps*: the sublayers that go together, which are
+both of a layer where whole layers go.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfprune.models.units import PARTS, Kept, Sublayer
+
+if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
+    from hfprune.pruning.budget import Shape
+
+Step = tuple[Sublayer, ...]
+CRITERIA = {  # what orders steps, and where it comes from
+    "block_influence": "1 - cosine of what enters and what leaves: ShortGPT, arXiv 2403.03853",
+    "greedy_kl": "KL to the dense model, measured anew after each step: after SLEB, arXiv 2402.09025, and FinerCut, "
+    "arXiv 2405.18218",
+}
+
+
+def steps_of(units: dict[str, list[int]], structure: str) -> list[Step]:
+    """Every step that a structure allows, in the order of the model.
+
+    Args:
+        units: by part, those of each layer. A sublayer without units is gone already.
+        structure: "sublayers" or "layers".
+    """
+    layers = [
+        [(name, number) for name in ("attention", "mlp") if units[name][number]] for number in range(len(units["mlp"]))
+    ]
+    if structure == "layers":
+        return [tuple(layer) for layer in layers if layer]
+    return [(sublayer,) for layer in layers for sublayer in layer]
+
+
+def may_go(step: Step, steps: Iterable[Step]) -> bool:
+    """Whether something is left without a step: of all `steps`, another of its kind."""
+    kinds = {name for name, _ in step}
+    return sum({name for name, _ in other} == kinds for other in steps) > 1
+
+
+def removable_sizes(shape: Shape, structure: str) -> list[int]:
+    """Parameters of the steps that can go, where the largest of each kind stays."""
+    remaining, sizes = steps_of(shape.units, structure), []
+    for step in sorted(remaining, key=lambda step: size_of(shape, step)):
+        if may_go(step, remaining):
+            remaining.remove(step)
+            sizes.append(size_of(shape, step))
+    return sizes
+
+
+def size_of(shape: Shape, step: Step) -> int:
+    """Parameters that go with a step."""
+    number = step[0][1]
+    whole = sum(shape.units[name][number] > 0 for name in PARTS)
+    if len(step) == whole:  # nothing of the layer is left, no norm either
+        return shape.layers[number]
+    return sum(shape.sublayers[name][number] for name, number in step)
+
+
+def best_steps(shape: Shape, order: Sequence[Step], remove: float) -> list[Step]:
+    """The steps that a budget takes: those first in order that fit.
+
+    One fits if it exceeds what is still to be removed by no more than half of the smallest step. So the budget is met
+    to within that half as long as small ones are left. After that, larger ones go if they bring the sum nearer to it.
+
+    Args:
+        shape: of the model.
+        order: its steps, the first to go first.
+        remove: number of parameters.
+    """
+    smallest = min((size_of(shape, step) for step in order), default=0)
+    taken: list[Step] = []
+    for most in (smallest / 2, None):
+        for step in order:
+            size = size_of(shape, step)
+            if step not in taken and size <= remove + (size / 2 if most is None else most):
+                taken.append(step)
+                remove -= size
+    return taken
+
+
+def kept_without(units: dict[str, list[int]], gone: Iterable[Step]) -> Kept:
+    """All units but those of the steps that go.
+
+    Args:
+        units: by part, those of each layer.
+        gone: the steps.
+    """
+    import torch
+
+    sublayers = {sublayer for step in gone for sublayer in step}
+    return {
+        name: [torch.arange(0 if (name, number) in sublayers else count) for number, count in enumerate(units[name])]
+        for name in PARTS
+    }
+
+
+def save_order(file: Path, order: Sequence[Step], measures: Sequence[float]) -> None:
+    """Write an order, with the measure by which each step was chosen."""
+    lines = [{"sublayers": step, "measure": measure} for step, measure in zip(order, measures, strict=True)]
+    file.write_text(json.dumps(lines) + "\n", encoding="utf-8")
+
+
+def read_order(file: Path) -> tuple[list[Step], list[float]]:
+    """Read a file written by `save_order`."""
+    lines = json.loads(file.read_text(encoding="utf-8"))
+    order = [tuple((name, number) for name, number in line["sublayers"]) for line in lines]
+    return order, [line["measure"] for line in lines]
