@@ -40,6 +40,7 @@ localrules:
     config,
     index,
     report,
+    deploy,
 
 
 rule all:
@@ -58,4 +59,5 @@ rule all:
 
 
 include: "workflow/rules/paper.smk"
+include: "workflow/rules/deploy.smk"
 include: "workflow/rules/report.smk"
