@@ -4,9 +4,10 @@ VENV := .venv
 STAMP := $(VENV)/.complete
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: run test env lint lock
+.PHONY: run test env lint lock docs
 
 run: env
+	@echo "The default experiment takes about ten minutes on two cores; its first results come after about four."
 	snakemake --cores all
 
 # One process per core, each with a test file, the longest files first. Torch's own threads would slow them down.
@@ -21,13 +22,17 @@ lint: env
 	lint-imports
 	deptry .
 
+# The documentation as a site: open build/docs/index.html. Broken links and references fail it.
+docs: env
+	NO_MKDOCS_2_WARNING=1 mkdocs build
+
 env: $(STAMP)
 
 # Renew the pins from pyproject.toml: the packages of a fresh environment, for pip and for conda.
 lock:
 	$(PYTHON) -m venv $(VENV).lock
 	$(VENV).lock/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV).lock/bin/python -m pip install --quiet -e '.[pipeline,test]'
+	$(VENV).lock/bin/python -m pip install --quiet -e '.[pipeline,test,docs]'
 	$(VENV).lock/bin/python envs/lock.py
 	rm -r $(VENV).lock
 

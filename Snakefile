@@ -25,6 +25,7 @@ include: "workflow/rules/overview.smk"
 
 localrules:
     all,
+    headline,
     collect,
     tables,
     figures,
@@ -47,6 +48,7 @@ rule all:
     default_target: True
     input:
         rules.overlap.output,
+        rules.headline.output if len(UNTRAINED) > 1 else [],
         rules.collect.output,
         rules.tables.output,
         rules.figures.output,

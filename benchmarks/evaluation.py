@@ -30,7 +30,8 @@ from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.runtime.matmul import fast_products
 
 REPOSITORY = Path(__file__).parent.parent
-TASKS = ("openbookqa", "social_iqa", "piqa")  # of config.yaml
+CONFIG = REPOSITORY / "configs" / "smollm2-135m.yaml"
+TASKS = ("openbookqa", "social_iqa", "piqa")  # of that config
 
 
 def download(kind: str, *options: str) -> Path:
@@ -64,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    plan = Plan(load(REPOSITORY / "config.yaml"))
+    plan = Plan(load(CONFIG))
     labels = {job.label: job for kind in ("model", "task") for job in plan.jobs[kind].values()}
     (model_job,) = plan.jobs["model"].values()
     checkpoint = download("model", *model_job.options)

@@ -217,7 +217,7 @@ def refit(
         model: the intact model, no parameter of which asks for a gradient afterwards.
         kept: see `allocate`.
         tokens: (sequences, length) int64, best those that the scores were made on.
-        refit: "sequential", "least_squares" or "bias".
+        refit: "sequential", "local_search" (which replaces the neurons in `kept`), "least_squares" or "bias".
         ridge: how strongly weights keep to what they were.
 
     Returns:
@@ -228,7 +228,7 @@ def refit(
     """
     recipe = _recipe({"criterion": "entropy", "refit": refit, "ridge": ridge})
     if recipe.refit == "none":
-        raise UserError("refit 'none': expected 'sequential', 'least_squares' or 'bias'.")
+        raise UserError("refit 'none': expected 'sequential', 'local_search', 'least_squares' or 'bias'.")
     check_model(model)
     model.requires_grad_(False)
     return refit_kept(model, kept, tokens, recipe.refit, recipe.ridge)
@@ -254,8 +254,8 @@ def fidelity(model: PreTrainedModel, dense: PreTrainedModel, tokens: Tensor) -> 
         tokens: (sequences, length) int64, best of text that was not scored on; see `sample`.
 
     Returns:
-        `kl` (nats per token), `js`, `top1_agreement`, `top15_jaccard`, `entropy_change` and `perplexity`, as in
-        docs/evaluation.md. The dense model with itself has kl 0.
+        `kl` (nats per token), `js`, `top1_agreement`, `top15_jaccard`, `acceptance`, `entropy_change` and `perplexity`,
+        as in docs/statistics.md. The dense model with itself has kl 0.
     """
     documents = []
     with _as_scored(model), _as_scored(dense):

@@ -19,11 +19,12 @@ TARGETS = ("all", "paper")  # rules that only name what to make
 # Seconds of a job in the default experiment on two cores. A rule counts in this proportion until one of its jobs has
 # finished. Other rules draw or write.
 SECONDS = {
-    "score": 40, "first_score": 40, "shard": 40, "first_shard": 40, "prune": 15, "recover": 350, "reference": 50,
-    "measure": 40, "evaluate": 200, "evaluate_task": 60, "efficiency": 300, "scoring_cost": 300,
+    "score": 60, "first_score": 60, "shard": 60, "first_shard": 60, "prune": 30, "recover": 200, "reference": 30,
+    "measure": 30, "evaluate": 50, "evaluate_task": 50, "efficiency": 300, "scoring_cost": 300,
 }  # fmt: skip
 OTHER_SECONDS = 8
 PAGES = ("index.html", "report.html")
+FIRST = "headline.md"  # the table of the first results, which is shown as soon as it is there
 # The beginnings of messages that only tell how Snakemake works.
 INTERNAL = (
     "--keep-incomplete", "Assuming unrestricted", "At least one job", "Building DAG", "Cannot restore",
@@ -117,7 +118,11 @@ class LogHandler(LogHandlerBase):
         if step := self._steps.get(record.job_id):
             self._seconds[step["rule"]].append(time.monotonic() - step.pop("start"))
             self._waiting[step["rule"]] -= 1
-            self._made += [path for file in step["files"] if (path := Path(file)).parts[0] == "results"]
+            made = [path for file in step["files"] if (path := Path(file)).parts[0] == "results"]
+            self._made += made
+            for path in made:
+                if path.name == FIRST:
+                    self._say("", *_aligned(path.read_text(encoding="utf-8")), "")
 
     def _end(self, record: LogRecord) -> None:
         """After the last job: what was made, and what to open."""
@@ -170,6 +175,21 @@ def _reason(log: Path) -> str:
     if message := REFUSAL.search(text):
         return text[message.start() :]
     return text.splitlines()[-1] if text else "It ended without a message."
+
+
+def _aligned(markdown: str) -> list[str]:
+    """The table of a Markdown file, its columns below one another."""
+    lines = [line.strip("|") for line in markdown.splitlines() if line.startswith("|")]
+    head, rule, *rows = [[cell.strip().replace("\\", "") for cell in line.split("|")] for line in lines]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    shown = []
+    for row in (head, *rows):
+        cells = [
+            cell.rjust(width) if side.endswith(":") else cell.ljust(width)
+            for cell, width, side in zip(row, widths, rule, strict=True)
+        ]
+        shown.append(f"  {'  '.join(cells)}".rstrip())
+    return shown
 
 
 def _usual(rule: str) -> int:

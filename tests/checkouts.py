@@ -10,12 +10,13 @@ from pathlib import Path
 
 import yaml
 
+from tests import preloaded
 from tests.conftest import REPOSITORY
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune", "results/published")
 LOG = "Commands and details: "  # on the screen, before the path of Snakemake's log
 # What is drawn of the tiny experiment.
-DRAWN = ("accuracy", "kl", "fidelity_profile", "importance", "widths")
+DRAWN = ("accuracy", "headline", "kl", "fidelity_profile", "importance", "widths")
 MODEL_STAGES = ("download", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
 
 
@@ -30,10 +31,17 @@ class Run(subprocess.Popen):
 
 
 class Checkout:
-    """A copy of the project, in which code may be edited, with a store that may be another's."""
+    """A copy of the project, in which code may be edited, with a store that may be another's.
 
-    def __init__(self, folder: Path, store: Path) -> None:
-        self.folder, self.store = folder, store
+    Args:
+        folder: to make.
+        store: of its experiments.
+        preloads: whether jobs fork from a process that has imported the libraries, see `tests.preloaded`; otherwise
+            they start as a user's.
+    """
+
+    def __init__(self, folder: Path, store: Path, preloads: bool = True) -> None:
+        self.folder, self.store, self.preloads = folder, store, preloads
         folder.mkdir()
         for part in PARTS:
             source = REPOSITORY / part
@@ -44,6 +52,8 @@ class Checkout:
 
     def start(self, experiment: dict, *options: str) -> Run:
         """Start `snakemake` on an experiment, in a process group of its own."""
+        if self.preloads and "--dry-run" not in options:
+            (self.folder / "sitecustomize.py").write_text(preloaded.client())
         config = self.folder / f"{experiment['experiment']}.yaml"
         config.write_text(yaml.safe_dump(experiment))
         threads = [f"{rule}=1" for rule in (*MODEL_STAGES, "efficiency", "scoring_cost")]

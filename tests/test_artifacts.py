@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from hfprune.errors import UserError
+from hfprune.stages.registry import STAGES
 from hfprune.store import artifacts, keys
 from hfprune.store.artifacts import Store, read
 from hfprune.store.keys import Recipe, code_digest
@@ -434,3 +436,14 @@ def test_the_python_interface_of_the_package_is_in_no_key(room):
 def test_every_import_of_the_package_can_be_followed():
     for file in sorted(keys.PACKAGE.rglob("*.py")):
         code_digest(".".join(file.relative_to(keys.PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"))
+
+
+def test_a_module_that_many_stages_run_is_read_once(monkeypatch):
+    for cached in (code_digest, keys._parsed, keys._defined):
+        cached.cache_clear()
+    parsed, parse = Counter(), keys.ast.parse
+    monkeypatch.setattr(keys.ast, "parse", lambda text: parsed.update([text]) or parse(text))
+    for stage in STAGES.values():
+        code_digest(stage.module)
+    assert len(parsed) > 50
+    assert max(parsed.values()) <= 2, "for what it runs, and for the names that it defines"

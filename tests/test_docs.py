@@ -1,12 +1,16 @@
-"""The README and the pages of docs/: links lead somewhere, what they name exists, configs are valid."""
+"""The README and the pages of docs/: links lead somewhere, what they name exists, configs are valid; and their site."""
 
 import argparse
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import hfprune
 from hfprune import cli
 from hfprune.experiment.schema import Experiment, parse, read
 
@@ -106,6 +110,41 @@ def test_methods_in_a_config_are_ones_that_a_config_may_have():
             for training in values.get("recovery", {}).values():
                 training["text"] = "xsum_summaries"
             parse(Experiment, experiment | values, page)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site of the documentation, built as `make docs` does."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", folder]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_has_every_page_in_its_navigation(site):
+    start = (site / "index.html").read_text(encoding="utf-8")
+    pages = {page.relative_to(site).as_posix() for page in site.rglob("*.html")} - {"404.html"}
+    assert pages <= set(re.findall(r'href="([^"#]+\.html)"', start)) | {"index.html"}
+    assert {f"{page.stem}.html" for page in PAGES[1:]} <= pages
+
+
+def test_the_site_fetches_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        fetched = re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(?:https?:)?//", page.read_text("utf-8"))
+        assert not fetched, page
+
+
+def test_the_reference_is_that_of_the_code(site):
+    config, commands, python = (
+        (site / "reference" / f"{name}.html").read_text(encoding="utf-8") for name in ("config", "commands", "python")
+    )
+    assert "<code>round_to</code>" in config and 'href="#methodsettings"' in config
+    assert "results/&lt;experiment&gt;" in config
+    assert "usage: hfprune store prune" in commands and "usage: hfprune headline" in commands
+    assert all(f'id="hfprune.api.{name}"' in python for name in hfprune.__all__)
 
 
 def test_what_is_wrong_is_found(tmp_path, parser):

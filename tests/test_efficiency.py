@@ -1,6 +1,7 @@
 """What a checkpoint costs to run: counted exactly; timed without a test looking at the clock."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune.cli import main
+from hfprune.evaluation import timing
 from hfprune.evaluation.fidelity import measure, reference
 from hfprune.evaluation.timing import decode, time_models
 from hfprune.experiment.plan import Plan
@@ -69,6 +71,18 @@ def test_the_memory_of_a_model_is_not_that_of_the_process_that_asks(checkpoint):
     rows = time_models({"tiny": checkpoint}, "float32", rounds=1, new_tokens=2)
     (peak,) = [row["value"] for row in rows if row["metric"] == "peak_bytes"]
     assert 0 < peak < peak_memory() - len(ballast) // 2
+
+
+@pytest.mark.parametrize(("free", "loads"), [(2**40, 2), (0, 2 * 3)])
+def test_models_that_memory_does_not_hold_together_are_loaded_in_turn(free, loads, checkpoint, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(timing, "load_model", lambda folder, dtype: loaded.append(folder) or load_model(folder, dtype))
+    monkeypatch.setattr(timing, "free_bytes", lambda device: free)
+    monkeypatch.setattr(timing, "_fresh_process", lambda: ThreadPoolExecutor(1))
+    monkeypatch.setattr(timing, "peak_of", lambda *_: 1)
+    rows = time_models(dict(zip("ab", (checkpoint, checkpoint), strict=True)), "float32", rounds=2, new_tokens=2)
+    assert len(loaded) == loads
+    assert [row["n"] for row in rows if row["metric"] == "prefill_seconds"] == [2, 2]
 
 
 def test_the_command_times_models_side_by_side(checkpoint, tmp_path):

@@ -64,7 +64,7 @@ def test_images_and_conda_have_a_python_that_the_package_takes():
     assert found[0] in SpecifierSet(project["requires-python"])
 
 
-@pytest.mark.parametrize("extra", [None, "pipeline", "deploy", "test"])
+@pytest.mark.parametrize("extra", [None, "pipeline", "deploy", "docs", "test"])
 def test_what_the_package_declares_is_pinned(extra):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     declared = project["optional-dependencies"][extra] if extra else project["dependencies"]

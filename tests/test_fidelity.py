@@ -33,6 +33,7 @@ def test_token_measures_equal_their_definitions():
     shared = [len(a & b) / len(a | b) for a, b in zip(*sets, strict=True)]
     np.testing.assert_allclose(found["top15_jaccard"], shared, rtol=1e-12)
     assert 0 < min(shared) < max(shared) < 1
+    np.testing.assert_allclose(found["acceptance"], np.minimum(p, q).sum(-1), rtol=1e-12)
     change = [scipy_entropy(b) - scipy_entropy(a) for a, b in zip(p, q, strict=True)]
     np.testing.assert_allclose(found["entropy_change"], change, rtol=1e-10)
 
@@ -40,7 +41,7 @@ def test_token_measures_equal_their_definitions():
 def test_a_distribution_compared_with_itself_gives_exact_values():
     log_p = log_probabilities(0).float()
     found = {name: values.tolist() for name, values in token_measures(log_p, log_p.clone()).items()}
-    exact = {"kl": 0, "js": 0, "top1_agreement": 1, "top15_jaccard": 1, "entropy_change": 0}
+    exact = {"kl": 0, "js": 0, "top1_agreement": 1, "top15_jaccard": 1, "acceptance": 1, "entropy_change": 0}
     assert found == {name: [value] * 6 for name, value in exact.items()}
 
 

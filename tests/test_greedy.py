@@ -1,10 +1,10 @@
 """Units that are chosen together: in the order and at the cost that brute force finds."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import torch
 
-from hfprune.pruning.greedy import one_by_one, with_repair
+from hfprune.pruning.greedy import one_by_one, swapped, with_repair
 
 
 def gram(size=12, tokens=40):
@@ -70,3 +70,36 @@ def test_with_repair_in_rounds_loses_little_more_than_one_unit_at_a_time(monkeyp
     assert len(coarse.unique()) == 48
     assert exact.sort().values[:12].sum().item() >= errors[0] * 0.999, "what the scores say, costs that fell aside"
     assert errors[0] < 1.01 * errors[1] < 0.5 * errors[2]
+
+
+def fitted(h, y, kept):
+    """The squared output that a least-squares fit by these columns leaves."""
+    return (y - h[:, kept] @ torch.linalg.lstsq(h[:, kept], y).solution).square().sum().item()
+
+
+def test_a_local_search_exchanges_the_columns_that_a_fit_misses_least_for_those_that_help_most():
+    draw = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=draw)
+
+    h = normal(60, 10) @ normal(10, 10)
+    y = normal(60, 4) + h @ normal(10, 4)
+    errors = {columns: fitted(h, y, list(columns)) for columns in combinations(range(10), 4)}
+    ranked = sorted(errors, key=errors.get)
+    for start in (ranked[-1], ranked[len(ranked) // 2]):
+        kept, rounds = swapped(h.T @ h, y.T @ h, torch.tensor(start))
+        chosen = tuple(kept.tolist())
+        assert chosen == tuple(sorted(chosen)) and len(set(chosen)) == 4 and 0 < rounds <= 20
+        assert ranked.index(chosen) < 5 < ranked.index(start)
+        # Where it ends, one more exchange does not help: the column that is missed least, for the one that helps most.
+        weakest = min(chosen, key=lambda column: fitted(h, y, [each for each in chosen if each != column]))
+        stays = [each for each in chosen if each != weakest]
+        best = min(set(range(10)) - set(stays), key=lambda column: fitted(h, y, [*stays, column]))
+        assert fitted(h, y, [*stays, best]) >= errors[chosen] - 1e-9
+
+
+def test_a_local_search_leaves_what_has_no_alternative():
+    everything = torch.arange(12)
+    kept, rounds = swapped(gram(), torch.ones(2, 12, dtype=torch.float64), everything)
+    assert torch.equal(kept, everything) and rounds == 0

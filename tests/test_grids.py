@@ -58,6 +58,16 @@ def test_one_target_makes_every_table_and_figure_of_the_paper(paper, experiment)
     assert "Nothing to be done" in paper.snakemake(changed(experiment, **PAPER), "paper")
 
 
+def test_the_leaderboard_is_a_view_of_the_experiment(paper, experiment):
+    assert ran(paper.snakemake(changed(experiment, **PAPER), "leaderboard")) == {"leaderboard": 1}
+    results = paper.folder / "results" / "tiny"
+    table = pd.read_csv(results / "tables" / "leaderboard.csv").set_index("Method")
+    assert set(table.index) == {"dense", "HFPrune", "LLM-Pruner", "HFPrune global", "HFPrune global + attention"}
+    assert (table["Prefill (ms)"] > 0).all() and table["Acceptance"]["dense"] == 1 > table["Acceptance"]["HFPrune"] > 0
+    assert (results / "figures" / "leaderboard.svg").exists()
+    assert "chart-speed" in (results / "leaderboard.html").read_text()
+
+
 def logs_with(checkout, words):
     """The logs of score jobs that contain these words."""
     return [log for log in (checkout.folder / "logs" / "tiny" / "score").glob("*.log") if words in log.read_text()]
@@ -116,7 +126,7 @@ def test_a_grid_of_refits_stands_side_by_side_in_the_results(paper, experiment, 
     for name in ("HF_ENDPOINT", "http_proxy", "https_proxy", "all_proxy"):  # all is downloaded: nobody is asked
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     grid = changed(experiment, methods=REFITS, ratios=[0.2])
-    elsewhere = Checkout(tmp_path / "elsewhere", paper.store)
+    elsewhere = Checkout(tmp_path / "elsewhere", paper.store, preloads=False)  # libraries read these when they start
     output = elsewhere.snakemake(grid, "tables", "figures")
     assert model_stages(ran(output)) == {"prune": 2, "measure": 2, "evaluate": 2}
     results = elsewhere.folder / "results" / "tiny"

@@ -77,18 +77,40 @@ def test_every_figure_is_as_wide_as_a_column_or_a_page(tmp_path):
 DIFFERENCES = [*MODEL, *(f"other_{name}" for name in MODEL), "task", "metric", "difference", "low", "high", "p_holm"]
 
 
-@pytest.mark.parametrize("kind", ["cut", "all trained", "without tasks"])
-def test_any_experiment_has_a_page(kind):
-    rows = {"cut": metrics(WAYS[0]), "all trained": pd.concat([metrics()[:4], trained("lora")])}
-    found = rows.get(kind, rows["cut"])
-    found = found if kind != "without tasks" else found[found["group"] != "task"]
+def page_of(found: pd.DataFrame, **differences: object) -> str:
+    """The page of these metrics, with a paired difference of mean accuracy from the dense model where one is given."""
     config = {
         "experiment": "it <b>", "calibration": {"samples": 1, "length": 2, "text": "c"}, "evaluation": {},
         "fidelity": {"samples": 1, "length": 2, "texts": ["text"]},
     }  # fmt: skip
     widths = pd.DataFrame([{"model": "entropy", "ratio": 0.2, "part": "mlp", "layer": 0, "kept": 1, "dense": 2}])
     overlap = pd.DataFrame(columns=["tested", "tested_for", "seen", "seen_for", "documents", "overlapping", "example"])
-    differences = pd.DataFrame(columns=[*DIFFERENCES, "distinguishable"])
-    page = overview(Results(found, config, "a: <i>", [], differences, widths, overlap))
+    models = found.drop_duplicates(MODEL)
+    dense, cut = (models[(models["stage"] == "dense") == is_dense].iloc[0] for is_dense in (True, False))
+    row = {name: cut[name] for name in MODEL} | {f"other_{name}": dense[name] for name in MODEL}
+    row |= {"task": "mean", "metric": "accuracy", "p_holm": 0.01} | differences
+    table = pd.DataFrame([row] if differences else [], columns=[*DIFFERENCES, "distinguishable"])
+    return overview(Results(found, config, "a: <i>", [], table, widths, overlap))
+
+
+@pytest.mark.parametrize("kind", ["cut", "all trained", "without tasks"])
+def test_any_experiment_has_a_page(kind):
+    rows = {"cut": metrics(WAYS[0]), "all trained": pd.concat([metrics()[:4], trained("lora")])}
+    found = rows.get(kind, rows["cut"])
+    page = page_of(found if kind != "without tasks" else found[found["group"] != "task"])
     assert "it &lt;b&gt;: what pruning costs m" in page and "a: &lt;i&gt;" in page
     assert ("chart-kl" in page) and "<td>" in page
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_accuracy_is_drawn_where_it_tells_a_model_from_the_dense_one(holds):
+    low = -0.3 if holds else -0.1
+    page = page_of(metrics(WAYS[0]), difference=low + 0.15, low=low, high=low + 0.3, distinguishable=holds)
+    assert ('id="chart-accuracy"' in page) == holds
+    assert ("Mean accuracy tells none of 1 models" in page) != holds
+
+
+def test_the_control_is_named_where_there_is_one():
+    found = pd.concat([metrics(WAYS[0]), trained("lora")])
+    assert "is the control" not in page_of(found)
+    assert "is the control" in page_of(pd.concat([found, trained("lora", "none", 0.0)]))

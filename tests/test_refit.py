@@ -118,16 +118,26 @@ def behind(model, sequences, name):
     return seen_at(model, sequences, lambda layer: layer, lambda _meets, output: output)
 
 
-@pytest.mark.parametrize("multiplier", [1.0, 0.3])
-@pytest.mark.parametrize("structure", ["mlp", "attention", "mlp+attention"])
-def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_of_the_drift(structure, multiplier):
-    """Also where what a block writes is multiplied before it is added, as in Granite."""
+@pytest.mark.parametrize(
+    ("structure", "multiplier", "method"),
+    [
+        *product(["mlp", "attention", "mlp+attention"], [1.0, 0.3], ["sequential"]),
+        ("mlp", 1.0, "local_search"), ("mlp+attention", 0.3, "local_search"),
+    ],
+)  # fmt: skip
+def test_sequential_solves_it_on_the_model_refitted_below_and_makes_up_for_half_of_the_drift(
+    structure, multiplier, method
+):
+    """Also where what a block writes is multiplied before it is added, as in Granite; and after a local search."""
     family = {"llama": {}} if multiplier == 1 else {"granite": {"residual_multiplier": multiplier}}
     ((family, changes),) = family.items()
     dense, sequences, neurons = make_model(family, **changes), tokens(20), some()
     kept = {name: each for name, each in (("mlp", neurons), ("attention", GROUPS)) if name in structure}
     model, seen = copy.deepcopy(dense), copy.deepcopy(dense)  # seen: refitted as far as the loop below has come
-    details = refit(model, kept, sequences, "sequential", 0.1)
+    details = refit(model, kept, sequences, method, 0.1)
+    if method == "local_search":  # it has put others into `kept`, as many
+        assert [len(layer) for layer in neurons] == [len(layer) for layer in some()]
+        assert all(len(set(layer.tolist()) - set(old.tolist())) for layer, old in zip(neurons, some(), strict=True))
     assert details.pop("refit_flops") > 2 * 640 * flops_per_token(dense, sequences.shape[1])
     assert details == {"refit_tokens": 640, "ridge": 0.1, "starved_layers": []}
     columns = {"mlp": neurons if "mlp" in kept else [torch.arange(48)] * 3}

@@ -173,6 +173,7 @@ def _commands(checkpoint, data, experiment, tmp_path_factory) -> dict[str, list]
     return {
         "collect": ["collect", *results, *there, "--output"],
         "differences": ["differences", *results, *there, "--output"],
+        "headline": ["headline", *measured, *there, "--output"],
         "profile": ["profile", *measured, *there, "--output"],
         "tables": ["tables", "--metrics", metrics, "--output"],
         "figures": ["figures", "--metrics", metrics, "--output"],
@@ -196,8 +197,8 @@ def _commands(checkpoint, data, experiment, tmp_path_factory) -> dict[str, list]
 
 
 NAMES = (
-    "collect", "differences", "profile", "tables", "figures", "pareto", "compare", "widths", "table", "overlap", "page",
-    "artifacts", "efficiency", "scoring-cost", "config", "schema", "crate", "export",
+    "collect", "headline", "differences", "profile", "tables", "figures", "pareto", "compare", "widths", "table",
+    "overlap", "page", "artifacts", "efficiency", "scoring-cost", "config", "schema", "crate", "export",
 )  # fmt: skip
 
 

@@ -67,6 +67,16 @@ def test_jobs_that_run_at_once_halve_the_time_left(shown, clock):
     assert shown(**job(3, "measure", "c")) == ["[3/4] c (60 s so far, about 60 s left)"]
 
 
+def test_the_first_results_are_shown_as_soon_as_they_are_there(shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "results" / "it" / "tables" / "headline.md"
+    table.parent.mkdir(parents=True)
+    table.write_text("Caption.\n\n| Model | KL |\n| --- | --: |\n| dense | 0.000 |\n| a\\_b | 12.000 |\n\nA note.\n")
+    shown(LogEvent.RUN_INFO, stats={"headline": 1, "total": 1})
+    shown(**job(1, "headline", "write", "results/it/tables/headline.csv", "results/it/tables/headline.md"))
+    assert shown(LogEvent.JOB_FINISHED, job_id=1) == ["", "  Model      KL", "  dense   0.000", "  a_b    12.000", ""]
+
+
 def test_the_end_says_what_was_made_and_what_to_open(shown, clock):
     shown(LogEvent.RUN_INFO, stats={"tables": 1, "page": 1, "prune": 1, "total": 3})
     for number, files in enumerate(

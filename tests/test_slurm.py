@@ -58,7 +58,7 @@ def runs(cluster, sharded, tmp_path_factory) -> dict:
     A job is killed in both. The first may not submit it again, the second goes on where the first ended.
     """
     root = tmp_path_factory.mktemp("slurm")
-    here, there = (Checkout(root / name, root / f"{name}-store") for name in ("here", "there"))
+    here, there = (Checkout(root / name, root / f"{name}-store", preloads=False) for name in ("here", "there"))
     run = there.start(sharded, *OPTIONS, "--retries=0")
     cancel(run, "shard")
     here.snakemake(sharded, "collect")  # while the other jobs go on
@@ -144,7 +144,7 @@ def test_a_jobs_log_is_where_a_local_runs_is(runs):
 
 
 def test_an_unknown_device_is_refused_before_anything_runs(sharded, tmp_path):
-    fresh = Checkout(tmp_path / "fresh", tmp_path / "store")
+    fresh = Checkout(tmp_path / "fresh", tmp_path / "store", preloads=False)
     output = fresh.snakemake(sharded, "--config", "gpu=h10", "--dry-run", status=1)
     assert "h10: not known" in output
     assert "Did you mean 'h100'?" in output

@@ -10,7 +10,7 @@ from hfprune.reporting import figures
 from hfprune.reporting.identity import recovery_names
 from hfprune.reporting.metrics import COLUMNS, collect
 from hfprune.reporting.statistics import MODEL, varying
-from hfprune.reporting.summary import cost, summary, write_tables
+from hfprune.reporting.summary import cost, summary, write_headline, write_tables
 from hfprune.store.artifacts import Store
 from tests.test_comparison import Fabricated
 
@@ -130,6 +130,25 @@ def trained(recovery, criterion="entropy", ratio=0.2, value=0.5):
     return (
         rows if criterion != "none" else rows.assign(ratio=0.0, ratio_achieved=0.0, structure="none", allocation="none")
     )
+
+
+def test_kl_after_training_stands_against_kl_before_it():
+    cuts = metrics(*WAYS)
+    after = cuts[cuts["stage"] != "dense"].assign(stage="recovered", recovery="lora")
+    of_kl = after["metric"] == "kl"
+    after.loc[of_kl, "value"] = [3.0, 1.0, 2.0, 4.0, 5.0, 6.0]  # before: 1 to 6
+    dense = cuts[cuts["stage"] == "dense"].assign(stage="recovered", recovery="lora")
+    few = after[(after["criterion"] == "entropy") & (after["allocation"] == "uniform")].assign(recovery="norms")
+    found = pd.concat([cuts, dense, after, few[few["refit"] == "none"]])
+    pairs = figures.before_and_after(found)
+    assert pairs[pairs["recovery"] == "lora"][["before", "after"]].values.tolist() == [
+        [1, 3], [2, 1], [3, 2], [4, 4], [5, 5], [6, 6]
+    ]  # fmt: skip
+    figure = figures.after_against_before(found)
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert labels == ["lora: rank correlation 0.83, 6 models", "norms"], "two models have no rank correlation"
+    plt.close(figure)
+    assert figures.before_and_after(cuts).empty
 
 
 def test_models_cut_twice_are_told_from_those_cut_once():
@@ -319,3 +338,21 @@ def test_without_tasks_there_is_no_accuracy(tmp_path):
     write_tables(found, tmp_path)
     assert "Perplexity" in (tmp_path / "summary.md").read_text()
     assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}
+
+
+def test_the_mean_of_one_task_is_not_drawn_beside_it():
+    one = metrics(*WAYS)
+    two = pd.concat([one, one[one["group"] == "task"].assign(task="piqa")])
+    for found, titles in ((one, ["BoolQ"]), (two, ["Mean of tasks", "BoolQ", "PIQA"])):
+        figure = figures.accuracy(found)
+        assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == titles
+        plt.close(figure)
+
+
+def test_the_first_results_are_a_table_and_a_figure_without_tasks(tmp_path):
+    found = metrics(*WAYS)
+    found = found[found["group"] != "task"]
+    written = [*write_headline(found, tmp_path), *figures.draw_headline(found, tmp_path)]
+    assert {path.suffix for path in written} == {".csv", ".md", ".tex", ".png", ".pdf", ".svg"}
+    assert {path.stem for path in written} == {"headline"}
+    assert "| KL (nats/token) |" in (tmp_path / "headline.md").read_text()

@@ -1,8 +1,9 @@
 """Commands for the report: overlap of texts, pages, and the origin of results."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -99,25 +100,60 @@ class Index(Command):
 
     def run(self) -> None:
         """Write the page from the tables; the losses of trainings are shown if they are there."""
+        from hfprune.reporting.overview import overview
+
+        with results(self.sources) as aside:
+            aside.path(self.output).write_text(overview(self.read()), encoding="utf-8")
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files that the page is made from."""
+        names = ("differences", "widths", "overlap", "losses")
+        files = [self.results / "metrics.csv", *(self.results / "tables" / f"{name}.csv" for name in names)]
+        return [file for file in files if file.stem != "losses" or file.is_file()]
+
+    def read(self) -> Any:
+        """What they say, an `overview.Results`."""
         import pandas as pd
 
         from hfprune.reporting.metrics import read_metrics
-        from hfprune.reporting.overview import Results, overview
+        from hfprune.reporting.overview import Results
 
-        metrics = self.results / "metrics.csv"
-        tables = {name: self.results / "tables" / f"{name}.csv" for name in ("differences", "widths", "overlap")}
-        if (losses := self.results / "tables" / "losses.csv").is_file():
-            tables["losses"] = losses
         experiment = load(self.config)
-        with results([metrics, *tables.values()]) as aside:
-            try:
-                read = {name: pd.read_csv(file) for name, file in tables.items()}
-            except (OSError, ValueError) as error:
-                raise UserError(f"{error}: expected the tables of a finished experiment in {self.results}.") from None
-            config = json.loads(experiment.model_dump_json(exclude_none=True))
-            made_of = _manifests(self.manifests)
-            page = overview(Results(read_metrics(metrics), config, as_yaml(experiment), made_of, **read))
-            aside.path(self.output).write_text(page, encoding="utf-8")
+        metrics, *tables = self.sources
+        try:
+            values = {file.stem: pd.read_csv(file) for file in tables}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{error}: expected the tables of a finished experiment in {self.results}.") from None
+        config = json.loads(experiment.model_dump_json(exclude_none=True))
+        return Results(read_metrics(metrics), config, as_yaml(experiment), _manifests(self.manifests), **values)
+
+
+class Leaderboard(Index):
+    """Rank all models of an experiment by fidelity, beside speed and cost: a table, a figure, and one HTML page."""
+
+    words = ("leaderboard",)
+    examples = (
+        "hfprune leaderboard --results results/default --config config.yaml \\\n"
+        "    --timings results/default/efficiency.csv --output results/default store/*/*/manifest.json",
+    )
+    timings: Path = Field(description="csv from `hfprune efficiency`")
+    output: Path = Field(description="folder for leaderboard.html, tables/ and figures/")
+
+    def run(self) -> None:
+        """Write all three."""
+        from hfprune.reporting.figures import draw_leaderboard
+        from hfprune.reporting.leaderboard import PREFILL, board, first_kl, leaderboard_sheet
+        from hfprune.reporting.overview import overview
+        from hfprune.reporting.paper_sheets import read_timings
+
+        with results([*self.sources, self.timings]) as aside:
+            read = self.read()
+            table = board(read.metrics, read_timings([self.timings]), read.differences)
+            leaderboard_sheet(table).write(aside.folder(self.output / "tables"), "leaderboard")
+            draw_leaderboard(table, PREFILL, first_kl(table), aside.folder(self.output / "figures"))
+            page = overview(replace(read, board=table))
+            aside.path(self.output / "leaderboard.html").write_text(page, encoding="utf-8")
 
 
 class Artifacts(Command):
@@ -183,4 +219,4 @@ class Provenance(StoreCommand):
             print(self.crate / metadata.name)
 
 
-COMMANDS = (Overlap, Page, Index, Artifacts, Provenance)
+COMMANDS = (Overlap, Page, Index, Leaderboard, Artifacts, Provenance)

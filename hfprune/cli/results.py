@@ -102,6 +102,27 @@ class Collect(WithTexts):
         print(f"{self.output}: {len(metrics)} values of {metrics['key'].nunique()} artifacts")
 
 
+class Headline(WithTexts):
+    """Write and draw the first results: fidelity and perplexity of models before any training."""
+
+    words = ("headline",)
+    examples = ("hfprune headline --output results/default store/measure/*/",)
+    output: TablesAndFigures
+    manifests: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of measure")
+
+    def run(self) -> None:
+        """Write the table and its figure."""
+        from hfprune.reporting.figures import draw_headline
+        from hfprune.reporting.metrics import collect
+        from hfprune.reporting.summary import write_headline
+
+        artifacts = [open_artifact(path, "measure") for path in self.manifests]
+        metrics = collect(artifacts, Store(self.store), self.names())
+        with results(artifacts) as aside:
+            write_headline(metrics, aside.folder(self.output / "tables"))
+            draw_headline(metrics, aside.folder(self.output / "figures"))
+
+
 class Differences(WithTexts):
     """Compare models document by document: confidence intervals, paired differences and their tests."""
 
@@ -287,4 +308,4 @@ class Losses(WithMethods):
         write_and_draw(self.output, "losses", table, draw_losses, models)
 
 
-COMMANDS = (Collect, Differences, Profile, Tables, Figures, Pareto, Compare, Table, Widths, Losses)
+COMMANDS = (Headline, Collect, Differences, Profile, Tables, Figures, Pareto, Compare, Table, Widths, Losses)

@@ -68,7 +68,7 @@ def measure(folder: Path, model: Path, reference: Path, dtype: str, memory: str 
     - `samples.jsonl`: a line for each document with its `doc_id`, the measures' means over its positions, and `loss`;
     - `profile.csv`: means over all documents within bins, see `Profile`.
 
-    The dense model compared with itself gives kl = js = entropy_change = 0 and top1_agreement = top15_jaccard = 1.
+    The dense model compared with itself gives kl = js = entropy_change = 0, and 1 for the other measures.
 
     Returns:
         The model's `parameters`, `flops_per_token` of a forward pass over `PREFILL` tokens, `bytes` of its weights on
@@ -205,8 +205,9 @@ def token_measures(log_p: Tensor, log_q: Tensor) -> dict[str, Tensor]:
         (tokens,) tensors. `kl`: KL(dense || model), nats. `js`: Jensen-Shannon distance, the square root of the
         divergence with logarithms to base 2, from 0 to 1 (as scipy's `jensenshannon` with base 2).
         `top1_agreement`: 1 where both models have the same likeliest token, else 0. `top15_jaccard`: the Jaccard index
-        of the two sets of the 15 likeliest tokens, |A and B| / |A or B|. `entropy_change`: entropy of the model's
-        prediction minus that of the dense model's, nats.
+        of the two sets of the 15 likeliest tokens, |A and B| / |A or B|. `acceptance`: the share of its draft tokens
+        that the dense model accepts in speculative decoding, sum min(p, q) = 1 - the total variation distance.
+        `entropy_change`: entropy of the model's prediction minus that of the dense model's, nats.
     """
     p, q, ratio = log_p.exp(), log_q.exp(), log_q - log_p
     # log(mean / p) = softplus(log(q / p)) - log 2 is exactly 0 where p = q; a difference of logarithms would not be.
@@ -217,6 +218,7 @@ def token_measures(log_p: Tensor, log_q: Tensor) -> dict[str, Tensor]:
         "js": divergence.clamp(min=0).sqrt(),
         "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).float(),
         "top15_jaccard": _jaccard(log_p, log_q),
+        "acceptance": 1 - (p - q).abs().sum(-1) / 2,  # exactly 1 where p = q
         "entropy_change": entropy(log_q) - entropy(log_p),
     }
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,21 +19,25 @@ from transformers import PreTrainedModel
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
 from hfprune.models.context import check_checkpoint
-from hfprune.models.loading import PREFILL, load_model, load_tokenizer
+from hfprune.models.loading import PREFILL, device, load_model, load_tokenizer, weight_bytes
 from hfprune.models.units import read_scores
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.pruning.scoring import TOKENS_PER_BATCH, cost, unit_scores
-from hfprune.runtime.memory import is_offloaded
+from hfprune.runtime.memory import free_bytes, is_offloaded
 from hfprune.store.artifacts import device_name, peak_memory
 from hfprune.store.filenames import SCORES
 from hfprune.store.keys import versions
 
 BATCHES = (1, 8)
+SHARE_OF_WEIGHTS = 0.25  # of the free memory, by their bytes on disk: models may compute in a wider type
 PROMPT = 32  # tokens before the first decoded one
 
 
 def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: int) -> list[dict[str, object]]:
-    """Time checkpoints against each other. All of them are in memory at once.
+    """Time checkpoints against each other.
+
+    All of them are in memory at once if they take little of it; otherwise each is loaded when it is its turn, and runs
+    for one token before it is timed.
 
     Args:
         folders: folders of the checkpoints, by name.
@@ -50,14 +55,23 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
     """
     for folder in folders.values():
         check_checkpoint(folder, {"prefill": PREFILL, f"tokens, after a prompt of {PROMPT},": PROMPT + new_tokens})
-    models = {name: _on_gpu(load_model(folder, dtype), name) for name, folder in folders.items()}
+
+    def load(name: str) -> PreTrainedModel:
+        return _on_gpu(load_model(folders[name], dtype), name)
+
+    if are_held := sum(map(weight_bytes, folders.values())) < free_bytes(device()) * SHARE_OF_WEIGHTS:
+        load = cache(load)
     measurements: dict[tuple[str, str, str], list[float]] = {}
     for number in range(rounds + 1):
-        for name, model in models.items():
+        for name in folders:
+            model = load(name)
+            if not are_held:
+                run_once(model, 1)
             for (task, metric), value in run_once(model, new_tokens).items():
                 if number:
                     measurements.setdefault((name, task, metric), []).append(value)
-    del models, model
+            del model
+    del load
     rows = [(*names, statistics.median(values), rounds) for names, values in measurements.items()]
     with _fresh_process() as pool:
         for name, folder in folders.items():
@@ -75,7 +89,7 @@ def _on_gpu(model: PreTrainedModel, name: str) -> PreTrainedModel:
     if is_offloaded(model):
         raise UserError(
             f"model {name}: not all of its weights have room on the GPUs, so its time would be that of moving them. "
-            "All models that are timed stand there at once: time fewer together, or take more GPUs or larger ones."
+            "Take more GPUs or larger ones."
         )
     return model
 

@@ -331,7 +331,7 @@ class Estimate:
         return Request(round(SPARE * memory), seconds, gpus)
 
     def efficiency(self, new_tokens: int) -> Request:
-        """The request of `hfprune efficiency`, which holds all of the plan's timed models in memory at once."""
+        """The request of `hfprune efficiency`, for room to hold all of the plan's timed models at once."""
         from hfprune.evaluation.timing import BATCHES, PROMPT
 
         models = [self.models.of(job) for job in self.plan.timed]

@@ -233,6 +233,15 @@ class Fidelity(Sampling):
     seed: Seed = 0
 
 
+COMMITTED = ("leaderboard", "published")  # folders of results/ whose files come with the project
+
+
+def _not_committed(name: str) -> str:
+    if name in COMMITTED:
+        raise ValueError(f"results/{name} has files that come with the project; give the experiment another name")
+    return name
+
+
 class Deploy(Section):
     """What `snakemake deploy` compares: every model as GGUF files of these types, beside the dense model in them."""
 
@@ -246,7 +255,9 @@ class Deploy(Section):
 class Experiment(Section):
     """A whole experiment: what a config file contains."""
 
-    experiment: Name = Field(description="name; results go to results/<experiment>")
+    experiment: Annotated[Name, AfterValidator(_not_committed)] = Field(
+        description="name; results go to results/<experiment>"
+    )
     store: UserPath = Field(Path("store"), description="folder of all artifacts; $HFPRUNE_STORE overrides it")
     strict: bool = Field(
         False, description="stop before scoring if calibration or training text overlaps with held-out text or tasks"

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 ROUNDS = 64  # of `with_repair`
+SMALLEST_IMPROVEMENT = 1e-9  # of `swapped`, as a share: less is rounding
+MOST_SWAPPED, MOST_ROUNDS = 100, 20  # of `swapped`: OSSCAR's
 
 
 def one_by_one(matrix: Tensor) -> Tensor:
@@ -62,6 +64,45 @@ def with_repair(inverse: Tensor, weights: Tensor, units: int) -> Tensor:
         weights = weights[:, kept] - weights[:, ~kept] @ shares
         inverse = inverse[kept][:, kept] - inverse[kept][:, ~kept] @ shares
     return _rising(gone)
+
+
+def swapped(gram: Tensor, wanted: Tensor, kept: Tensor) -> tuple[Tensor, int]:
+    """Better columns to keep for a least-squares fit of an output: OSSCAR's local search.
+
+    A round takes out the columns that cost the fit least, and puts back as many, those that then gain most. If the fit
+    is better, the next round starts there; if not, rounds exchange half as many from then on, until none is left.
+
+    Args:
+        gram: (columns, columns) float64, the sum of h h^T, damped so that it can be inverted.
+        wanted: (outputs, columns) float64, the sum of y h^T, y the output to fit.
+        kept: (count,) int64, the columns to start from.
+
+    Returns:
+        (count,) int64 columns, ascending; and the number of rounds.
+    """
+    best, explained = kept, _explained(gram, wanted, kept)
+    count, rounds = min(MOST_SWAPPED, len(kept) - 1, len(gram) - len(kept)), 0
+    while count > 0 and rounds < MOST_ROUNDS:
+        rounds += 1
+        inverse = gram[best][:, best].inverse()
+        costs = (wanted[:, best] @ inverse).square().sum(0) / inverse.diagonal()
+        stays = best[costs.argsort(stable=True)[count:]]
+        is_out = torch.ones(len(gram), dtype=torch.bool, device=gram.device).index_fill_(0, stays, False)
+        out = is_out.nonzero()[:, 0]
+        shares = torch.linalg.solve(gram[stays][:, stays], gram[stays][:, out])
+        left = gram.diagonal()[out] - (gram[stays][:, out] * shares).sum(0)  # of the columns' own variance
+        gains = (wanted[:, out] - wanted[:, stays] @ shares).square().sum(0) / left
+        candidate = torch.cat([stays, out[gains.argsort(descending=True, stable=True)[:count]]])
+        if (value := _explained(gram, wanted, candidate)) > explained * (1 + SMALLEST_IMPROVEMENT):
+            best, explained = candidate, value
+        else:
+            count //= 2
+    return best.sort().values, rounds
+
+
+def _explained(gram: Tensor, wanted: Tensor, kept: Tensor) -> float:
+    """How much of the squared output a fit by these columns explains."""
+    return (torch.linalg.solve(gram[kept][:, kept], wanted[:, kept].T) * wanted[:, kept].T).sum().item()
 
 
 def _rising(gone: Iterable[tuple[int, float]]) -> Tensor:

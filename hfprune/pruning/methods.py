@@ -21,9 +21,9 @@ from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes
 CriterionName = Literal[tuple(CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
-RefitName = Literal["none", "bias", "least_squares", "sequential"]
+RefitName = Literal["none", "bias", "least_squares", "sequential", "local_search"]
 FOLDER = Path(__file__).parent / "presets"
-READ_RIDGE = ("least_squares", "sequential")  # the refits that solve for weights
+READ_RIDGE = ("least_squares", "sequential", "local_search")  # the refits that solve for weights
 DENSE = "dense"  # how results name the model before any cut
 
 
@@ -66,7 +66,7 @@ class MethodRecipe(BaseModel):
         scoring += [f"{backward} backward pass{'es' if backward > 1 else ''}"] if backward else []
         needs = [f"scoring: {' and '.join(scoring)} over the calibration text"]
         if self.refit != "none":
-            times = "2 forward passes" if self.refit == "sequential" else "1 forward pass"
+            times = "2 forward passes" if self.refit in ("sequential", "local_search") else "1 forward pass"
             needs.append(f"refit: {times} over the same text, a layer at a time")
         if ALLOCATIONS[self.allocation].influence:
             needs.append("allocation: 1 forward pass over the same text")

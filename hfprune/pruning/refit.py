@@ -13,6 +13,8 @@ the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + 
   Here y is the residual stream of the dense model after this part, and y' that of the cut model if this part lost
   nothing, so their difference is the error of the layers below. a is `DRIFT`: repairing all of that error would fit
   noise. The output layers of all parts are refitted, also of parts that keep all their units.
+- `local_search`: as `sequential`, but which neurons of an MLP stay is decided anew, starting from those with the best
+  scores: `greedy.swapped` fits W h + a (y - y') with as many neurons (OSSCAR, arXiv 2403.12983).
 - `bias`: h comes from the intact model. The output layer's bias repairs the mean of r (FLAP, arXiv 2312.11983).
 
 Some families norm what a block writes, or multiply it by m, before it is added. The repair is of the output W h all the
@@ -43,12 +45,15 @@ from hfprune.models.run_part import Passed, factor, run_part, written
 from hfprune.models.streamed import device_of, in_memory, is_streamed
 from hfprune.models.units import UNITS, Kept, Part, layers_of, matrix, part_of, parts
 from hfprune.models.walk import enter, entrance, layers_in_turn
+from hfprune.pruning.greedy import swapped
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.scratch import Scratch
 
 TOKENS_PER_BATCH = 4096
 DRIFT = 0.5
+SEQUENTIAL = ("sequential", "local_search")
+SEARCH_RIDGE = 0.01  # of `local_search`, as of criterion `obs`
 SMALLEST_GAIN = 1e-2  # of a norm, as a share of its largest, that drift is carried back through
 
 Stream = list[Tensor]  # batches of hidden states at one place, (batch, length, hidden) each, of all tokens
@@ -68,9 +73,9 @@ def refit(
 
     Args:
         model: the intact model, in memory or streamed.
-        kept: for each part, the int64 indices of the units to keep, per layer.
+        kept: for each part, the int64 indices of the units to keep, per layer. `local_search` replaces those of MLPs.
         tokens: (sequences, length) int64 calibration tokens.
-        method: "bias", "least_squares" or "sequential".
+        method: "bias", "least_squares", "sequential" or "local_search".
         ridge: at least 0; not used by `bias`.
         folder: for hidden states that do not fit into memory; by default the system's temporary folder.
         finished: called with the number of each layer when it is refitted. The weights of a streamed model are in
@@ -90,7 +95,7 @@ def refit(
                 f"refit 'bias': {where} of this {model.config.model_type} model have no bias in the output layer, and "
                 "a plain checkpoint cannot hold one. Use 'least_squares' or 'sequential'."
             )
-    sequential, starved = method == "sequential", set()
+    sequential, starved = method in SEQUENTIAL, set()
     flops = tokens.numel() * flops_per_token(model, tokens.shape[1]) * (1 + sequential)
     layout, config = layout_of(model), model.config
     layers, device = layers_of(model), device_of(model)
@@ -105,7 +110,10 @@ def refit(
                     part = part_of(model, name, number)
                     how = (layout, config, layer, name, streams.arguments[number])
                     units = kept[name][number] if name in kept else torch.arange(part.units)
-                    repair = Repair(part, units, name, number, Space(layout, config, layer, name))
+                    searches = method == "local_search" and name == "mlp" and name in kept
+                    repair = (LocalSearch if searches else Repair)(
+                        part, units, name, number, Space(layout, config, layer, name)
+                    )
                     seen = streams.activations(part) if sequential else []
                     read, dense_read = streams.read_by(name)
                     for i, stored in enumerate(streams.states):
@@ -125,6 +133,8 @@ def refit(
                         repair.shift()
                     elif repair.lossy or sequential:
                         repair.solve(ridge)
+                        if searches:
+                            kept[name][number] = repair.kept.cpu()
                         flops += repair.flops
                         if len(repair.kept) > tokens.numel():
                             starved.add(number)
@@ -330,3 +340,31 @@ class Repair:
 
     def _silence(self) -> None:
         matrix(self.part.output)[:, self.removed] = 0
+
+
+class LocalSearch(Repair):
+    """The refit of an MLP that also chooses which neurons stay. Its sums are over all of them."""
+
+    def __init__(self, part: Part, units: Tensor, *about: Any) -> None:
+        super().__init__(part, torch.arange(part.units), *about)
+        self.start, self.rounds = units.to(part.output.weight.device), 0
+
+    @property
+    def flops(self) -> int:
+        """As of the refit, with the sums over all neurons and, of each round of the search, two systems."""
+        columns, hidden = self.part.units, matrix(self.part.output).shape[0]
+        sums = 2 * self.tokens * (columns - len(self.kept)) * (columns + len(self.kept) + hidden)
+        return super().flops + sums + self.rounds * 4 * len(self.kept) ** 3
+
+    def solve(self, ridge: float) -> None:
+        """Choose, and repair the loss with the weights that stay."""
+        weight, gram = matrix(self.part.output).double(), self.gram
+        wanted = weight @ gram + self.cross
+        damped = gram.clone()
+        damped.diagonal().add_(SEARCH_RIDGE * gram.diagonal().mean())
+        self.kept, self.rounds = swapped(damped, wanted, self.start)
+        is_removed = torch.ones(len(gram), dtype=torch.bool, device=gram.device).index_fill_(0, self.kept, False)
+        self.removed = is_removed.nonzero()[:, 0]
+        self.gram = gram[self.kept][:, self.kept]
+        self.cross = wanted[:, self.kept] - weight[:, self.kept] @ self.gram
+        super().solve(ridge)

@@ -245,6 +245,25 @@ def best_of(rows: pd.DataFrame) -> Hashable:
     return (cost if metric in (*LOWER_IS_BETTER, "entropy_change") else -cost).idxmin()
 
 
+def with_best(estimates: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
+    """Estimates, and which cut models of one size are the best.
+
+    Args:
+        estimates: rows of `Comparison.intervals`.
+        differences: `Comparison.differences` of the same experiment.
+
+    Returns:
+        `estimates` with the columns `best`: the best of its measure and ratio, of several; `tied`: not distinguishable
+        from it.
+    """
+    marked = estimates.assign(best=False, tied=False)
+    for (*_, ratio), rows in marked.groupby([*MEASURE, "ratio"]):
+        if ratio and len(rows) > 1:
+            marked.loc[rows.index, "tied"] = indistinguishable_from_best(rows, differences)
+            marked.loc[best_of(rows), ["best", "tied"]] = True, False
+    return marked
+
+
 def indistinguishable_from_best(rows: pd.DataFrame, differences: pd.DataFrame) -> pd.Series:
     """Which models are not distinguishable from the best of them; the best is one of these.
 

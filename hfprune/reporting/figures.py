@@ -22,7 +22,9 @@ from hfprune.reporting.agreement import KEPT, between_criteria, layers
 from hfprune.reporting.deployment import by_file
 from hfprune.reporting.labels import name_of, spread
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
+from hfprune.reporting.paper_sheets import timed
 from hfprune.reporting.statistics import BESIDE_METHOD, MODEL, estimates, mean_accuracy, varying, with_sizes
+from hfprune.reporting.typeset import NOT_WORSE
 from hfprune.store.artifacts import Artifact
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
@@ -34,6 +36,7 @@ LONG = 18  # characters of a name that leaves a column too little room
 OFFSET = 4  # points between models of one cost
 KL_LINEAR = 0.01  # nats: smaller values of KL stand on a linear axis
 KL_LABEL = "KL(dense || pruned), nats per token"
+FEWEST_RANKED = 3  # models, below which a rank correlation says nothing
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
 STYLE = {
     "figure.dpi": 100,
@@ -54,11 +57,18 @@ NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def draw(metrics: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw KL and, if tasks were evaluated, accuracy into `folder`; the files' paths."""
+    """Draw KL and, of what was measured, accuracy and KL before and after training into `folder`; the files' paths."""
     figures = {"kl": lambda: kl(metrics)}
+    if len(before_and_after(metrics).groupby("recovery").filter(lambda cuts: len(cuts) >= FEWEST_RANKED)):
+        figures["before_after"] = lambda: after_against_before(metrics)
     if (metrics["group"] == "task").any():
         figures["accuracy"] = lambda: accuracy(metrics)
     return _save(figures, folder)
+
+
+def draw_headline(metrics: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw KL of models before any training into `folder`; the files' paths."""
+    return _save({"headline": lambda: kl(metrics)}, folder)
 
 
 def draw_scores(scores: list[Artifact], agreements: pd.DataFrame, folder: Path) -> list[Path]:
@@ -75,6 +85,11 @@ def draw_scores(scores: list[Artifact], agreements: pd.DataFrame, folder: Path) 
 def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw quality against speed and cost into `folder`; the files' paths."""
     return _save({"pareto": lambda: pareto(metrics, timings)}, folder)
+
+
+def draw_leaderboard(board: pd.DataFrame, speed: str, distance: str, folder: Path) -> list[Path]:
+    """Draw a `leaderboard.board` into `folder`; the files' paths. Arguments: see `leaderboard`."""
+    return _save({"leaderboard": lambda: leaderboard(board, speed, distance)}, folder)
 
 
 def draw_widths(widths: pd.DataFrame, folder: Path) -> list[Path]:
@@ -111,7 +126,7 @@ def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
 
 
 def accuracy(metrics: pd.DataFrame) -> Figure:
-    """Zero-shot accuracy against the share of parameters removed: every task, and their mean."""
+    """Zero-shot accuracy against the share of parameters removed: every task and, of several, their mean."""
     headlines = headline(metrics)
     names = list(dict.fromkeys(headlines["task"]))
     if not names:
@@ -120,9 +135,9 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
         axis.text(0.5, 0.5, "No task has an accuracy.", ha="center")
         return figure
     tasks = with_sizes(estimates(headlines), headlines)
-    panels = {"Mean of tasks": with_sizes(mean_accuracy(headlines), headlines)} | {
-        TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names
-    }
+    panels = {TASK_TITLES.get(name, name): tasks[tasks["task"] == name] for name in names}
+    if len(panels) > 1:
+        panels = {"Mean of tasks": with_sizes(mean_accuracy(headlines), headlines)} | panels
     if (ratio := _one_size(tasks)) is not None:
         return _ranked_tasks(panels, ratio)
     columns = min(3, len(panels))
@@ -433,6 +448,47 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
     return figure
 
 
+def before_and_after(metrics: pd.DataFrame) -> pd.DataFrame:
+    """KL on the headline text of every cut model that was also trained, before and after.
+
+    Args:
+        metrics: rows of metrics.csv.
+
+    Returns:
+        Columns of `MODEL`, those of the trained model; `before`, `after`.
+    """
+    heldout = on_headline_text(metrics)
+    kl = estimates(heldout[(heldout["metric"] == "kl") & (heldout["method"] != DENSE)])
+    cut = [name for name in MODEL if name not in ("stage", "recovery")]
+    before, after = (kl[kl["stage"] == stage] for stage in ("pruned", "recovered"))
+    before = before[before["recovery"] == "none"].rename(columns={"value": "before"})[[*cut, "before"]]
+    return after.rename(columns={"value": "after"})[[*MODEL, "after"]].merge(before, on=cut)
+
+
+def after_against_before(metrics: pd.DataFrame) -> Figure:
+    """Does KL before training predict KL after it? A point for each cut model, a look for each training.
+
+    The legend has Spearman's rank correlation between the cuts of each training. On the diagonal training changed
+    nothing.
+    """
+    pairs = before_and_after(metrics)
+    figure, axis = plt.subplots(figsize=(COLUMN, COLUMN), layout="constrained")
+    for number, (recovery, cuts) in enumerate(pairs.groupby("recovery", sort=False)):
+        label = recovery
+        if len(cuts) >= FEWEST_RANKED:
+            label += f": rank correlation {spearmanr(cuts['before'], cuts['after']).statistic:.2f}, {len(cuts)} models"
+        look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+        axis.plot("before", "after", data=cuts, ls="", markersize=5, label=label, **look)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    ends = [pairs[["before", "after"]].min(axis=None), pairs[["before", "after"]].max(axis=None)]
+    axis.plot(ends, ends, color="0.5", ls="--", lw=0.8, zorder=0)
+    axis.set_xlabel("KL before training, nats per token")
+    axis.set_ylabel("KL after it, nats per token")
+    figure.legend(frameon=False, fontsize=7, loc="outside lower center")
+    return figure
+
+
 def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     """Quality against speed and against the cost of making a model: mean accuracy, or KL if there are no tasks.
 
@@ -454,7 +510,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     flops = pd.MultiIndex.from_frame(quality[MODEL]).map(operations(metrics).groupby(MODEL, dropna=False).mean())
     flops = flops.to_series(quality.index).astype(float).mask(quality["stage"] == "dense", 0.0)  # nothing was made
     panels = {
-        f"Prefill of {tokens} tokens (ms)": ("timed", 1e3 * prefill_seconds(quality, prefill)),
+        f"Prefill of {tokens} tokens (ms)": ("timed", 1e3 * timed(quality, prefill)),
         "Scoring, cutting and training (TFLOP)": ("counted", flops / 1e12),
     }
     differing, sizes = varying(quality), quality[quality["method"] != DENSE]["ratio"]
@@ -526,25 +582,52 @@ def deployment(files: pd.DataFrame) -> Figure:
     return figure
 
 
-def prefill_seconds(models: pd.DataFrame, timings: pd.DataFrame) -> pd.Series:
-    """The time of each model, or of a timed one of the same shape; NaN if there is none.
+def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
+    """Distance from the dense model against speed, a panel for each size; the models' names stand right of the points.
 
-    One model is timed for each cut. Of the same shape are models trained after that cut and, if all layers have one
-    width, models that other criteria cut to as many parameters.
+    The title of a panel names the models of a shape that was not timed.
 
     Args:
-        models: columns of `MODEL`, `parameters`.
-        timings: rows of `prefill_seconds`.
-
-    Returns:
-        Seconds, with the index of `models`.
+        board: columns `name`, `ratio`, `structure`, `allocation`, `speed`, `distance`, `best` and `tied`; the rows of
+            one size sorted.
+        speed, distance: the columns, which are also the titles of the axes.
     """
-    own = timings.groupby(MODEL)["value"].mean()
-    seconds = pd.MultiIndex.from_frame(models[MODEL]).map(own).to_series(models.index).astype(float)
-    shape = models[["model", "structure", "allocation", "ratio", "parent", "parameters"]].assign(
-        criterion=models["criterion"].where(models["allocation"] != "uniform", "")
+    cut = board[board["ratio"] > 0]
+    sizes = list(cut.groupby("ratio"))
+    height = max(2.5, 0.12 * max((len(rows) for _, rows in sizes), default=1) + 0.7)
+    figure, axes = plt.subplots(
+        len(sizes), 1, figsize=(COLUMN + 1, height * len(sizes)), squeeze=False, layout="constrained"
     )
-    return seconds.fillna(seconds.groupby([shape[name] for name in shape]).transform("mean"))
+    for axis, (ratio, rows) in zip(axes.flat, sizes, strict=True):
+        known = rows[rows[speed].notna()]
+        stock = (known["structure"] == "mlp") & (known["allocation"] == "uniform")
+        for color, group, label in ((COLORS[0], stock, "stock class"), (COLORS[1], ~stock, "widths per layer")):
+            axis.plot(speed, distance, "o", data=known[group], color=color, markersize=4, label=label)
+        axis.set_yscale("log")
+        axis.margins(0.08)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        low, high = np.log(axis.get_ylim())
+        gap = 8 / (72 * (height - 0.7))  # a line of text, as a share of the axis
+        for (_, row), place in zip(
+            known.iterrows(), spread([(y - low) / (high - low) for y in np.log(known[distance])], gap), strict=True
+        ):
+            mark = "*" if row["best"] else NOT_WORSE if row["tied"] else ""
+            line = {"arrowstyle": "-", "lw": 0.3, "color": "0.6"}
+            axis.annotate(
+                f"{row['name']} {mark}", (row[speed], row[distance]), (1.06, place), textcoords="axes fraction",
+                fontsize=6, va="center", annotation_clip=False, arrowprops=line,
+            )  # fmt: skip
+        title = f"{ratio:.0%} of all parameters removed"
+        if len(known) < len(rows):
+            title = fill(f"{title}; not timed: {'; '.join(rows[rows[speed].isna()]['name'])}", 60)
+        axis.set_title(title, loc="left")
+    axes[-1, 0].set_xlabel(speed)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=7, loc="outside lower center", ncols=2)
+    figure.supylabel(f"{distance}, nats per token")
+    return figure
 
 
 def agreement(agreements: pd.DataFrame) -> Figure:

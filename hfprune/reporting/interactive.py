@@ -66,6 +66,17 @@ def rows(models: pd.DataFrame, x: str, reference: float | None = None) -> dict[s
     return _finished(alt.layer(*marks).properties(width="container", height=alt.Step(STEP)))
 
 
+def points(models: pd.DataFrame, x: str, y: str, size: str) -> dict[str, Any]:
+    """A point for each model, of a colour for each `size`, on a logarithmic axis; the mouse tells the name."""
+    chart = alt.Chart(models).mark_circle(size=70, opacity=0.9).encode(
+        alt.X(f"{_field(x)}:Q", title=x, scale=alt.Scale(zero=False)),
+        alt.Y(f"{_field(y)}:Q", title=y, scale=alt.Scale(type="log")),
+        color=alt.Color(f"{_field(size)}:N", scale=alt.Scale(range=COLORS), legend=alt.Legend(orient="bottom")),
+        tooltip=[_value("name"), _value(size), _value(x), *_tooltip([], y)],
+    )  # fmt: skip
+    return _finished(chart.properties(width="container", height=400))
+
+
 def curves(points: pd.DataFrame, x: str, y: str, zero: bool = True) -> dict[str, Any]:
     """Many points on a line for each `name`, told apart by a legend."""
     names = list(dict.fromkeys(points["name"]))

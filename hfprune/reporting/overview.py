@@ -17,6 +17,7 @@ from markupsafe import Markup
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting import interactive
 from hfprune.reporting.labels import name_of
+from hfprune.reporting.leaderboard import PREFILL, SPEED_AND_COST, first_kl
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text
 from hfprune.reporting.statistics import MODEL, note, varying
 from hfprune.reporting.summary import COST_NOTE, DIGITS, PARAMETERS, REMOVED, SCALES, cost, summary
@@ -25,6 +26,7 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 KL, MEAN = "KL (nats/token)", "Mean"
 ACCURACY_CHANGE = "Change of mean accuracy (points)"
 MEASURES = {"kl": KL, "perplexity": "Perplexity", "top1_agreement": "Top-1 agreement", "accuracy": "Mean accuracy (%)"}
+SIZE = "Ratio (%)"
 MEASURES_FIRST = (KL, "Perplexity", "Top-1 agreement")  # of the columns of the models' table
 LOSSES = {"cross_entropy": "Cross-entropy (nats/token)", "distillation": "KL (nats/token)"}
 
@@ -40,6 +42,7 @@ class Results:
         manifests: of all artifacts behind the results, each after its inputs.
         differences, widths, overlap: the tables of these names.
         losses: the table of that name; None if nothing was trained.
+        board: see `leaderboard.board`; if it is there, the page shows it in the place of the models' table.
     """
 
     metrics: pd.DataFrame
@@ -50,6 +53,7 @@ class Results:
     widths: pd.DataFrame
     overlap: pd.DataFrame
     losses: pd.DataFrame | None = None
+    board: pd.DataFrame | None = None
 
 
 def overview(results: Results) -> str:
@@ -65,7 +69,8 @@ def overview(results: Results) -> str:
         title=f"{results.config['experiment']}: what pruning costs {models['model'].iloc[0]}",
         introduction=list(_introduction(results, models)),
         findings=list(_findings(results, models)),
-        models=_models_table(models),
+        models=_models_table(models) if results.board is None else _board_table(results.board, models),
+        is_board=results.board is not None,
         note=note(models).removesuffix(" The csv has both ends."),
         differences=_differences_table(results, models),
         compared=len(_compared(results)),
@@ -120,7 +125,9 @@ def _introduction(results: Results, models: pd.DataFrame) -> Iterator[str]:
     yield f"{words}; accuracy is zero-shot on {_listed(tasks)}, {documents}." if tasks else f"{words}."
     trained = sorted(set(models["recovery"]) - {"none"})
     if trained:
-        yield f"Some were trained after the cut: {_listed(trained)}. The dense model, trained alike, is the control."
+        is_control = (models["method"] == DENSE) & (models["recovery"] != "none")
+        control = " The dense model, trained alike, is the control." if is_control.any() else ""
+        yield f"Some were trained after the cut: {_listed(trained)}.{control}"
 
 
 def _findings(results: Results, models: pd.DataFrame) -> Iterator[str]:
@@ -208,9 +215,16 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
         kl = interactive.lines(cut[columns], REMOVED, KL)
     else:
         kl = interactive.rows(cut.sort_values(KL)[columns], KL, 0)
+    if (board := results.board) is not None:
+        timed = board[(board["method"] != DENSE) & board[PREFILL].notna()]
+        distance = first_kl(board)
+        columns = [*_with_ends(distance), PREFILL]
+        points = timed[["name", *columns]].assign(**{SIZE: 100 * timed["ratio"]})
+        caption = "Lower, and further left, is better. Models of one shape share a time."
+        add("speed", "Distance against latency", caption, interactive.points(points, PREFILL, distance, SIZE))
     finding = kl_finding(models)
     add("kl", "Distance from the dense model", f"{finding} Lower is better; bars are 95 % intervals.", kl)
-    if MEAN in models and len(changes := _from_dense(results, models)):
+    if MEAN in models and (changes := _from_dense(results, models))["distinguishable"].any():  # else it shows nothing
         caption = f"{accuracy_finding(changes)} The same documents were asked of both models; bars are 95 % intervals."
         spec = interactive.rows(changes[["name", *_with_ends(ACCURACY_CHANGE)]], ACCURACY_CHANGE, 0)
         add("accuracy", "Accuracy against the dense model", caption, spec)
@@ -274,6 +288,20 @@ def _models_table(models: pd.DataFrame) -> Table:
             cells.append(_number(*model[_with_ends(column)], DIGITS.get(column, 1), f"#model-{place}"))
         rows.append(cells)
     return Table(["Model", REMOVED, PARAMETERS, *values], rows)
+
+
+def _board_table(board: pd.DataFrame, models: pd.DataFrame) -> Table:
+    places = {tuple(model[MODEL]): place for place, (_, model) in enumerate(models.iterrows())}
+    measured = [column for column in board if f"{column} low" in board]
+    rows = []
+    for _, model in board.iterrows():
+        link = f"#model-{places[tuple(model[MODEL])]}"
+        cells = [_text(model["name"], link), _number(100 * model["ratio"], float("nan"), 0, 0)]
+        cells += [_number(*model[_with_ends(column)], DIGITS.get(column, 3), link) for column in measured]
+        cells += [_number(model[column], float("nan"), 0, digits) for column, digits in SPEED_AND_COST.items()]
+        mark = "best" if model["best"] else "not distinguishable" if model["tied"] else ""
+        rows.append([*cells, _text(mark)])
+    return Table(["Model", SIZE, *measured, *SPEED_AND_COST, "Of its size"], rows)
 
 
 def _cost_table(metrics: pd.DataFrame, models: pd.DataFrame) -> Table:

@@ -7,13 +7,11 @@ import pandas as pd
 
 from hfprune.errors import UserError
 from hfprune.reporting import statistics
-from hfprune.reporting.comparison import Comparison, best_of, indistinguishable_from_best
+from hfprune.reporting.comparison import Comparison, with_best
 from hfprune.reporting.metrics import TASK_TITLES, headline, read_metrics
 from hfprune.reporting.paper_tables import FILE_TABLES, MEAN, TABLES, Column, Setting, compared
-from hfprune.reporting.statistics import MEASURE, MODEL, mean_accuracy, note, varying
-from hfprune.reporting.typeset import NOT_WORSE, Cell, Row, Sheet
-
-BEST = f"Bold: the best of its size; {NOT_WORSE}: not distinguishable from it (5 %, Holm)."
+from hfprune.reporting.statistics import MODEL, mean_accuracy, note, varying
+from hfprune.reporting.typeset import BEST, Cell, Row, Sheet
 
 
 def select(name: str, samples: pd.DataFrame) -> pd.DataFrame:
@@ -48,12 +46,7 @@ def estimates(samples: pd.DataFrame) -> pd.DataFrame:
         `value`, `low`, `high`; `best`: the best pruned model of its ratio; `tied`: not distinguishable from the best.
     """
     comparison = Comparison(samples)
-    intervals, differences = comparison.intervals(), comparison.differences()
-    intervals["best"] = intervals["tied"] = False
-    for (*_, ratio), rows in intervals.groupby([*MEASURE, "ratio"]):
-        if ratio and len(rows) > 1:
-            intervals.loc[rows.index, "tied"] = indistinguishable_from_best(rows, differences)
-            intervals.loc[best_of(rows), ["best", "tied"]] = True, False
+    intervals = with_best(comparison.intervals(), comparison.differences())
     is_task, task = intervals["group"] == "task", intervals["task"]
     return intervals.assign(text=task.mask(is_task, ""), metric=intervals["metric"].mask(is_task, task))
 
@@ -236,6 +229,27 @@ def read_timings(sources: Sequence[Path]) -> pd.DataFrame:
         UserError: it is not one.
     """
     return _read(sources, ["key", *MODEL, "task", "metric", "value", "n", "device", "threads", "versions", "dtype"])
+
+
+def timed(models: pd.DataFrame, timings: pd.DataFrame) -> pd.Series:
+    """What was timed of each model, or else of one of the same shape; NaN if there is none.
+
+    One model is timed for each cut. Of the same shape are models trained after that cut and, if all layers have one
+    width, models that other criteria cut to as many parameters.
+
+    Args:
+        models: columns of `MODEL`, `parameters`.
+        timings: rows of one task of `read_timings`.
+
+    Returns:
+        Their values, with the index of `models`.
+    """
+    own = timings.groupby(MODEL)["value"].mean()
+    values = pd.MultiIndex.from_frame(models[MODEL]).map(own).to_series(models.index).astype(float)
+    shape = models[["model", "structure", "allocation", "ratio", "parent", "parameters"]].assign(
+        criterion=models["criterion"].where(models["allocation"] != "uniform", "")
+    )
+    return values.fillna(values.groupby([shape[name] for name in shape]).transform("mean"))
 
 
 def scoring_sheet(sources: Sequence[Path], published: Path) -> Sheet:

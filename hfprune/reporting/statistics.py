@@ -20,7 +20,7 @@ MEASURE = ["group", "task", "metric"]
 
 LEVEL = 0.95
 BESIDE_METHOD = ["recovery", "parent"]  # columns that a method's name does not tell
-RANGES = {"kl": (0, np.inf), "js": (0, 1), "top1_agreement": (0, 1), "top15_jaccard": (0, 1)}
+RANGES = {"kl": (0, np.inf), "js": (0, 1), "top1_agreement": (0, 1), "top15_jaccard": (0, 1), "acceptance": (0, 1)}
 SMALLEST_P = 1e-100
 HALVINGS = 45  # of log(SMALLEST_P): p-values to eleven digits
 

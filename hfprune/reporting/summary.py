@@ -18,6 +18,11 @@ COST_NOTE = (
 )
 
 
+def write_headline(metrics: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write the summary of models before any training as `headline`.csv, .md and .tex into `folder`; their paths."""
+    return _sheet("The models before any training.", summary(metrics)).write(folder, "headline")
+
+
 def write_tables(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     """Write `summary` and `cost`, each as csv (full precision), md and tex, into `folder`; their paths."""
     sheets = {

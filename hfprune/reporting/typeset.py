@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 NOT_WORSE = "≈"  # after a value that cannot be told from the best one
+BEST = f"Bold: the best of its size; {NOT_WORSE}: not distinguishable from it (5 %, Holm)."
 MARKDOWN = re.compile(r"[\\`*|<\[]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is only that
 
 

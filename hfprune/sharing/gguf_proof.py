@@ -21,8 +21,8 @@ TEXTS = (
 )
 COMPARED = 5  # of llama.cpp's likeliest tokens
 ASKED = 20  # of llama.cpp's likeliest tokens: the checkpoint's likeliest has to be among them
-# Largest difference of a log-probability, in nats, beside `SUM_ERROR`. A wrong file is off by several. With f32 only the
-# order of sums differs, with the others weights round.
+# Largest difference of a log-probability, in nats, beside `SUM_ERROR`. A wrong file is off by several. With f32 only
+# the order of sums differs, with the others weights round.
 TOLERANCES = {"f32": 1e-4, "f16": 0.05, "bf16": 0.5, "q8_0": 1.0}
 # llama.cpp's server adds up the probabilities of the vocabulary one by one in float32, so that all log-probabilities
 # after a prompt are off by the same amount (0.0002 nats with 49,152 tokens).

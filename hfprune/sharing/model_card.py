@@ -22,6 +22,7 @@ TITLES = {
     "js": "Jensen-Shannon distance from the dense model",
     "top1_agreement": "Same likeliest token as the dense model",
     "top15_jaccard": "Overlap of the 15 likeliest tokens with the dense model's",
+    "acceptance": "Draft tokens that the dense model accepts in speculative decoding",
     "entropy_change": "Entropy of the predictions minus the dense model's, nats",
 }
 

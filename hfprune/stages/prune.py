@@ -29,7 +29,7 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
-RefitName = Literal["none", "bias", "least_squares", "sequential"]
+RefitName = Literal["none", "bias", "least_squares", "sequential", "local_search"]
 # A command line's numbers are words, which a Literal does not take.
 RoundTo = Annotated[
     Literal[STEPS],
@@ -114,7 +114,7 @@ class PruneParameters(Cut, Parameters):
     def read(self) -> dict[str, Any]:
         """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
         unread = NOT_IN_RESULT | ({"ratio_of"} if self.ratio is None else set())
-        unread |= set() if self.refit in ("least_squares", "sequential") else {"ridge"}
+        unread |= set() if self.refit in ("least_squares", "sequential", "local_search") else {"ridge"}
         return self.model_dump(exclude=unread, exclude_none=True)
 
     def options(self) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _cost(job: Any, estimate: Any) -> Any:
         flops += tokens * flops_per_token(dense, calibration.length)
         streams = tokens * dense.config.hidden_size
     if job.settings.refit != "none":
-        sequential = job.settings.refit == "sequential"
+        sequential = job.settings.refit in refit.SEQUENTIAL
         flops += tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
         kept = estimate.models.kept(job)
         for name in PARTS:
@@ -190,7 +190,8 @@ def _cost(job: Any, estimate: Any) -> Any:
                     flops += repair.flops
         width, hidden = max(part.units for part in parts(dense, "mlp")), dense.config.hidden_size
         streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
-        memory += 3 * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
+        matrices = 8 if job.settings.refit == "local_search" else 3
+        memory += matrices * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
     if streamed:
         scratch = streams * dense.dtype.itemsize
     else:

@@ -17,6 +17,7 @@ from typing import Any
 PACKAGE = Path(__file__).parents[1]
 DECLARATIONS = ("Field", "Input", "Stage")  # calls whose arguments `HELP` are only for people
 HELP = ("description", "examples")
+IMPORTERS = ("import_module", "__import__")
 OUTSIDE_KEY = "outside_key"  # a decorator, see `stages.declaration`
 LIBRARIES = (
     "torch", "transformers", "safetensors", "gguf", "huggingface_hub", "datasets", "lm_eval", "peft", "numpy",
@@ -58,11 +59,9 @@ def code_digest(module: str) -> str:
         name = pending.pop()
         if name in code:
             continue
-        tree = ast.parse(_module_file(name).read_text(encoding="utf-8"))
-        _strip(tree)
-        code[name] = ast.unparse(tree)
+        code[name], imports = _parsed(_module_file(name).read_text(encoding="utf-8"))
         if name != PACKAGE.name:
-            pending += _package_imports(name, tree)
+            pending += _package_imports(name, imports)
     return sha256(canonical(code))
 
 
@@ -83,6 +82,19 @@ def _module_file(name: str) -> Path:
     raise UnresolvedImportError(f"{name}: no such module in {PACKAGE}")
 
 
+@functools.cache  # most stages run most modules, and every start of Snakemake asks for all of them
+def _parsed(text: str) -> tuple[str, list[ast.AST]]:
+    """What a module's text runs, see `code_digest`; and its imports: statements, and calls that import."""
+    tree = ast.parse(text)
+    _strip(tree)
+    imports = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.Call) and _called(node) in IMPORTERS)
+    ]
+    return ast.unparse(tree), imports
+
+
 def _strip(tree: ast.Module) -> None:
     """Remove all that no artifact's content depends on."""
     for node in ast.walk(tree):
@@ -91,8 +103,13 @@ def _strip(tree: ast.Module) -> None:
             node.body = node.body[1:] or [ast.Pass()]
         if isinstance(node, ast.Module):
             node.body = [statement for statement in node.body if not _is_outside_key(statement)]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in DECLARATIONS:
+        elif isinstance(node, ast.Call) and _called(node) in DECLARATIONS:
             node.keywords = [keyword for keyword in node.keywords if keyword.arg not in HELP]
+
+
+def _called(call: ast.Call) -> str:
+    """The last word of the name that is called; empty if it is no name."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
 def _is_outside_key(node: ast.stmt) -> bool:
@@ -100,10 +117,10 @@ def _is_outside_key(node: ast.stmt) -> bool:
     return any(isinstance(decorator, ast.Name) and decorator.id == OUTSIDE_KEY for decorator in decorators)
 
 
-def _package_imports(module: str, tree: ast.Module) -> list[str]:
+def _package_imports(module: str, imports: list[ast.AST]) -> list[str]:
     """The package's modules that a module imports, and the packages around them."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in imports:
         for name in _imported(module, node):
             parts = name.split(".")
             names.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
@@ -111,7 +128,7 @@ def _package_imports(module: str, tree: ast.Module) -> list[str]:
 
 
 def _imported(module: str, node: ast.AST) -> Iterator[str]:
-    """The package's modules that one statement or call names."""
+    """The package's modules that one of the imports of `_parsed` names."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names if _is_ours(alias.name))
     elif isinstance(node, ast.ImportFrom):
@@ -119,19 +136,17 @@ def _imported(module: str, node: ast.AST) -> Iterator[str]:
         if _is_ours(source):
             yield from (_member(module, source, alias.name) for alias in node.names)
     elif isinstance(node, ast.Call):
-        function = ast.unparse(node.func).rpartition(".")[2]
-        if function in ("import_module", "__import__"):
-            argument = node.args[0] if node.args else None
-            if modules := _package_modules(argument):
-                yield from modules
-                return
-            if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
-                raise UnresolvedImportError(
-                    f"{module}, line {node.lineno}: {ast.unparse(node)}: only running it tells what it imports; "
-                    "write an import statement."
-                )
-            if _is_ours(argument.value):
-                yield argument.value
+        argument = node.args[0] if node.args else None
+        if modules := _package_modules(argument):
+            yield from modules
+            return
+        if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
+            raise UnresolvedImportError(
+                f"{module}, line {node.lineno}: {ast.unparse(node)}: only running it tells what it imports; "
+                "write an import statement."
+            )
+        if _is_ours(argument.value):
+            yield argument.value
 
 
 def _package_modules(argument: ast.expr | None) -> list[str]:
@@ -172,15 +187,16 @@ def _member(module: str, source: str, name: str) -> str:
             pass
         else:
             return f"{source}.{name}"
-    if source == PACKAGE.name or (name != "*" and name not in _defined(file)):
+    if source == PACKAGE.name or (name != "*" and name not in _defined(file.read_text(encoding="utf-8"))):
         raise UnresolvedImportError(f"{module}: from {source} import {name}: {file} defines no such name")
     return source
 
 
-def _defined(file: Path) -> set[str]:
-    """The names that a module defines or imports at its top level."""
+@functools.cache
+def _defined(text: str) -> set[str]:
+    """The names that a module's text defines or imports at its top level."""
     names: set[str] = set()
-    pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    pending: list[ast.AST] = [ast.parse(text)]
     while pending:
         for node in ast.iter_child_nodes(pending.pop()):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -165,6 +166,18 @@ def drawn_of_scores(experiment):
     several = len(experiment.criteria) * len(experiment.calibration.seeds) > 1
     pair = {"entropy", "cross_entropy"} <= set(experiment.criteria)
     return ["importance", *(["agreement"] if several else []), *(["entropy_cross_entropy"] if pair else [])]
+
+
+def drawn_of_models(experiment):
+    """Names of the figures of an experiment's models: with three cuts trained alike, also KL before and after it."""
+    both = [names for names in experiment.cuts().values() if "none" in names]
+    trained_alike = Counter(name for names in both for name in names if name != "none")
+    tasks = bool(experiment.evaluation.tasks)
+    return [
+        "kl",
+        *(["accuracy"] if tasks else []),
+        *(["before_after"] if max(trained_alike.values(), default=0) > 2 else []),
+    ]
 
 
 def written(table):

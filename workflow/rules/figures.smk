@@ -1,6 +1,33 @@
 # Tables and figures are cheap, so the store does not keep them: they follow the artifacts and the drawing code.
 MEASURED = results_of(plan.models, "measure")
 EVALUATED = results_of(plan.models, "measure", "evaluate")
+UNTRAINED = [model for model in plan.models if model.recovery == "none"]  # the dense model is one
+FIRST = results_of(UNTRAINED, "measure")
+
+
+rule headline:
+    """Write and draw fidelity and perplexity of the models before any training: the first results of a run."""
+    input:
+        missing(plan.described(FIRST)),
+        VERDICT,
+    output:
+        written("headline"),
+        drawn("headline"),
+    log:
+        LOGS / "headline.log",
+    priority: 45
+    conda:
+        ENVIRONMENT
+    params:
+        results=manifests(FIRST),
+        folder=RESULTS,
+        store=STORE,
+        names=[*METHODS, *HELDOUT],
+        code=[code_digest(f"hfprune.reporting.{module}") for module in ("metrics", "summary", "figures")],
+    message:
+        "write the first results: fidelity before any training"
+    shell:
+        "python -m hfprune headline --store {params.store:q} {params.names:q} --output {params.folder:q} {params.results:q} > {log:q} 2>&1"
 
 
 rule collect:
@@ -45,11 +72,11 @@ rule tables:
 
 
 rule figures:
-    """Draw accuracy and KL divergence against the ratio."""
+    """Draw accuracy and KL divergence against the ratio, and KL before and after training."""
     input:
         rules.collect.output,
     output:
-        drawn("kl", *(["accuracy"] if plan.experiment.evaluation.tasks else [])),
+        drawn(*drawn_of_models(plan.experiment)),
     log:
         LOGS / "figures.log",
     conda:

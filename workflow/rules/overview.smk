@@ -1,4 +1,4 @@
-# The overview page: results/<experiment>/index.html.
+# The overview page, results/<experiment>/index.html; and the leaderboard, which is the same page with timings.
 PAGE = Path(experiments.__file__).parents[1] / "reporting" / "overview.html"
 
 
@@ -43,3 +43,29 @@ rule index:
     shell:
         "python -m hfprune index --results {params.folder:q} --config /dev/stdin --output {output:q}"
         " {params.artifacts:q} <<< {params.experiment:q} > {log:q} 2>&1"
+
+
+# Timings take the machine for themselves, so this is not part of `all`.
+rule leaderboard:
+    """Rank all models by fidelity, beside speed and cost: a table, a figure, and a page that needs no other file."""
+    input:
+        rules.index.input,
+        timings=rules.efficiency.output[0],
+    output:
+        page=RESULTS / "leaderboard.html",
+        files=[*written("leaderboard"), *drawn("leaderboard")],
+    log:
+        LOGS / "leaderboard.log",
+    localrule: True
+    conda:
+        ENVIRONMENT
+    params:
+        folder=RESULTS,
+        experiment=whole_config,
+        artifacts=rules.index.params.artifacts,
+        code=[*rules.index.params.code, code_digest("hfprune.reporting.figures")],
+    message:
+        "write the leaderboard"
+    shell:
+        "python -m hfprune leaderboard --results {params.folder:q} --timings {input.timings:q} --config /dev/stdin"
+        " --output {params.folder:q} {params.artifacts:q} <<< {params.experiment:q} > {log:q} 2>&1"

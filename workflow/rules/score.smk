@@ -8,7 +8,7 @@ rule score:
         LOGS / "score" / "{key}.log",
     wildcard_constraints:
         key=last("score"),
-    priority: 50  # many jobs wait for it
+    priority: 60  # most jobs wait for it
     conda:
         ENVIRONMENT
     threads: 16
