@@ -20,7 +20,10 @@ from hfprune.reporting.statistics import MODEL
 from hfprune.sharing import quantizer
 from hfprune.sharing.gguf_measures import fidelity, output_head, speeds
 from hfprune.store.filenames import RESULTS
+from tests.checkouts import Checkout
 from tests.test_estimate import estimate, make
+
+WRITTEN = {"types": ["f32", "f16", "q8_0"], "samples": 2}
 
 
 def asked(experiment, store, **deploy) -> Plan:
@@ -31,7 +34,7 @@ def asked(experiment, store, **deploy) -> Plan:
 @pytest.fixture(scope="module")
 def made(experiment, tmp_path_factory):
     """A plan whose GGUF files and dense predictions are in the store; by stage and type the folders and files."""
-    plan = asked(experiment, tmp_path_factory.mktemp("deploy") / "store", types=["f32", "f16", "q8_0"], samples=2)
+    plan = asked(experiment, tmp_path_factory.mktemp("deploy") / "store", **WRITTEN)
     files = {}
     # Other tests are of the proofs, which take a process each. Stages switch the hub off for their process.
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
@@ -139,6 +142,12 @@ def test_k_quants_without_a_quantizer_are_left_out_with_the_command(made, measur
     assert table.notes[-1].startswith("Left out, for want of llama.cpp's quantizer on the PATH: Q4_K_M.")
 
 
+def test_types_without_a_file_are_refused(made, measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert run_files(made[0], tmp_path / "deploy.csv", "q4_k_m") == 2
+    assert "--types q4_k_m: --gguf has no file of a type that can be had here." in capsys.readouterr().err
+
+
 def files_of(values) -> pd.DataFrame:
     """The csv's rows for (method, ratio, type) -> (MB, KL, decode tokens/s)."""
     rows = []
@@ -220,6 +229,16 @@ def test_the_plan_has_the_first_seeds_models_and_the_files_that_k_quants_are_mad
     assert not {job.key for job in plan.files} & {job.key for job in plan.needed}, "not part of `all`"
     without = Plan(parse(Experiment, experiment | {"store": str(tmp_path)}, "test"))
     assert not without.files and not without.jobs["gguf"]
+
+
+def test_the_target_measures_the_files_and_draws(made, experiment, tmp_path):
+    plan, _, _ = made
+    checkout = Checkout(tmp_path / "checkout", plan.store.root)
+    whole = experiment | {"ratios": [0.2], "deploy": WRITTEN}
+    assert checkout.planned(whole, "deploy") == {"files": 1, "deploy": 1}
+    more = whole | {"deploy": WRITTEN | {"types": ["bf16"]}}
+    assert checkout.planned(more, "deploy") == {"gguf": 2, "files": 1, "deploy": 1}
+    assert "the config names no types of files: add `deploy: " in checkout.snakemake(experiment, "deploy", status=1)
 
 
 def test_files_are_estimated_as_large_as_they_are_and_measured_on_the_cpu(made):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from hfprune.cli.commands import Command, Count
-from hfprune.cli.results import TablesAndFigures, WithMethods, results
+from hfprune.cli.results import TablesAndFigures, WithTexts, results
+from hfprune.errors import UserError
 from hfprune.sharing import quantizer
 from hfprune.stages.run import open_artifact
 from hfprune.store.artifacts import Artifact, Store
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # a command's help must not pay for pandas
     import pandas as pd
 
 
-class Files(WithMethods):
+class Files(WithTexts):
     """Measure GGUF files in llama.cpp: size, fidelity to the dense model, speed of prefill and decoding."""
 
     words = ("files",)
@@ -48,7 +49,8 @@ class Files(WithMethods):
         threads, rows = torch.get_num_threads(), []
         with TemporaryDirectory() as scratch:
             files = self._files(artifacts, Path(scratch))
-            there = {name: file for name, file in files.items() if file}
+            if not (there := {name: file for name, file in files.items() if file}):
+                raise UserError(f"--types {' '.join(self.types)}: --gguf has no file of a type that can be had here.")
             rates = speeds(there, self.rounds, self.tokens, threads)
             for (key, kind), file in files.items():
                 about = {"key": key, "type": kind}
@@ -94,12 +96,11 @@ class Files(WithMethods):
         """The rows, with the columns that say which model it is, and on which text."""
         import pandas as pd
 
-        from hfprune.reporting.identity import described
+        from hfprune.reporting.identity import described, text_names
 
-        store = Store(self.store)
-        text = store.manifest("text", reference.manifest["inputs"]["text"])["details"]["name"]
-        measured = pd.DataFrame(rows).assign(text=text)
-        return described(list(measured["key"].unique()), store, self.methods()).merge(measured, on="key")
+        store, names, text = Store(self.store), self.names(), reference.manifest["inputs"]["text"]
+        measured = pd.DataFrame(rows).assign(text=(text_names([text], store) | names.texts)[text])
+        return described(list(measured["key"].unique()), store, names.methods).merge(measured, on="key")
 
 
 class Deploy(Command):

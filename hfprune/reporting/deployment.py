@@ -5,7 +5,6 @@ from pathlib import Path
 import pandas as pd
 
 from hfprune.errors import UserError
-from hfprune.pruning.methods import DENSE
 from hfprune.reporting.labels import name_of
 from hfprune.reporting.statistics import MODEL, estimates, note, varying
 from hfprune.reporting.typeset import Cell, Row, Sheet
@@ -71,11 +70,11 @@ def instead(file: pd.Series, table: pd.DataFrame) -> str:
         table: see `by_file`.
 
     Returns:
-        The type; "" of the dense model itself, and "none" if there is no such type.
+        The type; "none" if there is no such type; "" of the dense model itself, and if it is not in the table.
     """
-    if file["method"] == DENSE and file["recovery"] == "none":
+    dense = table[table["stage"] == "dense"]
+    if dense.empty or file["stage"] == "dense":
         return ""
-    dense = table[(table["method"] == DENSE) & (table["recovery"] == "none")]
     nearer = dense[(dense["bytes"] <= file["bytes"]) & (dense["kl"] < file["kl"])]
     return nearer.sort_values("kl").iloc[0]["type"] if len(nearer) else "none"
 

@@ -50,7 +50,7 @@ if plan.files:
             types=plan.experiment.deploy.types,
             samples=plan.experiment.deploy.samples or plan.experiment.fidelity.samples,
             # A function, so that a change of these values causes no new timing.
-            place=lambda wildcards, resources: ["--store", STORE, *METHODS],
+            place=lambda wildcards, resources: ["--store", STORE, *METHODS, *HELDOUT],
         message:
             "measure GGUF files in llama.cpp"
         shell:
