@@ -31,7 +31,7 @@ from hfprune.evaluation.fidelity import hidden_states, position_measures, summar
 from hfprune.models import checkpoint
 from hfprune.models.head import head_of
 from hfprune.models.loading import LINEAR, check_config
-from hfprune.models.units import PARTS, Kept, Scores, parts
+from hfprune.models.units import PARTS, UNITS, Kept, Part, Scores, parts
 from hfprune.pruning import surgery
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS, shape_of, units_to_keep
@@ -174,7 +174,7 @@ def allocate(
         model: that the scores are of; read for its size.
         scores: see `score`.
         ratio, target_parameters, ratio_of, round_to: see `prune`.
-        structure: "mlp", "attention" or "mlp+attention".
+        structure: "mlp", "attention", "mlp+attention" or "experts".
         allocation: a name in docs/pruning.md: "uniform" widths, or "global": one ranking over all layers.
         attention_share: of what mlp+attention removes; by default what one ranking of all units gives.
         tokens: (sequences, length) int64, for allocations that measure the layers' influence ("angular", "cosine",
@@ -199,6 +199,11 @@ def allocate(
     budget = units_to_keep(
         shape_of(model), ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, scores
     )
+    if absent := [name for name in budget.keep if name not in scores]:
+        raise UserError(
+            f"structure {structure!r}: the scores do not rank its {UNITS[absent[0]]}. Take another criterion, see "
+            "docs/criteria.md."
+        )
     influence = None
     if measure := ALLOCATIONS[allocation].influence:
         if tokens is None:
@@ -285,7 +290,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise UserError(
             f"{type(model).__name__}: no language model with an output layer. Load it by AutoModelForCausalLM."
         )
-    linears = [linear for name in PARTS for part in parts(model, name) for linear in part.linears]
+    dense = [part for name in PARTS for part in parts(model, name) if isinstance(part, Part)]
+    linears = [linear for part in dense for linear in part.linears]
     if odd := [each for each in linears if not isinstance(each, LINEAR) or not each.weight.is_floating_point()]:
         raise UserError(
             f"{type(model).__name__}: its layers hold {type(odd[0]).__name__}, adapters or quantised weights. Merge "

@@ -119,7 +119,7 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
         ("model", {"wheel": "a==1", "file": "x"}, r"model: a wheel needs `file`.*and `sha256`"),
         ("model", WHEEL | {"revision": "main"}, r"model: 'revision' does not go with 'wheel'"),
         ("experiment", "../elsewhere", r"experiment = '../elsewhere': String should match pattern"),
-        ("experiment", "leaderboard", r"experiment = 'leaderboard': .*results/leaderboard has files that come with"),
+        ("experiment", "leaderboard", r"experiment: 'leaderboard': results/leaderboard has files that come with"),
         ("fidelity", None, r"fidelity: missing; it has no default"),
     ],
 )

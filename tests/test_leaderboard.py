@@ -99,6 +99,15 @@ def test_the_table_for_people_has_one_row_a_model(table, tmp_path):
     assert len(pd.read_csv(tmp_path / "leaderboard.csv")) == 13
 
 
+def test_without_timings_there_are_no_speeds(tmp_path):
+    values = measured()
+    untimed = board(values, None, compared(values, 0.5))
+    leaderboard_sheet(untimed).write(tmp_path, "leaderboard")
+    assert list(untimed["KL, text"]) == [0, 1, 3, 5, 7, 9, 11, 2, 4, 6, 8, 10, 12]
+    made = (tmp_path / "leaderboard.md").read_text(), page(untimed)
+    assert not any(PREFILL in text or "chart-speed" in text for text in made) and all(MAKING in text for text in made)
+
+
 def test_every_timed_model_is_a_point_with_its_name_and_the_others_are_named(table):
     figure = leaderboard(table, PREFILL, "KL, text")
     _, large = figure.axes

@@ -14,7 +14,7 @@ from hfprune.models.activations import graph_bytes
 from hfprune.models.head import Head
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.models.units import PARTS
-from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion
+from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion, ranks
 from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
 from hfprune.pruning.recorder import Sums
@@ -23,7 +23,7 @@ from hfprune.runtime.signals import Stopped
 from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines
 
 WEIGHT_FORMS = ["llm_pruner_element_1", "llm_pruner_element_2", "llm_pruner_vector"]
-INTACT = [name for name, criterion in CRITERIA.items() if not criterion.light_cut]
+INTACT = [name for name, criterion in CRITERIA.items() if ranks(name, "mlp", False) and not criterion.light_cut]
 GRADIENT = [name for name, criterion in CRITERIA.items() if isinstance(criterion, GradientCriterion)]
 
 

@@ -2,7 +2,7 @@
 
 from hfprune.cli.commands import Command
 from hfprune.models.families import FAMILIES, REFUSED, layout_for
-from hfprune.models.layout import Block
+from hfprune.models.layout import Block, Mixture
 
 ANY = {"num_attention_heads": 4}  # a config's keys that every layout needs
 
@@ -20,16 +20,18 @@ class Families(Command):
 
 def table() -> str:
     """A row for each family, or for each kind of layout in one, in Markdown."""
-    rows = [("`model_type`", "models", "mlp", "attention"), ("---",) * 4]
+    rows = [("`model_type`", "models", "mlp", "attention", "experts"), ("---",) * 5]
     for name, family in FAMILIES.items():
         for models, keys in {family.models: {}, **family.variants}.items():
             layout = layout_for({"model_type": name, **ANY, **keys})
-            rows.append((f"`{name}`", models, _cell(layout.mlp), _cell(layout.attention)))
-    rows += [(f"`{name}`", "", f"no: {reason}", "no") for name, reason in REFUSED.items()]
+            mixture = layout.mixture
+            cells = (_cell(mixture or layout.mlp), _cell(layout.attention), "yes" if mixture else "")
+            rows.append((f"`{name}`", models, *cells))
+    rows += [(f"`{name}`", "", f"no: {reason}", "no", "no") for name, reason in REFUSED.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cell(block: Block) -> str:
+def _cell(block: Block | Mixture) -> str:
     """What can be done with a part."""
     if block.refused:
         return f"no: {block.refused}"

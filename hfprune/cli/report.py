@@ -137,7 +137,7 @@ class Leaderboard(Index):
         "hfprune leaderboard --results results/default --config config.yaml \\\n"
         "    --timings results/default/efficiency.csv --output results/default store/*/*/manifest.json",
     )
-    timings: Path = Field(description="csv from `hfprune efficiency`")
+    timings: Path | None = Field(None, description="csv from `hfprune efficiency`; without it, no speeds and no figure")
     output: Path = Field(description="folder for leaderboard.html, tables/ and figures/")
 
     def run(self) -> None:
@@ -147,11 +147,13 @@ class Leaderboard(Index):
         from hfprune.reporting.overview import overview
         from hfprune.reporting.paper_sheets import read_timings
 
-        with results([*self.sources, self.timings]) as aside:
+        timed = [self.timings] if self.timings else []
+        with results([*self.sources, *timed]) as aside:
             read = self.read()
-            table = board(read.metrics, read_timings([self.timings]), read.differences)
+            table = board(read.metrics, read_timings(timed) if timed else None, read.differences)
             leaderboard_sheet(table).write(aside.folder(self.output / "tables"), "leaderboard")
-            draw_leaderboard(table, PREFILL, first_kl(table), aside.folder(self.output / "figures"))
+            if timed:
+                draw_leaderboard(table, PREFILL, first_kl(table), aside.folder(self.output / "figures"))
             page = overview(replace(read, board=table))
             aside.path(self.output / "leaderboard.html").write_text(page, encoding="utf-8")
 

@@ -27,14 +27,20 @@ from hfprune.errors import UserError
 from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import DType, Experiment, Source
 from hfprune.models.activations import forward_bytes, graph_bytes
-from hfprune.models.loading import BYTES_BESIDE_WEIGHTS, PREFILL, check_family, flops_per_token, load_tokenizer
+from hfprune.models.loading import (
+    BYTES_BESIDE_WEIGHTS,
+    PREFILL,
+    active_parameters,
+    check_family,
+    flops_per_token,
+    load_tokenizer,
+)
 from hfprune.pruning import scoring
-from hfprune.pruning.allocation import allocate
-from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.budget import refuse_method, shape_of, units_shapes, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
 from hfprune.pruning.recorder import bytes_of_sums
-from hfprune.pruning.surgery import cut
+from hfprune.pruning.surgery import best_units, cut
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
@@ -272,15 +278,14 @@ class Models:
         parameters = job.recipe.parameters
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
         budget = {name: parameters[name] for name in names if name in parameters}
+        criterion = job.inputs["scores"].settings.criterion
+        refuse_method(self.shape, job.settings.structure, criterion, job.settings.refit)
         whole = units_to_keep(self.shape, **budget)
         generator = torch.Generator().manual_seed(0)
-        kept = {}
-        for name, units in whole.keep.items():
-            scores = [torch.rand(width, generator=generator) for width in self.shape.units[name]]
-            step = whole.round_to if name == "mlp" else 1
-            alike = torch.ones(len(scores), dtype=torch.float64)
-            kept[name] = allocate(parameters["allocation"], scores, units, step, alike)
-        return kept
+        shapes = {name: units_shapes(self.shape, name) for name in whole.keep}
+        scores = {name: [torch.rand(shape, generator=generator) for shape in shapes[name]] for name in shapes}
+        alike = torch.ones(self.dense.config.num_hidden_layers, dtype=torch.float64)
+        return best_units(whole, scores, parameters["allocation"], alike)
 
 
 class Estimate:
@@ -566,9 +571,11 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
     models, rows = costs.models, costs.stages()
     total = {name: sum(row[name] for row in rows) for name in ("jobs", "made", "flops", "disk_bytes")}
     rows.append(total | {"stage": "total", "memory_bytes": max(row["memory_bytes"] for row in rows)})
+    active = active_parameters(models.dense)
+    experts = "" if active == models.shape.total else f" ({active:,} of them for a token)"
     lines = [
-        f"{experiment.experiment}: {experiment.model.label}, {models.shape.total:,} parameters, {models.dtype}; "
-        f"its shape from {origin}",
+        f"{experiment.experiment}: {experiment.model.label}, {models.shape.total:,} parameters{experts}, "
+        f"{models.dtype}; its shape from {origin}",
         f"hours on one {device.name}: {device.peak[models.dtype] / 1e12:,.4g} TFLOP/s ({device.source}), of which "
         f"{utilisation:.0%} in use",
         "what the store lacks:",

@@ -210,8 +210,11 @@ class Plan:
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
-        budgets = dict.fromkeys(tuple(getattr(cut, name) for name in names) for _, _, cut in self.experiment.cuts())
-        return [dict(zip(names, values, strict=True)) for values in budgets]
+        names += ("refit",)
+        budgets = dict.fromkeys(
+            (criterion, *(getattr(cut, name) for name in names)) for _, criterion, cut in self.experiment.cuts()
+        )
+        return [dict(zip(("criterion", *names), values, strict=True)) for values in budgets]
 
     @property
     def lengths(self) -> dict[str, int]:

@@ -238,7 +238,9 @@ COMMITTED = ("leaderboard", "published")  # folders of results/ whose files come
 
 def _not_committed(name: str) -> str:
     if name in COMMITTED:
-        raise ValueError(f"results/{name} has files that come with the project; give the experiment another name")
+        raise ValueError(
+            f"{name!r}: results/{name} has files that come with the project; give the experiment another name"
+        )
     return name
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
+from torch.nn import Linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hfprune.models.families import head_size
-from hfprune.models.units import layers_of, parts
+from hfprune.models.units import Part, layers_of, parts
 from hfprune.runtime import memory
 
 
@@ -22,10 +23,28 @@ def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
     A layer keeps up to 12 tensors of the hidden size and 5 of the MLP's width in the model's type, and 2 of the hidden
     size in float32 for its norms (counted by `torch.autograd.graph.saved_tensors_hooks` for every family).
     """
-    hidden, layers = model.config.hidden_size, parts(model, "mlp")
-    width = max(part.units for part in layers)
+    hidden, layers = model.config.hidden_size, layers_of(model)
+    width = widest_mlp(model)
     per_layer = (12 * hidden + 5 * width) * model.dtype.itemsize + 8 * hidden
     return per_layer * len(layers) * tokens
+
+
+def widest_mlp(model: PreTrainedModel) -> int:
+    """The most columns that the MLP of a layer computes for a token.
+
+    In a mixture of experts: those of all linear layers, and for each chosen expert its neurons, what it reads and what
+    it writes.
+    """
+    widths = []
+    for part in parts(model, "mlp"):
+        if part is None:
+            widths.append(model.config.intermediate_size)
+        elif isinstance(part, Part):
+            widths.append(part.units)
+        else:
+            shared = sum(module.out_features for module in part.experts.block.modules() if isinstance(module, Linear))
+            widths.append(shared + part.experts.chosen * (part.units + model.config.hidden_size))
+    return max(widths)
 
 
 def forward_bytes(model: PreTrainedModel, length: int, whole: bool = False) -> int:
@@ -40,7 +59,7 @@ def forward_bytes(model: PreTrainedModel, length: int, whole: bool = False) -> i
         whole: the pass computes logits and their softmax at every position, and keeps keys and values.
     """
     config, attention = model.config, parts(model, "attention")
-    width = max(part.units for part in parts(model, "mlp"))
+    width = widest_mlp(model)
     size, head = model.dtype.itemsize, head_size(config)
     per_token = (8 * config.hidden_size + 3 * width) * size + 8 * config.hidden_size
     if whole:

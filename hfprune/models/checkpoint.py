@@ -21,13 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad as pad_with_zeros
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hfprune.errors import UserError
-from hfprune.models.families import head_size, heads_of, layout_of, queries_of
+from hfprune.models.families import experts_key, head_size, heads_of, layout_of, queries_of
 from hfprune.models.files import model_files
 from hfprune.models.head import head_of
 from hfprune.models.loading import count_parameters, set_linear
+from hfprune.models.mixtures import all_experts
 from hfprune.models.modeling_per_layer import count_heads, per_layer
 from hfprune.models.streamed import device_of, in_memory, is_streamed
 from hfprune.models.units import PARTS, Part, layers_of, matrix, parts
@@ -114,10 +116,13 @@ def declare_widths(model: PreTrainedModel) -> None:
     each layer's widths.
     """
     config, layout = model.config, layout_of(model)
+    vars(config).pop("auto_map", None)
+    if layout.mixture:
+        _declare_experts(model)
+        return
     mlps, attention = (parts(model, name) for name in PARTS)
     widths, groups = ([part.units for part in layers] for layers in (mlps, attention))
     forget_widths(config)
-    vars(config).pop("auto_map", None)
     setattr(config, layout.mlp.size, max(widths))
     for part in mlps:
         if hasattr(part.block, "intermediate_size"):
@@ -132,6 +137,16 @@ def declare_widths(model: PreTrainedModel) -> None:
         model.__class__ = per_layer(stock)  # differs from the stock class in its constructor, not in state
         base = per_layer(type(model.base_model))
         config.auto_map = {"AutoModel": f"modeling_per_layer.{base.__name__}"}  # saving adds AutoModelForCausalLM
+
+
+def _declare_experts(model: PreTrainedModel) -> None:
+    """`declare_widths` of a mixture of experts, all layers of which keep the same."""
+    config, layout, experts = model.config, layout_of(model), next(all_experts(model))
+    setattr(config, experts_key(config), experts.count)
+    setattr(config, layout.mixture.size, experts.width)
+    if not layout.attention.refused:
+        for name, value in head_counts(model, parts(model, "attention")[0].units).items():
+            setattr(config, name, value)
 
 
 def head_counts(model: PreTrainedModel, groups: int) -> dict[str, int]:
@@ -165,6 +180,8 @@ def pad(model: PreTrainedModel) -> int:
     Returns:
         The number of zeros added.
     """
+    if layout_of(model).mixture:
+        return 0  # all of its layers have one width
     before = count_parameters(model)
     for name in PARTS:
         layers = parts(model, name)
@@ -281,7 +298,10 @@ class LayerWriter:
 
     def _write(self, prefix: str, module: nn.Module) -> None:
         """Write the parameters of a module; they are kept until there are enough for a file."""
-        self.tensors |= {f"{prefix}.{name}": values.cpu().contiguous() for name, values in module.state_dict().items()}
+        tensors = {f"{prefix}.{name}": values.cpu().contiguous() for name, values in module.state_dict().items()}
+        # Of experts, files hold other tensors than the model: those that their authors published.
+        stored = revert_weight_conversion(self.model, tensors) if layout_of(self.model).mixture else tensors
+        self.tensors |= {name: values.contiguous() for name, values in stored.items()}
         if sum(tensor.nbytes for tensor in self.tensors.values()) >= BYTES_PER_FILE:
             self._flush()
 

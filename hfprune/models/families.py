@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from hfprune.models.layout import QUERIES, Block, Layout, Rows
+from hfprune.models.layout import QUERIES, Block, Layout, Mixture, Rows
 
 if TYPE_CHECKING:  # a workflow reads layouts without paying for torch
     from transformers import PreTrainedModel
@@ -85,6 +85,7 @@ COHERE = _with(
 NORM_OVER_ALL_HEADS = (
     "it norms the queries and keys of all heads together, so that fewer heads would change those that stay. Cut mlp."
 )
+NORM_OVER_ALL_HEADS_OF_EXPERTS = NORM_OVER_ALL_HEADS.replace("Cut mlp.", "Cut experts or mlp.")
 OLMO_2 = _with(POST_NORM, attention={"refused": NORM_OVER_ALL_HEADS}, masks_by_kind=False)
 GATE_UP = {"rows": (Rows("mlp.gate_up_proj", (1, 1)),)}
 GLM = _with(LLAMA, mlp=GATE_UP)
@@ -168,6 +169,57 @@ GPT_2 = Layout(
     final_norm="ln_f",
 )
 
+NO_GROUPED_HEADS = (
+    "its heads share one compressed state (MLA), from which each has keys and values of its own. Cut experts."
+)
+ONE_WIDTH = (
+    "its config holds one width for routed and shared experts, so that neither can be narrower alone. Cut experts."
+)
+SINKS = "each of its query heads has a learned sink. Cut experts or mlp."
+MIXTRAL = replace(
+    LLAMA,
+    mixture=Mixture(stored="block_sparse_moe.gate.weight", size="intermediate_size"),
+)
+QWEN_MOE = replace(LLAMA, mixture=Mixture(normalised="norm_topk_prob"))
+GRANITE_MOE = replace(
+    LLAMA,
+    mixture=Mixture(
+        "block_sparse_moe",
+        "block_sparse_moe.router",
+        "block_sparse_moe.experts",
+        "block_sparse_moe.router.layer.weight",
+        "intermediate_size",
+    ),
+    multiplier="residual_multiplier",
+    logit_divisor="logits_scaling",
+)
+GLM_MOE = replace(
+    LLAMA,
+    mixture=Mixture(
+        scores="sigmoid",
+        correction="mlp.gate.e_score_correction_bias",
+        normalised="norm_topk_prob",
+        scale="routed_scaling_factor",
+        groups=2,
+        refused=ONE_WIDTH,
+    ),
+)
+LATENT = Block((), "self_attn.o_proj", "self_attn", "input_layernorm", refused=NO_GROUPED_HEADS)
+DEEPSEEK_3 = replace(GLM_MOE, attention=LATENT, head_columns="v_head_dim")
+
+
+def _deepseek_v2(config: Any) -> Layout:
+    grouped = setting(config, "topk_method") == "group_limited_greedy"
+    mixture = Mixture(normalised=False, scale="routed_scaling_factor", groups=int(grouped), refused=ONE_WIDTH)
+    return replace(DEEPSEEK_3, mixture=mixture)
+
+
+def _ernie_moe(config: Any) -> Layout:
+    refused = ONE_WIDTH if setting(config, "moe_num_shared_experts", 2) else None
+    correction = "mlp.gate.moe_statics.e_score_correction_bias"
+    return replace(LLAMA, mixture=Mixture(correction=correction, counts=True, refused=refused))
+
+
 FAMILIES = {
     "llama": Family("Llama, SmolLM2, and Mistral as GGUF", LLAMA),
     "mistral": Family("Mistral", LLAMA),
@@ -220,6 +272,39 @@ FAMILIES = {
     ),
     "opt": Family("OPT", OPT),
     "gpt2": Family("GPT-2", GPT_2),
+    "mixtral": Family("Mixtral", MIXTRAL),
+    "qwen2_moe": Family("Qwen1.5-MoE, Qwen2-57B-A14B", replace(QWEN_MOE, masks_by_kind=True)),
+    "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", QWEN_MOE),
+    "olmoe": Family(
+        "OLMoE",
+        _with(
+            LLAMA,
+            attention={"refused": NORM_OVER_ALL_HEADS_OF_EXPERTS},
+            mixture=Mixture(normalised="norm_topk_prob", size="intermediate_size"),
+        ),
+    ),
+    "granitemoe": Family("Granite 3 MoE", GRANITE_MOE),
+    "deepseek_v2": Family("DeepSeek-V2", _deepseek_v2),
+    "deepseek_v3": Family("DeepSeek-V3, R1, Moonlight", DEEPSEEK_3),
+    "glm4_moe": Family("GLM-4.5, GLM-4.6", GLM_MOE),
+    "gpt_oss": Family(
+        "gpt-oss, its weights in bfloat16",
+        _with(
+            BY_KIND,
+            attention={"refused": SINKS},
+            keeps_documents_apart=False,
+            mixture=Mixture(router="mlp.router", stored="mlp.router.weight", size="intermediate_size", biased=True),
+        ),
+    ),
+    "minimax_m2": Family(
+        "MiniMax-M2",
+        _with(
+            LLAMA,
+            attention={"refused": NORM_OVER_ALL_HEADS_OF_EXPERTS},
+            mixture=replace(MIXTRAL.mixture, scores="sigmoid", correction="mlp.e_score_correction_bias"),
+        ),
+    ),
+    "ernie4_5_moe": Family("ERNIE 4.5 21B-A3B, 300B-A47B", _ernie_moe),
 }
 
 # Families whose units cannot be removed: why, and what can be done instead.
@@ -235,6 +320,10 @@ GATED = (
     "its attention is gated and most layers have linear attention, whose states have no units that can go. Qwen3 "
     "(qwen3) can be pruned."
 )
+LLAMA_4 = (
+    "its experts take all tokens, weighted before they read them, and one key of the config holds the width of routed "
+    "and shared experts. Qwen3 MoE (qwen3_moe) can be pruned."
+)
 REFUSED = {
     "bloom": FIXED + "Pythia and OPT of the same sizes can be pruned.",
     "mpt": FIXED + "Llama and Falcon of the same size can be pruned.",
@@ -243,6 +332,12 @@ REFUSED = {
     "qwen3_next": GATED,
     "qwen3_5_text": GATED,
     "qwen3_5": GATED,
+    "llama4_text": LLAMA_4,
+    "llama4": LLAMA_4,
+    "minimax": (
+        "every other layer has linear attention, whose states have no units that can go, and what a layer writes is "
+        "weighted by factors of its own. MiniMax-M2 (minimax_m2) can be pruned."
+    ),
 }
 
 
@@ -255,7 +350,7 @@ def refusal(config: Any) -> str | None:
     kind = setting(config, "model_type")
     if kind in REFUSED:
         return REFUSED[kind]
-    if setting(config, "kv_lora_rank"):
+    if setting(config, "kv_lora_rank") and kind not in FAMILIES:
         return (
             "its attention is latent (MLA, kv_lora_rank): all heads share one compressed state, which has no units "
             "that can go. Take a model with ordinary attention, of one of the families of `hfprune families`."
@@ -317,6 +412,72 @@ def head_size(config: Any) -> int:
     return setting(config, "head_dim") or hidden_size(config) // heads_of(config)
 
 
+def head_columns(config: Any, layout: Layout) -> int:
+    """Columns of the attention's output that one query head writes through."""
+    return setting(config, layout.head_columns) if layout.head_columns else head_size(config)
+
+
 def hidden_size(config: Any) -> int:
     """The size of the hidden states."""
     return setting(config, "hidden_size") or config["n_embd"]
+
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys, of which a config has one
+CHOSEN = ("num_experts_per_tok", "moe_k")
+
+
+def _first_of(config: Any, keys: tuple[str, ...]) -> str:
+    """The first of these keys that a config has.
+
+    Raises:
+        KeyError: it has none; transformers has a default.
+    """
+    for key in keys:
+        if setting(config, key) is not None:
+            return key
+    raise KeyError(keys[0])
+
+
+def experts_key(config: Any) -> str:
+    """The key of a mixture's config with the number of experts."""
+    return _first_of(config, EXPERTS)
+
+
+def experts_of(config: Any) -> int:
+    """The number of experts of a layer."""
+    return setting(config, experts_key(config))
+
+
+def chosen_of(config: Any) -> int:
+    """To how many experts the router sends a token."""
+    return setting(config, _first_of(config, CHOSEN))
+
+
+def groups_of(config: Any, mixture: Mixture) -> int:
+    """Into how many groups the experts of a layer fall; 1 without groups."""
+    return setting(config, "n_group", 1) if mixture.groups else 1
+
+
+def is_normalised(config: Any, mixture: Mixture) -> bool:
+    """Whether the weights of the chosen experts are divided by their sum."""
+    how = mixture.normalised
+    return bool(setting(config, how, False)) if isinstance(how, str) else how
+
+
+def fewest_experts(config: Any, mixture: Mixture) -> int:
+    """The fewest experts that every group has to keep, for the router to choose among."""
+    if groups_of(config, mixture) == 1:
+        return max(mixture.groups, chosen_of(config))
+    return max(mixture.groups, -(-chosen_of(config) // setting(config, "topk_group", 1)))
+
+
+def neuron_parameters(config: Any, mixture: Mixture) -> int:
+    """Parameters of one neuron of one expert: its rows of gate and up, and its column of down."""
+    return 3 * hidden_size(config) + 2 * mixture.biased
+
+
+def expert_parameters(config: Any, mixture: Mixture) -> int:
+    """Parameters of one expert: its neurons, its bias, and its row of the router."""
+    hidden, width = hidden_size(config), setting(config, mixture.size)
+    biases = mixture.biased * (hidden + 1) + mixture.counts
+    return width * neuron_parameters(config, mixture) + hidden + biases

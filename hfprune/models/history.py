@@ -64,6 +64,19 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     return history
 
 
+def kept_shapes(part: str, layers: list[list]) -> dict[int, tuple[int, ...]]:
+    """By layer, the shape of what `kept` of a `pruning.json` says of a part: (units,), or (experts, neurons of each).
+
+    A dense layer in a mixture of experts, which has no such units, is left out.
+    """
+    inside = any(layer and isinstance(layer[0], list) for layer in layers)
+    shapes = {
+        number: (len(layer), len(layer[0])) if inside and layer else (len(layer),)
+        for number, layer in enumerate(layers)
+    }
+    return {number: shape for number, shape in shapes.items() if shape[0] or not (inside or part == "experts")}
+
+
 def is_cut(step: dict[str, Any]) -> bool:
     """Whether a step pruned the model; if not, it trained it."""
     return "kept" in step

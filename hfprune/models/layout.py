@@ -67,11 +67,51 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts of a layer, and the router that sends every token to a few of them. Paths are below the layer.
+
+    The router's scores of all experts are the softmax or the sigmoid of its logits. The experts with the best scores,
+    after a correction if there is one, are chosen; their scores are the weights of what they write.
+
+    Attributes:
+        block: the module of router and experts; a layer without it has a dense MLP.
+        router: the module with a row of weights for each expert. It returns (logits, weights, experts).
+        experts: the module that holds the experts' weights, each matrix as one parameter for all of them.
+        stored: the name of the router's weight in a checkpoint's files, below the layer.
+        size: key of the config with the number of neurons of an expert.
+        scores: "softmax" or "sigmoid".
+        correction: of the choice alone: path of a number for each expert; None if there is none.
+        counts: whether the correction is a parameter, which counts for a budget, and no buffer.
+        normalised: whether the weights are divided by their sum; or the key of the config that says so.
+        scale: key of the config with the factor of the weights; None for 1.
+        groups: how many of the best scores in a group of experts (`n_group`) make the score of the group, of which the
+            best (`topk_group`) are chosen first; 0 without groups.
+        biased: whether router and experts have biases.
+        refused: why neurons of the experts cannot be removed, and what can be instead; None if they can.
+    """
+
+    block: str = "mlp"
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    stored: str = "mlp.gate.weight"
+    size: str = "moe_intermediate_size"
+    scores: str = "softmax"
+    correction: str | None = None
+    counts: bool = False
+    normalised: bool | str = True
+    scale: str | None = None
+    groups: int = 0
+    biased: bool = False
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
     """The layout of a family.
 
     Attributes:
         attention, mlp: the parts of every layer.
+        mixture: what stands in place of the MLP in some or all layers; None in a dense model.
         layers: path of the list of layers, below the base model (`model.base_model`).
         final_norm: path of the norm after the last layer, below the base model.
         parallel: whether the MLP reads the same hidden states as attention.
@@ -82,10 +122,12 @@ class Layout:
         layers_return_tuples: whether a layer returns its hidden states as the first of several values.
         keeps_documents_apart: whether documents in one row do not see one another when positions begin anew.
         queries: query heads to a key-value head; None: as the config's numbers of heads say.
+        head_columns: key of the config with the columns of the output of one head; None for the size of a head.
     """
 
     attention: Block
     mlp: Block
+    mixture: Mixture | None = None
     layers: str = "layers"
     final_norm: str = "norm"
     parallel: bool = False
@@ -97,6 +139,7 @@ class Layout:
     layers_return_tuples: bool = False
     keeps_documents_apart: bool = True
     queries: int | None = None
+    head_columns: str | None = None
 
     def block(self, name: str) -> Block:
         """The block of a part, by its name in `units.PARTS`."""

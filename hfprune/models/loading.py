@@ -25,10 +25,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import UserError
 from hfprune.models.config_json import check_values, read_json
-from hfprune.models.families import FAMILIES, layout_of, refusal
+from hfprune.models.families import EXPERTS, FAMILIES, layout_for, layout_of, refusal
+from hfprune.models.mixtures import all_experts
 from hfprune.models.modeling_per_layer import per_layer
 from hfprune.models.streamed import device_of, in_memory, place_in_files, refuse_overflow, weight_files
-from hfprune.models.units import parts
+from hfprune.models.units import Part, parts
 from hfprune.models.widths import check_overrides, read_config
 from hfprune.runtime.memory import available_bytes
 from hfprune.store.keys import versions
@@ -105,9 +106,11 @@ def check_config(config: PreTrainedConfig, where: str) -> None:
     if reason := refusal(config):
         raise UserError(f"{where}: model_type {config.model_type!r} is not supported: {reason}")
     check_overrides(config, where)
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if config.model_type not in FAMILIES and any(getattr(config, name, None) for name in EXPERTS):
+        known = [name for name in FAMILIES if layout_for({"model_type": name, "num_attention_heads": 1}).mixture]
         raise UserError(
-            f"{where}: model_type {config.model_type!r} is a mixture of experts; experts are not supported yet."
+            f"{where}: model_type {config.model_type!r} is a mixture of experts that hfprune does not know. Supported: "
+            f"{', '.join(known)}."
         )
     causal = ("ForCausalLM", "LMHeadModel", "Model")  # endings of language models' names
     if others := [name for name in config.architectures or [] if not name.endswith(causal)]:
@@ -267,15 +270,30 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def active_parameters(model: PreTrainedModel) -> int:
+    """Number of parameters that a token meets: of a mixture of experts, without those that it is not sent to."""
+    return count_parameters(model) - sum(experts.idle_parameters for experts in all_experts(model))
+
+
 def flops_per_token(model: PreTrainedModel, length: int) -> int:
     """Floating-point operations per token of a forward pass over a sequence of `length` tokens.
 
     Every weight of a linear layer, including the output projection, counts 2: a product and a sum. Attention counts 4
     per head dimension and token of the sequence: 2 for the scores and 2 for the sum of values, without the causal mask.
-    Norms, activations, softmax and embedding lookups do not count. `torch.utils.flop_counter` counts the same.
+    Norms, activations, softmax and embedding lookups do not count. `torch.utils.flop_counter` counts the same. Of a
+    mixture of experts, those count that a token is sent to.
     """
     linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, LINEAR))
-    return linear + 4 * sum(part.width for part in parts(model, "attention")) * length
+    linear += sum(2 * experts.active_parameters for experts in all_experts(model))
+    return linear + 2 * sum(part.width + _scored(model, part) for part in parts(model, "attention")) * length
+
+
+def _scored(model: PreTrainedModel, part: Part) -> int:
+    """Numbers of a token's queries, all heads together: with MLA another count than that of the output's columns."""
+    config = model.config
+    if not getattr(config, "kv_lora_rank", None):
+        return part.width
+    return config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -34,7 +34,7 @@ def _search(model: PreTrainedModel) -> Layout:
     kind, has_values = model.config.model_type, not any(parameter.is_meta for parameter in model.parameters())
     first_of: dict[Layout, str] = {}  # several families share a layout
     for name, family in FAMILIES.items():
-        if isinstance(family.layout, Layout):
+        if isinstance(family.layout, Layout) and not family.layout.mixture:
             first_of.setdefault(family.layout, name)
     alike = [(name, layout) for layout, name in first_of.items() if _names_match(model, layout)]
     for name, layout in alike:

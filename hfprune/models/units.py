@@ -10,6 +10,9 @@ linear layers and writes through input columns of another. To prune it is to del
   expects.
 
 Which rows and columns these are in a family says its layout (`layout.py`).
+
+In a mixture of experts, a unit of `mlp` is a neuron inside an expert, and whole experts are units of a third part,
+`experts`; see `mixtures.py`. Its dense layers and shared experts have no units: they stay as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfprune.models.families import head_size, layout_of, queries_of
+from hfprune.models.families import head_columns, layout_of, queries_of
 from hfprune.models.layout import QUERIES
 
 if TYPE_CHECKING:  # the config imports the structures' names from here and must not load torch
@@ -26,12 +29,19 @@ if TYPE_CHECKING:  # the config imports the structures' names from here and must
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-STRUCTURES = {"mlp": ("mlp",), "attention": ("attention",), "mlp+attention": ("mlp", "attention")}
-PARTS = ("mlp", "attention")  # scoring covers them all
-UNITS = {"mlp": "neurons", "attention": "key-value groups"}  # their names in messages and tables
 
-Scores = dict[str, "list[Tensor]"]  # by part: float32 (units,) per layer
-Kept = dict[str, "list[Tensor]"]  # by pruned part: ascending int64 indices of the units that stay, per layer
+STRUCTURES = {
+    "mlp": ("mlp",),
+    "attention": ("attention",),
+    "mlp+attention": ("mlp", "attention"),
+    "experts": ("experts",),
+}
+PARTS = ("mlp", "attention")  # scoring covers them all
+UNITS = {"mlp": "neurons", "attention": "key-value groups", "experts": "experts"}  # names in messages and tables
+
+# By part: float32 (units,) per layer; of neurons inside experts (experts, units). Empty for a layer without such units.
+Scores = dict[str, "list[Tensor]"]
+Kept = dict[str, "list[Tensor]"]  # by pruned part: ascending int64 indices of the units that stay, per layer; as scores
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -122,6 +132,9 @@ class Part:
         return spread(units, self.columns)
 
 
+AnyPart = "Part | WholeExperts | ExpertNeurons | None"
+
+
 def spread(units: Tensor, size: int) -> Tensor:
     """Row or column indices of units that take `size` each: (count,) int64 -> (count * size,) int64."""
     return (units[:, None] * size + units.new_tensor(range(size))).flatten()
@@ -132,16 +145,27 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return model.base_model.get_submodule(layout_of(model).layers)
 
 
-def parts(model: PreTrainedModel, name: str) -> list[Part]:
-    """One part of all layers, first to last."""
+def kinds_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the parts that a model has."""
+    return (*PARTS, "experts") if layout_of(model).mixture else PARTS
+
+
+def parts(model: PreTrainedModel, name: str) -> list[AnyPart]:
+    """One part of all layers, first to last; None for layers without it."""
     return [part_of(model, name, number) for number in range(len(layers_of(model)))]
 
 
-def part_of(model: PreTrainedModel, name: str, number: int) -> Part:
-    """A part of layer `number`."""
+def part_of(model: PreTrainedModel, name: str, number: int) -> AnyPart:
+    """A part of layer `number`. Of a mixture of experts, `mlp` and `experts` of a dense layer are None."""
     layout, layer = layout_of(model), layers_of(model)[number]
-    block, queries = layout.block(name), queries_of(model.config, layout)
-    columns = 1 if name == "mlp" else queries * head_size(model.config)
+    if layout.mixture and name != "attention":
+        from hfprune.models.mixtures import ExpertNeurons, WholeExperts, experts_in
+
+        experts = experts_in(model, number)
+        return experts and (ExpertNeurons(experts) if name == "mlp" else WholeExperts(experts))
+    block = layout.block(name)
+    queries = queries_of(model.config, layout)
+    columns = 1 if name == "mlp" else queries * head_columns(model.config, layout)
     sections = tuple(tuple(queries if size == QUERIES else size for size in rows.sections) for rows in block.rows)
     output = layer.get_submodule(block.output)
     inputs = tuple(layer.get_submodule(rows.path) for rows in block.rows)
@@ -164,7 +188,7 @@ def read_scores(file: Path) -> Scores:
 
     stored = load_file(file)
     scores: Scores = {}
-    for name in PARTS:
-        count = sum(key.endswith(f".{name}") for key in stored)
-        scores[name] = [stored[f"layers.{i}.{name}"] for i in range(count)]
+    for name in UNITS:
+        if count := sum(key.endswith(f".{name}") for key in stored):
+            scores[name] = [stored[f"layers.{i}.{name}"] for i in range(count)]
     return scores

@@ -33,7 +33,7 @@ class Layers:
     """What an allocation may read of the layers.
 
     Attributes:
-        scores: (units,) for each layer.
+        scores: (units,) for each layer; (rows, units) where each row keeps its own, such as the experts of a layer.
         influence: (layers,) float64, how far each layer turns the residual stream, by the measure that the allocation
             names; None if it names none.
     """
@@ -43,8 +43,8 @@ class Layers:
 
     @property
     def units(self) -> list[int]:
-        """How many units each layer has."""
-        return [len(layer) for layer in self.scores]
+        """How many units each layer has, or each of its rows."""
+        return [layer.shape[-1] for layer in self.scores]
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,11 @@ ALLOCATIONS = {
 
 
 def fewest_kept(allocation: str, widths: list[int], step: int) -> list[int]:
-    """The fewest units that an allocation keeps in layers of these widths: its floor, rounded up to whole steps."""
-    return [step * max(1, math.ceil(ALLOCATIONS[allocation].floor * width / step)) for width in widths]
+    """The fewest units that an allocation keeps in layers of these widths: its floor, rounded up to whole steps.
+
+    Of a layer without units, none.
+    """
+    return [step * max(width > 0, math.ceil(ALLOCATIONS[allocation].floor * width / step)) for width in widths]
 
 
 def allocate(
@@ -220,26 +223,29 @@ def allocate(
 
     Args:
         allocation: a name in `ALLOCATIONS`.
-        scores: (units,) for each layer.
+        scores: (units,) for each layer, or (rows, units): then every row keeps as many, its own best, and units are
+            counted in one row.
         keep: number of units to keep over all layers; a fraction is rounded. Outside what the allocation allows, the
             nearest allowed number counts.
         step: every layer keeps a multiple of it.
         influence: (layers,), for allocations that read it.
 
     Returns:
-        For each layer the int64 indices to keep, ascending. Among equal scores the lower index stays.
+        For each layer the int64 indices to keep, ascending; (rows, kept) for scores with rows. Among equal scores the
+        lower index stays.
 
     Raises:
         AssertionError: the allocation misses the number by more than rounding to `step` explains.
     """
-    fewest = fewest_kept(allocation, [len(layer) for layer in scores], step)
-    widths = ALLOCATIONS[allocation].widths(Layers(scores, influence), keep, fewest, step)
-    widest = sum(len(layer) // step * step for layer in scores)
+    layers = Layers(scores, influence)
+    fewest = fewest_kept(allocation, layers.units, step)
+    widths = ALLOCATIONS[allocation].widths(layers, keep, fewest, step)
+    widest = sum(units // step * step for units in layers.units)
     target = min(max(keep, sum(fewest)), widest)  # the nearest number that whole steps allow
     assert abs(sum(widths) - target) <= step * len(scores), (
         f"allocation {allocation!r} keeps {sum(widths)} units of {target:.1f}: a fault of the allocation"
     )
     return [
-        layer.sort(dim=-1, descending=True, stable=True).indices[:width].sort().values
+        layer.sort(dim=-1, descending=True, stable=True).indices[..., :width].sort().values
         for layer, width in zip(scores, widths, strict=True)
     ]

@@ -12,27 +12,50 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from hfprune.errors import UserError
-from hfprune.models.families import head_size, hidden_size, layout_for, layout_of, queries_of
+from hfprune.models.families import (
+    chosen_of,
+    expert_parameters,
+    experts_of,
+    fewest_experts,
+    groups_of,
+    head_columns,
+    hidden_size,
+    layout_for,
+    layout_of,
+    neuron_parameters,
+    queries_of,
+    setting,
+)
 from hfprune.models.layout import Layout
-from hfprune.models.units import PARTS, STRUCTURES, UNITS, Scores, parts
+from hfprune.models.units import PARTS, STRUCTURES, UNITS, Scores, kinds_of, parts
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
+from hfprune.pruning.criteria import rankers, ranks
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
 
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")  # endings of names
-PARAMETERS = (".weight", ".bias", ".alpha_p", ".alpha_n")  # endings of their names; the last two of Apertus' activation
+# Endings of the names of parameters: beside weights and biases, those of Apertus' activation, of the attention and the
+# experts of gpt-oss, and of the router of ERNIE.
+PARAMETERS = (
+    ".weight", ".bias", ".alpha_p", ".alpha_n",
+    ".sinks", ".gate_up_proj", ".down_proj", "_proj_bias", ".moe_statics.e_score_correction_bias",
+)  # fmt: skip
 STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
 DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
+METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
+NO_REFIT = "refit {refit!r}: mixtures of experts are not refitted. Set it to 'none'."
+EXPERT_STEPS = ((256, 64), (0, 8))  # inside experts, which are a few hundred neurons wide
+ALIGNED = 8  # numbers in 16 bytes, of which torch's grouped products of experts need a multiple
 
 
-def default_step(hidden: int) -> int:
+def default_step(hidden: int, steps: tuple[tuple[int, int], ...] = DEFAULT_STEPS) -> int:
     """What MLP widths of a model of this hidden size are multiples of, unless `round_to` says otherwise.
 
     Quantised types and GPU kernels take rows in blocks: a width that is no multiple costs space and time there. In a
     model of a hidden size below 256 a block would be too large a part of a layer.
     """
-    return next(step for least, step in DEFAULT_STEPS if hidden >= least)
+    return next(step for least, step in steps if hidden >= least)
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,7 @@ class Shape:
         parameters: by part, those of one unit.
         hidden: hidden size.
         refusals: by part that cannot be cut, why, and what can be instead.
+        mixture: what more counts if it is a mixture of experts, or else None.
     """
 
     total: int
@@ -52,25 +76,67 @@ class Shape:
     parameters: dict[str, int]
     hidden: int
     refusals: dict[str, str] = field(default_factory=dict)
+    mixture: ExpertCounts | None = None
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """What of a mixture of experts counts for a budget. Its units are counted in one expert, or in one group of them.
+
+    Attributes:
+        count: number of experts of a layer.
+        groups: number of groups of experts.
+        fewest: the fewest experts that every group keeps.
+        chosen: to how many a token is sent.
+    """
+
+    count: int
+    groups: int
+    fewest: int
+    chosen: int
+
+    def rows(self, part: str) -> int:
+        """In how many experts, or groups, a unit of a part goes at once."""
+        return {"mlp": self.count, "experts": self.groups}.get(part, 1)
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
     """The shape of a model."""
     from hfprune.models.loading import count_parameters
 
-    parts_by_name = {name: parts(model, name) for name in PARTS}
+    layout, parts_by_name = layout_of(model), {name: parts(model, name) for name in kinds_of(model)}
     return Shape(
         count_parameters(model),
-        {name: [part.units for part in layers] for name, layers in parts_by_name.items()},
-        {name: layers[0].parameters for name, layers in parts_by_name.items()},
+        {name: [part.units if part else 0 for part in layers] for name, layers in parts_by_name.items()},
+        {name: next(filter(None, layers)).parameters for name, layers in parts_by_name.items()},
         hidden_size(model.config),
-        refusals(layout_of(model)),
+        refusals(layout),
+        _expert_counts(model.config, layout),
     )
+
+
+def units_shapes(shape: Shape, part: str) -> list[tuple[int, ...]]:
+    """The shapes of a part's scores, per layer, see `units.Scores`."""
+    experts, units = shape.mixture, shape.units[part]
+    if experts and part == "experts":
+        return [(experts.groups * width,) for width in units]
+    return [(experts.count, width) if experts and part == "mlp" and width else (width,) for width in units]
 
 
 def refusals(layout: Layout) -> dict[str, str]:
     """See `Shape`."""
-    return {name: layout.block(name).refused for name in PARTS if layout.block(name).refused}
+    reasons = {"mlp": layout.mixture.refused if layout.mixture else layout.mlp.refused}
+    reasons |= {"attention": layout.attention.refused}
+    reasons |= {"experts": None if layout.mixture else "the model has no experts: it is dense. Cut mlp."}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _expert_counts(config: Any, layout: Layout) -> ExpertCounts | None:
+    """See `Shape`."""
+    if (mixture := layout.mixture) is None:
+        return None
+    groups, fewest = groups_of(config, mixture), fewest_experts(config, mixture)
+    return ExpertCounts(experts_of(config), groups, fewest, chosen_of(config))
 
 
 def shape_on_disk(folder: Path) -> Shape:
@@ -82,22 +148,38 @@ def shape_on_disk(folder: Path) -> Shape:
             shapes |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     if config.get("tie_word_embeddings") and any(name.endswith(EMBEDDINGS) for name in shapes):
         shapes.pop("lm_head.weight", None)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith(PARAMETERS)}
-    layout, head, hidden = layout_for(config), head_size(config), hidden_size(config)
-    block = layout.mlp
-    first = next(name for name in shapes if name.endswith(f"{layout.layers}.0.{block.output}.weight"))
-    before, after = first.removesuffix(f"0.{block.output}.weight"), f".{block.output}.weight"  # some lack a prefix
-    numbers = range(sum(name.startswith(before) and name.endswith(after) for name in shapes))
+    layout, hidden = layout_for(config), hidden_size(config)
+    mixture, output = layout.mixture, f".{layout.attention.output}.weight"
+    first = next(name for name in shapes if name.endswith(f"{layout.layers}.0{output}"))
+    before = first.removesuffix(f"0{output}")  # some lack a prefix
+    count = sum(name.startswith(before) and name.endswith(output) for name in shapes)
+    numbers = range(min(count, config.get("num_hidden_layers", count)))
+    further = tuple(f"{before}{number}." for number in range(len(numbers), count))  # that predict tokens further ahead
+    sizes = {
+        name: math.prod(shape)
+        for name, shape in shapes.items()
+        if name.endswith(PARAMETERS) and not name.startswith(further)
+    }
     units, parameters = {}, {}
     for name in PARTS:
-        block, columns = layout.block(name), 1 if name == "mlp" else queries_of(config, layout) * head
+        if mixture and name == "mlp":
+            continue
+        block = layout.block(name)
+        columns = 1 if name == "mlp" else queries_of(config, layout) * head_columns(config, layout)
         widths = [sizes[f"{before}{number}.{block.output}.weight"] // hidden for number in numbers]
         units[name] = [width // columns for width in widths]
         of_units = [f"{before}0.{block.output}.weight"]  # the bias of the output belongs to no unit
         of_units += [f"{before}0.{rows.path}.{kind}" for rows in block.rows for kind in ("weight", "bias")]
         of_units += [f"{before}0.{path}.weight" for path in block.per_head]
         parameters[name] = sum(sizes.get(key, 0) for key in of_units) // units[name][0]
-    return Shape(sum(sizes.values()), units, parameters, hidden, refusals(layout))
+    if mixture:
+        experts, width = _expert_counts(config, layout), setting(config, mixture.size)
+        is_sparse = [f"{before}{number}.{mixture.stored}" in sizes for number in numbers]
+        units["mlp"] = [width * sparse for sparse in is_sparse]
+        parameters["mlp"] = experts.count * neuron_parameters(config, mixture)
+        units["experts"] = [experts.count // experts.groups * sparse for sparse in is_sparse]
+        parameters["experts"] = experts.groups * expert_parameters(config, mixture)
+    return Shape(sum(sizes.values()), units, parameters, hidden, refusals(layout), _expert_counts(config, layout))
 
 
 @dataclass(frozen=True)
@@ -130,11 +212,13 @@ class Budget:
         share: share of all parameters to remove.
         keep: for each part that is cut, the number of units to keep over all layers, not yet rounded.
         round_to: what MLP widths are multiples of.
+        groups: number of groups of experts, all of which keep equally many.
     """
 
     share: float
     keep: dict[str, float]
     round_to: int
+    groups: int = 1
 
 
 def units_to_keep(
@@ -168,7 +252,9 @@ def units_to_keep(
     """
     if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
         raise UserError(f"structure {structure!r}: {faults[0]}")
-    round_to = round_to or default_step(shape.hidden)
+    if shape.mixture:
+        _refuse_widths(structure, allocation, round_to)
+    round_to = round_to or default_step(shape.hidden, EXPERT_STEPS if shape.mixture else DEFAULT_STEPS)
     capacities = {name: capacity_of(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
     total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
     if target_parameters is not None:
@@ -182,10 +268,12 @@ def units_to_keep(
         possible = f"largest ratio that allows is {math.floor(removable / of * 10_000) / 10_000}"
     half_a_unit = min(capacity.parameters for capacity in capacities.values()) / 2
     if remove > removable + half_a_unit:
+        rows = shape.mixture.rows if shape.mixture else lambda _part: 1
         least = " and ".join(
-            f"{sum(capacity.fewest):,} of {sum(capacity.units):,} {UNITS[name]}"
+            f"{rows(name) * sum(capacity.fewest):,} of {rows(name) * sum(capacity.units):,} {UNITS[name]}"
             for name, capacity in capacities.items()
         )
+        least += f" (a token is sent to {shape.mixture.chosen} of a layer)" if structure == "experts" else ""
         raise UserError(
             f"{budget}: takes {remove:,.0f} parameters. Structure {structure!r} with allocation {allocation!r} and "
             f"round_to {round_to} leaves at least {least}, and can remove {removable:,} parameters. The {possible}."
@@ -202,7 +290,47 @@ def units_to_keep(
     else:
         removed = _split(capacities, remove, attention_share, allocation, scores)
     keep = {name: sum(capacity.units) - removed[name] / capacity.parameters for name, capacity in capacities.items()}
-    return Budget(remove / total, keep, round_to)
+    return Budget(remove / total, keep, round_to, shape.mixture.groups if shape.mixture else 1)
+
+
+def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> None:
+    """Refuse a criterion or a refit that the structure, or the model, does not allow.
+
+    Raises:
+        UserError: there is one.
+    """
+    mixture = shape.mixture is not None
+    if unranked := [part for part in STRUCTURES[structure] if not ranks(criterion, part, mixture)]:
+        where = " inside experts" if mixture and unranked == ["mlp"] else ""
+        raise UserError(
+            f"criterion {criterion!r} does not rank {UNITS[unranked[0]]}{where}, which structure {structure!r} cuts. "
+            f"Those that do: {', '.join(rankers(STRUCTURES[structure], mixture))}."
+        )
+    if mixture and refit != "none":
+        raise UserError(NO_REFIT.format(refit=refit))
+
+
+def _refuse_widths(structure: str, allocation: str, round_to: int | None) -> None:
+    """Refuse, of a mixture of experts, a cut that would need widths per layer.
+
+    Raises:
+        UserError: it is such a cut.
+    """
+    if len(STRUCTURES[structure]) > 1:
+        raise UserError(
+            f"structure {structure!r}: of a mixture of experts, one part is cut at a time. Set it to one of "
+            "experts, mlp, attention."
+        )
+    if allocation != "uniform":
+        raise UserError(
+            f"allocation {allocation!r}: the config of a mixture of experts holds one number for all layers, so that "
+            "all keep the same. Set it to 'uniform'."
+        )
+    if structure == "mlp" and round_to and round_to < ALIGNED:
+        raise UserError(
+            f"round_to {round_to}: torch multiplies experts together, whose widths have to be multiples of {ALIGNED} "
+            f"for that. Set it to {ALIGNED} or more."
+        )
 
 
 def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capacity:
@@ -213,9 +341,12 @@ def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capa
     """
     units, step = shape.units[name], round_to if name == "mlp" else 1
     fewest = fewest_kept(allocation, units, step)
+    if name == "experts":
+        fewest = [min(width, shape.mixture.fewest) for width in units]
     if too_wide := [width for width, least in zip(units, fewest, strict=True) if least > width]:
         raise UserError(f"round_to {round_to}: a layer has only {too_wide[0]} neurons; set a smaller `round_to`.")
-    return Capacity(units, fewest, shape.parameters[name], step * (len(units) if allocation == "uniform" else 1))
+    layers = sum(map(bool, units)) if allocation == "uniform" else 1  # all of them at a time, or each alone
+    return Capacity(units, fewest, shape.parameters[name], step * layers)
 
 
 def _split(
@@ -278,7 +409,7 @@ def check(folder: Path, cuts: list[dict[str, Any]]) -> None:
 
     Args:
         folder: of the dense checkpoint.
-        cuts: the arguments of `units_to_keep` beside the shape and the scores.
+        cuts: the arguments of `units_to_keep` beside the shape and the scores, with `criterion` and `refit`.
 
     Raises:
         UserError: one line for each that cannot be made.
@@ -289,8 +420,10 @@ def check(folder: Path, cuts: list[dict[str, Any]]) -> None:
         return
     faults = []
     for cut in cuts:
+        method, budget = {name: cut[name] for name in METHOD}, {name: cut[name] for name in cut if name not in METHOD}
         try:
-            units_to_keep(shape, **cut)
+            refuse_method(shape, cut["structure"], **method)
+            units_to_keep(shape, **budget)
         except UserError as error:
             faults.append(str(error))
     if faults:

@@ -1,12 +1,14 @@
 """How important a unit is: a registry of criteria, each a few lines with its formula and source.
 
 A unit (see `models.units`) is a neuron of an MLP or a key-value group of attention. It writes through input columns of
-one linear layer, with the activations h_t at token t. A neuron has one column. There are two kinds of criteria:
+one linear layer, with the activations h_t at token t. A neuron has one column. There are three kinds of criteria:
 
 - A *gradient* criterion gives the gradient dS/dlogits of a scalar function S of the logits, in closed form. It says how
   the products g_t = h_t . dS/dh_t are summed over tokens. g_t is the first-order change of S when the unit is silent at
   token t. `scoring.py` carries the gradient from the logits to h.
 - A *static* criterion is a function of the weights and of the moments of h over the calibration tokens.
+
+- An *expert* criterion is a function of how the router of a mixture sends the tokens, and of what the experts write.
 
 Some criteria choose units together: what a unit costs depends on those that are gone already, see `greedy.py`.
 
@@ -90,11 +92,30 @@ class StaticCriterion:
         score: maps a part, the moments of its activations and a seeded generator on the CPU to (units,) scores.
         source: the publication.
         moments: the names of the `Moments` that it reads. `products` takes memory for the square of a part's columns.
+        ranks_experts: whether it ranks whole experts, too. They have no activations of their own: moments are 0.
     """
 
     score: Callable[[Part, Moments, Generator], Tensor]
     source: str
     moments: tuple[str, ...] = ("total", "squares")
+    ranks_experts: bool = False
+    sampled: ClassVar[bool] = False
+    light_cut: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
+class ExpertCriterion:
+    """A score of whole experts alone, from a forward pass.
+
+    Attributes:
+        score: maps (experts,) float64 numbers of tokens that are sent to each expert, and the sum over these tokens of
+            weight * ||output||, to (experts,) scores. The weight is the router's.
+        source: the publication.
+    """
+
+    score: Callable[[Tensor, Tensor], Tensor]
+    source: str
+    moments: ClassVar[tuple[str, ...]] = ("routed", "written")
     sampled: ClassVar[bool] = False
     light_cut: ClassVar[None] = None
 
@@ -274,8 +295,18 @@ def random(part: Part, moments: Moments, generator: Generator) -> Tensor:
     return moments.squares.new_empty(part.units, device="cpu").uniform_(generator=generator)
 
 
+def reap(routed: Tensor, written: Tensor) -> Tensor:
+    """REAP: mean over the tokens that are sent to an expert of weight * ||output||; 0 if there are none."""
+    return written / routed.clamp(min=1)
+
+
+def expert_frequency(routed: Tensor, _written: Tensor) -> Tensor:
+    """How many tokens are sent to an expert."""
+    return routed
+
+
 WITH_PRODUCTS = ("total", "squares", "products")
-CRITERIA: dict[str, GradientCriterion | StaticCriterion] = {
+CRITERIA: dict[str, GradientCriterion | StaticCriterion | ExpertCriterion] = {
     "entropy": GradientCriterion(entropy_gradient, "absolute", "High-Fidelity Pruning, arXiv 2603.08083"),
     "entropy_top_k": GradientCriterion(entropy_top_k_gradient, "absolute", "asked for by reviewers of 2603.08083"),
     "cross_entropy": GradientCriterion(cross_entropy_gradient, "absolute", "LLM-Pruner, arXiv 2305.11627"),
@@ -304,10 +335,40 @@ CRITERIA: dict[str, GradientCriterion | StaticCriterion] = {
     "contribution": StaticCriterion(contribution, "ModelOpt's iterative channel contribution", WITH_PRODUCTS),
     "obs": StaticCriterion(obs, "ZipLM, arXiv 2302.04089; OSSCAR; SlimGPT, arXiv 2412.18110", WITH_PRODUCTS),
     "leverage": StaticCriterion(leverage, "MoDeGPT's type I, arXiv 2408.09632", WITH_PRODUCTS),
-    "magnitude": StaticCriterion(magnitude, "weights alone"),
+    "magnitude": StaticCriterion(magnitude, "weights alone", ranks_experts=True),
     "spectral": StaticCriterion(spectral, "weights alone, after PruneNet, arXiv 2501.15296"),
-    "random": StaticCriterion(random, "none"),
+    "random": StaticCriterion(random, "none", ranks_experts=True),
+    "reap": ExpertCriterion(reap, "REAP, arXiv 2510.13999"),
+    "expert_frequency": ExpertCriterion(expert_frequency, "how often the router chooses an expert"),
 }
+BY_NEURON = ("absolute", "square", "square_of_sum")  # products that keep a number for each unit
+
+
+def ranks(name: str, part: str, mixture: bool) -> bool:
+    """Whether a criterion ranks the units of a part.
+
+    Inside an expert, only criteria that keep a few numbers for each neuron do; not those that need all pairs of
+    neurons, or every weight.
+
+    Args:
+        name: of the criterion.
+        part: a name in `units.UNITS`.
+        mixture: whether the model is a mixture of experts.
+    """
+    criterion = CRITERIA[name]
+    if isinstance(criterion, ExpertCriterion):
+        return part == "experts"
+    is_gradient = isinstance(criterion, GradientCriterion)
+    if part == "experts":
+        return criterion.products in (*BY_NEURON, "pairs") if is_gradient else criterion.ranks_experts
+    if part == "mlp" and mixture:
+        return criterion.products in BY_NEURON if is_gradient else "products" not in criterion.moments
+    return True
+
+
+def rankers(parts: Sequence[str], mixture: bool) -> list[str]:
+    """The criteria that rank the units of all these parts, see `ranks`."""
+    return [name for name in CRITERIA if all(ranks(name, part, mixture) for part in parts)]
 
 
 def passes(names: Sequence[str]) -> list[tuple[str | None, list[str]]]:

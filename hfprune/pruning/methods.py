@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from hfprune.errors import UserError
 from hfprune.models.units import STRUCTURES
 from hfprune.pruning.allocation import ALLOCATIONS
-from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes
+from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
 
 CriterionName = Literal[tuple(CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
@@ -49,6 +49,20 @@ class MethodRecipe(BaseModel):
             raise ValueError(f"'attention_share' goes with structure mlp+attention, not {self.structure}")
         return self
 
+    @model_validator(mode="after")
+    def _experts(self) -> "MethodRecipe":
+        of_experts = self.structure == "experts"
+        if self.criterion not in (usable := rankers(STRUCTURES[self.structure], of_experts)):
+            raise ValueError(
+                f"criterion {self.criterion} does not rank the units of structure {self.structure}; these do: "
+                f"{', '.join(usable)}"
+            )
+        if of_experts and (self.allocation, self.refit) != ("uniform", "none"):
+            raise ValueError(
+                f"structure experts goes with allocation uniform and refit none, not {self.allocation} and {self.refit}"
+            )
+        return self
+
     def read(self) -> dict[str, Any]:
         """The parts that decide what comes out: equal for two recipes that make the same models."""
         unread = {"ridge"} if self.refit not in READ_RIDGE else set()
@@ -70,7 +84,7 @@ class MethodRecipe(BaseModel):
             needs.append(f"refit: {times} over the same text, a layer at a time")
         if ALLOCATIONS[self.allocation].influence:
             needs.append("allocation: 1 forward pass over the same text")
-        stock = self.structure == "mlp" and self.allocation == "uniform"
+        stock = self.structure in ("mlp", "experts") and self.allocation == "uniform"
         return [*needs, f"checkpoint: {'stock class' if stock else 'widths per layer'}", "GPU: helps, not required"]
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,8 +18,10 @@ from transformers import PreTrainedModel
 
 from hfprune.errors import UserError
 from hfprune.models.head import Head
-from hfprune.models.units import PARTS, Part, part_of, parts
-from hfprune.pruning.criteria import CRITERIA, GradientCriterion, StaticCriterion
+from hfprune.models.mixtures import ExpertNeurons, WholeExperts
+from hfprune.models.units import UNITS, AnyPart, Part, kinds_of, part_of, parts
+from hfprune.pruning.criteria import CRITERIA, GradientCriterion, StaticCriterion, ranks
+from hfprune.pruning.expert_recorder import ExpertRecorder
 from hfprune.pruning.head import LogitGradient, hidden_gradient, positions_of
 from hfprune.pruning.weight_recorder import WeightRecorder, reads_weights, sizes, sum_name
 
@@ -31,22 +34,39 @@ PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, units) pr
 SUM_NAME = re.compile(r"(\w+)(-\d+)?\.")  # of a criterion or a moment, and the number of a linear layer
 
 
-def names_of_sums(criterion: str, part: Part) -> tuple[str, ...]:
-    """The names of the sums that a criterion needs of a part."""
-    if reads_weights(criterion):
-        return tuple(sum_name(criterion, number) for number in range(len(part.linears)))
+def names_of_sums(criterion: str, kind: str, mixture: bool, linears: int = 1) -> tuple[str, ...]:
+    """The names of the sums that a criterion needs of a part of that name; none if it does not rank it.
+
+    Args:
+        criterion: a name in `CRITERIA`.
+        kind: the part's name.
+        mixture: whether the model is a mixture of experts.
+        linears: number of linear layers of the part.
+    """
+    if not ranks(criterion, kind, mixture):
+        return ()
     entry = CRITERIA[criterion]
-    return (criterion,) if isinstance(entry, GradientCriterion) else entry.moments
+    if isinstance(entry, GradientCriterion):
+        weights = tuple(sum_name(criterion, number) for number in range(linears))
+        return weights if reads_weights(criterion) else (criterion,)
+    if kind == "experts":
+        return ("routed",) if isinstance(entry, StaticCriterion) else entry.moments
+    return (*entry.moments, "routed") if kind == "mlp" and mixture else entry.moments
 
 
 def moments_of(criteria: Sequence[str]) -> tuple[str, ...]:
-    """The names of the moments that static criteria among these read."""
-    static = [criterion for name in criteria if isinstance(criterion := CRITERIA[name], StaticCriterion)]
-    return tuple(dict.fromkeys(name for criterion in static for name in criterion.moments))
+    """The names of the moments that criteria without a gradient among these read."""
+    without = [criterion for name in criteria if not isinstance(criterion := CRITERIA[name], GradientCriterion)]
+    return tuple(dict.fromkeys(name for criterion in without for name in criterion.moments))
 
 
-def flops_of_sums(part: Part, passes: Sequence[tuple[list[str], LogitGradient, int]], criteria: Sequence[str]) -> int:
+def flops_of_sums(
+    part: AnyPart, passes: Sequence[tuple[list[str], LogitGradient, int]], criteria: Sequence[str]
+) -> int:
     """Operations per token for the matrix products that the sums of a part need."""
+    if not isinstance(part, Part):  # for gradients, one more expert computes what would stand in for one that is gone
+        is_extra = isinstance(part, WholeExperts) and bool(passes)
+        return 2 * part.experts.neuron_parameters * part.experts.width * is_extra
     columns = part.width
     flops = 2 * columns**2 if "products" in moments_of(criteria) else 0
     for names, _, _ in passes:
@@ -58,9 +78,14 @@ def flops_of_sums(part: Part, passes: Sequence[tuple[list[str], LogitGradient, i
 def bytes_of_sums(model: PreTrainedModel, criteria: Sequence[str]) -> int:
     """Size of the sums of a pass for these criteria."""
     numbers = 0
-    for part in (part for kind in PARTS for part in parts(model, kind)):
+    for part in (part for kind in kinds_of(model) for part in parts(model, kind) if part):
+        if not isinstance(part, Part):
+            kind = "experts" if isinstance(part, WholeExperts) else "mlp"
+            names = {name for criterion in criteria for name in names_of_sums(criterion, kind, True)}
+            numbers += len(names) * part.rows * part.units
+            continue
         columns = part.width
-        numbers += sum(columns**2 if name == "products" else columns for name in moments_of(criteria))
+        numbers += sum(columns ** (1 + (name == "products")) for name in moments_of(criteria))
         for name in criteria:
             if reads_weights(name):
                 numbers += sum(sizes(part, name))
@@ -89,14 +114,31 @@ class Sums:
         total = self.tensors.get(name)
         self.tensors[name] = value.double() if total is None else total.to(value.device) + value
 
+    def add_row(self, name: str, row: int, rows: int, value: Tensor) -> None:
+        """Add `value` to one row of the sum of that name, which has so many rows."""
+        if name not in self.tensors:
+            self.tensors[name] = value.new_zeros((rows, *value.shape), dtype=torch.float64)
+        self.tensors[name][row] += value
+
     def of(self, criterion: str) -> Sums:
         """The sums that one criterion needs."""
         entry = CRITERIA[criterion]
         names = (criterion,) if isinstance(entry, GradientCriterion) else entry.moments
         subset = Sums()
         subset.sequences = self.sequences
+        names = (*names, "routed")  # of a mixture's tokens, for all criteria
         subset.tensors = {key: tensor for key, tensor in self.tensors.items() if SUM_NAME.match(key)[1] in names}
         return subset
+
+    @property
+    def mixture(self) -> bool:
+        """Whether they are of a mixture of experts."""
+        return any(".experts." in name for name in self.tensors)
+
+    def kinds(self, criterion: str) -> list[str]:
+        """The names of the parts that a criterion ranks and whose sums are here."""
+        names = {kind: names_of_sums(criterion, kind, self.mixture) for kind in UNITS}
+        return [kind for kind in UNITS if names[kind] and f"{names[kind][0]}.{kind}.0" in self.tensors]
 
     def layers(self, name: str, part: str) -> list[Tensor]:
         """The sums of that name and part, on the CPU, in the order of the layers."""
@@ -218,15 +260,19 @@ class UnitRecorder:
     @contextmanager
     def attached(self, layer: int, model: PreTrainedModel) -> Iterator[None]:
         """A context in which the activations of the model's layer number `layer` are read."""
-        by_kind = {kind: part_of(model, kind, layer) for kind in PARTS}
-        hooks = [part.output.register_forward_pre_hook(self._hook(kind, layer, part)) for kind, part in by_kind.items()]
-        if self.weights:
-            hooks += [hook for kind, part in by_kind.items() for hook in self.weights.hooks(kind, layer, part)]
-        try:
-            yield
-        finally:
+        by_kind = {kind: part_of(model, kind, layer) for kind in kinds_of(model)}
+        dense = {kind: part for kind, part in by_kind.items() if isinstance(part, Part)}
+        with ExitStack() as stack:
+            if isinstance(neurons := by_kind["mlp"], ExpertNeurons):
+                stack.enter_context(ExpertRecorder(self, layer, neurons.experts).attached())
+            hooks = [
+                part.output.register_forward_pre_hook(self._hook(kind, layer, part)) for kind, part in dense.items()
+            ]
+            if self.weights:
+                hooks += [hook for kind, part in dense.items() for hook in self.weights.hooks(kind, layer, part)]
             for hook in hooks:
-                hook.remove()
+                stack.callback(hook.remove)
+            yield
 
     def _hook(self, kind: str, layer: int, part: Part) -> Callable:
         """The forward pre-hook of a part's output layer."""
@@ -249,7 +295,7 @@ class UnitRecorder:
 
     def _add_to_sums(self, location: str, part: Part, activation: Tensor) -> None:
         values = self.by_sequence(activation.detach())
-        if self.moments:
+        if "total" in self.moments:
             self.sums.add(f"total.{location}", values.float().sum((0, 1)))
             self.sums.add(f"squares.{location}", vector_norm(values.float(), dim=(0, 1)).double().square())
         if "products" in self.moments:
@@ -263,10 +309,15 @@ class UnitRecorder:
             products = part.per_unit(self.by_sequence(gradient).float() * activations.float())
             for name in self.criteria:
                 if not reads_weights(name):
-                    self.sums.add(f"{name}.{location}", PRODUCTS[CRITERIA[name].products](products))
+                    self.sums.add(f"{name}.{location}", self.products(name, products))
 
         if self.differentiate:
             activation.register_hook(add)
+
+    @staticmethod
+    def products(criterion: str, products: Tensor) -> Tensor:
+        """(batch, length, units) products, summed as a gradient criterion has it."""
+        return PRODUCTS[CRITERIA[criterion].products](products)
 
     def by_sequence(self, values: Tensor) -> Tensor:
         """(batch, length, columns); OPT's MLP sees the tokens of all sequences in a row."""

@@ -43,8 +43,9 @@ from hfprune.models.layout import Layout
 from hfprune.models.loading import flops_per_token
 from hfprune.models.run_part import Passed, factor, run_part, written
 from hfprune.models.streamed import device_of, in_memory, is_streamed
-from hfprune.models.units import UNITS, Kept, Part, layers_of, matrix, part_of, parts
+from hfprune.models.units import PARTS, UNITS, Kept, Part, layers_of, matrix, part_of, parts
 from hfprune.models.walk import enter, entrance, layers_in_turn
+from hfprune.pruning.budget import NO_REFIT
 from hfprune.pruning.greedy import swapped
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
@@ -86,8 +87,11 @@ def refit(
         also `ridge` and `starved_layers`, the layers that keep more columns than there are tokens.
 
     Raises:
-        UserError: `bias` where an output layer has none; a layer's system cannot be solved; the disk is too small.
+        UserError: `bias` where an output layer has none; a layer's system cannot be solved; the disk is too small; the
+            model is a mixture of experts.
     """
+    if layout_of(model).mixture:
+        raise UserError(NO_REFIT.format(refit=method))
     for name in kept:
         if method == "bias" and any(part.output.bias is None for part in parts(model, name)):
             where = {"mlp": "the MLPs", "attention": "the attention blocks"}[name]
@@ -208,7 +212,7 @@ class Streams:
     def __init__(self, model: PreTrainedModel, tokens: Tensor, sequential: bool, parallel: bool, folder: Path) -> None:
         self._shape, self._batch = tuple(tokens.shape), max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self._dtype, self._device, hidden = model.dtype, device_of(model), model.config.hidden_size
-        widest = max(part.width for name in UNITS for part in parts(model, name)) if sequential else 0
+        widest = max(part.width for name in PARTS for part in parts(model, name)) if sequential else 0
         size = tokens.numel() * (hidden * (1 + sequential) * (1 + parallel) + widest) * model.dtype.itemsize
         self._folder = folder if is_streamed(model) or size > free_bytes(self._device) / 2 else None
         self.states, self.dense = self._room("states", hidden), self._room("dense", hidden * sequential)

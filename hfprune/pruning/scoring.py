@@ -26,10 +26,19 @@ from hfprune.models.loading import (
     load_tokenizer,
     weights_in_memory,
 )
+from hfprune.models.mixtures import ExpertNeurons, WholeExperts
 from hfprune.models.streamed import is_streamed, memory_of
-from hfprune.models.units import PARTS, Part, Scores, layers_of, parts, read_scores
+from hfprune.models.units import AnyPart, Part, Scores, kinds_of, layers_of, parts, read_scores
 from hfprune.pruning import layerwise
-from hfprune.pruning.criteria import CRITERIA, LIGHT_CUT, GradientCriterion, Moments, StaticCriterion
+from hfprune.pruning.criteria import (
+    CRITERIA,
+    LIGHT_CUT,
+    ExpertCriterion,
+    GradientCriterion,
+    Moments,
+    StaticCriterion,
+    ranks,
+)
 from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LogitGradient, generator
 from hfprune.pruning.recorder import CalibrationPass, Sums, UnitRecorder, flops_of_sums, moments_of, names_of_sums
@@ -97,7 +106,9 @@ def cost(
     sequences, length = shape
     passes = _backward_passes(criteria, draws)
     tokens, times = sequences * length, 1 + light_cut + len(passes) + (streamed and bool(passes))
-    further = sum(flops_of_sums(part, passes, criteria) for kind in PARTS for part in parts(model, kind))
+    further = sum(
+        flops_of_sums(part, passes, criteria) for kind in kinds_of(model) for part in parts(model, kind) if part
+    )
     return {"tokens": tokens, "flops": tokens * (flops_per_token(model, length) * times + further)}
 
 
@@ -194,28 +205,37 @@ def unit_scores(
 
 def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreTrainedModel | None) -> Scores:
     """One criterion's scores from the sums over `count` tokens. Only static criteria need the model."""
-    criterion = CRITERIA[name]
-    by_part: Scores = {}
-    for kind in PARTS:
-        if isinstance(criterion, GradientCriterion):
-            times = count * (draws if criterion.sampled else 1)
-            by_part[kind] = [layer / times for layer in _summed(name, kind, sums)]
-            if criterion.products == "pairs":
-                by_part[kind] = [one_by_one(layer) for layer in by_part[kind]]
-            by_part[kind] = [layer.float() for layer in by_part[kind]]
-        else:
-            assert model is not None
-            layers = zip(*(sums.layers(moment, kind) for moment in criterion.moments), strict=True)
-            by_part[kind] = [
-                _static(criterion, part, count, moments, generator(seed, name, kind, layer))
-                for layer, (part, moments) in enumerate(zip(parts(model, kind), layers, strict=True))
-            ]
-        for layer, scores in enumerate(by_part[kind]):
+    by_part = {kind: _scores(name, kind, sums, count, seed, draws, model) for kind in sums.kinds(name)}
+    for kind, layers in by_part.items():
+        for layer, scores in enumerate(layers):
             if not scores.isfinite().all():
                 raise UserError(f"layer {layer}: scores by {name} are not finite; compute in float32 or bfloat16.")
-            if not scores.any():
+            if scores.numel() and not scores.any():
                 raise UserError(f"layer {layer}, {kind}: all scores by {name} are zero: nothing reached it.")
     return by_part
+
+
+def _scores(
+    name: str, kind: str, sums: Sums, count: int, seed: int, draws: int, model: PreTrainedModel | None
+) -> list[Tensor]:
+    """One criterion's scores of one part, per layer; empty for a layer without it."""
+    criterion = CRITERIA[name]
+    if isinstance(criterion, GradientCriterion):
+        times = count * (draws if criterion.sampled else 1)
+        layers = [layer / times for layer in _summed(name, kind, sums)]
+        if criterion.products == "pairs":
+            layers = [one_by_one(layer) if layer.numel() else layer for layer in layers]
+        return [layer.float() for layer in layers]
+    names = names_of_sums(name, kind, sums.mixture)
+    by_layer = zip(*(sums.layers(moment, kind) for moment in names), strict=True)
+    of_layers = [dict(zip(names, values, strict=True)) for values in by_layer]
+    if isinstance(criterion, ExpertCriterion):
+        return [criterion.score(values["routed"], values["written"]).float() for values in of_layers]
+    assert model is not None
+    return [
+        _static(criterion, part, count, values, generator(seed, name, kind, layer)) if part else torch.zeros(0)
+        for layer, (part, values) in enumerate(zip(parts(model, kind), of_layers, strict=True))
+    ]
 
 
 def _summed(name: str, kind: str, sums: Sums) -> list[Tensor]:
@@ -227,15 +247,36 @@ def _summed(name: str, kind: str, sums: Sums) -> list[Tensor]:
 
 
 def _static(
-    criterion: StaticCriterion, part: Part, count: int, moments: Sequence[Tensor], random: torch.Generator
+    criterion: StaticCriterion, part: AnyPart, count: int, moments: dict[str, Tensor], random: torch.Generator
 ) -> Tensor:
+    """A static criterion's scores of one part of a layer, from its moments by name, over `count` tokens."""
+    if isinstance(part, WholeExperts):
+        with weights_in_memory(part.experts.experts):
+            none = torch.zeros(part.experts.count, dtype=torch.float64)
+            return criterion.score(part, Moments(0, none, none), random).float().cpu()
+    if isinstance(part, ExpertNeurons):
+        with weights_in_memory(part.experts.experts):
+            by_expert = zip(moments["routed"].int().tolist(), moments["total"], moments["squares"], strict=True)
+            return torch.stack(
+                [_of_expert(criterion, part, expert, *of_expert, random) for expert, of_expert in enumerate(by_expert)]
+            )
     with weights_in_memory(*part.linears):
-        by_name = {
-            name: moment.to(part.output.weight.device) for name, moment in zip(criterion.moments, moments, strict=True)
-        }
+        by_name = {name: moment.to(part.output.weight.device) for name, moment in moments.items()}
         if "products" in by_name and not by_name["squares"].any():  # nothing to invert; `finish` refuses zeros
             return torch.zeros(part.units)
         return criterion.score(part, Moments(count, **by_name), random).float().cpu()
+
+
+def _of_expert(
+    criterion: StaticCriterion, part: ExpertNeurons, expert: int, count: int, total: Tensor, squares: Tensor,
+    random: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """A static criterion's scores of the neurons of one expert, which read `count` tokens."""
+    neurons = part.experts.neurons_of(expert)
+    device = neurons.output.weight.device
+    scores = criterion.score(neurons, Moments(max(2, count), total.to(device), squares.to(device)), random)
+    scores = scores.float().cpu()
+    return scores if count > 1 else scores.nan_to_num()  # one token says nothing of how a neuron varies
 
 
 def add_up(
@@ -250,6 +291,9 @@ def add_up(
     batch: int | None = None,
 ) -> Sums:
     """The sums of one pass over the sequences `share` of `tokens` (default: all). Arguments: see `unit_scores`."""
+    mixture = "experts" in kinds_of(model)
+    if idle := [name for name in criteria if not any(ranks(name, kind, mixture) for kind in kinds_of(model))]:
+        raise UserError(f"criterion {idle[0]!r} ranks experts, and {model.config.model_type!r} models have none.")
     share = share if share is not None else range(len(tokens))
     one_pass = CalibrationPass(
         tokens[share.start : share.stop],
@@ -263,10 +307,13 @@ def add_up(
     if not share:
         return Sums()
     sums = (layerwise.add_up if is_streamed(model) else _add_up_resident)(model, one_pass, resume)
-    for kind in PARTS:
+    for kind in kinds_of(model):
         for layer, part in enumerate(parts(model, kind)):
-            for name in (name for criterion in criteria for name in names_of_sums(criterion, part)):
-                if f"{name}.{kind}.{layer}" not in sums.tensors:
+            linears = len(part.linears) if isinstance(part, Part) else 1
+            for name in (name for criterion in criteria for name in names_of_sums(criterion, kind, mixture, linears)):
+                if part is None:
+                    sums.tensors[f"{name}.{kind}.{layer}"] = torch.zeros(0, dtype=torch.float64)
+                elif f"{name}.{kind}.{layer}" not in sums.tensors:
                     raise UserError(f"layer {layer}, {kind}: nothing reached it, neither activations nor gradients.")
     return sums
 
@@ -320,9 +367,8 @@ def silenced(scores: list[Tensor]) -> list[Tensor]:
     """Per layer 0 for the lowest `LIGHT_CUT` of the neurons, at least one, and 1 for the others, float32 (neurons,)."""
     masks = []
     for layer in scores:
-        mask = torch.ones_like(layer)
-        mask[layer.argsort(stable=True)[: max(1, round(LIGHT_CUT * len(layer)))]] = 0
-        masks.append(mask)
+        lowest = layer.argsort(stable=True)[..., : max(1, round(LIGHT_CUT * layer.shape[-1]))]
+        masks.append(torch.ones_like(layer).scatter_(-1, lowest, 0))
     return masks
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
+from hfprune.models.families import layout_of
 from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
 from hfprune.models.loading import (
     count_parameters,
@@ -23,9 +24,9 @@ from hfprune.models.loading import (
 )
 from hfprune.models.modeling_per_layer import count_heads
 from hfprune.models.streamed import device_of, in_turn, memory_of
-from hfprune.models.units import PARTS, Kept, Part, Scores, layers_of, matrix, part_of, parts, read_scores
+from hfprune.models.units import PARTS, AnyPart, Kept, Part, Scores, layers_of, matrix, part_of, parts, read_scores
 from hfprune.pruning.allocation import ALLOCATIONS, allocate
-from hfprune.pruning.budget import Budget, shape_of, units_to_keep
+from hfprune.pruning.budget import Budget, refuse_method, shape_of, units_to_keep
 from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.runtime.matmul import fast_products
@@ -69,6 +70,7 @@ def prune(
     network = load_model(model, dtype, memory, spread=False)
     ranked = read_scores(scores / SCORES)
     shape = shape_of(network)
+    refuse_method(shape, structure, calibration["criterion"], refit)
     budget = units_to_keep(
         shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
     )
@@ -82,7 +84,9 @@ def prune(
         flops = tokens.numel() * flops_per_token(network, tokens.shape[1])
         further = {"influence": influence.tolist(), "allocation_flops": flops}
     kept = best_units(budget, ranked, allocation, influence)
-    units_before, units_after = ({name: sum(map(len, units[name])) for name in kept} for units in (ranked, kept))
+    units_before, units_after = (
+        {name: sum(layer.numel() for layer in units[name]) for name in kept} for units in (ranked, kept)
+    )
     network.config.tie_word_embeddings = checkpoint.is_tied(network)
     final = shape_only(network.config, network.dtype)
     cut(final, kept)
@@ -153,13 +157,12 @@ def _cut_and_write(
         tokens: (sequences, length) calibration tokens for a refit.
         refit, ridge: see `prune`.
     """
-    layers = layers_of(model)
+    layers, pad = layers_of(model), not layout_of(model).mixture  # whose layers all have one width
 
     def finish(number: int) -> None:
-        for name in PARTS:
-            part = part_of(model, name, number)
-            if name in kept:
-                cut_part(part, kept[name][number].to(part.output.weight.device))
+        for name, units in kept.items():
+            cut_part(part_of(model, name, number), units[number])
+        for name in PARTS if pad else ():
             checkpoint.pad_part(part_of(model, name, number), part_of(final, name, number).units)
         writer.add(number)
 
@@ -179,10 +182,17 @@ def best_units(budget: Budget, scores: Scores, allocation: str, influence: Tenso
         allocation: a name in `allocation.ALLOCATIONS`.
         influence: (layers,), for allocations that read it, see `influence.py`.
     """
-    return {
-        name: allocate(allocation, scores[name], keep, budget.round_to if name == "mlp" else 1, influence)
-        for name, keep in budget.keep.items()
-    }
+    kept: Kept = {}
+    for name, keep in budget.keep.items():
+        layers, groups = scores[name], budget.groups if name == "experts" else 1
+        if groups > 1:
+            layers = [layer.reshape(groups, len(layer) // groups) for layer in layers]
+        units = allocate(allocation, layers, keep, budget.round_to if name == "mlp" else 1, influence)
+        if groups > 1:  # the number of an expert in its layer, from that in its group
+            first = torch.arange(groups)[:, None]
+            units = [(each + first * layer.shape[1]).flatten() for each, layer in zip(units, layers, strict=True)]
+        kept[name] = units
+    return kept
 
 
 @torch.no_grad()
@@ -195,12 +205,18 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
     """
     for name, layers in kept.items():
         for part, units in zip(parts(model, name), layers, strict=True):
-            cut_part(part, units.to(part.output.weight.device))
+            cut_part(part, units)
     checkpoint.declare_widths(model)
 
 
-def cut_part(part: Part, units: Tensor) -> None:
-    """Remove the rows and columns of the units that are not in `units`, (count,) int64."""
+def cut_part(part: AnyPart, units: Tensor) -> None:
+    """Remove the units of a part that are not in `units`, int64; of a layer without the part, nothing."""
+    if part is None:
+        return
+    if not isinstance(part, Part):
+        part.keep(units.to(part.experts.router.weight.device))
+        return
+    units = units.to(part.output.weight.device)
     for number, linear in enumerate(part.inputs):
         rows = part.rows_of(units, number)
         set_linear(linear, matrix(linear)[rows], None if linear.bias is None else linear.bias[rows])

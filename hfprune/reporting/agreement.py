@@ -1,12 +1,13 @@
 """How far criteria, and calibration seeds, agree on which neurons matter."""
 
+from collections.abc import Container
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, spearmanr
 
-from hfprune.models.units import read_scores
+from hfprune.models.units import UNITS, read_scores
 from hfprune.store.artifacts import Artifact
 from hfprune.store.filenames import SCORES
 
@@ -25,11 +26,16 @@ def compare(artifacts: list[Artifact]) -> pd.DataFrame:
         keeps the best `KEPT` of every layer (a random choice overlaps by `KEPT`). Layer -1 is the mean over layers.
     """
     rows = []
-    named = [
-        (artifact.parameters["criterion"], artifact.parameters["seed"], layers(artifact)) for artifact in artifacts
-    ]
-    for (criterion, seed, one), (other_criterion, other_seed, other) in combinations(named, 2):
-        by_layer = [(spearmanr(a, b).statistic, overlap(a, b)) for a, b in zip(one, other, strict=True)]
+    ranked = {artifact.key: read_scores(artifact.folder / SCORES).keys() for artifact in artifacts}
+    for one, other in combinations(artifacts, 2):
+        common = ranked[one.key] & ranked[other.key]
+        if not common:  # neurons by one, whole experts by the other
+            continue
+        (criterion, seed), (other_criterion, other_seed) = (
+            (artifact.parameters["criterion"], artifact.parameters["seed"]) for artifact in (one, other)
+        )
+        both = zip(layers(one, common), layers(other, common), strict=True)
+        by_layer = [(spearmanr(a, b).statistic, overlap(a, b)) for a, b in both]
         pair = {"criterion": criterion, "seed": seed, "other_criterion": other_criterion, "other_seed": other_seed}
         for layer, (spearman, shared) in enumerate(by_layer):
             rows.append({**pair, "layer": layer, "spearman": spearman, "overlap": shared})
@@ -39,9 +45,11 @@ def compare(artifacts: list[Artifact]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def layers(artifact: Artifact) -> list[np.ndarray]:
-    """The scores of an artifact's neurons, (neurons,) per layer."""
-    return [layer.numpy() for layer in read_scores(artifact.folder / SCORES)["mlp"]]
+def layers(artifact: Artifact, parts: Container[str] = UNITS) -> list[np.ndarray]:
+    """The scores of the units of the first of these parts that an artifact ranks, neurons if it can: per layer."""
+    scores = read_scores(artifact.folder / SCORES)
+    part = next(part for part in UNITS if part in scores and part in parts)
+    return [layer.flatten().numpy() for layer in scores[part] if layer.numel()]
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:

@@ -1,10 +1,12 @@
 """What is drawn as lines: the steps of every training, and how much every layer keeps."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from hfprune.models.history import kept_shapes
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting.identity import described
 from hfprune.store.artifacts import Artifact, Store
@@ -51,10 +53,11 @@ def kept_widths(artifacts: Sequence[Artifact], store: Store, methods: Mapping[st
     for artifact, label, ratio in zip(artifacts, _labels(models, ("seed",)), models["ratio"], strict=True):
         pruning = json.loads((artifact.folder / PRUNING).read_text(encoding="utf-8"))
         for part, layers in pruning["kept"].items():
-            dense_units = pruning["units_dense"][part] // len(layers)
-            for layer, units in enumerate(layers):
+            shapes = kept_shapes(part, layers)
+            dense_units = pruning["units_dense"][part] // len(shapes)
+            for layer, shape in shapes.items():
                 about = {"model": label, "ratio": ratio, "part": part, "layer": layer}
-                rows.append(about | {"kept": len(units), "dense": dense_units, "key": artifact.key})
+                rows.append(about | {"kept": math.prod(shape), "dense": dense_units, "key": artifact.key})
     return pd.DataFrame(rows).sort_values("ratio", kind="stable", ignore_index=True)
 
 

@@ -27,12 +27,12 @@ def first_kl(table: pd.DataFrame) -> str:
     return next(title for title in table if title.startswith(KL))
 
 
-def board(metrics: pd.DataFrame, timings: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
+def board(metrics: pd.DataFrame, timings: pd.DataFrame | None, differences: pd.DataFrame) -> pd.DataFrame:
     """Every model, those of one size together, the nearest to the dense model first.
 
     Args:
         metrics: rows of metrics.csv.
-        timings: see `paper_sheets.read_timings`.
+        timings: see `paper_sheets.read_timings`; None: nothing was timed.
         differences: see `comparison.Comparison.differences`.
 
     Returns:
@@ -53,8 +53,10 @@ def board(metrics: pd.DataFrame, timings: pd.DataFrame, differences: pd.DataFram
         ends = column[[*MODEL, "value", "low", "high"]].set_axis([*MODEL, *_with_ends(title)], axis=1)
         table = table.merge(ends, on=MODEL, how="left")
     shapes = costs.rename(columns={PARAMETERS: "parameters"})
-    table[PREFILL] = 1e3 * timed(shapes, timings[timings["metric"] == "prefill_seconds"])
-    table[DECODE] = timed(shapes, timings[timings["task"] == "decode batch 1"])
+    table[PREFILL] = table[DECODE] = math.nan
+    if timings is not None:
+        table[PREFILL] = 1e3 * timed(shapes, timings[timings["metric"] == "prefill_seconds"])
+        table[DECODE] = timed(shapes, timings[timings["task"] == "decode batch 1"])
     table[MAKING] = costs[["Scoring (s)", "Cutting (s)", "Training (s)"]].sum(axis=1)
     table["TFLOP"] = costs["TFLOP"].fillna(0)
     kl = values[(values["task"] == texts[0]) & (values["metric"] == "kl")]
@@ -66,6 +68,7 @@ def leaderboard_sheet(table: pd.DataFrame) -> Sheet:
     """A `board` for people."""
     measured = [title for title in table if f"{title} low" in table]
     digits = {REMOVED: 1} | dict.fromkeys(measured, 3) | dict(FIDELITY.values()) | SPEED_AND_COST
+    digits = {title: count for title, count in digits.items() if table[title].notna().any()}
     first, rows = first_kl(table), []
     for _, model in table.iterrows():
         cells = {title: Cell(*(model.get(end, math.nan) for end in _with_ends(title))) for title in digits}

@@ -215,7 +215,7 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
         kl = interactive.lines(cut[columns], REMOVED, KL)
     else:
         kl = interactive.rows(cut.sort_values(KL)[columns], KL, 0)
-    if (board := results.board) is not None:
+    if (board := results.board) is not None and board[PREFILL].notna().any():
         timed = board[(board["method"] != DENSE) & board[PREFILL].notna()]
         distance = first_kl(board)
         columns = [*_with_ends(distance), PREFILL]
@@ -293,15 +293,16 @@ def _models_table(models: pd.DataFrame) -> Table:
 def _board_table(board: pd.DataFrame, models: pd.DataFrame) -> Table:
     places = {tuple(model[MODEL]): place for place, (_, model) in enumerate(models.iterrows())}
     measured = [column for column in board if f"{column} low" in board]
+    shown = {column: digits for column, digits in SPEED_AND_COST.items() if board[column].notna().any()}
     rows = []
     for _, model in board.iterrows():
         link = f"#model-{places[tuple(model[MODEL])]}"
         cells = [_text(model["name"], link), _number(100 * model["ratio"], float("nan"), 0, 0)]
         cells += [_number(*model[_with_ends(column)], DIGITS.get(column, 3), link) for column in measured]
-        cells += [_number(model[column], float("nan"), 0, digits) for column, digits in SPEED_AND_COST.items()]
+        cells += [_number(model[column], float("nan"), 0, digits) for column, digits in shown.items()]
         mark = "best" if model["best"] else "not distinguishable" if model["tied"] else ""
         rows.append([*cells, _text(mark)])
-    return Table(["Model", SIZE, *measured, *SPEED_AND_COST, "Of its size"], rows)
+    return Table(["Model", SIZE, *measured, *shown, "Of its size"], rows)
 
 
 def _cost_table(metrics: pd.DataFrame, models: pd.DataFrame) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hfprune.models.history import is_cut, steps
+from hfprune.models.history import is_cut, kept_shapes, steps
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import method_name, presets
 from hfprune.store.filenames import CARD, LICENCE
@@ -201,10 +201,12 @@ def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
     """Numbers of units that the layers kept, smallest to largest, and the padding."""
     rows = {}
     for name, layers in pruning["kept"].items():
-        widths = sorted(map(len, layers))
+        shapes = kept_shapes(name, layers).values()
+        widths = sorted(shape[-1] for shape in shapes)
         width_range = f"{widths[0]:,}" if widths[0] == widths[-1] else f"{widths[0]:,} to {widths[-1]:,}"
         multiple = f", multiples of {pruning['round_to']}" if name == "mlp" and pruning.get("round_to", 1) > 1 else ""
-        rows[f"{UNITS[name].capitalize()} a layer"] = width_range + multiple
+        place = "an expert" if max(map(len, shapes)) > 1 else "a layer"
+        rows[f"{UNITS[name].capitalize()} {place}"] = width_range + multiple
     if pruning["padding"]:
         rows["Padding"] = f"{pruning['padding']:,} parameters that are zero make all layers as wide as the widest"
     return rows

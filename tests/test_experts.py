@@ -1,0 +1,471 @@
+"""Mixtures of experts: each family's description agrees with its own class, and what is cut is the model without it."""
+
+import copy
+import json
+import re
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hfprune.cli.families import ANY
+from hfprune.errors import UserError
+from hfprune.experiment.estimate import report
+from hfprune.experiment.schema import Experiment, parse
+from hfprune.models.activations import graph_bytes
+from hfprune.models.families import FAMILIES, layout_for
+from hfprune.models.history import kept_shapes
+from hfprune.models.loading import check_config, count_parameters, flops_per_token, load_model
+from hfprune.models.mixtures import all_experts, experts_in
+from hfprune.models.units import layers_of, parts
+from hfprune.pruning import scoring
+from hfprune.pruning.budget import check, shape_of, shape_on_disk, units_to_keep
+from hfprune.pruning.criteria import CRITERIA, GradientCriterion, entropy_gradient
+from hfprune.pruning.recorder import Sums
+from hfprune.pruning.refit import refit
+from hfprune.pruning.scoring import unit_scores
+from hfprune.pruning.surgery import best_units, cut
+from tests.conftest import make_tokenizer
+from tests.test_families import TOKENS, logits, make
+from tests.test_surgery import run_prune
+
+LATENT = {
+    "num_key_value_heads": 4, "head_dim": None, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 12,
+}  # fmt: skip
+NARROW = {"moe_intermediate_size": 24}
+ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, **NARROW}
+GROUPED = {"n_group": 2, "topk_group": 1}
+LOCAL = {"num_local_experts": 8}
+MIXTURES = {
+    "mixtral": LOCAL,
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1], **NARROW},
+    "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True, **NARROW},
+    "olmoe": {"num_experts": 8},
+    "granitemoe": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.5, **LOCAL},
+    "deepseek_v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5, **ROUTED, **LATENT, **GROUPED},
+    "deepseek_v3": {**ROUTED, **LATENT, **GROUPED},
+    "glm4_moe": ROUTED,
+    "gpt_oss": {"sliding_window": 8, **LOCAL},
+    "minimax_m2": LOCAL,
+    "ernie4_5_moe": {
+        "moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+        "num_experts_per_tok": None, **NARROW,
+    },
+}  # fmt: skip
+NARROWED = [name for name in MIXTURES if not layout_for({"model_type": name, **ANY}).mixture.refused]
+WITH_HEADS = [name for name in MIXTURES if not layout_for({"model_type": name, **ANY}).attention.refused]
+GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
+
+
+def mixture(name, **keys):
+    """A random mixture of eight experts, of which a token is sent to three; a correction changes the choice."""
+    model = make(name, **({"num_experts_per_tok": 3} | MIXTURES[name] | keys))
+    for experts in all_experts(model):
+        if experts.correction is not None:
+            owner, key = experts._correction
+            getattr(owner, key).normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def masked_router(model, kept):
+    """A copy whose routers, computed by their own code, never choose the experts that are not in `kept`."""
+    model = copy.deepcopy(model)
+    for number, stays in enumerate(kept):
+        if experts := experts_in(model, number):
+            gone = torch.ones(experts.count, dtype=torch.bool).index_fill_(0, stays, False)
+            mask_router(experts, gone)
+    return model
+
+
+def mask_router(experts, gone):
+    """Let an expert that is gone have a probability of 0, and never be chosen."""
+    real = torch.nn.functional.linear
+
+    def without(own, *inputs):
+        def linear(*operands):
+            return real(*operands).masked_fill(gone, -1e9)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", linear)
+            return own(*inputs)
+
+    experts.router.forward = partial(without, experts.router.forward)
+    if experts.correction is not None:
+        owner, key = experts._correction
+        getattr(owner, key).masked_fill_(gone, -1e9)
+
+
+def silenced_neurons(model, kept):
+    """A copy whose experts write through the neurons in `kept` alone."""
+    model = copy.deepcopy(model)
+    for number, stays in enumerate(kept):
+        if experts := experts_in(model, number):
+            silent = torch.ones(experts.count, experts.width).scatter_(1, stays, 0).bool()
+            module = experts.experts
+            down = module.down_proj if module.is_transposed else module.down_proj.transpose(1, 2)
+            down[silent] = 0
+    return model
+
+
+def some_experts(model):
+    """The same number of experts of every layer, and of every group."""
+    draw, kept = torch.Generator().manual_seed(2), []
+    for number in range(len(layers_of(model))):
+        experts = experts_in(model, number)
+        groups = experts.groups if experts else 1
+        stays = [torch.randperm(8 // groups, generator=draw)[: 6 // groups].sort().values for _ in range(groups)]
+        stays = torch.cat([each + group * 8 // groups for group, each in enumerate(stays)])
+        kept.append(stays if experts else torch.zeros(0, dtype=torch.int64))
+    return kept
+
+
+def some_neurons(model):
+    """The same number of neurons of every expert, others in each."""
+    draw, kept = torch.Generator().manual_seed(3), []
+    for experts in (experts_in(model, number) for number in range(len(layers_of(model)))):
+        if experts:
+            order = torch.rand(experts.count, experts.width, generator=draw).argsort(1)
+            kept.append(order[:, : experts.width - 8].sort(1).values)
+        else:
+            kept.append(torch.zeros(0, dtype=torch.int64))
+    return kept
+
+
+def test_every_family_is_tested():
+    assert list(MIXTURES) == [name for name in FAMILIES if layout_for({"model_type": name, **ANY}).mixture]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_router_chooses_as_its_class_does(name):
+    experts = list(all_experts(mixture(name)))[-1]
+    states = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    corrected = (experts.correction,) if name == "minimax_m2" else ()
+    found_logits, expected, chosen = experts.router(states, *corrected)
+    weights, ours = experts.route(found_logits.float())
+    torch.testing.assert_close(
+        torch.zeros(50, 8).scatter(1, ours, weights), torch.zeros(50, 8).scatter(1, chosen, expected)
+    )
+
+
+def reloaded(model, folder):
+    """The model, saved and reloaded by its stock class."""
+    model.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(again) is type(model)
+    assert count_parameters(again) == count_parameters(model)
+    cached, whole = (
+        again.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), use_cache=use, **GREEDY) for use in (True, False)
+    )
+    assert torch.equal(cached, whole)
+    return again
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_model_without_experts_is_the_one_whose_router_never_chooses_them(name, tmp_path):
+    model = mixture(name)
+    kept, before = some_experts(model), logits(model)
+    expected = logits(masked_router(model, kept))
+    cut(model, {"experts": kept})
+    torch.testing.assert_close(logits(reloaded(model, tmp_path)), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - before).abs().max() > 1e-2
+    assert shape_of(model).mixture.count == 6
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_a_model_with_narrower_experts_is_the_one_with_those_neurons_silent(name, tmp_path):
+    model = mixture(name)
+    kept, before = some_neurons(model), logits(model)
+    expected = logits(silenced_neurons(model, kept))
+    cut(model, {"mlp": kept})
+    torch.testing.assert_close(logits(reloaded(model, tmp_path)), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_attention_of_a_mixture_is_cut_as_that_of_a_dense_model(name, tmp_path):
+    model = mixture(name)
+    masked = copy.deepcopy(model)
+    for part in parts(masked, "attention"):
+        part.output.weight[:, part.columns :] = 0
+    expected = logits(masked)
+    cut(model, {"attention": [torch.tensor([0])] * 3})
+    torch.testing.assert_close(logits(reloaded(model, tmp_path)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_budget_is_the_same_from_the_files_as_from_the_model(name, tmp_path):
+    model = mixture(name)
+    model.save_pretrained(tmp_path)
+    assert shape_on_disk(tmp_path) == shape_of(model)
+    shape, before = shape_of(model), count_parameters(model)
+    cut(model, {"experts": some_experts(model)})
+    removed = 2 // shape.mixture.groups * shape.parameters["experts"] * sum(map(bool, shape.units["experts"]))
+    assert before - count_parameters(model) == removed
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_scores_of_experts_are_the_change_of_the_entropy_by_brute_force(name):
+    """In float64, by autograd: what the experts write with each expert's router row gone, by the class's own code."""
+    grouped = {"topk_group": 2} if "n_group" in MIXTURES[name] else {}  # groups do not restrict the choice
+    ours = unit_scores(mixture(name, **grouped), TOKENS, ["entropy", "fisher_sequence", "reap", "expert_frequency"])
+    model = mixture(name, **grouped).double()
+    model.config._experts_implementation = "eager"
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    seen, hooks = {}, []
+    for number in range(3):
+        if experts := experts_in(model, number):
+
+            def remember(module, inputs, output, number=number):
+                output.retain_grad()
+                seen.setdefault(number, []).append((module, inputs, output))
+
+            hooks.append(experts.experts.register_forward_hook(remember))
+    for row in TOKENS:
+        log_p = model(row[None]).logits.log_softmax(-1)
+        (-(log_p.exp() * log_p).sum()).backward()
+    for hook in hooks:
+        hook.remove()
+    for number, passed in seen.items():
+        experts, totals, routed, written = experts_in(model, number), [0.0] * 8, torch.zeros(8), [0.0] * 8
+        for module, (states, chosen, weights), output in passed:
+            states, weights = states.detach(), weights.detach()
+            for expert in range(8):
+                other = copy.deepcopy(experts)
+                mask_router(other, torch.arange(8) == expert)
+                corrected = (other.correction,) if name == "minimax_m2" else ()
+                _, other_weights, others = other.router(states, *corrected)
+                change = output.detach() - module(states, others, other_weights.double())
+                mine = chosen == expert
+                if name == "ernie4_5_moe":  # where an expert that is not chosen goes, its corrected choice changes
+                    change = change * mine.any(1, keepdim=True)
+                totals[expert] += (change * output.grad).sum(1).abs().sum().item() / TOKENS.numel()
+                routed[expert] += mine.sum()
+                alone = module(states, torch.full_like(chosen[:, :1], expert), torch.ones_like(weights[:, :1]))
+                written[expert] += ((weights * mine).sum(1) * alone.norm(dim=1)).sum().item()
+        torch.testing.assert_close(ours["entropy"]["experts"][number], torch.tensor(totals), rtol=1e-3, atol=1e-6)
+        assert torch.equal(ours["expert_frequency"]["experts"][number], routed)
+        reap = torch.tensor(written) / routed.clamp(min=1)
+        torch.testing.assert_close(ours["reap"]["experts"][number], reap, rtol=1e-4, atol=1e-6)
+    assert set(ours["reap"]) == {"experts"}
+    assert {len(layer) for layer in ours["fisher_sequence"]["experts"]} <= {0, 8}
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_scores_of_neurons_in_experts_equal_float64_autograd(name, monkeypatch):
+    """Each expert's neurons on its own tokens; the products of a sequence are summed before they are squared."""
+    by_sequence = GradientCriterion(entropy_gradient, "square_of_sum", "this test")
+    monkeypatch.setitem(CRITERIA, "by_sequence", by_sequence)
+    ours = unit_scores(mixture(name), TOKENS, ["entropy", "by_sequence", "wanda"])
+    model = mixture(name).double()
+    model.config._experts_implementation = "batched_mm"
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    seen = {}
+    for number in range(3):
+        if experts := experts_in(model, number):
+            gate = type(experts.experts)._apply_gate
+            width = experts.width
+
+            def remember(_module, inputs, number=number):
+                seen[number] = [inputs[1].flatten()]
+
+            def apply_gate(states, number=number, gate=gate, module=experts.experts):
+                activations = gate(module, states)
+                activations.retain_grad()
+                seen[number].append(activations)
+                return activations
+
+            experts.experts.register_forward_pre_hook(remember)
+            monkeypatch.setattr(experts.experts, "_apply_gate", apply_gate, raising=False)
+    totals, squares, moments = ({number: torch.zeros(8, width).double() for number in range(3)} for _ in range(3))
+    for row in TOKENS:
+        log_p = model(row[None]).logits.log_softmax(-1)
+        (-(log_p.exp() * log_p).sum()).backward()
+        for number, (chosen, activations) in seen.items():
+            products = (activations * activations.grad).detach() / TOKENS.numel()
+            totals[number].index_add_(0, chosen, products.abs())
+            summed = torch.zeros(8, width).double().index_add(0, chosen, products * TOKENS.numel())
+            squares[number] += summed.square() / TOKENS.numel()
+            moments[number].index_add_(0, chosen, activations.detach().square())
+    for number in seen:
+        module = experts_in(model, number).experts
+        down = module.down_proj if module.is_transposed else module.down_proj.transpose(1, 2)
+        wanda = moments[number].sqrt() * down.abs().sum(2)
+        for criterion, expected in (("entropy", totals), ("by_sequence", squares), ("wanda", {number: wanda})):
+            found = ours[criterion]["mlp"][number].double()
+            torch.testing.assert_close(found, expected[number], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
+def test_scores_are_the_same_if_layers_run_a_second_time_and_in_any_batches(name, monkeypatch):
+    criteria = ["entropy", "fisher_token", "reap", "flap", "random", "magnitude"]
+    whole = unit_scores(mixture(name), TOKENS, criteria)
+    single = unit_scores(mixture(name), TOKENS, criteria, batch=1)
+    monkeypatch.setattr(scoring, "is_short", lambda *_: True)
+    short = unit_scores(mixture(name), TOKENS, criteria)
+    for criterion, by_part in whole.items():
+        for part, layers in by_part.items():
+            for number, layer in enumerate(layers):
+                torch.testing.assert_close(single[criterion][part][number], layer, rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(short[criterion][part][number], layer, rtol=1e-3, atol=1e-6)
+
+
+def test_shards_add_up_to_the_scores_of_one_pass(tmp_path):
+    """Also in a model whose second layer is dense."""
+    model = mixture("qwen2_moe")
+    model.save_pretrained(tmp_path)
+    whole, criteria = unit_scores(model, TOKENS, ["entropy", "reap", "wanda"]), ["entropy", "reap", "wanda"]
+    for criterion in criteria:
+        merged = Sums()
+        for shard in range(2):
+            sums = scoring.add_up(model, TOKENS, criteria, 0, 1, None, None, range(shard, shard + 1))
+            sums.of(criterion).save(tmp_path / str(shard) / criterion)
+            merged.load(tmp_path / str(shard) / criterion)
+        found = scoring.finish(criterion, merged, TOKENS.numel(), 0, 1, model)
+        assert found.keys() == whole[criterion].keys()
+        for part, layers in found.items():
+            assert [len(layer) for layer in layers] == [len(layer) for layer in whole[criterion][part]]
+            for layer, expected in zip(layers, whole[criterion][part], strict=True):
+                torch.testing.assert_close(layer, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_operations_are_those_of_the_experts_that_a_token_is_sent_to(name):
+    model = mixture(name)
+    model.config._experts_implementation = "eager"
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(TOKENS)
+    counted = counter.get_total_flops() / TOKENS.numel()
+    assert flops_per_token(model, TOKENS.shape[1]) == pytest.approx(counted, rel=0.02)
+
+
+def test_every_group_loses_its_worst_experts():
+    shape = shape_of(mixture("deepseek_v3"))
+    budget = units_to_keep(shape, shape.parameters["experts"] * 2 / shape.total, structure="experts")
+    scores = {"experts": [torch.zeros(0), *[torch.arange(8.0)] * 2]}
+    kept = best_units(budget, scores, "uniform")["experts"]
+    assert [layer.tolist() for layer in kept] == [[], [1, 2, 3, 5, 6, 7], [1, 2, 3, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "message"),
+    [
+        ("qwen3_moe", {"ratio": 0.9, "structure": "experts"}, r"leaves at least 9 of 24 experts .* sent to 3 .* 0\.4"),
+        ("deepseek_v3", {"ratio": 0.9, "structure": "experts"}, r"leaves at least 12 of 16 experts"),
+        ("qwen3_moe", {"ratio": 0.1, "allocation": "global"}, r"allocation 'global': .* one number for all layers"),
+        ("qwen3_moe", {"ratio": 0.1, "structure": "mlp+attention"}, r"one part is cut at a time"),
+        ("qwen3_moe", {"ratio": 0.1, "round_to": 1}, r"round_to 1: .* Set it to 8 or more"),
+        ("qwen3_moe", {"ratio": 0.1, "refit": "sequential"}, r"refit 'sequential': .* not refitted"),
+        ("qwen3_moe", {"ratio": 0.1, "criterion": "reap"}, r"criterion 'reap' does not rank neurons inside experts"),
+        (
+            "qwen3_moe",
+            {"ratio": 0.1, "criterion": "obs"},
+            r"neurons inside experts, .* Those that do: ent",
+        ),
+        ("qwen3_moe", {"ratio": 0.1, "structure": "experts", "criterion": "wanda"}, r"does not rank experts"),
+        ("deepseek_v3", {"ratio": 0.1}, r"one width for routed and shared experts.* Cut experts\."),
+        ("gpt_oss", {"ratio": 0.1, "structure": "attention"}, r"learned sink. Cut experts or mlp\."),
+        ("llama", {"ratio": 0.1, "structure": "experts", "criterion": "reap"}, r"has no experts: it is dense. Cut mlp"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_anything_is_scored(name, cut, message, tmp_path):
+    (mixture(name) if name in MIXTURES else make(name)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        check(tmp_path, [{"structure": "mlp", "criterion": "entropy", "refit": "none"} | cut])
+
+
+def test_the_largest_ratio_that_a_refusal_names_is_met(tmp_path):
+    mixture("qwen3_moe").save_pretrained(tmp_path)
+    method = {"structure": "experts", "criterion": "reap", "refit": "none"}
+    with pytest.raises(UserError) as refused:
+        check(tmp_path, [{"ratio": 0.9, **method}])
+    largest = float(re.search(r"largest ratio that allows is (0\.\d+)", str(refused.value))[1])
+    check(tmp_path, [{"ratio": largest, **method}])
+    budget = units_to_keep(shape_on_disk(tmp_path), largest, structure="experts")
+    kept = best_units(budget, {"experts": [torch.rand(8)] * 3}, "uniform")["experts"]
+    assert [len(layer) for layer in kept] == [3, 3, 3]
+
+
+def test_what_only_a_model_shows_is_refused_too():
+    with pytest.raises(UserError, match="criterion 'reap' ranks experts, and 'llama' models have none"):
+        unit_scores(make("llama"), TOKENS, ["reap"])
+    with pytest.raises(UserError, match="not refitted"):
+        refit(mixture("qwen3_moe"), {}, TOKENS, "least_squares", 0.1)
+    unknown = AutoConfig.for_model("phimoe")
+    with pytest.raises(UserError, match=r"'phimoe' is a mixture of experts that hfprune does not know. .*: mixtral, "):
+        check_config(unknown, "me")
+
+
+@pytest.mark.usefixtures("forked_reload")
+@pytest.mark.parametrize(
+    ("name", "structure", "criterion"), [("qwen3_moe", "experts", "reap"), ("gpt_oss", "mlp", "flap")]
+)
+def test_a_cut_goes_the_whole_way_and_its_files_are_those_of_the_authors(name, structure, criterion, tmp_path):
+    model = mixture(name)
+    model.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    scores = unit_scores(load_model(tmp_path / "dense", "float32"), TOKENS, [criterion])[criterion]
+    calibration = {"criterion": criterion, "samples": 6, "length": 32, "seed": 0, "text": "words"}
+    out, done = run_prune(
+        tmp_path / "dense", tmp_path, scores=scores, calibration=calibration, ratio=0.2, structure=structure
+    )
+    written = json.loads((out / "pruning.json").read_text())
+    assert written["reload"]["max_difference"] < 1e-4
+    assert not written["reload"]["trust_remote_code"]
+    assert abs(done["ratio_achieved"] - 0.2) < 0.07  # whole experts, or eight neurons of each
+    kept = {structure: [torch.tensor(layer) for layer in written["kept"][structure]]}
+    silent = masked_router if structure == "experts" else silenced_neurons
+    expected = logits(silent(model, kept[structure]))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+    before, after = (set(load_file(next(folder.glob("*.safetensors")))) for folder in (tmp_path / "dense", out))
+    assert after < before if structure == "experts" else after == before
+
+
+def test_a_plan_counts_the_experts_that_a_token_is_sent_to(experiment, tmp_path):
+    model = mixture("qwen3_moe")
+    model.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    asked = experiment | {"store": str(tmp_path / "store"), "model": {"path": str(tmp_path / "dense")}, "ratios": [0.2]}
+    lines = report(parse(Experiment, asked | {"methods": ["REAP", "Expert frequency"]}, "test"), "cpu", 0.4, None)
+    idle = 3 * 5 * 3 * 32 * 24  # layers, experts that a token is not sent to, matrices
+    total = count_parameters(model)
+    assert f"{total:,} parameters ({total - idle:,} of them for a token), float32" in lines
+    with pytest.raises(UserError, match="refit 'sequential': mixtures of experts are not refitted"):
+        report(parse(Experiment, asked | {"methods": ["hfprune-best-stock"]}, "test"), "cpu", 0.4, None)
+
+
+def test_layers_beside_the_model_do_not_count_for_a_budget(tmp_path):
+    """Of DeepSeek-V3 and GLM-4.5, a further layer predicts the token after the next; transformers leaves it out."""
+    model = mixture("glm4_moe")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    further = {
+        name.replace("layers.2.", "layers.3."): tensor for name, tensor in tensors.items() if "layers.2." in name
+    }
+    save_file(tensors | {name: tensor.clone() for name, tensor in further.items()}, tmp_path / "model.safetensors")
+    assert shape_on_disk(tmp_path) == shape_of(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_a_forward_pass_keeps_no_more_than_is_estimated(name):
+    model, held = mixture(name), {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _kept = model.base_model(TOKENS.repeat(4, 2), use_cache=False)
+    for parameter in model.parameters():
+        held.pop(parameter.untyped_storage().data_ptr(), None)
+    assert 0 < sum(held.values()) < graph_bytes(model, 8 * 24)
+
+
+def test_what_is_shown_of_a_cut_leaves_dense_layers_out():
+    assert kept_shapes("experts", [[], [0, 1], [2, 5]]) == {1: (2,), 2: (2,)}
+    assert kept_shapes("mlp", [[], [[0, 1, 4], [2, 5, 6]]]) == {1: (2, 3)}
+    assert kept_shapes("mlp", [[0, 1], []]) == {0: (2,), 1: (0,)}, "of a dense model"
