@@ -222,7 +222,8 @@ def refit(
         model: the intact model, no parameter of which asks for a gradient afterwards.
         kept: see `allocate`.
         tokens: (sequences, length) int64, best those that the scores were made on.
-        refit: "sequential", "local_search" (which replaces the neurons in `kept`), "least_squares" or "bias".
+        refit: "sequential", "trained", "local_search" (which replaces the neurons in `kept`), "least_squares" or
+            "bias".
         ridge: how strongly weights keep to what they were.
 
     Returns:
@@ -233,7 +234,7 @@ def refit(
     """
     recipe = _recipe({"criterion": "entropy", "refit": refit, "ridge": ridge})
     if recipe.refit == "none":
-        raise UserError("refit 'none': expected 'sequential', 'local_search', 'least_squares' or 'bias'.")
+        raise UserError("refit 'none': expected 'sequential', 'trained', 'local_search', 'least_squares' or 'bias'.")
     check_model(model)
     model.requires_grad_(False)
     return refit_kept(model, kept, tokens, recipe.refit, recipe.ridge)

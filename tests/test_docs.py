@@ -158,3 +158,9 @@ def test_what_is_wrong_is_found(tmp_path, parser):
     assert broken_links(page) == ["#b", "other.md"]
     wrong = ["hfprune prune --hope", "hfprune guess", "hfprune store burn", "hfprune plan --luck"]
     assert unknown_commands(page, parser) == wrong
+
+
+def test_the_leaderboard_on_its_page_is_the_one_that_was_measured():
+    measured = (ROOT / "results" / "leaderboard" / "smollm2-135m.md").read_text().splitlines()
+    table = [line for line in measured if line.startswith("|")]
+    assert len(table) > 3 and "\n".join(table) in (ROOT / "docs" / "leaderboard.md").read_text()

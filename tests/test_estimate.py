@@ -46,7 +46,10 @@ def tried(tmp_path_factory, experiment, data):
     asked = experiment | {
         "store": str(folder / "store"),
         "texts": experiment["texts"] | {"questions": questions},
-        "methods": [{f"{name} + refit": {"like": name, "refit": "sequential"}} for name in ("HFPrune", "LLM-Pruner")],
+        "methods": [
+            {f"{name} + refit": {"like": name, "refit": refit}}
+            for name, refit in (("HFPrune", "trained"), ("LLM-Pruner", "sequential"))
+        ],
         "ratios": [0.2],
         "recoveries": ["lora"],
         "recovery": {

@@ -220,7 +220,7 @@ def test_refits_lower_the_divergence_from_the_dense_model(family, changes, struc
     dense, held_out = make_model(family, **changes), tokens(16, seed=1)
     kept = {structure: some() if structure == "mlp" else GROUPS}
     kl = []
-    for method in ("none", "least_squares", "sequential"):
+    for method in ("none", "least_squares", "sequential", "trained"):
         model = copy.deepcopy(dense)
         if method != "none":
             refit(model, kept, tokens(64), method, 0.1)
@@ -229,7 +229,7 @@ def test_refits_lower_the_divergence_from_the_dense_model(family, changes, struc
     assert kl[0] > 1.05 * max(kl[1:])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "trained"])
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
 def test_where_nothing_goes_nothing_changes(family, changes, method):
     dense = make_model(family, **changes)

@@ -117,7 +117,7 @@ def test_results_are_those_of_a_run_on_one_machine(runs):
     one, other = (each[each["group"] != "cost"].reset_index(drop=True) for each in measured)
     pd.testing.assert_frame_equal(one, other)
     drawn = {file.stem for file in (there.folder / "results" / "tiny" / "figures").glob("*.svg")}
-    assert drawn == {*DRAWN, "losses"}, "to the end"
+    assert drawn == {*DRAWN, "losses"} - {"headline"}, "to the end; no cut model goes untrained"
 
 
 def test_jobs_ask_for_what_is_estimated(runs, sharded):

@@ -159,6 +159,7 @@ def test_predictions_and_measures_equal_those_of_the_model_in_memory(checkpoint,
 CUTS = [
     ("llama", {"tie_word_embeddings": True}, {"refit": "none"}),
     ("qwen3", {}, {"refit": "sequential", "allocation": "global"}),
+    ("qwen3", {}, {"refit": "trained", "structure": "mlp+attention"}),
     ("qwen2", SLIDING, {"refit": "sequential", "structure": "mlp+attention"}),
     ("mistral", {"sliding_window": 8}, {"refit": "least_squares", "allocation": "global", "pad": True}),
     ("llama", {"mlp_bias": True}, {"refit": "bias", "dtype": "bfloat16"}),

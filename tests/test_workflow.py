@@ -23,11 +23,10 @@ from tests.conftest import REPOSITORY, sentences, write_lines
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, experiment) -> Checkout:
-    """A checkout in which the tiny experiment has run once, with processes as a user's."""
+    """A checkout in which the tiny experiment has run once."""
     root = tmp_path_factory.mktemp("workflow")
-    made = Checkout(root / "checkout", root / "store", preloads=False)
+    made = Checkout(root / "checkout", root / "store")
     made.first = ran(made.snakemake(experiment))
-    made.preloads = True
     return made
 
 

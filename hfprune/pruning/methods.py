@@ -21,9 +21,9 @@ from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, ranker
 CriterionName = Literal[tuple(CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
-RefitName = Literal["none", "bias", "least_squares", "sequential", "local_search"]
+RefitName = Literal["none", "bias", "least_squares", "sequential", "trained", "local_search"]
 FOLDER = Path(__file__).parent / "presets"
-READ_RIDGE = ("least_squares", "sequential", "local_search")  # the refits that solve for weights
+READ_RIDGE = ("least_squares", "sequential", "trained", "local_search")  # the refits that solve for weights
 DENSE = "dense"  # how results name the model before any cut
 
 
@@ -80,8 +80,10 @@ class MethodRecipe(BaseModel):
         scoring += [f"{backward} backward pass{'es' if backward > 1 else ''}"] if backward else []
         needs = [f"scoring: {' and '.join(scoring)} over the calibration text"]
         if self.refit != "none":
-            times = "2 forward passes" if self.refit in ("sequential", "local_search") else "1 forward pass"
+            times = "1 forward pass" if self.refit in ("bias", "least_squares") else "2 forward passes"
             needs.append(f"refit: {times} over the same text, a layer at a time")
+        if self.refit == "trained":
+            needs.append("training of every cut MLP by itself, on the same text: at most 9 forward passes' worth")
         if ALLOCATIONS[self.allocation].influence:
             needs.append("allocation: 1 forward pass over the same text")
         stock = self.structure in ("mlp", "experts") and self.allocation == "uniform"

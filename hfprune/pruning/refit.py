@@ -13,6 +13,8 @@ the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + 
   Here y is the residual stream of the dense model after this part, and y' that of the cut model if this part lost
   nothing, so their difference is the error of the layers below. a is `DRIFT`: repairing all of that error would fit
   noise. The output layers of all parts are refitted, also of parts that keep all their units.
+- `trained`: as `sequential`. Then every MLP that loses neurons is trained, the rows and columns of those that stay, to
+  write what the whole MLP would, with the same share of the drift; see `part_training`.
 - `local_search`: as `sequential`, but which neurons of an MLP stay is decided anew, starting from those with the best
   scores: `greedy.swapped` fits W h + a (y - y') with as many neurons (OSSCAR, arXiv 2403.12983).
 - `bias`: h comes from the intact model. The output layer's bias repairs the mean of r (FLAP, arXiv 2312.11983).
@@ -30,6 +32,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +50,14 @@ from hfprune.models.units import PARTS, UNITS, Kept, Part, layers_of, matrix, pa
 from hfprune.models.walk import enter, entrance, layers_in_turn
 from hfprune.pruning.budget import NO_REFIT
 from hfprune.pruning.greedy import swapped
+from hfprune.pruning.part_training import train_part, training_flops
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.scratch import Scratch
 
 TOKENS_PER_BATCH = 4096
 DRIFT = 0.5
-SEQUENTIAL = ("sequential", "local_search")
+SEQUENTIAL = ("sequential", "trained", "local_search")  # parts see what is cut and refitted below them
 SEARCH_RIDGE = 0.01  # of `local_search`, as of criterion `obs`
 SMALLEST_GAIN = 1e-2  # of a norm, as a share of its largest, that drift is carried back through
 
@@ -76,7 +80,7 @@ def refit(
         model: the intact model, in memory or streamed.
         kept: for each part, the int64 indices of the units to keep, per layer. `local_search` replaces those of MLPs.
         tokens: (sequences, length) int64 calibration tokens.
-        method: "bias", "least_squares", "sequential" or "local_search".
+        method: "bias", "least_squares", "sequential", "trained" or "local_search".
         ridge: at least 0; not used by `bias`.
         folder: for hidden states that do not fit into memory; by default the system's temporary folder.
         finished: called with the number of each layer when it is refitted. The weights of a streamed model are in
@@ -99,13 +103,13 @@ def refit(
                 f"refit 'bias': {where} of this {model.config.model_type} model have no bias in the output layer, and "
                 "a plain checkpoint cannot hold one. Use 'least_squares' or 'sequential'."
             )
-    sequential, starved = method in SEQUENTIAL, set()
+    sequential, trains, starved = method in SEQUENTIAL, method == "trained", set()
     flops = tokens.numel() * flops_per_token(model, tokens.shape[1]) * (1 + sequential)
     layout, config = layout_of(model), model.config
     layers, device = layers_of(model), device_of(model)
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
-        streams = Streams(model, tokens, sequential, layout.parallel, place)
+        streams = Streams(model, tokens, sequential, layout.parallel, place, trains)
         for number in layers_in_turn(model, "refit"):
             with fast_products(device):
                 layer = layers[number]
@@ -119,6 +123,7 @@ def refit(
                         part, units, name, number, Space(layout, config, layer, name)
                     )
                     seen = streams.activations(part) if sequential else []
+                    train = trains and name == "mlp" and repair.lossy
                     read, dense_read = streams.read_by(name)
                     for i, stored in enumerate(streams.states):
                         states, entering = stored.to(device), read[i].to(device)
@@ -127,8 +132,11 @@ def refit(
                             dense = streams.dense[i].to(device)
                             dense = dense + run_part(*how, dense_read[i].to(device)).written
                             streams.dense[i].copy_(dense)
-                            repair.add(passed, DRIFT * (dense.float() - (states + passed.written).float()))
+                            drift = DRIFT * (dense.float() - (states + passed.written).float())
+                            repair.add(passed, drift)
                             seen[i].copy_(passed.activations)
+                            if train:
+                                streams.targets[i].copy_(repair.space.target(passed, drift))
                         else:
                             stored.copy_(states + passed.written)
                             if repair.lossy:
@@ -142,10 +150,17 @@ def refit(
                         flops += repair.flops
                         if len(repair.kept) > tokens.numel():
                             starved.add(number)
+                    if train:
+                        train_part(part, repair.removed, partial(_output, *how), read, streams.targets)
+                        flops += training_flops(part, tokens.numel())
                     if sequential:  # the layers above must see this part as it is now
-                        for stored, activations in zip(streams.states, seen, strict=True):
-                            output = part.output(activations.to(device))
-                            stored.copy_(stored.to(device) + written(layout, config, layer, name, output))
+                        for i, stored in enumerate(streams.states):
+                            if train:
+                                now = run_part(*how, read[i].to(device)).written
+                            else:
+                                output = part.output(seen[i].to(device))
+                                now = written(layout, config, layer, name, output)
+                            stored.copy_(stored.to(device) + now)
             finished(number)
     details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
     if method == "bias":
@@ -158,6 +173,11 @@ def refit(
             file=sys.stderr,
         )
     return details | {"ridge": ridge, "starved_layers": sorted(starved)}
+
+
+def _output(*how_and_states: Any) -> Tensor:
+    """What a part's output layer gives: the arguments of `run_part` -> (batch, length, hidden)."""
+    return run_part(*how_and_states).output.view(how_and_states[-1].shape)
 
 
 class Space:
@@ -197,6 +217,11 @@ class Space:
         along = (change * output).sum(1, keepdim=True) / output.square().sum(1, keepdim=True).clamp(min=1e-30)
         return change - along * output
 
+    def target(self, passed: Passed, drift: Tensor) -> Tensor:
+        """(batch, length, hidden) float32, what the output layer would have to give so that `drift` is added."""
+        output = passed.output.flatten(0, -2).float()
+        return (output + self.back(drift.flatten(0, 1), output)).view(drift.shape)
+
 
 class Streams:
     """What is kept of all calibration tokens between one part and the next.
@@ -206,17 +231,27 @@ class Streams:
     Attributes:
         states: the residual stream of the model that is refitted.
         dense: that of the intact model, for `sequential`.
+        targets: what the output layer of the present part should give, if MLPs are trained.
         arguments: the arguments of each layer, see `walk.enter`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, sequential: bool, parallel: bool, folder: Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        sequential: bool,
+        parallel: bool,
+        folder: Path,
+        trains: bool = False,
+    ) -> None:
         self._shape, self._batch = tuple(tokens.shape), max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self._dtype, self._device, hidden = model.dtype, device_of(model), model.config.hidden_size
         widest = max(part.width for name in PARTS for part in parts(model, name)) if sequential else 0
-        size = tokens.numel() * (hidden * (1 + sequential) * (1 + parallel) + widest) * model.dtype.itemsize
+        size = tokens.numel() * (hidden * ((1 + sequential) * (1 + parallel) + trains) + widest)
+        size *= model.dtype.itemsize
         self._folder = folder if is_streamed(model) or size > free_bytes(self._device) / 2 else None
         self.states, self.dense = self._room("states", hidden), self._room("dense", hidden * sequential)
-        self._activations = self._room("activations", widest)
+        self.targets, self._activations = self._room("targets", hidden * trains), self._room("activations", widest)
         # With a parallel MLP, which reads what attention read, also what entered the layer.
         self._entered = self._room("entered", hidden * parallel)
         self._dense_entered = self._room("dense-entered", hidden * sequential * parallel)

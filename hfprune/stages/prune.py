@@ -29,7 +29,7 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
-RefitName = Literal["none", "bias", "least_squares", "sequential", "local_search"]
+RefitName = Literal["none", "bias", "least_squares", "sequential", "trained", "local_search"]
 # A command line's numbers are words, which a Literal does not take.
 RoundTo = Annotated[
     Literal[STEPS],
@@ -114,7 +114,7 @@ class PruneParameters(Cut, Parameters):
     def read(self) -> dict[str, Any]:
         """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
         unread = NOT_IN_RESULT | ({"ratio_of"} if self.ratio is None else set())
-        unread |= set() if self.refit in ("least_squares", "sequential", "local_search") else {"ridge"}
+        unread |= {"ridge"} if self.refit in ("none", "bias") else set()
         return self.model_dump(exclude=unread, exclude_none=True)
 
     def options(self) -> dict[str, Any]:
@@ -166,6 +166,7 @@ def _cost(job: Any, estimate: Any) -> Any:
     from hfprune.models.loading import flops_per_token
     from hfprune.models.units import PARTS, parts
     from hfprune.pruning import refit
+    from hfprune.pruning.part_training import training_flops
     from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 
     dense, flops, scratch = estimate.models.dense, 0, 0
@@ -178,7 +179,7 @@ def _cost(job: Any, estimate: Any) -> Any:
         flops += tokens * flops_per_token(dense, calibration.length)
         streams = tokens * dense.config.hidden_size
     if job.settings.refit != "none":
-        sequential = job.settings.refit in refit.SEQUENTIAL
+        sequential, trains = job.settings.refit in refit.SEQUENTIAL, job.settings.refit == "trained"
         flops += tokens * flops_per_token(dense, calibration.length) * (1 + sequential)
         kept = estimate.models.kept(job)
         for name in PARTS:
@@ -188,8 +189,10 @@ def _cost(job: Any, estimate: Any) -> Any:
                 if job.settings.refit != "bias" and (repair.lossy or sequential):
                     repair.tokens = tokens
                     flops += repair.flops
+                if trains and name == "mlp" and repair.lossy:
+                    flops += training_flops(part, tokens)
         width, hidden = max(part.units for part in parts(dense, "mlp")), dense.config.hidden_size
-        streams = tokens * hidden * (1 + sequential) + tokens * width * sequential
+        streams = tokens * hidden * (1 + sequential + trains) + tokens * width * sequential
         matrices = 8 if job.settings.refit == "local_search" else 3
         memory += matrices * 8 * width**2 + 4 * 5 * refit.TOKENS_PER_BATCH * width
     if streamed:
