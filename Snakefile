@@ -42,6 +42,7 @@ localrules:
     config,
     index,
     report,
+    deploy,
 
 
 rule all:
@@ -61,4 +62,5 @@ rule all:
 
 
 include: "workflow/rules/paper.smk"
+include: "workflow/rules/deploy.smk"
 include: "workflow/rules/report.smk"

@@ -199,6 +199,12 @@ def change_prediction(right: Expected) -> Expected:
     return Expected(right.tokens, right.prompts, right.log_probabilities + 0.01)
 
 
+def change_one_prediction(right: Expected) -> Expected:
+    changed = right.log_probabilities.clone()
+    changed[1, changed[1].argmax()] += 0.0005
+    return Expected(right.tokens, right.prompts, changed)
+
+
 def change_likeliest(right: Expected) -> Expected:
     changed = right.log_probabilities.clone()
     changed[0, changed[0].argmin()] = 1.0
@@ -217,6 +223,7 @@ def one(tmp_path_factory):
     [
         (change_token, "it splits 'The capital of France is' into"),
         (change_prediction, "after prompt 0 log-probabilities differ by 0.01, tolerance 0.0001"),
+        (change_one_prediction, "after prompt 1 log-probabilities differ by 0.0005, tolerance 0.0001"),
         (change_likeliest, "after prompt 0 token .* is the likeliest, but not among its 20 likeliest"),
     ],
 )
@@ -224,6 +231,12 @@ def test_a_file_that_llama_cpp_reads_otherwise_is_refused(change, message, one):
     file, right = one
     with pytest.raises(UserError, match=message):
         prove(file, change(right), 1e-4)
+
+
+def test_llama_cpps_sum_of_probabilities_may_be_a_little_off(one):
+    file, right = one
+    moved = Expected(right.tokens, right.prompts, right.log_probabilities + 0.0005)
+    assert prove(file, moved, 1e-4)["max_difference"] < 1e-4
 
 
 def test_a_file_that_llama_cpp_does_not_load_is_refused(one, tmp_path):
@@ -239,7 +252,7 @@ def test_the_header_says_what_the_model_is(tmp_path):
     keys = ("criterion", "ratio", "parameters", "parameters_dense", "units_dense")
     step = dict.fromkeys(keys, 1) | {"ratio_achieved": 0.1996, "kept": {}, "source": source}
     (folder / "pruning.json").write_text(json.dumps(step))
-    identity = identity_of(folder)
+    identity = identity_of(folder, source)
     assert identity.file_name("q8_0") == "Tiny-1B-115K-pruned-20-v1.0-Q8_0.gguf"
     write_gguf(folder, tmp_path / "x.gguf", "q8_0", identity)
     header = {key: field.contents() for key, field in GGUFReader(tmp_path / "x.gguf").fields.items()}

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from hfprune.cli.commands import Option, StoreCommand
 from hfprune.sharing import quantizer
 from hfprune.stages.gguf import GGUF, GGUFParameters
+from hfprune.stages.lineage import origin
 from hfprune.stages.run import make, open_artifact
 from hfprune.store.artifacts import Artifact, Store
 from hfprune.store.filenames import MANIFEST
@@ -38,7 +39,7 @@ class SharingCommand(StoreCommand):
     format: Literal["safetensors", "gguf"] = Field(
         "safetensors", description="safetensors: the checkpoint as it is; gguf: files for llama.cpp"
     )
-    type: list[Literal[("f16", "bf16", "f32", "q8_0", *quantizer.TYPES)]] = Field(
+    type: list[quantizer.FileType] = Field(
         ["f16"], min_length=1, description="types of the GGUF files, one file each; q2_k to q6_k need llama-quantize"
     )
 
@@ -77,7 +78,7 @@ class SharingCommand(StoreCommand):
         own_types = [quantizer.SOURCE if kind in quantizer.TYPES else kind for kind in self.type]
         for kind in self.type:
             if kind in quantizer.TYPES:
-                quantizer.check_installed(kind, identity_of(model.folder).file_name(quantizer.SOURCE))
+                quantizer.check_installed(kind, identity_of(model.folder, origin(model)).file_name(quantizer.SOURCE))
         files = []
         for kind, own in zip(self.type, own_types, strict=True):
             file = stored(make(GGUF, GGUFParameters(type=own), {"model": model}, Store(self.store)))

@@ -100,6 +100,8 @@ SLOW_SHARE = 0.2  # share of the peak speed: half of the default of `hfprune pla
 # Further costs of timing.
 TIMED_ROUNDS = 7  # of `hfprune efficiency`: 5 measured, one before them, and one in the process that measures memory
 SCORED_ROUNDS = 5  # of `hfprune scoring-cost`: 3 measured and the same two others, which use part of the text
+FILE_ROUNDS, FILE_TOKENS = 5, 64  # the defaults of `hfprune files`
+FILE_SECONDS = 10  # until llama.cpp has loaded a file; an assumption
 PROCESS_SECONDS = 60  # start of a separate process, one for each model or criterion
 STEP_SECONDS = 0.05  # per decoded token, for a model of any size; an assumption
 BYTES_PER_SECOND = {"cpu": 10e9, "cuda": 300e9}  # memory bandwidth: every decoded token reads all weights
@@ -361,6 +363,22 @@ class Estimate:
         seconds = self.seconds(SCORED_ROUNDS * sum(cost["flops"] for cost in costs), SLOW_SHARE)
         memory = max((self.scoring_memory([name], calibration.length, False) for name in criteria), default=0)
         return self._timing(memory, weight_bytes(dense), len(criteria), seconds)
+
+    def files(self, threads: int) -> Request:
+        """The request of `hfprune files`. llama.cpp computes on the CPU, with one file in memory at a time."""
+        asked, read = self.plan.experiment.deploy, self.plan.compared_with.settings
+        jobs = {job.inputs["model"].key: job.inputs["model"] for job in self.plan.files}
+        models = [self.models.of(job) for job in jobs.values()]
+        flops = seconds = 0
+        for model in models:
+            tokens = (asked.samples or read.samples) * read.length * flops_per_token(model, read.length)
+            flops += tokens + FILE_ROUNDS * 2 * PREFILL * flops_per_token(model, PREFILL)
+            step = STEP_SECONDS + weight_bytes(model) / BYTES_PER_SECOND["cpu"]
+            seconds += FILE_ROUNDS * (FILE_TOKENS * step + FILE_SECONDS)
+        seconds += flops / (threads * CPU_PEAK * SLOW_SHARE)
+        largest = max(map(weight_bytes, models))
+        memory = 2 * HOST_PROCESS_BYTES + SNAKEMAKE_BYTES + 2 * largest + self.cost(self.plan.compared_with).disk_bytes
+        return Request(round(SPARE * memory), START_SECONDS + len(asked.types) * seconds, 0)
 
     def _timing(self, memory: int, files: int, processes: int, seconds: float) -> Request:
         """The request of a timing job.

@@ -15,6 +15,7 @@ from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
 from hfprune.reporting.paper_tables import Setting
 from hfprune.runtime.paths import expanded
+from hfprune.sharing import quantizer
 from hfprune.stages.declaration import Parameters
 from hfprune.stages.prune import PruneParameters
 from hfprune.stages.registry import STAGES
@@ -28,6 +29,7 @@ from hfprune.store.keys import Recipe
 # For each stage, the inputs whose manifests name an artifact's model, text or costs; see `reporting.identity`.
 DESCRIBING = {
     "evaluate": ("model",),
+    "gguf": ("model",),
     "measure": ("model", "reference"),
     "prune": ("model", "scores"),
     "recover": ("model", "text"),
@@ -127,6 +129,8 @@ class Plan:
         scores: the jobs that score units.
         models: what results are collected of.
         cuts: the pruned models of the first calibration seed, before any training.
+        files: the jobs that write GGUF files to compare, of the models of the first calibration seed.
+        compared_with: the dense model's predictions that these are compared with; None if there are no files.
         methods: the methods' names, by the keys of the models that they cut.
         documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
             `contamination.Corpus`. Of the held-out texts the first is the tables'.
@@ -142,6 +146,8 @@ class Plan:
         self.scores: list[Job] = []
         self.models: list[Model] = []
         self.cuts: list[Model] = []
+        self.files: list[Job] = []
+        self.compared_with: Job | None = None
         self.methods: dict[str, str] = {}
         self.documents: dict[str, dict[str, Job]] = {}
         self._fill()
@@ -301,6 +307,19 @@ class Plan:
                 model.results.append(self.add("measure", loading, inputs, f"{model.label}, on {name}"))
             if tasks:
                 model.results.append(self._evaluate(model, tasks))
+        if config.deploy:
+            self.compared_with = references[config.deploy.text or config.fidelity.texts[0]]
+            self.files = self._files(config.deploy.types)
+
+    def _files(self, types: list[str]) -> list[Job]:
+        """The jobs that write GGUF files of these types; K-quants are made later, of those of type `SOURCE`."""
+        written = dict.fromkeys(quantizer.SOURCE if kind in quantizer.TYPES else kind for kind in types)
+        models = [model for model in self.models if model.seed in (None, self.experiment.calibration.seeds[0])]
+        return [
+            self.add("gguf", {"type": kind}, {"model": model.job}, f"{model.label} as {kind}")
+            for model in models
+            for kind in written
+        ]
 
     def _recover(self, name: str, model: Model, dense: Job, texts: Mapping[str, Job]) -> Model:
         """The model trained in the way of that name."""

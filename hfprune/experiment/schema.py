@@ -36,6 +36,7 @@ from hfprune.pruning.methods import (
     presets,
     unknown,
 )
+from hfprune.sharing.quantizer import FileType
 from hfprune.stages.declaration import DType, Memory, Name, Products, Sampling, Section, Seed, UserPath
 from hfprune.stages.evaluate import BATCHING, Batching
 from hfprune.stages.prune import ROUND_TO, Count, PruneParameters, Ratio, RoundTo
@@ -245,6 +246,16 @@ def _not_committed(name: str) -> str:
     return name
 
 
+class Deploy(Section):
+    """What `snakemake deploy` compares: every model as GGUF files of these types, beside the dense model in them."""
+
+    types: list[FileType] = Field(
+        ["f16", "q8_0"], min_length=1, description="types of the files; q2_k to q6_k need llama-quantize on the PATH"
+    )
+    text: Name | None = Field(None, description="held-out text, one of `fidelity.texts`; null: the first")
+    samples: int | None = Field(None, ge=1, description="sequences of it, at most `fidelity.samples`; null: all")
+
+
 class Experiment(Section):
     """A whole experiment: what a config file contains."""
 
@@ -282,6 +293,7 @@ class Experiment(Section):
     recovery: dict[Name, Recovery] = Field({}, description="trainings after the cut, by names of your own")
     evaluation: Evaluation = Evaluation()
     fidelity: Fidelity
+    deploy: Deploy | None = Field(None, description="what `snakemake deploy` compares; null: nothing")
     further: list[Name] = Field([], description="other experiments, already run, whose models table 3 shows too")
 
     @property
@@ -363,6 +375,20 @@ class Experiment(Section):
         for (key, name), (other, same) in combinations(heldout.items(), 2):
             if _is_same(self.texts[name], self.texts[same]):
                 raise ValueError(f"{key} = {name!r} and {other} = {same!r} are the same text. Leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _deployed(self) -> Experiment:
+        if not self.deploy:
+            return self
+        if self.deploy.text not in (None, *self.fidelity.texts):
+            known = ", ".join(self.fidelity.texts)
+            raise ValueError(f"deploy.text = {self.deploy.text!r}: not one of `fidelity.texts`: {known}")
+        if (self.deploy.samples or 0) > self.fidelity.samples:
+            raise ValueError(
+                f"deploy.samples = {self.deploy.samples}: more than fidelity.samples = {self.fidelity.samples}, of "
+                "which they are the first. Raise that, or take fewer"
+            )
         return self
 
     @model_validator(mode="after")
@@ -522,4 +548,5 @@ def _keys_at(model: Any, loc: tuple) -> list[str]:
             model = dict[str, MethodSettings] if part == "methods" else model.model_fields[part].annotation
         else:
             model = get_args(model)[-1]  # dict[Name, X]
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []
+    sections = [part for part in (model, *get_args(model)) if isinstance(part, type) and issubclass(part, Section)]
+    return list(sections[0].model_fields) if sections else []

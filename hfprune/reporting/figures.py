@@ -19,6 +19,7 @@ from scipy.stats import rankdata, spearmanr
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
+from hfprune.reporting.deployment import by_file
 from hfprune.reporting.labels import name_of, spread
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
 from hfprune.reporting.paper_sheets import timed
@@ -33,6 +34,7 @@ MOST_LINES = 6  # in one panel
 COLUMN, PAGE = 3.35, 6.9  # inches: the widths of a column and of both columns of a paper
 LONG = 18  # characters of a name that leaves a column too little room
 OFFSET = 4  # points between models of one cost
+KL_LINEAR = 0.01  # nats: smaller values of KL stand on a linear axis
 KL_LABEL = "KL(dense || pruned), nats per token"
 FEWEST_RANKED = 3  # models, below which a rank correlation says nothing
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
@@ -98,6 +100,11 @@ def draw_widths(widths: pd.DataFrame, folder: Path) -> list[Path]:
 def draw_losses(curves: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the loss curves of recovery into `folder`; the files' paths."""
     return _save({"losses": lambda: losses(curves)}, folder)
+
+
+def draw_deployment(files: pd.DataFrame, folder: Path) -> list[Path]:
+    """Draw fidelity against size and speed of GGUF files into `folder`; the files' paths."""
+    return _save({"deploy": lambda: deployment(files)}, folder)
 
 
 def draw_profile(bins: pd.DataFrame, folder: Path) -> list[Path]:
@@ -545,6 +552,33 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
         for label, n in looks.items()
     ]
     figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center", ncols=2)
+    return figure
+
+
+def deployment(files: pd.DataFrame) -> Figure:
+    """KL of GGUF files against their size and their rate of decoding: a line for each model through its types.
+
+    Args:
+        files: see `deployment.read_files`.
+    """
+    table = by_file(files)
+    panels = {"bytes": ("File (MB)", 1e-6), "decode_tokens_per_second": ("Decoding (tokens/s)", 1)}
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), sharey=True, layout="constrained")
+    for axis, (column, (name, scale)) in zip(axes, panels.items(), strict=True):
+        for number, (label, of_model) in enumerate(table.groupby("label", sort=False)):
+            of_model = of_model.sort_values(column)
+            look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+            axis.plot(scale * of_model[column], of_model["kl"], lw=0.8, label=label, **look)
+            for file in of_model.to_dict("records"):
+                place = (scale * file[column], file["kl"])
+                axis.annotate(file["type"], place, (2, 3), textcoords="offset points", fontsize=6, color=look["color"])
+        axis.set_yscale("symlog", linthresh=KL_LINEAR, linscale=0.5)  # the dense model in float16 is almost at 0
+        axis.margins(0.1)
+        axis.set_xlabel(name)
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel(KL_LABEL.replace("pruned", "file").replace(", ", ",\n"))
+    figure.suptitle(f"Held-out text: {files['text'].iloc[0]}")
+    _name_lines(axes[1])
     return figure
 
 

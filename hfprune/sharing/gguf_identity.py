@@ -23,7 +23,7 @@ class Identity:
 
     Attributes:
         base: name of the dense model.
-        change: what was done to it, such as "pruned-20-lora".
+        change: what was done to it, such as "pruned-20-lora"; empty if nothing was.
         parameters: number of parameters.
         source: where the dense model came from, and its licence, as in `pruning.json`.
     """
@@ -44,13 +44,14 @@ class Identity:
         """The name of the model's GGUF file of a type."""
         from gguf.utility import naming_convention
 
-        return f"{naming_convention(None, self.base, self.change, VERSION, self.size, kind)}.gguf"
+        return f"{naming_convention(None, self.base, self.change or None, VERSION, self.size, kind)}.gguf"
 
     def describe(self, writer: "GGUFWriter") -> None:
         """Add name, size, licence and base model to a header."""
-        writer.add_name(f"{self.base} {self.change}")
+        writer.add_name(f"{self.base} {self.change}".rstrip())
         writer.add_basename(self.base)
-        writer.add_finetune(self.change)
+        if self.change:
+            writer.add_finetune(self.change)
         writer.add_version(VERSION)
         writer.add_size_label(self.size)
         writer.add_quantized_by("hfprune")
@@ -69,12 +70,11 @@ class Identity:
             writer.add_base_model_repo_url(0, f"https://huggingface.co/{hub}")
 
 
-def identity_of(folder: Path) -> Identity:
-    """The identity of the pruned or trained checkpoint in `folder`."""
+def identity_of(folder: Path, source: dict[str, Any]) -> Identity:
+    """The identity of the checkpoint in `folder`, made from the dense model with this source and licence."""
     history = steps(folder)
     cuts = [f"pruned-{100 * step['ratio_achieved']:.0f}" for step in history if is_cut(step)]
     trainings = [step["method"] for step in history if not is_cut(step)]
-    source = history[0]["source"]
     base = TYPE_AT_THE_END.sub("", source["name"].rpartition("/")[2])
     return Identity(base, "-".join([*cuts[-1:], *trainings]), _parameters(folder), source)
 

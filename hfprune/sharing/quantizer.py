@@ -3,13 +3,20 @@
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 from hfprune.errors import UserError
 
 PROGRAM = "llama-quantize"
 TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+FileType = Literal[("f16", "bf16", "f32", "q8_0", *TYPES)]  # the others are written here
 SOURCE = "f16"  # type of the file that they are made from
 TOLERANCE = 4.0  # of a log-probability, in nats: enough to tell a rounded model from a broken file
+
+
+def is_installed() -> bool:
+    """Whether the quantizer is on the PATH."""
+    return shutil.which(PROGRAM) is not None
 
 
 def check_installed(kind: str, file: str) -> None:
@@ -22,7 +29,7 @@ def check_installed(kind: str, file: str) -> None:
     Raises:
         UserError: the quantizer is not on the PATH.
     """
-    if shutil.which(PROGRAM) is None:
+    if not is_installed():
         words = " ".join(command(Path(file), Path(name(file, kind)), kind))
         raise UserError(
             f"--type {kind}: llama.cpp's quantizer makes this type, and `{PROGRAM}` is not on the PATH. Export --type "

@@ -35,7 +35,11 @@ if ON_CLUSTER and (plan.has(DENSE) or (plan.experiment.model.path and plan.exper
 def request(stage, key, threads):
     """The request of a job; without a key, that of a timing job."""
     estimated = estimate_for(threads)
-    timings = {"efficiency": partial(estimated.efficiency, TOKENS), "scoring_cost": estimated.scoring_cost}
+    timings = {
+        "efficiency": partial(estimated.efficiency, TOKENS),
+        "scoring_cost": estimated.scoring_cost,
+        "files": partial(estimated.files, threads),
+    }
     try:
         return estimated.request(plan.jobs[stage].get(key) or plan.parts[key].after) if key else timings[stage]()
     except UserError as error:
