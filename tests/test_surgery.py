@@ -353,8 +353,6 @@ def test_cutting_nothing_changes_nothing():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mixtral"}, "'mixtral' is a mixture of experts; experts are not supported yet"),
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is a mixture of experts; experts are not supported yet"),
         (
             {"model_type": "rwkv"},
             "'rwkv' is not supported: no family's modules match.*Supported families: llama",
