@@ -76,7 +76,7 @@ print(json.dumps({
 }))
 """
 GENERATED = 8  # tokens that RELOAD generates
-BYTES_PER_FILE = 2**30  # of weights, at least: they are in memory until it is written
+BYTES_PER_FILE = 2**28  # of weights, at least: they are in memory until it is written
 
 
 @dataclass(frozen=True)
