@@ -180,7 +180,7 @@ def score(model: PreTrainedModel, tokens: Tensor, criterion: str = "entropy", se
     with _as_scored(model):
         for light_cut, names in passes([criterion]):
             silenced = scores[light_cut]["mlp"] if light_cut else None
-            scores |= unit_scores(model, tokens, names, seed, draws, silenced)
+            scores |= unit_scores(model, tokens, names, seed, draws, silenced, products="auto")
     return scores[criterion]
 
 

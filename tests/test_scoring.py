@@ -19,8 +19,9 @@ from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
 from hfprune.pruning.recorder import Sums
 from hfprune.pruning.scoring import add_up, finish, shard_range, unit_scores
+from hfprune.runtime import matmul
 from hfprune.runtime.signals import Stopped
-from tests.conftest import FAMILIES, make_model, save_checkpoint, sentences, write_lines
+from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense, sentences, write_lines
 
 WEIGHT_FORMS = ["llm_pruner_element_1", "llm_pruner_element_2", "llm_pruner_vector"]
 INTACT = [name for name, criterion in CRITERIA.items() if ranks(name, "mlp", False) and not criterion.light_cut]
@@ -229,6 +230,25 @@ def test_static_scores_rest_on_the_activations_of_the_intact_model(kind):
     norms = seen[0].flatten(0, 1).norm(dim=0) * output.weight.abs().sum(0)
     expected = norms if kind == "mlp" else norms.view(2, 16).sum(1)
     torch.testing.assert_close(unit_scores(model, tokens(), ["wanda"])["wanda"][kind][2], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN on this machine")
+@pytest.mark.parametrize("memory", ["resident", "short", "streamed"])
+def test_products_of_bfloat16_are_those_of_gradients_not_those_of_activations_and_sums(memory, tmp_path, monkeypatch):
+    if memory == "short":
+        monkeypatch.setattr("hfprune.runtime.memory.free_bytes", lambda _device: 1)
+    model = load_model(save_dense(tmp_path / "model"), "float32", "streamed" if memory == "streamed" else "resident")
+    rounded, product = [], matmul._rounded_product
+    monkeypatch.setattr(matmul, "_rounded_product", lambda a, *rest: (rounded.append(len(a)), product(a, *rest))[1])
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: True)
+    names = ["entropy", "fisher_pairs", "llm_pruner_vector", "wanda", "obs"]
+    ours = unit_scores(model, tokens(), names, products="auto", batch=3)
+    assert set(rounded) == {60}, "gradients of 3 x 20 tokens; a sum over tokens has a unit in each row"
+    exact = unit_scores(model, tokens(), names, batch=3)
+    for name in names:
+        for one, other in zip(ours[name]["mlp"], exact[name]["mlp"], strict=True):
+            assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.8, name  # pairs are chosen one by one
+            assert one.equal(other) == (name in ("wanda", "obs")), name
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])

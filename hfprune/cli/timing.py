@@ -9,7 +9,7 @@ from hfprune.cli.results import WithMethods
 from hfprune.errors import UserError
 from hfprune.experiment.schema import parse
 from hfprune.pruning.criteria import CRITERIA
-from hfprune.stages.declaration import CHECKPOINTS, DType, Sampling, Seed
+from hfprune.stages.declaration import CHECKPOINTS, DType, Products, Sampling, Seed
 from hfprune.stages.run import open_artifact
 from hfprune.stages.score import DRAWS, ScoreParameters
 from hfprune.store.artifacts import Store
@@ -63,6 +63,7 @@ class ScoringCost(Sampling, Command):
     seed: Seed = Field(0, description="seed for the sequences, labels and random scores")
     draws: int = DRAWS
     dtype: DType = "auto"
+    products: Products = "auto"
 
     def run(self) -> None:
         """Write the timings, and print them."""
@@ -70,7 +71,7 @@ class ScoringCost(Sampling, Command):
 
         from hfprune.evaluation.timing import time_scoring, timing_environment
 
-        sampling = self.model_dump(include={"samples", "length", "seed", "draws", "dtype"})
+        sampling = self.model_dump(include={"samples", "length", "seed", "draws", "dtype", "products"})
         for name in self.criteria:
             parse(ScoreParameters, sampling | {"criterion": name})
         model, text = open_artifact(self.model, *CHECKPOINTS), open_artifact(self.text, "text")

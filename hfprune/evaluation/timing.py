@@ -107,14 +107,14 @@ def peak_of(folder: Path, dtype: str, new_tokens: int) -> int:
 
 def time_scoring(
     model: Path, text: Path, criteria: Mapping[str, Path | None], samples: int, length: int, seed: int, draws: int,
-    dtype: str, rounds: int,
+    dtype: str, products: str, rounds: int,
 ) -> list[dict[str, object]]:  # fmt: skip
     """Time the scoring of each criterion alone. In every round the criteria run in turn.
 
     Args:
         model, text: folders of a checkpoint and of the calibration text.
         criteria: for each criterion's name, the folder of the scores of its light cut, or None.
-        samples, length, seed, draws, dtype: see `scoring.score`.
+        samples, length, seed, draws, dtype, products: see `scoring.score`.
         rounds: rounds to measure, after one that scores a single sequence and is not measured.
 
     Returns:
@@ -132,7 +132,7 @@ def time_scoring(
     for number in range(rounds + 1):
         for name, cut in cuts.items():
             started = _now()
-            unit_scores(network, tokens if number else tokens[:1], [name], seed, draws, cut)
+            unit_scores(network, tokens if number else tokens[:1], [name], seed, draws, cut, products=products)
             if number:
                 seconds[name].append(_now() - started)
     costs = {name: cost(network, tokens.shape, [name], draws, cut is not None, False) for name, cut in cuts.items()}
@@ -141,17 +141,18 @@ def time_scoring(
     rows = []
     with _fresh_process() as pool:
         for name, cut in cuts.items():
-            peak = pool.submit(peak_of_scoring, model, dtype, batch, name, seed, draws, cut).result()
+            peak = pool.submit(peak_of_scoring, model, dtype, products, batch, name, seed, draws, cut).result()
             values = {"seconds": statistics.median(seconds[name]), "peak_bytes": peak, **costs[name], "n": rounds}
             rows.append({"criterion": name, "light_cut": CRITERIA[name].light_cut or "none", **values})
     return rows
 
 
 def peak_of_scoring(
-    model: Path, dtype: str, tokens: Tensor, criterion: str, seed: int, draws: int, light_cut: list[Tensor] | None
-) -> int:
+    model: Path, dtype: str, products: str, tokens: Tensor, criterion: str, seed: int, draws: int,
+    light_cut: list[Tensor] | None,
+) -> int:  # fmt: skip
     """Peak bytes of this process after scoring `tokens` (sequences, length) by one criterion."""
-    unit_scores(load_model(model, dtype), tokens, [criterion], seed, draws, light_cut)
+    unit_scores(load_model(model, dtype), tokens, [criterion], seed, draws, light_cut, products=products)
     return peak_memory()
 
 

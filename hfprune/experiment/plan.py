@@ -204,7 +204,7 @@ class Plan:
     def sampling(self) -> tuple[str, ...]:
         """The options by which the first calibration seed's sequences are drawn and scored."""
         calibration = self.experiment.calibration
-        drawn = calibration.model_dump(include={"samples", "length", "draws"})
+        drawn = calibration.model_dump(include={"samples", "length", "draws", "products"})
         return options(drawn | {"seed": calibration.seeds[0], "dtype": self.experiment.model.dtype})
 
     @property
@@ -343,7 +343,7 @@ class Plan:
     def _score(self, model: Job, text: Job, seed: int) -> dict[str, Job]:
         """By criterion asked for, the job that makes its scores."""
         calibration, criteria = self.experiment.calibration, self.experiment.criteria
-        sampling = calibration.model_dump(include={"samples", "length", "draws"})
+        sampling = calibration.model_dump(include={"samples", "length", "draws", "products"})
         sampling |= {"seed": seed} | self.experiment.model.model_dump(include={"dtype", "memory"})
         scores: dict[str, Job] = {}
         for cut, together in passes(criteria):

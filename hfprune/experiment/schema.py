@@ -37,7 +37,7 @@ from hfprune.pruning.methods import (
     unknown,
 )
 from hfprune.sharing.quantizer import FileType
-from hfprune.stages.declaration import DType, Memory, Name, Sampling, Section, Seed, UserPath
+from hfprune.stages.declaration import DType, Memory, Name, Products, Sampling, Section, Seed, UserPath
 from hfprune.stages.evaluate import BATCHING, Batching
 from hfprune.stages.prune import ROUND_TO, Count, PruneParameters, Ratio, RoundTo
 from hfprune.stages.recover import Training
@@ -76,6 +76,7 @@ class Calibration(Sampling):
     seeds: list[Seed] = Field([0], min_length=1, description="each draws other sequences; results are means over them")
     draws: int = DRAWS
     shards: int = Field(1, ge=1, description="jobs that share the scoring; scores do not depend on it")
+    products: Products = "auto"
 
     @model_validator(mode="after")
     def _shards(self) -> Calibration:

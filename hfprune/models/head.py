@@ -46,7 +46,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) final hidden states -> (..., vocabulary) float32 logits."""
-        logits = (hidden @ self.weight.T).float()
+        logits = (hidden.to(self.weight.dtype) @ self.weight.T).float()
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1:

@@ -117,7 +117,7 @@ class LayerwisePass:
             if step.kind != "head":
                 stack.enter_context(recorder.attached(step.layer, self.model))
             for rows in self.batches():
-                with fast_products(self.device):
+                with fast_products(self.device, self.one_pass.products):
                     one_step(step.layer, rows)
                 yield rows
 
@@ -137,7 +137,8 @@ class LayerwisePass:
         if self.one_pass.silent:
             with torch.no_grad():
                 dense = norm(streams.dense(number)[rows].to(self.device))
-        with head_of(self.model) as head:
+        with head_of(self.model) as whole_head:
+            head = whole_head.to(self.one_pass.products)
             for backward in range(len(self.one_pass.passes)):
                 gradient = self.one_pass.gradient(backward, rows.start, hidden.detach(), head, dense)
                 (streams.gradient(backward, number)[rows],) = torch.autograd.grad(

@@ -24,6 +24,7 @@ from hfprune.pruning.criteria import CRITERIA, GradientCriterion, StaticCriterio
 from hfprune.pruning.expert_recorder import ExpertRecorder
 from hfprune.pruning.head import LogitGradient, hidden_gradient, positions_of
 from hfprune.pruning.weight_recorder import WeightRecorder, reads_weights, sizes, sum_name
+from hfprune.runtime.matmul import fast_products
 
 PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, units) products -> (units,) their sum
     "absolute": lambda products: vector_norm(products, 1, dim=(0, 1)),
@@ -185,6 +186,7 @@ class CalibrationPass:
         moments: the names of the moments that static criteria read.
         silent: per layer, 0 for the neurons that are silenced and 1 for the others, (neurons,); None if all are intact.
         batch: sequences that run through the model, or a layer, at once.
+        products: type of the inputs of the backward pass's matrix products, see `matmul.product_dtype`.
     """
 
     tokens: Tensor
@@ -194,6 +196,7 @@ class CalibrationPass:
     moments: tuple[str, ...]
     silent: list[Tensor] | None
     batch: int
+    products: torch.dtype
 
     @property
     def weights(self) -> bool:
@@ -316,8 +319,9 @@ class UnitRecorder:
 
     @staticmethod
     def products(criterion: str, products: Tensor) -> Tensor:
-        """(batch, length, units) products, summed as a gradient criterion has it."""
-        return PRODUCTS[CRITERIA[criterion].products](products)
+        """(batch, length, units) products, summed as a gradient criterion has it, in float32 and float64."""
+        with fast_products(products.device):  # whatever the model's gradients are
+            return PRODUCTS[CRITERIA[criterion].products](products)
 
     def by_sequence(self, values: Tensor) -> Tensor:
         """(batch, length, columns); OPT's MLP sees the tokens of all sequences in a row."""

@@ -27,7 +27,7 @@ from hfprune.models.loading import (
     weights_in_memory,
 )
 from hfprune.models.mixtures import ExpertNeurons, WholeExperts
-from hfprune.models.streamed import is_streamed, memory_of
+from hfprune.models.streamed import device_of, is_streamed, memory_of
 from hfprune.models.units import AnyPart, Part, Scores, kinds_of, layers_of, parts, read_scores
 from hfprune.pruning import layerwise
 from hfprune.pruning.criteria import (
@@ -43,7 +43,7 @@ from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LogitGradient, generator
 from hfprune.pruning.recorder import CalibrationPass, Sums, UnitRecorder, flops_of_sums, moments_of, names_of_sums
 from hfprune.pruning.weight_recorder import reads_weights, sum_name
-from hfprune.runtime.matmul import fast_products
+from hfprune.runtime.matmul import fast_products, product_dtype
 from hfprune.runtime.progress import progress
 from hfprune.runtime.signals import Stopped, sigterm_deferred
 from hfprune.store.filenames import RESUME, SCORES, SUMS
@@ -54,7 +54,7 @@ SECONDS_BETWEEN_SAVES = 120
 
 def score(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
-    dtype: str, memory: str = "auto", light_cut: Path | None = None,
+    dtype: str, memory: str = "auto", products: str = "auto", light_cut: Path | None = None,
 ) -> tuple[dict[str, Scores], dict[str, dict[str, Any]]]:  # fmt: skip
     """Stage `score`: the scores of every criterion in `criteria`, by one pass over the calibration text.
 
@@ -69,19 +69,23 @@ def score(
         draws: labels per position for sampled criteria.
         dtype: of the model's arithmetic. Scores are summed in float32 and float64 whatever it is.
         memory: "resident", "streamed" or "auto", see `loading.load_model`. It does not change the scores.
+        products: see `matmul.product_dtype`.
         light_cut: folder of the scores by which neurons are silenced first, for criteria that need it.
 
     Returns:
         The scores by criterion, on the CPU; and what each of them cost, see `costs`.
     """
     network, tokens = _model_and_tokens(model, text, samples, length, seed, dtype, memory)
-    scores = unit_scores(network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME)
-    return scores, costs(network, tokens.shape, criteria, draws, light_cut is not None)
+    scores = unit_scores(
+        network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME, products=products
+    )
+    return scores, costs(network, tokens.shape, criteria, draws, light_cut is not None, products)
 
 
 def shard(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
-    dtype: str, shard: int, shards: int, memory: str = "auto", light_cut: Path | None = None,
+    dtype: str, shard: int, shards: int, memory: str = "auto", products: str = "auto",
+    light_cut: Path | None = None,
 ) -> tuple[dict[str, Sums], dict[str, dict[str, Any]]]:  # fmt: skip
     """Stage `shard`: the sums of `score` over one share of its sequences, number `shard` of `shards`.
 
@@ -90,8 +94,9 @@ def shard(
     """
     network, tokens = _model_and_tokens(model, text, samples, length, seed, dtype, memory)
     share = shard_range(samples, length, shard, shards)
-    sums = add_up(network, tokens, criteria, seed, draws, _light_cut(light_cut), folder / RESUME, share)
-    share_costs = costs(network, (len(share), length), criteria, draws, light_cut is not None)
+    cut = _light_cut(light_cut)
+    sums = add_up(network, tokens, criteria, seed, draws, cut, folder / RESUME, share, products=products)
+    share_costs = costs(network, (len(share), length), criteria, draws, light_cut is not None, products)
     return {name: sums.of(name) for name in criteria}, share_costs
 
 
@@ -121,12 +126,13 @@ def scratch_bytes(
 
 
 def costs(
-    model: PreTrainedModel, shape: Sequence[int], criteria: Sequence[str], draws: int, light_cut: bool
+    model: PreTrainedModel, shape: Sequence[int], criteria: Sequence[str], draws: int, light_cut: bool, products: str
 ) -> dict[str, dict[str, Any]]:
-    """By criterion, its `cost` alone, `flops_together` of the pass in which all were scored, and the `memory` used."""
+    """By criterion, its `cost` alone; `flops_together` of the pass in which all were scored, and how it computed."""
     streamed = is_streamed(model)
     common = {"flops_together": cost(model, shape, criteria, draws, light_cut, streamed)["flops"]}
-    common |= {"memory": memory_of(model)}
+    dtype = product_dtype(products, model.dtype, device_of(model))
+    common |= {"memory": memory_of(model), "products": str(dtype).removeprefix("torch.")}
     return {name: cost(model, shape, [name], draws, light_cut, streamed) | common for name in criteria}
 
 
@@ -175,6 +181,7 @@ def unit_scores(
     light_cut: list[Tensor] | None = None,
     batch: int | None = None,
     resume: Path | None = None,
+    products: str = "float32",
 ) -> dict[str, Scores]:
     """The importance of every unit of every part by each criterion.
 
@@ -192,6 +199,7 @@ def unit_scores(
             The intact model then runs as well, which costs one more forward pass.
         batch: sequences per batch; by default `TOKENS_PER_BATCH` tokens. It does not change the scores.
         resume: folder for partial sums, which are saved every few minutes and read at the start.
+        products: see `matmul.product_dtype`. bfloat16 changes the scores a little, not the sums' precision.
 
     Returns:
         The scores by criterion, on the CPU.
@@ -199,7 +207,7 @@ def unit_scores(
     Raises:
         UserError: a layer's scores are not finite, or all zero, or nothing reached it.
     """
-    sums = add_up(model, tokens, criteria, seed, draws, light_cut, resume, batch=batch)
+    sums = add_up(model, tokens, criteria, seed, draws, light_cut, resume, batch=batch, products=products)
     return {name: finish(name, sums, tokens.numel(), seed, draws, model) for name in criteria}
 
 
@@ -289,6 +297,7 @@ def add_up(
     resume: Path | None,
     share: range | None = None,
     batch: int | None = None,
+    products: str = "float32",
 ) -> Sums:
     """The sums of one pass over the sequences `share` of `tokens` (default: all). Arguments: see `unit_scores`."""
     mixture = "experts" in kinds_of(model)
@@ -303,6 +312,7 @@ def add_up(
         moments_of(criteria),
         silenced(light_cut) if light_cut else None,
         batch or _batch_size(tokens.shape[1]),
+        product_dtype(products, model.dtype, device_of(model)),
     )
     if not share:
         return Sums()
@@ -332,8 +342,8 @@ def _add_up_resident(model: PreTrainedModel, one_pass: CalibrationPass, resume: 
     with ExitStack() as stack:
         for layer in range(len(layers_of(model))):
             stack.enter_context(recorder.attached(layer, model))
-        head = stack.enter_context(head_of(model))
-        stack.enter_context(fast_products(model.device))
+        head = stack.enter_context(head_of(model)).to(one_pass.products)
+        stack.enter_context(fast_products(model.device, one_pass.products))
         if recompute:
             print("memory is short: the backward pass computes each layer a second time", flush=True)
             stack.enter_context(checkpointed(model, lambda: recorder.in_phase("recompute")))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hfprune.models.loading import weights_in_memory
 from hfprune.models.units import Part, matrix
 from hfprune.pruning.criteria import CRITERIA
+from hfprune.runtime.matmul import fast_products
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -102,7 +103,7 @@ class WeightRecorder:
     def _add(self, names: list[str], location: str, part: Part, number: int, x: Tensor, gradient: Tensor) -> None:
         """Add one batch: (batch, length, in) inputs and (batch, length, out) gradients of a linear layer."""
         linear, of_sequences = part.linears[number], self.recorder.by_sequence
-        with weights_in_memory(linear):
+        with weights_in_memory(linear), fast_products(x.device):  # float32, whatever the model's gradients are
             for inputs, gradients in zip(of_sequences(x).float(), of_sequences(gradient).float(), strict=True):
                 salience = matrix(linear) * (gradients.T @ inputs)
                 is_output = linear is part.output

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting import interactive
 from hfprune.reporting.labels import name_of
-from hfprune.reporting.leaderboard import PREFILL, SPEED_AND_COST, first_kl
+from hfprune.reporting.leaderboard import FIDELITY, PREFILL, SPEED_AND_COST, first_kl
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text
 from hfprune.reporting.statistics import MODEL, note, varying
 from hfprune.reporting.summary import COST_NOTE, DIGITS, PARAMETERS, REMOVED, SCALES, cost, summary
@@ -298,7 +298,9 @@ def _board_table(board: pd.DataFrame, models: pd.DataFrame) -> Table:
     for _, model in board.iterrows():
         link = f"#model-{places[tuple(model[MODEL])]}"
         cells = [_text(model["name"], link), _number(100 * model["ratio"], float("nan"), 0, 0)]
-        cells += [_number(*model[_with_ends(column)], DIGITS.get(column, 3), link) for column in measured]
+        cells += [
+            _number(*model[_with_ends(column)], dict(FIDELITY.values()).get(column, 3), link) for column in measured
+        ]
         cells += [_number(model[column], float("nan"), 0, digits) for column, digits in shown.items()]
         mark = "best" if model["best"] else "not distinguishable" if model["tied"] else ""
         rows.append([*cells, _text(mark)])

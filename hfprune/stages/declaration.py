@@ -20,6 +20,13 @@ Memory = Annotated[
         "auto: resident if they fit"
     ),
 ]
+Products = Annotated[
+    Literal["auto", "float32"],
+    Field(
+        description="inputs of a float32 model's matrix products on a CPU, for gradients; auto: bfloat16 where the CPU "
+        "multiplies it"
+    ),
+]
 Seed = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 UserPath = Annotated[Path, AfterValidator(expanded)]

@@ -18,6 +18,7 @@ from hfprune.stages.declaration import (
     Input,
     Memory,
     Parameters,
+    Products,
     Sampling,
     Seed,
     Stage,
@@ -37,6 +38,7 @@ class ScoreParameters(Sampling, Parameters):
     draws: int = DRAWS
     dtype: DType = "auto"
     memory: Memory = "auto"
+    products: Products = "auto"
 
     def read(self) -> dict[str, Any]:
         """The parameters that affect the scores: `draws` only if the criterion samples labels."""
@@ -123,7 +125,9 @@ def _merge(folder: Path, inputs: Any, parameters: ScoreParameters, run: Any) -> 
         name: sum(shard.manifest["details"][name] for shard in shards)
         for name in ("seconds_together", "tokens", "flops", "flops_together")
     }
-    return {"text": inputs["text"].manifest["details"]["name"], "shards": len(shards), **cost}
+    products = sorted({shard.manifest["details"]["products"] for shard in shards})
+    text = inputs["text"].manifest["details"]["name"]
+    return {"text": text, "shards": len(shards), "products": " and ".join(products), **cost}
 
 
 def _shard_keys(parameters: ScoreParameters, inputs: Any, run: Any) -> list[str]:
