@@ -105,6 +105,15 @@ def test_a_layer_that_loses_both_parts_goes_with_its_norms():
     assert [part_of(small, name, 1).units for name in ("attention", "mlp")] == [0, 48]
 
 
+def test_layers_of_a_model_whose_sublayers_are_gone_can_go():
+    small = without(make("llama", num_hidden_layers=4), SUBLAYERS)
+    steps, _, _ = depth.order(small, TEXT, "greedy_kl", "layers")
+    assert len(steps) >= 2
+    for gone in (steps[:1], [(("attention", 1),)]):
+        smaller, expected = without(small, gone), logits(silent(small, gone))
+        torch.testing.assert_close(logits(smaller), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_lists_per_layer_go_with_their_layers():
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     small = without(make("smollm3", layer_types=kinds, no_rope_layers=[0, 1, 1], sliding_window=8), [LAYER_0])

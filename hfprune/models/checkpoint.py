@@ -174,10 +174,10 @@ def refuse_moved_layers(config: PreTrainedConfig) -> None:
     Raises:
         UserError: it is such a model.
     """
-    dense = shape_only(config, torch.float32)
-    fewer = copy.deepcopy(dense)
-    keep_layers(fewer, list(range(1, len(layers_of(dense)))))
-    declare_widths(fewer)
+    config = copy.deepcopy(config)
+    forget_widths(config)  # they do not depend on the number of a layer
+    fewer = shape_only(config, torch.float32)
+    keep_layers(fewer, list(range(1, len(layers_of(fewer)))))
     rebuilt = shape_only(fewer.config, torch.float32)
     for moved, built in zip(layers_of(fewer), layers_of(rebuilt), strict=True):
         for (path, one), other in zip(moved.named_modules(), built.modules(), strict=True):

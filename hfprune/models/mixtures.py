@@ -161,7 +161,7 @@ class Experts:
         rows = _linear(read, experts.gate_up_proj_bias[expert] if experts.has_bias else None)
         sections = (1, 1) if experts.is_concatenated else (1,)  # else a gate and its up stand together
         return Part(
-            name="mlp", inputs=(rows,), output=_linear(write, None), units=self.width, sections=(sections,),
+            name="mlp", inputs=(rows,), output=_linear(write, None), units=self.width, columns=1, sections=(sections,),
             per_head=(), block=experts,
         )  # fmt: skip
 

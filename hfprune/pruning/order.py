@@ -39,14 +39,17 @@ def steps_of(units: dict[str, list[int]], structure: str) -> list[Step]:
     return [(sublayer,) for layer in layers for sublayer in layer]
 
 
-def may_go(step: Step, steps: Iterable[Step]) -> bool:
-    """Whether something is left without a step: of all `steps`, another of its kind."""
-    kinds = {name for name, _ in step}
-    return sum({name for name, _ in other} == kinds for other in steps) > 1
+def may_go(step: Step, steps: Sequence[Step]) -> bool:
+    """Whether a part of each kind is left without a step, of all `steps`."""
+    return _kinds(steps) == _kinds(other for other in steps if other != step)
+
+
+def _kinds(steps: Iterable[Step]) -> set[str]:
+    return {name for step in steps for name, _ in step}
 
 
 def removable_sizes(shape: Shape, structure: str) -> list[int]:
-    """Parameters of the steps that can go, where the largest of each kind stays."""
+    """Parameters of the steps that can go, the smallest first, where a part of each kind stays."""
     remaining, sizes = steps_of(shape.units, structure), []
     for step in sorted(remaining, key=lambda step: size_of(shape, step)):
         if may_go(step, remaining):

@@ -155,7 +155,7 @@ def _tell_achieved(budget: Budget, achieved: float, structure: str) -> None:
     """Tell the share that was removed, if steps keep it from being the one asked for."""
     if abs(achieved - budget.share) > NOTICED:
         widths = f"whole units and widths in multiples of {budget.round_to}"
-        steps = f"whole {structure}" if structure in DEPTH else widths
+        steps = f"whole {structure} in this order" if structure in DEPTH else widths
         print(
             f"removed {achieved:.4f} of all parameters, asked {budget.share:.4f}: the nearest that {steps} give",
             file=sys.stderr,
@@ -239,7 +239,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
 
 def cut_part(part: AnyPart, units: Tensor) -> None:
     """Remove the units of a part that are not in `units`, int64; of a layer without the part, nothing."""
-    if part is None:
+    if part is None or not part.units:  # it is gone already
         return
     if not isinstance(part, Part):
         part.keep(units.to(part.experts.router.weight.device))
