@@ -291,7 +291,7 @@ def test_batching_is_what_the_command_says(checkpoint, tmp_path, capsys, monkeyp
     said = [json.loads(file.read_text()) for file in (tmp_path / "store" / "evaluate-task").glob("*/manifest.json")]
     assert {each["parameters"]["batching"] for each in said} == {"shared", "stock"}
     about = json.loads((shared / "manifest.json").read_text())["details"]["tasks"]["boolq"]
-    assert about.keys() == {"lm_eval", "task_version", "num_fewshot", "bos", "documents", "of"}
+    assert about.keys() == {"lm_eval", "task_version", "num_fewshot", "bos", "memory", "documents", "of"}
     assert json.loads((shared / "results.json").read_text()) == json.loads((stock / "results.json").read_text())
 
 

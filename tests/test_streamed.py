@@ -4,22 +4,28 @@ import json
 import shutil
 import signal
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from safetensors.torch import load_file
 
+from hfprune.cli import main
 from hfprune.errors import UserError
 from hfprune.evaluation.fidelity import measure, reference
+from hfprune.evaluation.lm_eval_runner import language_model
 from hfprune.experiment.estimate import Estimate, Models, device_of, report
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, parse
 from hfprune.models.loading import check_family, load_model
+from hfprune.models.streamed import Stored
 from hfprune.pruning.scoring import unit_scores
 from hfprune.runtime.signals import Stopped
 from hfprune.store.filenames import PRUNING, REFERENCE, RESULTS
-from tests.conftest import FAMILIES, make_model, make_tokenizer, save_dense
+from tests.conftest import FAMILIES, boolq_records, make_model, make_tokenizer, save_dense, sentences, write_lines
 from tests.test_estimate import make
+from tests.test_evaluation import questions, same
 from tests.test_scoring import INTACT, assert_close, flat, tokens
 from tests.test_surgery import run_prune
 
@@ -154,6 +160,61 @@ def test_predictions_and_measures_equal_those_of_the_model_in_memory(checkpoint,
     for name, expected in results["resident"][1].items():
         assert results["streamed"][1][name] == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
     assert results["streamed"][2] == results["resident"][2]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("qwen3", {"max_position_embeddings": 40}),
+        ("qwen2", SLIDING),
+        ("mistral", {"sliding_window": 12}),
+    ],
+)
+def test_log_likelihoods_equal_those_of_the_model_in_memory(family, changes, tmp_path):
+    folder = save_dense(tmp_path / "model", family, **changes)
+    streamed, resident = (language_model(folder, "float32", "shared", memory) for memory in ("streamed", "resident"))
+    texts = [Instance("loglikelihood_rolling", {}, (sentences(i, 5 + 40 * i),), i) for i in range(3)]
+    same(streamed.loglikelihood(questions()), resident.loglikelihood(questions(), disable_tqdm=True))
+    expected = resident.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert streamed.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_requests_of_all_tasks_pass_a_layer_together(checkpoint, tmp_path, capsys, monkeypatch):
+    def run(*words):
+        assert main([*map(str, words), "--store", str(store)]) == 0
+        return Path(capsys.readouterr().out.splitlines()[-1])
+
+    records = {
+        "boolq": boolq_records(5),
+        "piqa": [{"goal": sentences(i, 5), "sol1": "ka", "sol2": sentences(i, 3), "label": i % 2} for i in range(5)],
+    }
+    read, once, results = [], Stored.read, {}
+    monkeypatch.setattr(Stored, "read", lambda self: (read.append(self.name), once(self))[1])
+    for memory in ("resident", "streamed"):
+        store = tmp_path / memory
+        model = run("download", "model", "--path", checkpoint)
+        files = {name: write_lines(tmp_path / f"{name}.jsonl", lines) for name, lines in records.items()}
+        tasks = [run("download", "task", "--name", name, "--path", file) for name, file in files.items()]
+        evaluated = run("evaluate", "--model", model, "--tasks", *tasks, "--memory", memory)
+        details = json.loads((evaluated / "manifest.json").read_text())["details"]["tasks"]
+        assert {task["memory"] for task in details.values()} == {memory}
+        results[memory] = evaluated.name, json.loads((evaluated / "results.json").read_text())
+    assert results["streamed"] == results["resident"]
+    assert [read.count(f"model.layers.{layer}.mlp.up_proj.weight") for layer in range(3)] == [1, 1, 1]
+
+
+def test_what_needs_the_whole_model_at_every_token_is_refused(checkpoint, experiment, tmp_path, capsys):
+    lm = language_model(checkpoint, "float32", "shared", "streamed")
+    with pytest.raises(UserError, match=r"every written token would read all weights.*`memory: resident`"):
+        lm.generate_until([])
+    words = ["evaluate", "--model", "m", "--tasks", "t", "--batching", "stock", "--memory", "streamed"]
+    assert main(words) == 2
+    expected = "batching = 'stock' with memory = 'streamed'"
+    assert expected in capsys.readouterr().err
+    asked = experiment | {"model": experiment["model"] | {"memory": "streamed"}, "evaluation": {"batching": "stock"}}
+    with pytest.raises(UserError, match=expected):
+        parse(Experiment, asked, "test")
 
 
 CUTS = [

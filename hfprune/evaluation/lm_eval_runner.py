@@ -5,7 +5,9 @@ import math
 import os
 import random
 import statistics
+import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from hfprune.data.lm_eval_tasks import GROUPS, stock_tasks
 from hfprune.errors import UserError
 from hfprune.models.loading import load_model, load_tokenizer
+from hfprune.models.streamed import is_streamed, memory_of
 from hfprune.runtime.matmul import fast_products
 from hfprune.store.filenames import RESULTS, SAMPLES
 
@@ -20,17 +23,45 @@ BOOTSTRAP = 1000  # draws for the standard error of a metric that is not a mean,
 FEWSHOT_SEED = 1234  # lm-eval's default
 
 
-def language_model(model: Path, dtype: str, batching: str) -> Any:
+def language_model(model: Path, dtype: str, batching: str, memory: str = "auto") -> Any:
     """The checkpoint as an lm-eval model.
 
     Args:
         model: folder of the checkpoint.
-        dtype: see `load_model`.
+        dtype, memory: see `load_model`. lm-eval's batching needs a resident model.
         batching: `shared` computes the common beginning of a question's choices once; `stock` is lm-eval's batching.
     """
+    from hfprune.evaluation.layer_by_layer import LayerByLayer
     from hfprune.evaluation.shared_prefix import Shared, Stock
 
-    return {"shared": Shared, "stock": Stock}[batching](load_model(model, dtype), load_tokenizer(model))
+    if batching == "stock":
+        return Stock(load_model(model, dtype), load_tokenizer(model))
+    network = load_model(model, dtype, memory)
+    return (LayerByLayer if is_streamed(network) else Shared)(network, load_tokenizer(model))
+
+
+def answer_together(folder: Path, lm: Any, tasks: Sequence[dict[str, Any]]) -> None:
+    """Have a streamed model answer the requests of several tasks in one walk over its layers. Others do nothing.
+
+    `evaluate_task` then finds the answers.
+
+    Args:
+        folder: for temporary files.
+        lm: `language_model` of the checkpoint.
+        tasks: arguments of `evaluate_task`, except for `folder` and `lm`.
+
+    Raises:
+        UserError: a task needs more than log-likelihoods.
+    """
+    from hfprune.evaluation.layer_by_layer import LayerByLayer
+
+    if not isinstance(lm, LayerByLayer):
+        return
+    with lm.collecting():
+        for task in tasks:
+            with tempfile.TemporaryDirectory(dir=folder) as unused:
+                evaluate_task(Path(unused), lm, **task)
+        lm.folder = folder
 
 
 def evaluate(folder: Path, tasks: dict[str, Path]) -> None:
@@ -65,12 +96,13 @@ def evaluate_task(
         num_fewshot: examples before each question.
 
     Returns:
-        Details for the manifest: the versions of lm-eval and of the task, the numbers of examples and documents, and
-        `bos`: whether the tokenizer puts its beginning-of-sequence token before the text.
+        Details for the manifest: the versions of lm-eval and of the task, the numbers of examples and documents,
+        `bos`: whether the tokenizer puts its beginning-of-sequence token before the text, and the `memory` used.
 
     Raises:
-        UserError: a question does not fit into memory.
+        UserError: a question does not fit into memory, or a streamed model would have to write text.
     """
+    lm.folder = folder
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap in this process: forks are unsafe beside its threads
     parts = stock_tasks(name, task, num_fewshot)
     count = sum(len(part.documents) for part in parts.values())
@@ -100,6 +132,7 @@ def evaluate_task(
         "task_version": output["versions"][first],
         "num_fewshot": num_fewshot,
         "bos": lm.tok_encode("a")[0] == lm.tokenizer.bos_token_id,
+        "memory": memory_of(lm.model),
         "documents": len(samples),
         "of": count,
     }

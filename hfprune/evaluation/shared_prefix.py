@@ -26,6 +26,7 @@ from hfprune.models.activations import forward_bytes
 from hfprune.models.families import layout_of
 from hfprune.models.head import Head, head_of
 from hfprune.models.loading import LINEAR
+from hfprune.models.streamed import device_of
 from hfprune.models.units import layers_of, parts
 from hfprune.runtime.memory import empty_cache, free_bytes, is_out_of_memory
 
@@ -44,6 +45,7 @@ class Stock(HFLM):
 
     def __init__(self, pretrained: PreTrainedModel, tokenizer: Any) -> None:
         super().__init__(pretrained=pretrained, tokenizer=_open_ended(tokenizer), batch_size=ROWS)
+        self._device = device_of(pretrained)  # lm-eval takes the weights' own: that of streamed weights is "meta"
         self.rows = ROWS  # largest batch; smaller after memory has run out
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -87,7 +89,7 @@ class Stock(HFLM):
 
         lm-eval takes the longest rows first. So memory runs out early, if at all, and little work is lost.
         """
-        fitting = free_bytes(self.model.device) // 2 // forward_bytes(self.model, length, whole=True)
+        fitting = free_bytes(self.device) // 2 // forward_bytes(self.model, length, whole=True)
         try:
             while True:
                 self.batch_size_per_gpu = max(1, min(self.rows, fitting, count))
@@ -98,7 +100,7 @@ class Stock(HFLM):
                         raise
                     if self.batch_size_per_gpu == 1:
                         raise _too_large(f"a row of {length} tokens", self.model) from None
-                empty_cache(self.model.device)
+                empty_cache(self.device)
                 self.rows = self.batch_size_per_gpu // 2
                 print(f"out of memory: again, with {self.rows} rows at a time", flush=True)
         finally:
@@ -135,16 +137,14 @@ class Shared(Stock):
 
     def __init__(self, pretrained: PreTrainedModel, tokenizer: Any) -> None:
         super().__init__(pretrained, tokenizer)
-        self.tokens = TOKENS[pretrained.device.type]  # largest batch; smaller after memory has run out
+        self.tokens = TOKENS[self.device.type]  # largest batch; smaller after memory has run out
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
         answers: list[Answer] = [(0.0, True)] * len(requests)
-        # The largest first: neighbours have similar sizes, and memory runs out early, if at all.
-        waiting = sorted(trees(self._lines(requests), self.model), key=lambda tree: -tree.size)
+        waiting = self._trees(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             while waiting:
-                longest = waiting[0].size
-                batch = [tree for tree in waiting[: self._batch_size(longest)] if tree.size >= FILLED * longest]
+                batch = self._next_batch(waiting)
                 batch_answers = self._try(batch)
                 if batch_answers is None:
                     waiting[: len(batch)] = self._smaller(batch)
@@ -156,6 +156,15 @@ class Shared(Stock):
                     bar.update()
                 del waiting[: len(batch)]
         return answers
+
+    def _trees(self, requests: Iterable[Request]) -> list["Tree"]:
+        """The largest first: neighbours have similar sizes, and memory runs out early, if at all."""
+        return sorted(trees(self._lines(requests), self.model), key=lambda tree: -tree.size)
+
+    def _next_batch(self, waiting: Sequence["Tree"]) -> list["Tree"]:
+        """The first trees, as many as are computed at once."""
+        longest = waiting[0].size
+        return [tree for tree in waiting[: self._batch_size(longest)] if tree.size >= FILLED * longest]
 
     def _lines(self, requests: Iterable[Request]) -> list["Line"]:
         """The model's input for each request. Input that is too long is cut at its beginning, as in lm-eval's class.
@@ -179,7 +188,7 @@ class Shared(Stock):
 
     def _batch_size(self, size: int) -> int:
         """The number of trees of `size` tokens to compute at once."""
-        fitting = free_bytes(self.model.device) // 2 // forward_bytes(self.model, size)
+        fitting = free_bytes(self.device) // 2 // forward_bytes(self.model, size)
         return max(1, min(self.tokens // size, fitting))
 
     def _try(self, batch: Sequence["Tree"]) -> list[Answer] | None:
@@ -189,7 +198,7 @@ class Shared(Stock):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        empty_cache(self.model.device)
+        empty_cache(self.device)
         return None
 
     def _smaller(self, batch: list["Tree"]) -> list["Tree"]:
@@ -282,7 +291,7 @@ def trees(lines: Iterable[Line], model: PreTrainedModel) -> list[Tree]:
         return size + size * size / pairs
 
     groups: list[list[Line]] = []
-    size, largest = 0, TOKENS[model.device.type]
+    size, largest = 0, TOKENS[device_of(model).type]
     for line in sorted(lines, key=lambda line: line.tokens):
         length = len(line.tokens)
         together = size + length - _common(groups[-1][-1].tokens, line.tokens) if groups else 0
@@ -304,30 +313,53 @@ def _pairs_per_token(model: PreTrainedModel) -> float:
     return weights / sum(2 * part.width for part in parts(model, "attention"))
 
 
+class Rows:
+    """Some trees as the rows of a batch, padded at the end.
+
+    Attributes:
+        tokens: (batch, length) int64.
+    """
+
+    def __init__(self, batch: Sequence[Tree]) -> None:
+        length = max(tree.size for tree in batch)
+        self.tokens, self._positions = torch.zeros(2, len(batch), length, dtype=torch.int64)
+        visible = torch.eye(length, dtype=torch.bool).repeat(len(batch), 1, 1)  # padding attends to itself
+        places, targets, owners = [], [], []  # of every predicted token: index in the batch, token id, line
+        for row, tree in enumerate(batch):
+            part = slice(tree.size)
+            self.tokens[row, part], self._positions[row, part], visible[row, part, part], paths = tree.layout()
+            for line, path in zip(tree.lines, paths, strict=True):
+                owners += [len(places)] * len(line.targets)
+                places.append(row * length + path[-len(line.targets) :])
+                targets += line.targets
+        # Chains are ordinary rows: no mask needed.
+        self._visible = None if all(tree.is_chain for tree in batch) else visible
+        self._lines = len(places)
+        self._places, self._targets, self._owners = torch.cat(places), torch.tensor(targets), torch.tensor(owners)
+
+    def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What the model is given beside the tokens."""
+        if self._visible is None:
+            return {}
+        masks = _masks(model, self._visible, self._positions)
+        return {"position_ids": self._positions.to(device_of(model)), "attention_mask": masks}
+
+    def answers(self, hidden: Tensor, head: Head) -> list[Answer]:
+        """The answers of all lines, in order, from the final hidden states (batch, length, hidden)."""
+        log_likelihoods, likeliest = _predicted(hidden.flatten(0, 1), head, self._places, self._targets)
+        sums = torch.zeros(self._lines, dtype=torch.float64).index_add_(0, self._owners, log_likelihoods)
+        misses = torch.zeros(self._lines, dtype=torch.int64).index_add_(0, self._owners, (~likeliest).long())
+        return [(total, missed == 0) for total, missed in zip(sums.tolist(), misses.tolist(), strict=True)]
+
+
 @torch.no_grad()
 def forward(model: PreTrainedModel, batch: Sequence[Tree]) -> list[Answer]:
     """The answers of all lines of some trees, in order."""
-    length = max(tree.size for tree in batch)
-    tokens, positions = torch.zeros(2, len(batch), length, dtype=torch.int64)
-    visible = torch.eye(length, dtype=torch.bool).repeat(len(batch), 1, 1)  # padding attends to itself
-    places, targets, owners = [], [], []  # of every predicted token: index in the batch, token id, line
-    for row, tree in enumerate(batch):
-        part = slice(tree.size)
-        tokens[row, part], positions[row, part], visible[row, part, part], paths = tree.layout()
-        for line, path in zip(tree.lines, paths, strict=True):
-            owners += [len(places)] * len(line.targets)
-            places.append(row * length + path[-len(line.targets) :])
-            targets += line.targets
-    inputs = {"input_ids": tokens.to(model.device)}
-    if not all(tree.is_chain for tree in batch):  # chains are ordinary rows with padding at the end: no mask needed
-        inputs |= {"position_ids": positions.to(model.device), "attention_mask": _masks(model, visible, positions)}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # (batch * length, hidden)
+    rows = Rows(batch)
+    tokens = rows.tokens.to(model.device)
+    hidden = model.base_model(input_ids=tokens, use_cache=False, **rows.inputs(model)).last_hidden_state
     with head_of(model) as head:
-        log_likelihoods, likeliest = _predicted(hidden, head, torch.cat(places), torch.tensor(targets))
-    lines = torch.tensor(owners)
-    sums = torch.zeros(len(places), dtype=torch.float64).index_add_(0, lines, log_likelihoods)
-    misses = torch.zeros(len(places), dtype=torch.int64).index_add_(0, lines, (~likeliest).long())
-    return [(total, missed == 0) for total, missed in zip(sums.tolist(), misses.tolist(), strict=True)]
+        return rows.answers(hidden, head)
 
 
 def _masks(model: PreTrainedModel, visible: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
@@ -341,7 +373,7 @@ def _masks(model: PreTrainedModel, visible: Tensor, positions: Tensor) -> Tensor
 
     def additive(allowed: Tensor) -> Tensor:
         mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill_(~allowed, torch.finfo(model.dtype).min)
-        return mask[:, None].to(model.device)
+        return mask[:, None].to(device_of(model))
 
     window = getattr(model.config, "sliding_window", None)
     near = visible if window is None else visible & (positions[:, :, None] - positions[:, None] < window)
@@ -384,8 +416,8 @@ def _excerpt(text: tuple[str, str] | None) -> str:
 
 
 def _too_large(what: str, model: PreTrainedModel) -> UserError:
-    free = free_bytes(model.device) / 2**30
+    device = device_of(model)
     return UserError(
-        f"out of memory: {what} does not fit on {model.device}, where {free:.1f} GiB are free. Take a device with more "
-        "memory, `dtype: bfloat16`, or documents that are not so long."
+        f"out of memory: {what} does not fit on {device}, where {free_bytes(device) / 2**30:.1f} GiB are free. Take a "
+        "device with more memory, `dtype: bfloat16`, or documents that are not so long."
     )

@@ -334,7 +334,8 @@ class Plan:
 
     def _evaluate(self, model: Model, tasks: Mapping[str, Job]) -> Job:
         """The job that evaluates a model on all tasks; each task's results are an artifact of their own."""
-        sampling = self.experiment.evaluation.model_dump(exclude={"tasks"}) | {"dtype": self.experiment.model.dtype}
+        sampling = self.experiment.evaluation.model_dump(exclude={"tasks"})
+        sampling |= self.experiment.model.model_dump(include={"dtype", "memory"})
         whole = self.add("evaluate", sampling, {"model": model.job, "tasks": list(tasks.values())}, model.label)
         parts = [recipe(*part) for part in STAGES["evaluate"].parts(whole.settings, whole.inputs).values()]
         self.parts |= {part.key: replace(whole, recipe=part, after=whole) for part in parts}

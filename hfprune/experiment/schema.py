@@ -38,7 +38,7 @@ from hfprune.pruning.methods import (
 )
 from hfprune.sharing.quantizer import FileType
 from hfprune.stages.declaration import DType, Memory, Name, Products, Sampling, Section, Seed, UserPath
-from hfprune.stages.evaluate import BATCHING, Batching
+from hfprune.stages.evaluate import BATCHING, Batching, check_batching
 from hfprune.stages.prune import ROUND_TO, Count, PruneParameters, Ratio, RoundTo
 from hfprune.stages.recover import Training
 from hfprune.stages.score import DRAWS
@@ -415,6 +415,11 @@ class Experiment(Section):
             raise ValueError(
                 f"further = {self.further}: expected other experiments than {self.experiment!r}, each once"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _batching(self) -> Experiment:
+        check_batching(self.evaluation.batching, self.model.memory)
         return self
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ def exit_norm(model: PreTrainedModel) -> nn.Module:
 
 
 @torch.no_grad()
-def enter(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, list[Arguments]]:
+def enter(model: PreTrainedModel, tokens: Tensor, **inputs: Any) -> tuple[Tensor, list[Arguments]]:
     """What enters the first layer, and the arguments of every layer: positions, the mask of the layer's kind.
 
     They are those that the model's own forward pass gives to its layers, which here return their input at once. The
@@ -42,6 +42,7 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, list[Argument
     Args:
         model: with the weights of its `entrance` in memory.
         tokens: (batch, length) int64.
+        inputs: what the model is given beside the tokens, such as positions and masks of its own.
 
     Returns:
         (batch, length, hidden), and the arguments of each layer.
@@ -60,7 +61,7 @@ def enter(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, list[Argument
     for layer in layers:
         layer.forward = record
     try:
-        model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)
+        model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False, **inputs)
     finally:
         for layer, forward in zip(layers, forwards, strict=True):
             layer.forward = forward

@@ -70,6 +70,10 @@ class StageRun:
         """The key that another artifact has."""
         return recipe(stage, parameters, inputs).key
 
+    def has(self, stage: Stage, parameters: Parameters, inputs: Inputs) -> bool:
+        """Whether another artifact is in the store."""
+        return self.store.has(stage.name, self.key(stage, parameters, inputs))
+
     def make(self, stage: Stage, parameters: Parameters, inputs: Inputs) -> Artifact:
         """Take another artifact from the store, or make it."""
         run = StageRun(self.store, stage, inputs)
