@@ -68,6 +68,10 @@ def assert_generates_alike_with_a_cache(model):
         model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), use_cache=use, **greedy) for use in (True, False)
     )
     assert torch.equal(cached, whole)
+    with torch.no_grad():
+        before = model(TOKENS[:, :8], use_cache=True).past_key_values
+        after = model(TOKENS[:, 8:], past_key_values=before).logits
+    torch.testing.assert_close(after, logits(model)[:, 8:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("gone", [(LAYER_0,), (LAYER_1,)], ids=["first", "middle"])
