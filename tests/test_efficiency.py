@@ -147,4 +147,5 @@ def test_what_is_timed_of_an_experiment(experiment):
     assert plan.timed[0].recipe.stage == "model"
     (cut,) = plan.light_cuts
     assert cut.label == "cross_entropy, seed 3"
-    assert plan.sampling == ("--samples", "6", "--length", "32", "--draws", "1", "--seed", "3", "--dtype", "float32")
+    sampling = ("--samples", "6", "--length", "32", "--draws", "1", "--products", "auto", "--seed", "3")
+    assert plan.sampling == (*sampling, "--dtype", "float32")
