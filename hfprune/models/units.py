@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the config imports the structures' names from here and must
     from transformers import PreTrainedModel
 
 PARTS = ("mlp", "attention")  # scoring covers them all
+IN_TURN = ("attention", "mlp")  # as a layer computes them
 DEPTH = ("sublayers", "layers")  # structures whose parts go with all of their units
 STRUCTURES = {
     "mlp": ("mlp",),

@@ -156,7 +156,8 @@ def shape_on_disk(folder: Path) -> Shape:
     if config.get("tie_word_embeddings") and any(name.endswith(EMBEDDINGS) for name in shapes):
         shapes.pop("lm_head.weight", None)
     layout, hidden = layout_for(config), hidden_size(config)
-    mixture, output = layout.mixture, f".{layout.attention.output}.weight"
+    mixture, experts = layout.mixture, _expert_counts(config, layout)
+    output = f".{layout.attention.output}.weight"
     first = next(name for name in shapes if name.endswith(f"{layout.layers}.0{output}"))
     before = first.removesuffix(f"0{output}")  # some lack a prefix
     count = sum(name.startswith(before) and name.endswith(output) for name in shapes)
@@ -182,16 +183,15 @@ def shape_on_disk(folder: Path) -> Shape:
         biases = [sizes.get(f"{before}{number}.{block.output}.bias", 0) for number in numbers]  # belong to no unit
         sublayers[name] = [size + bias for size, bias in zip(of_units, biases, strict=True)]
     if mixture:
-        experts, width = _expert_counts(config, layout), setting(config, mixture.size)
+        width = setting(config, mixture.size)
         is_sparse = [f"{before}{number}.{mixture.stored}" in sizes for number in numbers]
         units["mlp"] = [width * sparse for sparse in is_sparse]
         parameters["mlp"] = experts.count * neuron_parameters(config, mixture)
         units["experts"] = [experts.count // experts.groups * sparse for sparse in is_sparse]
         parameters["experts"] = experts.groups * expert_parameters(config, mixture)
     layers = [sum(size for key, size in sizes.items() if key.startswith(f"{before}{number}.")) for number in numbers]
-    counts = _expert_counts(config, layout)
     return Shape(
-        sum(sizes.values()), units, parameters, hidden, refusals(layout), counts, {} if mixture else sublayers, layers
+        sum(sizes.values()), units, parameters, hidden, refusals(layout), experts, {} if mixture else sublayers, layers
     )
 
 

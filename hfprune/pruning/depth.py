@@ -31,7 +31,7 @@ from hfprune.models.head import head_of
 from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
 from hfprune.models.run_part import run_part
 from hfprune.models.streamed import device_of, in_memory, is_streamed, memory_of
-from hfprune.models.units import PARTS, Sublayer, layers_of, part_of
+from hfprune.models.units import IN_TURN, PARTS, Sublayer, layers_of, part_of
 from hfprune.models.walk import enter, entrance, exit_norm, final_states, layers_in_turn
 from hfprune.pruning.budget import refuse_method, shape_of
 from hfprune.pruning.head import LOGITS_PER_CHUNK
@@ -282,7 +282,7 @@ class Walk:
     def _passed(self, number: int, states: Tensor, gone: set[Sublayer]) -> Tensor:
         """(sequences, length, hidden) behind a layer without the sublayers that are gone."""
         layer, entered = layers_of(self.model)[number], states
-        for name in ("attention", "mlp"):
+        for name in IN_TURN:
             if (name, number) not in gone:
                 read = entered if self.layout.parallel else states
                 passed = run_part(self.layout, self.model.config, layer, name, self.arguments[number], read)
@@ -316,7 +316,7 @@ def flops_of_walk(
     sequences, length = shape
     cost: dict[Sublayer, int] = {}
     for number in range(len(layers_of(model))):
-        for name in ("attention", "mlp"):
+        for name in IN_TURN:
             part = part_of(model, name, number)
             products = sum(2 * linear.weight.numel() for linear in part.linears)
             cost[name, number] = products + (4 * part.width * length if name == "attention" else 0)

@@ -87,8 +87,7 @@ def swapped(gram: Tensor, wanted: Tensor, kept: Tensor) -> tuple[Tensor, int]:
         inverse = gram[best][:, best].inverse()
         costs = (wanted[:, best] @ inverse).square().sum(0) / inverse.diagonal()
         stays = best[costs.argsort(stable=True)[count:]]
-        is_out = torch.ones(len(gram), dtype=torch.bool, device=gram.device).index_fill_(0, stays, False)
-        out = is_out.nonzero()[:, 0]
+        out = others(stays, len(gram))
         shares = torch.linalg.solve(gram[stays][:, stays], gram[stays][:, out])
         left = gram.diagonal()[out] - (gram[stays][:, out] * shares).sum(0)  # of the columns' own variance
         gains = (wanted[:, out] - wanted[:, stays] @ shares).square().sum(0) / left
@@ -98,6 +97,12 @@ def swapped(gram: Tensor, wanted: Tensor, kept: Tensor) -> tuple[Tensor, int]:
         else:
             count //= 2
     return best.sort().values, rounds
+
+
+def others(columns: Tensor, count: int) -> Tensor:
+    """The numbers below `count` that are not among `columns`: int64, ascending."""
+    is_other = torch.ones(count, dtype=torch.bool, device=columns.device).index_fill_(0, columns, False)
+    return is_other.nonzero()[:, 0]
 
 
 def _explained(gram: Tensor, wanted: Tensor, kept: Tensor) -> float:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hfprune.models.families import layout_of
 from hfprune.models.run_part import run_part
 from hfprune.models.streamed import device_of
-from hfprune.models.units import layers_of
+from hfprune.models.units import IN_TURN, layers_of
 from hfprune.models.walk import layers_in_turn, run_layer
 from hfprune.pruning.refit import Streams
 
@@ -56,7 +56,7 @@ def part_influence(model: PreTrainedModel, tokens: Tensor, folder: Path | None =
         By part, (layers,) float64, on the CPU.
     """
     layout, layers, device = layout_of(model), layers_of(model), device_of(model)
-    totals = {name: torch.zeros(len(layers), dtype=torch.float64) for name in ("attention", "mlp")}
+    totals = {name: torch.zeros(len(layers), dtype=torch.float64) for name in IN_TURN}
     with tempfile.TemporaryDirectory(dir=folder) as room:
         streams = Streams(model, tokens, sequential=False, parallel=layout.parallel, folder=Path(room))
         for number in layers_in_turn(model, "measure sublayers"):

@@ -18,13 +18,13 @@ from hfprune.models.units import DEPTH, STRUCTURES
 from hfprune.pruning import order
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
+from hfprune.pruning.refit_names import REFITS, SEQUENTIAL, SOLVED
 
 CriterionName = Literal[tuple(CRITERIA | order.CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
-RefitName = Literal["none", "bias", "least_squares", "sequential", "trained", "local_search"]
+RefitName = Literal[REFITS]
 FOLDER = Path(__file__).parent / "presets"
-READ_RIDGE = ("least_squares", "sequential", "trained", "local_search")  # the refits that solve for weights
 DENSE = "dense"  # how results name the model before any cut
 
 
@@ -68,7 +68,7 @@ class MethodRecipe(BaseModel):
 
     def read(self) -> dict[str, Any]:
         """The parts that decide what comes out: equal for two recipes that make the same models."""
-        unread = {"ridge"} if self.refit not in READ_RIDGE else set()
+        unread = {"ridge"} if self.refit not in SOLVED else set()
         return self.model_dump(exclude=unread, exclude_none=True)
 
     @property
@@ -85,7 +85,7 @@ class MethodRecipe(BaseModel):
         scoring += [f"{backward} backward pass{'es' if backward > 1 else ''}"] if backward else []
         needs = [f"scoring: {' and '.join(scoring)} over the calibration text"]
         if self.refit != "none":
-            times = "1 forward pass" if self.refit in ("bias", "least_squares") else "2 forward passes"
+            times = "2 forward passes" if self.refit in SEQUENTIAL else "1 forward pass"
             needs.append(f"refit: {times} over the same text, a layer at a time")
         if self.refit == "trained":
             needs.append("training of every cut MLP by itself, on the same text: at most 9 forward passes' worth")
@@ -171,7 +171,7 @@ def method_name(parts: Mapping[str, Any]) -> str:
     """
     usual = {name: field.default for name, field in MethodRecipe.model_fields.items()}
     recipe = {name: parts[name] for name in ("criterion", "structure", "allocation", "refit")}
-    recipe |= {"ridge": parts.get("ridge", usual["ridge"])} if recipe["refit"] in READ_RIDGE else {}
+    recipe |= {"ridge": parts.get("ridge", usual["ridge"])} if recipe["refit"] in SOLVED else {}
     recipe |= {name: parts[name] for name in ("attention_share",) if parts.get(name) is not None}
     known = [preset.name for preset in presets().values() if preset.recipe.read() == recipe]
     unusual = {name: value for name, value in recipe.items() if value != usual.get(name)}

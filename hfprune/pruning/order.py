@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfprune.models.units import PARTS, Kept, Sublayer
+from hfprune.models.units import IN_TURN, PARTS, Kept, Sublayer
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from hfprune.pruning.budget import Shape
@@ -31,9 +31,7 @@ def steps_of(units: dict[str, list[int]], structure: str) -> list[Step]:
         units: by part, those of each layer. A sublayer without units is gone already.
         structure: "sublayers" or "layers".
     """
-    layers = [
-        [(name, number) for name in ("attention", "mlp") if units[name][number]] for number in range(len(units["mlp"]))
-    ]
+    layers = [[(name, number) for name in IN_TURN if units[name][number]] for number in range(len(units["mlp"]))]
     if structure == "layers":
         return [tuple(layer) for layer in layers if layer]
     return [(sublayer,) for layer in layers for sublayer in layer]

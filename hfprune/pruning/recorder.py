@@ -86,7 +86,7 @@ def bytes_of_sums(model: PreTrainedModel, criteria: Sequence[str]) -> int:
             numbers += len(names) * part.rows * part.units
             continue
         columns = part.width
-        numbers += sum(columns ** (1 + (name == "products")) for name in moments_of(criteria))
+        numbers += sum(columns**2 if name == "products" else columns for name in moments_of(criteria))
         for name in criteria:
             if reads_weights(name):
                 numbers += sum(sizes(part, name))

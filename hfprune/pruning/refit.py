@@ -49,18 +49,18 @@ from hfprune.models.layout import Layout
 from hfprune.models.loading import flops_per_token
 from hfprune.models.run_part import Passed, factor, run_part, written
 from hfprune.models.streamed import device_of, in_memory, is_streamed
-from hfprune.models.units import PARTS, UNITS, Kept, Part, layers_of, matrix, part_of, parts
+from hfprune.models.units import IN_TURN, PARTS, UNITS, Kept, Part, layers_of, matrix, part_of, parts
 from hfprune.models.walk import enter, entrance, layers_in_turn
 from hfprune.pruning.budget import NO_REFIT
-from hfprune.pruning.greedy import swapped
+from hfprune.pruning.greedy import others, swapped
 from hfprune.pruning.part_training import train_part, training_flops
+from hfprune.pruning.refit_names import SEQUENTIAL
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.scratch import Scratch
 
 TOKENS_PER_BATCH = 4096
 DRIFT = 0.5
-SEQUENTIAL = ("sequential", "trained", "local_search")  # parts see what is cut and refitted below them
 SEARCH_RIDGE = 0.01  # of `local_search`, as of criterion `obs`
 SMALLEST_GAIN = 1e-2  # of a norm, as a share of its largest, that drift is carried back through
 
@@ -120,7 +120,7 @@ def refit(
             with fast_products(device):
                 layer = layers[number]
                 streams.enter_layer()
-                for name in ("attention", "mlp"):
+                for name in IN_TURN:
                     part = part_of(model, name, number)
                     how = (layout, config, layer, name, streams.arguments[number])
                     units = kept[name][number] if name in kept else torch.arange(part.units)
@@ -200,7 +200,7 @@ def flops_of_refit(model: PreTrainedModel, kept: Kept, tokens: tuple[int, int], 
     sequential, count = method in SEQUENTIAL, tokens[0] * tokens[1]
     flops, carrying = count * flops_per_token(model, tokens[1]) * (1 + sequential), False
     for number in range(len(layers_of(model))):
-        for name in ("attention", "mlp"):
+        for name in IN_TURN:
             part = part_of(model, name, number)
             units = len(kept[name][number]) if name in kept else part.units
             if method != "bias" and units and (units < part.units or carrying or sequential):
@@ -451,8 +451,7 @@ class LocalSearch(Repair):
         damped = gram.clone()
         damped.diagonal().add_(SEARCH_RIDGE * gram.diagonal().mean())
         self.kept, self.rounds = swapped(damped, wanted, self.start)
-        is_removed = torch.ones(len(gram), dtype=torch.bool, device=gram.device).index_fill_(0, self.kept, False)
-        self.removed = is_removed.nonzero()[:, 0]
+        self.removed = others(self.kept, len(gram))
         self.gram = gram[self.kept][:, self.kept]
         self.cross = wanted[:, self.kept] - weight[:, self.kept] @ self.gram
         super().solve(ridge)

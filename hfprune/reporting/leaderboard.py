@@ -8,7 +8,7 @@ from hfprune.reporting.comparison import with_best
 from hfprune.reporting.labels import name_of
 from hfprune.reporting.metrics import HELDOUT
 from hfprune.reporting.paper_sheets import timed
-from hfprune.reporting.statistics import MODEL, estimates, note, varying
+from hfprune.reporting.statistics import MODEL, estimates, note, varying, with_ends
 from hfprune.reporting.summary import PARAMETERS, REMOVED, cost
 from hfprune.reporting.typeset import BEST, Cell, Row, Sheet
 
@@ -41,8 +41,9 @@ def board(metrics: pd.DataFrame, timings: pd.DataFrame | None, differences: pd.D
         `SPEED_AND_COST`; `best`: the lowest KL of its ratio on the headline text; `tied`: not distinguishable from it.
     """
     costs = cost(metrics)
+    differing = varying(costs)
     table = costs[[*MODEL, "seeds", REMOVED]].copy()
-    table["name"] = [name_of(model, varying(costs)) for _, model in costs.iterrows()]
+    table["name"] = [name_of(model, differing) for _, model in costs.iterrows()]
     heldout = metrics[metrics["group"].isin(HELDOUT)]
     texts = list(dict.fromkeys(heldout["task"]))
     titles = {(text, "kl"): f"{KL}{text}" for text in texts}
@@ -50,7 +51,7 @@ def board(metrics: pd.DataFrame, timings: pd.DataFrame | None, differences: pd.D
     values = estimates(heldout)
     for (text, metric), title in titles.items():
         column = values[(values["task"] == text) & (values["metric"] == metric)]
-        ends = column[[*MODEL, "value", "low", "high"]].set_axis([*MODEL, *_with_ends(title)], axis=1)
+        ends = column[[*MODEL, "value", "low", "high"]].set_axis([*MODEL, *with_ends(title)], axis=1)
         table = table.merge(ends, on=MODEL, how="left")
     shapes = costs.rename(columns={PARAMETERS: "parameters"})
     table[PREFILL] = table[DECODE] = math.nan
@@ -71,12 +72,8 @@ def leaderboard_sheet(table: pd.DataFrame) -> Sheet:
     digits = {title: count for title, count in digits.items() if table[title].notna().any()}
     first, rows = first_kl(table), []
     for _, model in table.iterrows():
-        cells = {title: Cell(*(model.get(end, math.nan) for end in _with_ends(title))) for title in digits}
-        cells[first] = Cell(*model[_with_ends(first)], bool(model["best"]), bool(model["tied"]))
+        cells = {title: Cell(*(model.get(end, math.nan) for end in with_ends(title))) for title in digits}
+        cells[first] = Cell(*model[with_ends(first)], bool(model["best"]), bool(model["tied"]))
         cells[REMOVED] = Cell(100 * model[REMOVED])
         rows.append(Row([f"{100 * model['ratio']:.4g}", model["name"]], cells))
     return Sheet("Every method at every size.", ["Ratio (%)", "Method"], digits, rows, [f"{note(table)} {BEST}", NOTE])
-
-
-def _with_ends(title: str) -> list[str]:
-    return [title, f"{title} low", f"{title} high"]

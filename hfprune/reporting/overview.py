@@ -19,7 +19,7 @@ from hfprune.reporting import interactive
 from hfprune.reporting.labels import name_of
 from hfprune.reporting.leaderboard import FIDELITY, PREFILL, SPEED_AND_COST, first_kl
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text
-from hfprune.reporting.statistics import MODEL, note, varying
+from hfprune.reporting.statistics import MODEL, note, varying, with_ends
 from hfprune.reporting.summary import COST_NOTE, DIGITS, PARAMETERS, REMOVED, SCALES, cost, summary
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -197,7 +197,7 @@ def _from_dense(results: Results, models: pd.DataFrame) -> pd.DataFrame:
     rows = results.differences
     rows = rows[(rows["metric"] == "accuracy") & (rows["task"] == "mean") & (rows["other_stage"] == "dense")].copy()
     rows["name"] = [_whole_name({**row, "name": name_of(row, varying(models))}) for _, row in rows.iterrows()]
-    for column, end in zip(_with_ends(ACCURACY_CHANGE), ("difference", "low", "high"), strict=True):
+    for column, end in zip(with_ends(ACCURACY_CHANGE), ("difference", "low", "high"), strict=True):
         rows[column] = 100 * rows[end]
     return rows.sort_values(["ratio", "stage"], kind="stable")
 
@@ -210,7 +210,7 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
         charts[place] = {"id": f"chart-{place}", "title": title, "caption": caption, "spec": spec}
 
     cut = models[models["method"] != DENSE]
-    columns = ["name", REMOVED, *_with_ends(KL)]
+    columns = ["name", REMOVED, *with_ends(KL)]
     if cut["ratio"].nunique() > 1:
         kl = interactive.lines(cut[columns], REMOVED, KL)
     else:
@@ -218,7 +218,7 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
     if (board := results.board) is not None and board[PREFILL].notna().any():
         timed = board[(board["method"] != DENSE) & board[PREFILL].notna()]
         distance = first_kl(board)
-        columns = [*_with_ends(distance), PREFILL]
+        columns = [*with_ends(distance), PREFILL]
         points = timed[["name", *columns]].assign(**{SIZE: 100 * timed["ratio"]})
         caption = "Lower, and further left, is better. Models of one shape share a time."
         add("speed", "Distance against latency", caption, interactive.points(points, PREFILL, distance, SIZE))
@@ -226,7 +226,7 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
     add("kl", "Distance from the dense model", f"{finding} Lower is better; bars are 95 % intervals.", kl)
     if MEAN in models and (changes := _from_dense(results, models))["distinguishable"].any():  # else it shows nothing
         caption = f"{accuracy_finding(changes)} The same documents were asked of both models; bars are 95 % intervals."
-        spec = interactive.rows(changes[["name", *_with_ends(ACCURACY_CHANGE)]], ACCURACY_CHANGE, 0)
+        spec = interactive.rows(changes[["name", *with_ends(ACCURACY_CHANGE)]], ACCURACY_CHANGE, 0)
         add("accuracy", "Accuracy against the dense model", caption, spec)
     for part, widths in results.widths.groupby("part", sort=False):
         points = widths.assign(
@@ -248,10 +248,6 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
         spec = interactive.curves(points[["name", "Tokens", title]], "Tokens", title, zero=False)
         add(f"losses-{loss}", "Loss while training", f"{_listed(ends[:4])}.", spec)
     return charts
-
-
-def _with_ends(column: str) -> list[str]:
-    return [column, f"{column} low", f"{column} high"]
 
 
 @dataclass(frozen=True)
@@ -285,7 +281,7 @@ def _models_table(models: pd.DataFrame) -> Table:
         cells = [_text(_whole_name(model), f"#model-{place}")]
         cells += [_number(model[column], float("nan"), 0, 1) for column in (REMOVED, PARAMETERS)]
         for column in values:
-            cells.append(_number(*model[_with_ends(column)], DIGITS.get(column, 1), f"#model-{place}"))
+            cells.append(_number(*model[with_ends(column)], DIGITS.get(column, 1), f"#model-{place}"))
         rows.append(cells)
     return Table(["Model", REMOVED, PARAMETERS, *values], rows)
 
@@ -299,7 +295,7 @@ def _board_table(board: pd.DataFrame, models: pd.DataFrame) -> Table:
         link = f"#model-{places[tuple(model[MODEL])]}"
         cells = [_text(model["name"], link), _number(100 * model["ratio"], float("nan"), 0, 0)]
         cells += [
-            _number(*model[_with_ends(column)], dict(FIDELITY.values()).get(column, 3), link) for column in measured
+            _number(*model[with_ends(column)], dict(FIDELITY.values()).get(column, 3), link) for column in measured
         ]
         cells += [_number(model[column], float("nan"), 0, digits) for column, digits in shown.items()]
         mark = "best" if model["best"] else "not distinguishable" if model["tied"] else ""
@@ -309,10 +305,10 @@ def _board_table(board: pd.DataFrame, models: pd.DataFrame) -> Table:
 
 def _cost_table(metrics: pd.DataFrame, models: pd.DataFrame) -> Table:
     costs = cost(metrics)
-    columns = [name for name in costs if name not in (*MODEL, "seeds", REMOVED, PARAMETERS, *_with_ends(KL))]
+    columns = [name for name in costs if name not in (*MODEL, "seeds", REMOVED, PARAMETERS, *with_ends(KL))]
     rows = []
     for place, (_, model) in enumerate(costs.iterrows()):
-        cells = [_text(_whole_name(models.iloc[place]), f"#model-{place}"), _number(*model[_with_ends(KL)], 3)]
+        cells = [_text(_whole_name(models.iloc[place]), f"#model-{place}"), _number(*model[with_ends(KL)], 3)]
         rows.append([*cells, *(_number(model[column], float("nan"), 0, 1) for column in columns)])
     return Table(["Model", KL, *columns], rows)
 

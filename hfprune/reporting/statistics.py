@@ -124,6 +124,11 @@ def interval(group: str, metric: str, value: float, half: float, n: float) -> tu
     return np.maximum(value - half, least), np.minimum(value + half, most)
 
 
+def with_ends(title: str) -> list[str]:
+    """The titles of a column of values and of both ends of their intervals."""
+    return [title, f"{title} low", f"{title} high"]
+
+
 def estimates(metrics: pd.DataFrame) -> pd.DataFrame:
     """The mean over calibration seeds of each model's measures, with its interval.
 

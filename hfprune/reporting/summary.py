@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
-from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, note, varying, with_sizes
+from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, note, varying, with_ends, with_sizes
 from hfprune.reporting.typeset import Cell, Row, Sheet
 
 REMOVED, PARAMETERS = "Removed (%)", "Parameters (M)"
@@ -48,7 +48,7 @@ def summary(metrics: pd.DataFrame) -> pd.DataFrame:
     table = table.rename(columns={"ratio_achieved": REMOVED, "parameters": PARAMETERS}).set_index(MODEL)
     for column in [*dict.fromkeys(accuracy["task"]), *titles.values()]:
         values = both[both["task"] == column].set_index(MODEL)
-        for name, end in zip(_with_ends(column), ("value", "low", "high"), strict=True):
+        for name, end in zip(with_ends(column), ("value", "low", "high"), strict=True):
             table[name] = values[end]
     return table.reset_index()
 
@@ -72,7 +72,7 @@ def cost(metrics: pd.DataFrame) -> pd.DataFrame:
     """
     rows = metrics[metrics["group"] == "cost"]
     by = [*MODEL, "seed"]
-    columns = [REMOVED, PARAMETERS, "seeds", *_with_ends("KL (nats/token)")]
+    columns = [REMOVED, PARAMETERS, "seeds", *with_ends("KL (nats/token)")]
     table = summary(metrics).set_index(MODEL)[columns]
     stages = {"Scoring (s)": ["light_cut", "score", "order"], "Cutting (s)": ["prune"], "Training (s)": ["recover"]}
     costs = {
@@ -86,20 +86,16 @@ def cost(metrics: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def _with_ends(column: str) -> list[str]:
-    return [column, f"{column} low", f"{column} high"]
-
-
 def _sheet(caption: str, table: pd.DataFrame, *notes: str) -> Sheet:
     differing = varying(table)
-    ends = {name for column in table for name in _with_ends(column)[1:]}
+    ends = {name for column in table for name in with_ends(column)[1:]}
     columns = [name for name in table if name not in (*MODEL, "seeds", *ends)]
     rows = []
     for _, model in table.iterrows():
         cells = {}
         for name in columns:
             scale = SCALES.get(name, 1)
-            cells[name] = Cell(*(scale * model.get(end, math.nan) for end in _with_ends(name)))
+            cells[name] = Cell(*(scale * model.get(end, math.nan) for end in with_ends(name)))
         rows.append(Row([model["stage"], model["method"], *model[differing]], cells))
     digits = {name: DIGITS.get(name, 1) for name in columns}
     return Sheet(caption, ["Model", "Method", *map(str.capitalize, differing)], digits, rows, [note(table), *notes])

@@ -46,7 +46,8 @@ def refit_cost(model: PreTrainedModel, refit: str, tokens: int, carries: bool) -
         carries: whether whole sublayers go, see `refit.Streams`.
     """
     from hfprune.models.units import parts
-    from hfprune.pruning.refit import SEQUENTIAL, TOKENS_PER_BATCH
+    from hfprune.pruning.refit import TOKENS_PER_BATCH
+    from hfprune.pruning.refit_names import SEQUENTIAL
 
     sequential, trains, matrices = refit in SEQUENTIAL, refit == "trained", 8 if refit == "local_search" else 3
     width, hidden = max(part.units for part in parts(model, "mlp")), model.config.hidden_size

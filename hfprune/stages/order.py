@@ -9,6 +9,7 @@ from pydantic import Field
 
 from hfprune.models.units import DEPTH
 from hfprune.pruning.order import CRITERIA
+from hfprune.pruning.refit_names import IN_DEPTH
 from hfprune.stages.declaration import (
     CHECKPOINTS,
     NOT_IN_RESULT,
@@ -22,15 +23,13 @@ from hfprune.stages.declaration import (
     outside_key,
 )
 
-SOLVED = ("least_squares", "sequential")  # the refits that go with whole sublayers and layers
-
 
 class OrderParameters(Sampling, Parameters):
     """Parameters of stage `order`."""
 
     criterion: Literal[tuple(CRITERIA)] = Field("greedy_kl", description="what orders the sublayers or layers")
     structure: Literal[DEPTH] = Field("layers", description="what goes: attention or MLP of a layer, or whole layers")
-    refit: Literal["none", *SOLVED] = Field(
+    refit: Literal["none", *IN_DEPTH] = Field(
         "none", description="what makes up for each removal before the next is measured; for greedy_kl"
     )
     ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="how strongly a refit stays near the old weights")

@@ -12,6 +12,7 @@ from hfprune.errors import UserError
 from hfprune.models.units import DEPTH, STRUCTURES
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS
+from hfprune.pruning.refit_names import IN_DEPTH, REFITS, SOLVED
 from hfprune.stages.declaration import (
     CHECKPOINTS,
     NOT_IN_RESULT,
@@ -29,7 +30,7 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
-RefitName = Literal["none", "bias", "least_squares", "sequential", "trained", "local_search"]
+RefitName = Literal[REFITS]
 # A command line's numbers are words, which a Literal does not take.
 RoundTo = Annotated[
     Literal[STEPS],
@@ -87,7 +88,7 @@ def refuse_unread(structure: str, allocation: str, refit: str) -> None:
     """Refuse what does not go with whole sublayers and layers."""
     if structure in DEPTH and allocation != "uniform":
         raise ValueError(f"'allocation' does not go with structure {structure}: its order says what goes")
-    if structure in DEPTH and refit not in ("none", "least_squares", "sequential"):
+    if structure in DEPTH and refit not in ("none", *IN_DEPTH):
         raise ValueError(f"refit {refit!r} does not go with structure {structure}. Use 'least_squares' or 'sequential'")
 
 
@@ -125,7 +126,7 @@ class PruneParameters(Cut, Parameters):
     def read(self) -> dict[str, Any]:
         """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
         unread = NOT_IN_RESULT | ({"ratio_of"} if self.ratio is None else set())
-        unread |= {"ridge"} if self.refit in ("none", "bias") else set()
+        unread |= set() if self.refit in SOLVED else {"ridge"}
         return self.model_dump(exclude=unread, exclude_none=True)
 
     def options(self) -> dict[str, Any]:

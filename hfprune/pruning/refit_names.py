@@ -1,0 +1,6 @@
+"""The refits by name. `refit.py` makes them; configs and command lines read the names without loading torch."""
+
+SEQUENTIAL = ("sequential", "trained", "local_search")  # parts see what is cut and refitted below them
+SOLVED = ("least_squares", *SEQUENTIAL)  # they solve for weights, near the old ones by `ridge`
+REFITS = ("none", "bias", *SOLVED)
+IN_DEPTH = ("least_squares", "sequential")  # those that go with whole sublayers and layers
