@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,18 +10,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune import api
 from hfprune.cli import main
+from hfprune.cli.families import ANY
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, parse
 from hfprune.models.checkpoint import LISTS, refuse_moved_layers
-from hfprune.models.families import layout_of
+from hfprune.models.families import layout_for, layout_of
 from hfprune.models.loading import count_parameters, load_model, load_tokenizer
 from hfprune.models.run_part import run_part
 from hfprune.models.units import layers_of, part_of
 from hfprune.models.walk import enter
 from hfprune.pruning import depth
-from hfprune.pruning.budget import ExpertCounts, refuse_method, shape_of, units_to_keep
+from hfprune.pruning.budget import refuse_method, shape_of, units_to_keep
 from hfprune.pruning.order import best_steps, kept_without, may_go, read_order, save_order, size_of, steps_of
 from hfprune.pruning.refit import refit
 from hfprune.pruning.surgery import cut
@@ -34,6 +34,12 @@ from tests.test_estimate import make as make_job
 from tests.test_families import CASES, IDS, TOKENS, logits, make
 from tests.test_surgery import prune_into
 
+# Families whose layers can go.
+DEEP = [
+    pytest.param(name, keys, id=case)
+    for case, (name, keys) in zip(IDS, CASES, strict=True)
+    if not layout_for({"model_type": name, **ANY, **keys}).depth_refused
+]
 LAYER_0, LAYER_1, LAYER_2 = ((("attention", number), ("mlp", number)) for number in range(3))
 SUBLAYERS = ((("attention", 0),), (("mlp", 2),))
 TEXT = torch.randint(320, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -75,7 +81,7 @@ def assert_generates_alike_with_a_cache(model):
 
 
 @pytest.mark.parametrize("gone", [(LAYER_0,), (LAYER_1,)], ids=["first", "middle"])
-@pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "keys"), DEEP)
 def test_a_model_without_a_layer_is_one_of_the_stock_class_that_computes_the_rest(name, keys, gone, tmp_path):
     model = make(name, **keys)
     refuse_moved_layers(model.config)
@@ -89,7 +95,7 @@ def test_a_model_without_a_layer_is_one_of_the_stock_class_that_computes_the_res
     assert_generates_alike_with_a_cache(again)
 
 
-@pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "keys"), DEEP)
 def test_a_model_without_an_attention_and_an_mlp_computes_the_rest(name, keys, tmp_path):
     model = make(name, **keys)
     small = without(model, SUBLAYERS)
@@ -131,12 +137,16 @@ def test_a_class_that_counts_its_layers_is_refused_by_name():
     assert depth.order(model, TEXT, "block_influence", "sublayers")[0]
 
 
-def test_a_mixture_of_experts_is_refused_with_what_can_be_cut():
-    shape = replace(shape_of(make("llama")), mixture=ExpertCounts(4, 1, 2, 2))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mixtral", r"of a mixture of experts, .* Cut experts or mlp\."), ("lfm2", r"of a hybrid .* Cut mlp\.")],
+)
+def test_layers_that_have_to_stay_are_refused_with_what_can_be_cut(name, message):
+    shape = shape_of(make(name))
     for structure in ("layers", "sublayers"):
-        with pytest.raises(UserError, match=r"of a mixture of experts cannot go\. Cut experts"):
+        with pytest.raises(UserError, match=f"structure '{structure}': .*{message}"):
             units_to_keep(shape, 0.2, structure=structure)
-        with pytest.raises(UserError, match=r"of a mixture of experts cannot go\. Cut experts"):
+        with pytest.raises(UserError, match=message):
             refuse_method(shape, structure, "greedy_kl", "none")
 
 
