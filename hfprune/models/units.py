@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the config imports the structures' names from here and must
 PARTS = ("mlp", "attention")  # scoring covers them all
 IN_TURN = ("attention", "mlp")  # as a layer computes them
 DEPTH = ("sublayers", "layers")  # structures whose parts go with all of their units
+MIXED = {f"mlp+{name}": name for name in DEPTH}  # first some of these go, then neurons of the MLPs that stay
 STRUCTURES = {
     "mlp": ("mlp",),
     "attention": ("attention",),
@@ -40,6 +41,7 @@ STRUCTURES = {
     "experts": ("experts",),
     "sublayers": PARTS,
     "layers": PARTS,
+    **dict.fromkeys(MIXED, ("mlp",)),  # what is scored
 }
 UNITS = {"mlp": "neurons", "attention": "key-value groups", "experts": "experts"}  # names in messages and tables
 
@@ -191,6 +193,16 @@ def columns_per_unit(config: Any, layout: Layout, name: str, width: int) -> int:
     if not layout.block(name).rows:
         return max(1, width)
     return 1 if name == "mlp" else queries_of(config, layout) * head_size(config)
+
+
+def check_depth_share(share: float | None, structure: str) -> None:
+    """Refuse a share of whole sublayers or layers without a structure that has both, and such a structure without it.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if (share is not None) != (structure in MIXED):
+        raise ValueError(f"'depth_share' goes with structure {' or '.join(MIXED)}, which need it, not {structure}")
 
 
 def layers_that_stay(kept: Kept) -> list[int]:

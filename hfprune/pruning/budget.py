@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from hfprune.models.families import (
 from hfprune.models.layout import Block, Layout
 from hfprune.models.units import (
     DEPTH,
+    MIXED,
     PARTS,
     STRUCTURES,
     UNITS,
@@ -38,7 +39,7 @@ from hfprune.models.units import (
 )
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 from hfprune.pruning.criteria import rankers, ranks
-from hfprune.pruning.order import removable_sizes
+from hfprune.pruning.order import Step, best_steps, removable_sizes, removed_by, steps_of
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
@@ -244,12 +245,14 @@ class Budget:
             whole sublayers or layers go: `order.best_steps` says which.
         round_to: what MLP widths are multiples of.
         groups: number of groups of experts, all of which keep equally many.
+        gone: with `units.MIXED`, the steps that go first; `keep` is of the MLPs that stay.
     """
 
     share: float
     keep: dict[str, float]
     round_to: int
     groups: int = 1
+    gone: tuple[Step, ...] = ()
 
 
 def units_to_keep(
@@ -262,6 +265,8 @@ def units_to_keep(
     allocation: str = "uniform",
     round_to: int | None = None,
     scores: Scores | None = None,
+    depth_share: float | None = None,
+    order: Sequence[Step] | None = None,
 ) -> Budget:
     """The number of units to keep for a budget.
 
@@ -277,6 +282,8 @@ def units_to_keep(
         round_to: one of `STEPS`, of which MLP widths are multiples; None for `default_step`.
         scores: needed where both parts are cut and `attention_share` is None. Without them all removed parameters come
             from the neurons as far as possible, which is enough to see whether the budget can be met.
+        depth_share: with `units.MIXED`, the share of the removed parameters that comes from whole sublayers or layers.
+        order: of these, the first to go first; None: the last layers go first, which is enough to see the same.
 
     Raises:
         UserError: the structure cannot be cut, does not hold that much, or nothing would be removed.
@@ -284,6 +291,9 @@ def units_to_keep(
     if structure in DEPTH:
         _refuse_depth(shape, structure)
         return _depth_budget(shape, structure, ratio, target_parameters)
+    if structure in MIXED:
+        _refuse_depth(shape, MIXED[structure])
+        return _mixed_budget(shape, structure, ratio, target_parameters, allocation, round_to, depth_share, order)
     if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
         raise UserError(f"structure {structure!r}: {faults[0]}")
     if shape.mixture:
@@ -334,6 +344,8 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
     if structure in DEPTH:
         _refuse_depth(shape, structure)
         return
+    if structure in MIXED:
+        _refuse_depth(shape, MIXED[structure])
     if unranked := [part for part in STRUCTURES[structure] if not ranks(criterion, part, mixture)]:
         where = " inside experts" if mixture and unranked == ["mlp"] else ""
         raise UserError(
@@ -411,6 +423,38 @@ def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_para
             f"{structure!r} removes at least ({smallest / shape.total:.4g} of all parameters): nothing would go."
         )
     return Budget(remove / shape.total, {}, 1)
+
+
+def _mixed_budget(
+    shape: Shape, structure: str, ratio: float | None, target_parameters: int | None, allocation: str,
+    round_to: int | None, depth_share: float, order: Sequence[Step] | None,
+) -> Budget:  # fmt: skip
+    """The budget where some sublayers or layers go, and neurons of the MLPs that stay make up the rest.
+
+    Raises:
+        UserError: one of the two cannot give its share.
+    """
+    remove = ratio * shape.total if target_parameters is None else shape.total - target_parameters
+    of_depth = depth_share * remove
+    try:
+        _depth_budget(shape, MIXED[structure], of_depth / shape.total, None)
+        gone = best_steps(shape, order or steps_of(shape.units, MIXED[structure])[:0:-1], of_depth)
+        left = without(shape, gone)
+        keeps = math.floor(shape.total - remove)
+        rest = units_to_keep(left, target_parameters=keeps, allocation=allocation, round_to=round_to)
+    except UserError as error:
+        raise UserError(
+            f"structure {structure!r} with depth_share {depth_share}: {MIXED[structure]} take {of_depth:,.0f} of "
+            f"{remove:,.0f} parameters, neurons the rest. {error}"
+        ) from None
+    return replace(rest, share=remove / shape.total, gone=tuple(gone))
+
+
+def without(shape: Shape, gone: Sequence[Step]) -> Shape:
+    """The shape of a model's MLPs that stay without these steps. `total` is of the whole model that is left."""
+    sublayers = {sublayer for step in gone for sublayer in step}
+    staying = [units for number, units in enumerate(shape.units["mlp"]) if ("mlp", number) not in sublayers]
+    return replace(shape, total=shape.total - removed_by(shape, gone), units={"mlp": staying})
 
 
 def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capacity:
