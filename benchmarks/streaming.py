@@ -40,8 +40,8 @@ LARGE = SHAPES | {
 SMALL = SHAPES["smollm2-135m"] | {"num_hidden_layers": 8}
 CUT = {
     "ratio": 0.2, "ratio_of": "all", "target_parameters": None, "round_to": 1, "structure": "mlp",
-    "attention_share": None, "allocation": "uniform", "refit": "sequential", "ridge": 0.1, "pad": False,
-    "dtype": "auto",
+    "attention_share": None, "depth_share": None, "allocation": "uniform", "refit": "sequential", "ridge": 0.1,
+    "pad": False, "dtype": "auto",
 }  # fmt: skip
 
 

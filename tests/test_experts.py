@@ -15,7 +15,7 @@ from hfprune.cli.families import ANY
 from hfprune.errors import UserError
 from hfprune.experiment.estimate import report
 from hfprune.experiment.schema import Experiment, parse
-from hfprune.models.activations import graph_bytes
+from hfprune.models.activations import CHUNK, graph_bytes
 from hfprune.models.families import FAMILIES, layout_for
 from hfprune.models.history import kept_shapes
 from hfprune.models.loading import check_config, count_parameters, flops_per_token, load_model
@@ -29,7 +29,7 @@ from hfprune.pruning.refit import refit
 from hfprune.pruning.scoring import unit_scores
 from hfprune.pruning.surgery import best_units, cut
 from tests.conftest import make_tokenizer
-from tests.test_families import TOKENS, bytes_kept, logits, make
+from tests.test_families import HYBRID, TOKENS, bytes_kept, logits, make
 from tests.test_surgery import run_prune
 
 LATENT = {
@@ -55,9 +55,16 @@ MIXTURES = {
         "moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
         "num_experts_per_tok": None, **NARROW,
     },
+    "qwen3_next": {**HYBRID, "num_experts": 8, "shared_expert_intermediate_size": 16, "mlp_only_layers": [0], **NARROW},
+    "qwen3_5_moe_text": {**HYBRID, "num_experts": 8, "shared_expert_intermediate_size": 16, **NARROW},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"], "head_dim": None, "num_experts": 8, "num_dense_layers": 1,
+        **NARROW,
+    },
 }  # fmt: skip
 NARROWED = [name for name in MIXTURES if not layout_for({"model_type": name, **ANY}).mixture.refused]
 WITH_HEADS = [name for name in MIXTURES if not layout_for({"model_type": name, **ANY}).attention.refused]
+CORRECTED_FROM_OUTSIDE = ("minimax_m2", "lfm2_moe")  # the block gives its router the correction
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
 
 
@@ -143,7 +150,7 @@ def test_every_family_is_tested():
 def test_the_router_chooses_as_its_class_does(name):
     experts = list(all_experts(mixture(name)))[-1]
     states = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    corrected = (experts.correction,) if name == "minimax_m2" else ()
+    corrected = (experts.correction,) if name in CORRECTED_FROM_OUTSIDE else ()
     found_logits, expected, chosen = experts.router(states, *corrected)
     weights, ours = experts.route(found_logits.float())
     torch.testing.assert_close(
@@ -239,7 +246,7 @@ def test_scores_of_experts_are_the_change_of_the_entropy_by_brute_force(name):
             for expert in range(8):
                 other = copy.deepcopy(experts)
                 mask_router(other, torch.arange(8) == expert)
-                corrected = (other.correction,) if name == "minimax_m2" else ()
+                corrected = (other.correction,) if name in CORRECTED_FROM_OUTSIDE else ()
                 _, other_weights, others = other.router(states, *corrected)
                 change = output.detach() - module(states, others, other_weights.double())
                 mine = chosen == expert
@@ -457,10 +464,11 @@ def test_layers_beside_the_model_do_not_count_for_a_budget(tmp_path):
     assert shape_on_disk(tmp_path) == shape_of(model)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"])
 def test_a_forward_pass_keeps_no_more_than_is_estimated(name):
     model = mixture(name)
-    assert 0 < bytes_kept(model) < graph_bytes(model, 8 * 24)
+    tokens = torch.arange(8 * CHUNK).view(8, -1) % 320
+    assert 0 < bytes_kept(model, tokens) < graph_bytes(model, tokens.numel())
 
 
 def test_what_is_shown_of_a_cut_leaves_dense_layers_out():

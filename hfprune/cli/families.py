@@ -27,7 +27,7 @@ def table() -> str:
             layout = layout_for({"model_type": name, **ANY, **keys})
             mixture = layout.mixture
             cells = (_cell(mixture or layout.mlp), _cell(layout.attention), "yes" if mixture else "")
-            cells += ("no", "no") if mixture else (OWN_CLASS, "yes")
+            cells += ("no", "no") if layout.depth_refused else (OWN_CLASS, "yes")
             rows.append((f"`{name}`", models, *cells))
     rows += [(f"`{name}`", "", f"no: {reason}", *["no"] * 4) for name, reason in REFUSED.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

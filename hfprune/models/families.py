@@ -205,7 +205,7 @@ GLM_MOE = replace(
     ),
 )
 LATENT = Block((), "self_attn.o_proj", "self_attn", "input_layernorm", refused=NO_GROUPED_HEADS)
-DEEPSEEK_3 = replace(GLM_MOE, attention=LATENT, head_columns="v_head_dim")
+DEEPSEEK_3 = replace(GLM_MOE, attention=LATENT)
 
 
 def _deepseek_v2(config: Any) -> Layout:
@@ -218,6 +218,49 @@ def _ernie_moe(config: Any) -> Layout:
     refused = ONE_WIDTH if setting(config, "moe_num_shared_experts", 2) else None
     correction = "mlp.gate.moe_statics.e_score_correction_bias"
     return replace(LLAMA, mixture=Mixture(correction=correction, counts=True, refused=refused))
+
+
+# Hybrids. States that pass from token to token mix the documents of a row.
+HYBRID = {"masks_by_kind": True, "keeps_documents_apart": False}
+GATED = "its heads are gated, and most layers have linear attention instead, whose heads share one state. Cut {}."
+QWEN_3_5 = _with(
+    LLAMA, attention={"rows": (), "others": ("linear_attn.out_proj",), "refused": GATED.format("mlp")}, **HYBRID
+)
+QWEN_3_NEXT = _with(
+    QWEN_3_5,
+    attention={"refused": GATED.format("experts or mlp")},
+    mixture=Mixture(normalised="norm_topk_prob"),
+)
+CONVOLVED = "most layers have a short convolution instead, which has no heads. Cut {}."
+LFM_2 = Layout(
+    attention=Block(
+        (), "self_attn.out_proj", "self_attn", "operator_norm", others=("conv.out_proj",),
+        refused=CONVOLVED.format("mlp"),
+    ),
+    mlp=Block(
+        (Rows("feed_forward.w1"), Rows("feed_forward.w3")), "feed_forward.w2", "feed_forward", "ffn_norm",
+        size="intermediate_size", settings=(("block_auto_adjust_ff_dim", False),),
+    ),
+    final_norm="embedding_norm",
+    **HYBRID,
+)  # fmt: skip
+
+
+def _lfm2_moe(config: Any) -> Layout:
+    return _with(
+        LFM_2,
+        attention={"refused": CONVOLVED.format("experts or mlp")},
+        mixture=Mixture(
+            "feed_forward",
+            "feed_forward.gate",
+            "feed_forward.experts",
+            "feed_forward.gate.weight",
+            scores="sigmoid",
+            correction="feed_forward.expert_bias" if setting(config, "use_expert_bias", True) else None,
+            normalised="norm_topk_prob",
+            scale="routed_scaling_factor",
+        ),
+    )
 
 
 FAMILIES = {
@@ -272,6 +315,8 @@ FAMILIES = {
     ),
     "opt": Family("OPT", OPT),
     "gpt2": Family("GPT-2", GPT_2),
+    "qwen3_5_text": Family("Qwen3.5, text alone", QWEN_3_5),
+    "lfm2": Family("LFM2", LFM_2),
     "mixtral": Family("Mixtral", MIXTRAL),
     "qwen2_moe": Family("Qwen1.5-MoE, Qwen2-57B-A14B", replace(QWEN_MOE, masks_by_kind=True)),
     "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", QWEN_MOE),
@@ -305,6 +350,9 @@ FAMILIES = {
         ),
     ),
     "ernie4_5_moe": Family("ERNIE 4.5 21B-A3B, 300B-A47B", _ernie_moe),
+    "qwen3_next": Family("Qwen3-Next, Qwen3-Coder-Next", QWEN_3_NEXT),
+    "qwen3_5_moe_text": Family("Qwen3.5 MoE, text alone", replace(QWEN_3_NEXT, mixture=Mixture())),
+    "lfm2_moe": Family("LFM2-8B-A1B", _lfm2_moe),
 }
 
 # Families whose units cannot be removed: why, and what can be done instead.
@@ -316,10 +364,6 @@ SHARED = (
     "its last layers use the keys and values of others, and each layer mixes several streams: what a unit is worth to "
     "one layer is not all that it is worth. Gemma 3 (gemma3_text) can be pruned."
 )
-GATED = (
-    "its attention is gated and most layers have linear attention, whose states have no units that can go. Qwen3 "
-    "(qwen3) can be pruned."
-)
 LLAMA_4 = (
     "its experts take all tokens, weighted before they read them, and one key of the config holds the width of routed "
     "and shared experts. Qwen3 MoE (qwen3_moe) can be pruned."
@@ -329,9 +373,6 @@ REFUSED = {
     "mpt": FIXED + "Llama and Falcon of the same size can be pruned.",
     "gemma3n_text": SHARED,
     "gemma3n": SHARED,
-    "qwen3_next": GATED,
-    "qwen3_5_text": GATED,
-    "qwen3_5": GATED,
     "llama4_text": LLAMA_4,
     "llama4": LLAMA_4,
     "minimax": (
@@ -410,11 +451,6 @@ def queries_of(config: Any, layout: Layout) -> int:
 def head_size(config: Any) -> int:
     """Columns of one head."""
     return setting(config, "head_dim") or hidden_size(config) // heads_of(config)
-
-
-def head_columns(config: Any, layout: Layout) -> int:
-    """Columns of the attention's output that one query head writes through."""
-    return setting(config, layout.head_columns) if layout.head_columns else head_size(config)
 
 
 def hidden_size(config: Any) -> int:

@@ -281,11 +281,12 @@ def flops_per_token(model: PreTrainedModel, length: int) -> int:
     Every weight of a linear layer, including the output projection, counts 2: a product and a sum. Attention counts 4
     per head dimension and token of the sequence: 2 for the scores and 2 for the sum of values, without the causal mask.
     Norms, activations, softmax and embedding lookups do not count. `torch.utils.flop_counter` counts the same. Of a
-    mixture of experts, those count that a token is sent to.
+    mixture of experts, those count that a token is sent to; of linear attention and convolutions the linear layers.
     """
     linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, LINEAR))
     linear += sum(2 * experts.active_parameters for experts in all_experts(model))
-    return linear + 2 * sum(part.width + _scored(model, part) for part in parts(model, "attention")) * length
+    attending = [part for part in parts(model, "attention") if part.attends]
+    return linear + 2 * sum(part.width + _scored(model, part) for part in attending) * length
 
 
 def _scored(model: PreTrainedModel, part: Part) -> int:
