@@ -69,7 +69,8 @@ def test_no_difference_of_accuracy_is_claimed_that_may_be_chance():
         {"name": ["A, 10%", "A, 30%"], ACCURACY_CHANGE: [3.2, -5.2], "distinguishable": [False, True]}
     )
     assert findings.accuracy_changes(changes) == (
-        "Mean accuracy differs from the dense model's for A, 30% (-5.2 points). The other 1 cannot be told from it."
+        "Mean accuracy differs from the dense model's for A, 30% (-5.2 points). The other 1 cannot be told from it "
+        "after correction for many tests."
     )
     assert "tells none of 2 models" in findings.accuracy_changes(changes.assign(distinguishable=False))
 

@@ -72,3 +72,16 @@ def test_the_control_is_named_where_there_is_one():
     found = pd.concat([metrics(WAYS[0]), trained("lora")])
     assert "is the control" not in page_of(found)
     assert "is the control" in page_of(pd.concat([found, trained("lora", "none", 0.0)]))
+
+
+def test_one_task_has_one_column_and_several_their_mean(tmp_path):
+    found = metrics(WAYS[0])
+    one = page_of(found)
+    assert ">Mean</th>" not in one and ">BoolQ</th>" in one
+    second = found[found["group"] == "task"].assign(task="piqa")
+    assert ">Mean</th>" in page_of(pd.concat([found, second]))
+
+
+def test_how_many_were_trained_is_said():
+    found = pd.concat([metrics(WAYS[0]), trained("lora")])
+    assert "1 of 3 smaller models was trained after the cut: lora." in page_of(found)

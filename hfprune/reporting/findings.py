@@ -127,10 +127,11 @@ def accuracy_changes(changes: pd.DataFrame) -> str:
     """
     held = changes[changes["distinguishable"]]
     told = [f"{row['name']} ({row[ACCURACY_CHANGE]:+.1f} points)" for _, row in held.iterrows()]
+    corrected = "after correction for many tests"
     if not told:
-        return f"Mean accuracy tells none of {len(changes)} models from the dense one: all intervals contain 0."
+        return f"Mean accuracy tells none of {len(changes)} models from the dense one {corrected}."
     rest = len(changes) - len(told)
-    others = f" The other {rest} cannot be told from it." if rest else ""
+    others = f" The other {rest} cannot be told from it {corrected}." if rest else ""
     return f"Mean accuracy differs from the dense model's for {listed(told)}.{others}"
 
 

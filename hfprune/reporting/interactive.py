@@ -41,7 +41,7 @@ def lines(models: pd.DataFrame, x: str, y: str) -> dict[str, Any]:
         base.mark_circle(size=70, opacity=1).encode(alt.Y(f"{_field(y)}:Q", title=y), tooltip=_tooltip(["name", x], y)),
     ]
     if named:
-        text = alt.Chart(ends).mark_text(align="left", dx=8, limit=150, fontSize=12)
+        text = alt.Chart(ends).mark_text(align="left", dx=8, limit=190, fontSize=12)
         marks.append(text.encode(alt.X(f"{_field(x)}:Q"), alt.Y("place:Q"), color=color, text="name:N"))
     return _finished(alt.layer(*marks).properties(width="container", height=300))
 
@@ -56,13 +56,14 @@ def rows(models: pd.DataFrame, x: str, reference: float | None = None) -> dict[s
     """
     order = alt.Y("name:N", sort=list(models["name"]), title=None, axis=alt.Axis(labelLimit=190))
     base = alt.Chart(models).encode(order)
-    low, value = (alt.X(f"{_field(column)}:Q", title=x) for column in (f"{x} low", x))
+    axis = alt.Axis(titleAnchor="end")  # on a narrow screen the names leave a long title no room to the right
+    low, value = (alt.X(f"{_field(column)}:Q", title=x, axis=axis) for column in (f"{x} low", x))
     interval = base.mark_rule(color=COLORS[0], strokeWidth=1.5).encode(low, alt.X2(_field(f"{x} high")))
     point = base.mark_circle(color=COLORS[0], size=70, opacity=1).encode(value, tooltip=_tooltip(["name"], x))
     marks = [interval, point]
     if reference is not None:
         zero = alt.Chart(pd.DataFrame({"at": [reference]})).mark_rule(color="#475569", strokeDash=[4, 3])
-        marks.insert(0, zero.encode(alt.X("at:Q", title=x)))
+        marks.insert(0, zero.encode(alt.X("at:Q", title=x, axis=axis)))
     return _finished(alt.layer(*marks).properties(width="container", height=alt.Step(STEP)))
 
 

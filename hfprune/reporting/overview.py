@@ -109,13 +109,17 @@ def _introduction(results: Results, models: pd.DataFrame) -> Iterator[str]:
     )
     tasks = [TASK_TITLES.get(name, name) for name in config["evaluation"].get("tasks", {})]
     limit = config["evaluation"].get("limit")
-    documents = f"{limit} documents each" if limit else "all their documents"
+    documents = f"{limit} documents{' each' if len(tasks) > 1 else ''}" if limit else "all documents"
     yield f"{words}; accuracy is zero-shot on {listed(tasks)}, {documents}." if tasks else f"{words}."
     trained = sorted(set(models["recovery"]) - {"none"})
     if trained:
         is_control = (models["method"] == DENSE) & (models["recovery"] != "none")
         control = " The dense model, trained alike, is the control." if is_control.any() else ""
-        yield f"Some were trained after the cut: {listed(trained)}.{control}"
+        count = int((cut["recovery"] != "none").sum())
+        yield (
+            f"{count} of {len(cut)} smaller models {'was' if count == 1 else 'were'} trained after the cut: "
+            f"{listed(trained)}.{control}"
+        )
 
 
 def _findings(results: Results, models: pd.DataFrame) -> Iterator[str]:
@@ -205,6 +209,8 @@ def _text(value: str, link: str | None = None) -> tuple:
 
 def _models_table(models: pd.DataFrame) -> Table:
     measured = [column for column in models if f"{column} low" in models]
+    if len(measured) == len(MEASURES_FIRST) + 2:  # one task, which is its own mean
+        measured.remove(MEAN)
     values = [*MEASURES_FIRST, *(column for column in measured if column not in MEASURES_FIRST)]
     rows = []
     for place, (_, model) in enumerate(models.iterrows()):
