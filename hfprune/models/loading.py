@@ -79,10 +79,7 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
     check_values(values, where)
     kind = values["model_type"]
     if "text_config" in values and kind not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type {kind!r} wraps a language model in another, such as one that reads images. Take the "
-            f"language model alone. Supported families: {', '.join(FAMILIES)}."
-        )
+        _refuse_wrapper(folder, kind, where)
     try:
         config = read_config(folder)
     except Exception as error:  # of any class: an unknown model_type, values of wrong types, custom code
@@ -91,6 +88,22 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
         ) from None
     check_config(config, where)
     return config
+
+
+def _refuse_wrapper(folder: Path, kind: str, where: str) -> None:
+    """Refuse a model with a language model inside, and say whether that one can be taken out and pruned."""
+    wraps = f"{where}: model_type {kind!r} wraps a language model in another, such as one that reads images."
+    try:
+        config = read_config(folder).get_text_config()
+    except Exception:  # of any class: an unknown model_type, values of wrong types
+        raise UserError(f"{wraps} transformers cannot read it. Take the language model alone.") from None
+    if config.model_type in FAMILIES and not refusal(config):
+        raise UserError(
+            f"{wraps} Take it out with `hfprune unwrap`, prune it, and put it back with `hfprune rewrap`: "
+            f"docs/families.md. It is of model_type {config.model_type!r}, which can be pruned."
+        )
+    reason = refusal(config) or f"supported are {', '.join(FAMILIES)}."
+    raise UserError(f"{wraps} That one is of model_type {config.model_type!r}, which is not supported: {reason}")
 
 
 def check_config(config: PreTrainedConfig, where: str) -> None:
