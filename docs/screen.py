@@ -3,6 +3,7 @@
 It has the first minutes until the first table, and the end. It needs rich, which is in the environment of `make env`.
 """
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def main() -> None:
         next(number for number, line in enumerate(lines) if line.startswith(words))
         for words in ("Done: ", "Commands and details: ")
     )
-    console = Console(record=True, width=WIDTH, file=Path("/dev/null").open("w", encoding="utf-8"))
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
     for line in ["$ make run", *lines[:until], "...", *lines[done - LAST_STEPS : log + 1]]:
         console.print(line, markup=False, highlight=False, no_wrap=True, overflow="ellipsis")
     picture = console.export_svg(title="hfprune", theme=MONOKAI, unique_id="screen")
