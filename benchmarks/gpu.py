@@ -130,7 +130,9 @@ def widths(size: str, save: Save) -> None:
         seconds = alternate({name: lambda net=net: net(prompt, use_cache=False) for name, net in networks.items()}, 10)
     for name in steps:
         figures[f"{name}, prefill {tuple(prompt.shape)}, seconds"] = seconds[name]
-    figures |= {f"{name}, {task}, {metric}": sorted(each)[len(each) // 2] for (name, task, metric), each in rows.items()}
+    figures |= {
+        f"{name}, {task}, {metric}": sorted(each)[len(each) // 2] for (name, task, metric), each in rows.items()
+    }
     save(figures)
 
 

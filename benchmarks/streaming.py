@@ -148,7 +148,9 @@ def main() -> None:
         figures["weight_bytes"] = weight_bytes(large)
         for step in STEPS:
             results = context.Queue()
-            process = context.Process(target=peak, args=(step, large, args.length, args.samples, args.gpu_bytes, results))
+            process = context.Process(
+                target=peak, args=(step, large, args.length, args.samples, args.gpu_bytes, results)
+            )
             process.start()
             names = ("seconds", "peak_gpu_bytes", "peak_bytes_without_files", "peak_bytes", "peak_bytes_of_reload")
             values = results.get(timeout=SECONDS)
