@@ -12,8 +12,8 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     """The longest sequence that a model supports, in tokens; None if its config does not say.
 
     It is `max_position_embeddings`; of MPT `max_seq_len`. RoPE scaling of type linear, dynamic or yarn multiplies it by
-    a factor; yarn starts from `original_max_position_embeddings` if the config has it. For llama3 and longrope the number
-    is the scaled one.
+    a factor; yarn starts from `original_max_position_embeddings` if the config has it. For llama3 and longrope the
+    number is the scaled one.
 
     Args:
         config: the keys of a config.json.
