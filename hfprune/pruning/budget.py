@@ -148,7 +148,7 @@ def refusals(layout: Layout) -> dict[str, str]:
     reasons = {"mlp": layout.mixture.refused if layout.mixture else layout.mlp.refused}
     reasons |= {"attention": layout.attention.refused}
     reasons |= {"experts": None if layout.mixture else "the model has no experts: it is dense. Cut mlp."}
-    reasons |= dict.fromkeys(DEPTH, layout.depth_refused)
+    reasons |= {structure: layout.depth_refused(structure) for structure in DEPTH}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
