@@ -1,5 +1,6 @@
 """The figures, in one style: drawn from `metrics.csv`, scores, widths and training curves."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -620,10 +621,14 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
     cut = board[board["ratio"] > 0]
     sizes = list(cut.groupby("ratio"))
     height = max(2.5, 0.12 * max((len(rows) for _, rows in sizes), default=1) + 0.7)
+    columns = 1 if len(sizes) == 1 else 2
+    lines = math.ceil(len(sizes) / columns)
     figure, axes = plt.subplots(
-        len(sizes), 1, figsize=(COLUMN + 1, height * len(sizes)), squeeze=False, layout="constrained"
+        lines, columns, figsize=((COLUMN + 1) * columns, height * lines), squeeze=False, layout="constrained"
     )
-    for axis, (ratio, rows) in zip(axes.flat, sizes, strict=True):
+    for axis in axes.flat[len(sizes) :]:
+        axis.remove()
+    for axis, (ratio, rows) in zip(axes.flat, sizes, strict=False):
         known = rows[rows[speed].notna()]
         stock = (known["structure"] == "mlp") & (known["allocation"] == "uniform")
         for color, group, label in ((COLORS[0], stock, "stock class"), (COLORS[1], ~stock, "widths per layer")):
@@ -639,7 +644,7 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
             known.iterrows(), spread([(y - low) / (high - low) for y in np.log(known[distance])], gap), strict=True
         ):
             mark = "*" if row["best"] else NOT_WORSE if row["tied"] else ""
-            line = {"arrowstyle": "-", "lw": 0.3, "color": "0.6"}
+            line = {"arrowstyle": "-", "lw": 0.3, "color": "0.6", "relpos": (0, 0.5), "shrinkB": 0}
             axis.annotate(
                 f"{row['name']} {mark}", (row[speed], row[distance]), (1.06, place), textcoords="axes fraction",
                 fontsize=6, va="center", annotation_clip=False, arrowprops=line,
@@ -648,7 +653,7 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
         if len(known) < len(rows):
             title = fill(f"{title}; not timed: {'; '.join(rows[rows[speed].isna()]['name'])}", 60)
         axis.set_title(title, loc="left")
-    axes[-1, 0].set_xlabel(speed)
+        axis.set_xlabel(speed)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=7, loc="outside lower center", ncols=2)
     figure.supylabel(f"{distance}, nats per token")

@@ -124,11 +124,18 @@ def _introduction(results: Results, models: pd.DataFrame) -> Iterator[str]:
 
 def _findings(results: Results, models: pd.DataFrame) -> Iterator[str]:
     """What the figures say, a sentence each."""
-    yield findings.fidelity(models)
+    yield _finding(results, models)
     if trained := findings.training(models):
         yield trained
     if MEAN in models:
         yield findings.accuracy_changes(_from_dense(results, models))
+
+
+def _finding(results: Results, models: pd.DataFrame) -> str:
+    """Who is nearest to the dense model: of a board at every size."""
+    if (board := results.board) is not None:
+        return findings.best_of_board(board, first_kl(board))
+    return findings.fidelity(models)
 
 
 def _from_dense(results: Results, models: pd.DataFrame) -> pd.DataFrame:
@@ -150,10 +157,12 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
 
     cut = models[models["method"] != DENSE]
     columns = ["name", REMOVED, *with_ends(KL)]
-    if cut["ratio"].nunique() > 1:
-        kl = interactive.lines(cut[columns], REMOVED, KL)
-    else:
+    if cut["ratio"].nunique() == 1:
         kl = interactive.rows(cut.sort_values(KL)[columns], KL, 0)
+    elif cut["name"].nunique() > interactive.MOST_NAMED:
+        kl = interactive.sizes(cut[columns].assign(**{SIZE: 100 * cut["ratio"]}), KL, SIZE)
+    else:
+        kl = interactive.lines(cut[columns], REMOVED, KL)
     if (board := results.board) is not None and board[PREFILL].notna().any():
         timed = board[(board["method"] != DENSE) & board[PREFILL].notna()]
         distance = first_kl(board)
@@ -161,7 +170,7 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
         points = timed[["name", *columns]].assign(**{SIZE: 100 * timed["ratio"]})
         caption = "Lower, and further left, is better. Models of one shape share a time."
         add("speed", "Distance against latency", caption, interactive.points(points, PREFILL, distance, SIZE))
-    finding = findings.fidelity(models)
+    finding = _finding(results, models)
     add("kl", "Distance from the dense model", f"{finding} Lower is better; bars are 95 % intervals.", kl)
     if MEAN in models and (changes := _from_dense(results, models))["distinguishable"].any():  # else it shows nothing
         finding = findings.accuracy_changes(changes)
@@ -173,7 +182,10 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
             name=[f"{model}, {ratio:.0%}" for model, ratio in zip(widths["model"], widths["ratio"], strict=True)],
             **{"Layer": widths["layer"], "Kept (%)": 100 * widths["kept"] / widths["dense"]},
         )[["name", "Layer", "Kept (%)"]]  # fmt: skip
-        spec = interactive.curves(points, "Layer", "Kept (%)", zero=False)
+        if points["name"].nunique() > interactive.MOST_NAMED:
+            spec = interactive.heat(points, "Layer", "Kept (%)")
+        else:
+            spec = interactive.curves(points, "Layer", "Kept (%)", zero=False)
         caption = f"{findings.widths(widths)} The first calibration seed."
         add(f"widths-{part}", f"Kept {UNITS.get(part, part)} by layer", caption, spec)
     for loss, steps in results.losses.groupby("loss_name", sort=False) if results.losses is not None else ():
