@@ -168,7 +168,7 @@ def refit(
                     if (repair.lossy or carrying) and method == "bias":
                         repair.shift()
                     elif repair.lossy or carrying or sequential:
-                        repair.skip() if repair.silent else repair.solve(ridge)
+                        repair.skip() if repair.idle else repair.solve(ridge)
                         if searches:
                             kept[name][number] = repair.kept.cpu()
                         flops += repair.flops
@@ -491,7 +491,7 @@ class Repair:
         self.silence()
 
     @property
-    def silent(self) -> bool:
+    def idle(self) -> bool:
         """Whether no unit writes anything at any token, so that none can make up for anything."""
         return not self.gram.diagonal().any()
 
@@ -501,7 +501,7 @@ class Repair:
             f"layer {self.layer}, {self.name}: not refitted: all activations of its {UNITS[self.name]} are zero",
             file=sys.stderr,
         )
-        self._silence()
+        self.silence()
 
     def solve(self, ridge: float) -> None:
         """Repair the loss, with the weights that stay. Solved in float64.
