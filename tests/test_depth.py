@@ -454,12 +454,15 @@ def test_an_experiment_of_layers_runs_and_its_cost_is_that_recorded(experiment, 
     card = (plan.store.folder(next(iter(plan.jobs["prune"].values())).recipe) / "README.md").read_text()
     assert "ShortGPT" in card and "| Layers | 2 of 3 |" in card
     measures = [job for model in plan.models for job in model.results if job.recipe.stage == "measure"]
-    for job in measures[:3]:
+    shown = [*measures[:3], measures[-1]]
+    for job in shown:
         make_job(plan, job)
-    words = [plan.manifest(job) for job in measures[:3]]
+    words = [plan.manifest(job) for job in shown]
     assert main(["collect", "--store", str(plan.store.root), "--output", str(tmp_path / "metrics.csv"), *words]) == 0
     table = (tmp_path / "metrics.csv").read_text()
     assert "ShortGPT" in table and ",order,seconds" in table
+    mixed = [line for line in table.splitlines() if ",mlp+sublayers," in line]
+    assert any(",order,seconds" in line for line in mixed) and any(",score,seconds" in line for line in mixed)
 
 
 def test_an_order_of_another_structure_is_refused(experiment, tmp_path, monkeypatch, capsys):
@@ -473,8 +476,10 @@ def test_an_order_of_another_structure_is_refused(experiment, tmp_path, monkeypa
     for structure, message in (
         ("mlp", "an artifact of 'order'; structure 'mlp' takes the scores of `hfprune score`"),
         ("sublayers", "an order for structure 'layers'; this cut has structure 'sublayers'"),
+        ("mlp+sublayers --depth-share 0.5", "structure 'mlp+sublayers' takes both: give --order"),
+        (f"layers --order {plan.manifest(job.inputs['scores'])}", "'layers' takes --scores alone: leave out --order"),
     ):
-        assert main([*words, "--structure", structure]) == 2
+        assert main([*words, "--structure", *structure.split()]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -385,6 +385,10 @@ REFUSED = {
     "bloom": FIXED + "Pythia and OPT of the same sizes can be pruned.",
     "gemma3n_text": SHARED,
     "gemma3n": SHARED,
+    "gemma4_text": (
+        "its layers add an input of their own and are scaled as a whole, its last ones use the keys and values of "
+        "others, and attention differs by kind of layer. Gemma 3 (gemma3_text) can be pruned."
+    ),
     "llama4_text": LLAMA_4,
     "llama4": LLAMA_4,
     "minimax": (

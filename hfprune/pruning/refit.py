@@ -142,7 +142,7 @@ def refit(
                         states, entering = stored.to(device), read[i].to(device)
                         passed = run_part(*how, entering)
                         if sequential:
-                            dense = streams.dense[i].to(device)
+                            dense = streams.dense[i].to(device).float()  # the drift may be less than their rounding
                             dense = dense + run_part(*how, dense_read[i].to(device)).written
                             streams.dense[i].copy_(dense)
                         else:
@@ -152,9 +152,9 @@ def refit(
                             continue
                         carried = streams.carried[i].to(device).float() if carrying else None
                         if sequential:
-                            ahead = states + passed.written  # where this part, and those gone before it, lose nothing
-                            ahead = ahead.float() if carried is None else ahead + carried
-                            drift = DRIFT * (dense.float() - ahead)
+                            ahead = states.float() + passed.written  # where this part loses nothing,
+                            ahead = ahead if carried is None else ahead + carried  # and those gone before it
+                            drift = DRIFT * (dense - ahead)
                             drift = drift if carried is None else drift + carried
                             repair.add(passed, drift)
                             seen[i].copy_(passed.activations)
@@ -168,7 +168,7 @@ def refit(
                     if (repair.lossy or carrying) and method == "bias":
                         repair.shift()
                     elif repair.lossy or carrying or sequential:
-                        repair.solve(ridge)
+                        repair.skip() if repair.idle else repair.solve(ridge)
                         if searches:
                             kept[name][number] = repair.kept.cpu()
                         flops += repair.flops
@@ -490,6 +490,19 @@ class Repair:
         bias += (self.lost / self.weight).to(bias.dtype)
         self.silence()
 
+    @property
+    def idle(self) -> bool:
+        """Whether no unit writes anything at any token, so that none can make up for anything."""
+        return not self.gram.diagonal().any()
+
+    def skip(self) -> None:
+        """Leave the weights that stay as they are, and say so."""
+        print(
+            f"layer {self.layer}, {self.name}: not refitted: all activations of its {UNITS[self.name]} are zero",
+            file=sys.stderr,
+        )
+        self.silence()
+
     def solve(self, ridge: float) -> None:
         """Repair the loss, with the weights that stay. Solved in float64.
 
@@ -527,6 +540,11 @@ class LocalSearch(Repair):
         columns, hidden = self.part.units, matrix(self.part.output).shape[0]
         sums = 2 * self.tokens * (columns - len(self.kept)) * (columns + len(self.kept) + hidden)
         return super().flops + sums + self.rounds * 4 * len(self.kept) ** 3
+
+    def skip(self) -> None:
+        """As of the refit; the neurons with the best scores stay."""
+        self.kept, self.removed = self.start, others(self.start, self.part.units)
+        super().skip()
 
     def solve(self, ridge: float) -> None:
         """Choose, and repair the loss with the weights that stay."""
