@@ -80,11 +80,11 @@ def test_layer_by_layer_every_layer_sees_what_it_sees_in_the_whole_model(family,
 
 
 def ridge_solution(h, weight, stays, more=0.0):
-    """W_S + D by torch's own solver: min sum ||W_P h_P + more - D h_S||^2 + lambda ||D||^2 as one problem."""
+    """W_S + D by torch's own solver: min sum ||W_P h_P + more - D h_S||^2 + ||D L^1/2||^2 as one problem."""
     h, weight = h.double(), weight.double()
     goes = [i for i in range(weight.shape[1]) if i not in stays]
-    size = (0.1 * h[:, stays].square().sum(0).mean()).sqrt()
-    system = torch.cat([h[:, stays], size * torch.eye(len(stays))])
+    sizes = (0.1 * h[:, stays].square().sum(0)).sqrt()
+    system = torch.cat([h[:, stays], sizes.diag()])
     right = torch.cat([h[:, goes] @ weight[:, goes].T + more, torch.zeros(len(stays), 32)])
     return weight[:, stays] + torch.linalg.lstsq(system, right, driver="gelsd").solution.T
 
@@ -279,6 +279,26 @@ def test_a_system_that_cannot_be_solved_names_its_layer():
     broken.add(Passed(torch.full((2, 3, 48), torch.nan), nothing, nothing))
     with pytest.raises(UserError, match="layer 7, mlp: "):
         broken.solve(0.1)
+
+
+def test_the_refit_does_not_depend_on_how_a_neuron_is_scaled():
+    plain, sequences = make_model(), tokens(20)
+    rescaled = copy.deepcopy(plain)
+    for layer in rescaled.model.layers:
+        layer.mlp.up_proj.weight[3] *= 64  # exact in float32
+        layer.mlp.down_proj.weight[:, 3] /= 64
+    assert torch.allclose(output(plain, sequences), output(rescaled, sequences), atol=1e-6)
+    for model in (plain, rescaled):
+        refit(model, {"mlp": [torch.arange(32)] * 3}, sequences, "sequential", 0.1)
+    assert torch.allclose(output(plain, sequences), output(rescaled, sequences), atol=1e-5)
+
+
+def test_a_neuron_that_is_always_silent_keeps_its_column():
+    model = make_model()
+    model.model.layers[1].mlp.gate_proj.weight[3] = 0
+    before = model.model.layers[1].mlp.down_proj.weight[:, 3].clone()
+    refit(model, {"mlp": [torch.arange(32)] * 3}, tokens(20), "sequential", 0.1)
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight[:, 3], before)
 
 
 def test_half_precision_is_refitted_in_float32():

@@ -4,9 +4,11 @@ An MLP or an attention block writes W h into the residual stream, where h are th
 layer (Llama's down_proj, o_proj) at a token. Let S be the columns that stay, P the columns that go, and r the target of
 the repair at a token. With sums over all calibration tokens,
 
-    G = sum h[S] h[S]^T,    C = sum r h[S]^T,    lambda = ridge * mean(diag G),
+    G = sum h[S] h[S]^T,    C = sum r h[S]^T,    L = ridge * diag G,
 
-the correction D that minimises sum ||r - D h[S]||^2 + lambda ||D||^2 is C (G + lambda I)^-1. It is added to W[:, S].
+the correction D that minimises sum ||r - D h[S]||^2 + sum ||D_i||^2 L_ii, with D_i its columns, is C (G + L)^-1. It is
+added to W[:, S]. Each column has a ridge in proportion to its own activations, so that rescaling a neuron (its row of
+up_proj times c, its column of down_proj divided by c) rescales its correction and changes nothing else.
 
 - `least_squares`: h comes from the intact model, and r = W[:, P] h[P] is what the cut loses in this layer.
 - `sequential`: h comes from the model whose lower layers are cut and refitted already, r = W[:, P] h[P] + a (y - y').
@@ -507,9 +509,10 @@ class Repair:
         """Repair the loss, with the weights that stay. Solved in float64.
 
         Raises:
-            UserError: G + lambda I is not positive definite, or not finite.
+            UserError: G + L is not positive definite, or not finite.
         """
-        self.gram.diagonal().add_(ridge * self.gram.diagonal().mean())
+        own = self.gram.diagonal()
+        own += ridge * torch.where(own > 0, own, own.mean())  # a silent column has no size of its own
         factor, failed = torch.linalg.cholesky_ex(self.gram)
         if failed or not factor.isfinite().all():
             raise UserError(
