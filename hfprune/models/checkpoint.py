@@ -124,8 +124,9 @@ def declare_widths(model: PreTrainedModel) -> None:
     mlps, attention = (parts(model, name) for name in PARTS)
     widths, groups = ([part.units for part in layers] for layers in (mlps, attention))
     forget_widths(config)
-    for key, value in ((layout.mlp.size, max(widths)), *layout.mlp.settings):
-        setattr(config, key, value)
+    if layout.mlp.size:
+        for key, value in ((layout.mlp.size, max(widths)), *layout.mlp.settings):
+            setattr(config, key, value)
     for part in mlps:
         if hasattr(part.block, "intermediate_size"):
             part.block.intermediate_size = part.units

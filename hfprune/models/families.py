@@ -220,8 +220,24 @@ def _ernie_moe(config: Any) -> Layout:
     return replace(LLAMA, mixture=Mixture(correction=correction, counts=True, refused=refused))
 
 
+FIXED = (
+    "the width of its MLPs is always four times the hidden size, and its positions (ALiBi) depend on the number of "
+    "heads: neither neurons nor heads can go. "
+)
+MPT = Layout(
+    attention=Block((), "attn.out_proj", "attn", "norm_1", refused=f"{FIXED}Cut layers."),
+    mlp=Block(
+        (Rows("ffn.up_proj"),), "ffn.down_proj", None, "norm_2", activation="ffn.act", refused=f"{FIXED}Cut layers."
+    ),
+    layers="blocks",
+    final_norm="norm_f",
+    layers_return_tuples=True,
+    branches=False,
+    keeps_documents_apart=False,
+)
+
 # Hybrids. States that pass from token to token mix the documents of a row.
-HYBRID = {"masks_by_kind": True, "keeps_documents_apart": False}
+HYBRID = {"branches": False, "keeps_documents_apart": False}
 GATED = "its heads are gated, and most layers have linear attention instead, whose heads share one state. Cut {}."
 QWEN_3_5 = _with(
     LLAMA, attention={"rows": (), "others": ("linear_attn.out_proj",), "refused": GATED.format("mlp")}, **HYBRID
@@ -315,6 +331,7 @@ FAMILIES = {
     ),
     "opt": Family("OPT", OPT),
     "gpt2": Family("GPT-2", GPT_2),
+    "mpt": Family("MPT", MPT),
     "qwen3_5_text": Family("Qwen3.5, text alone", QWEN_3_5),
     "lfm2": Family("LFM2", LFM_2),
     "mixtral": Family("Mixtral", MIXTRAL),
@@ -356,10 +373,6 @@ FAMILIES = {
 }
 
 # Families whose units cannot be removed: why, and what can be done instead.
-FIXED = (
-    "the width of its MLPs is always four times the hidden size, and its positions (ALiBi) depend on the number of "
-    "heads: neither neurons nor heads can go. "
-)
 SHARED = (
     "its last layers use the keys and values of others, and each layer mixes several streams: what a unit is worth to "
     "one layer is not all that it is worth. Gemma 3 (gemma3_text) can be pruned."
@@ -370,9 +383,12 @@ LLAMA_4 = (
 )
 REFUSED = {
     "bloom": FIXED + "Pythia and OPT of the same sizes can be pruned.",
-    "mpt": FIXED + "Llama and Falcon of the same size can be pruned.",
     "gemma3n_text": SHARED,
     "gemma3n": SHARED,
+    "gemma4_text": (
+        "its layers add an input of their own and are scaled as a whole, its last ones use the keys and values of "
+        "others, and attention differs by kind of layer. Gemma 3 (gemma3_text) can be pruned."
+    ),
     "llama4_text": LLAMA_4,
     "llama4": LLAMA_4,
     "minimax": (
@@ -455,7 +471,7 @@ def head_size(config: Any) -> int:
 
 def hidden_size(config: Any) -> int:
     """The size of the hidden states."""
-    return setting(config, "hidden_size") or config["n_embd"]
+    return next(filter(None, (setting(config, key) for key in ("hidden_size", "n_embd", "d_model"))))
 
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys, of which a config has one

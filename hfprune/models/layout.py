@@ -130,6 +130,7 @@ class Layout:
         logit_cap: key of the config with c in c * tanh(logits / c); None, there or here, if logits are not capped.
         masks_by_kind: whether the base model takes a dictionary of attention masks, by kind of layer.
         layers_return_tuples: whether a layer returns its hidden states as the first of several values.
+        branches: whether tokens take positions and masks of their own, so that several lines share their beginning.
         keeps_documents_apart: whether documents in one row do not see one another when positions begin anew.
         queries: query heads to a key-value head; None: as the config's numbers of heads say.
     """
@@ -146,6 +147,7 @@ class Layout:
     logit_cap: str | None = None
     masks_by_kind: bool = False
     layers_return_tuples: bool = False
+    branches: bool = True
     keeps_documents_apart: bool = True
     queries: int | None = None
 
@@ -153,13 +155,14 @@ class Layout:
         """The block of a part, by its name in `units.PARTS`."""
         return self.mlp if name == "mlp" else self.attention
 
-    @property
-    def depth_refused(self) -> str | None:
-        """Why whole sublayers and layers cannot be removed, and what can be instead; None if they can."""
+    def depth_refused(self, structure: str) -> str | None:
+        """Why whole "sublayers" or "layers" cannot be removed, and what can be instead; None if they can."""
         if self.mixture:
             return "whole layers of a mixture of experts, and parts of them, have to stay. Cut experts or mlp."
         if self.attention.others:
             return "the layers of a hybrid are of several kinds, of which a cache needs some. Cut mlp."
+        if structure == "sublayers" and self.mlp.size is None:
+            return "its config has no number that could be 0 where an attention or an MLP is gone. Cut layers."
         return None
 
     @property

@@ -40,6 +40,7 @@ from hfprune.models.units import (
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 from hfprune.pruning.criteria import rankers, ranks
 from hfprune.pruning.order import Step, best_steps, removable_sizes, removed_by, steps_of
+from hfprune.pruning.refit_names import IN_EXPERTS
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
@@ -54,7 +55,10 @@ PARAMETERS = (
 STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
 DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
 METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
-NO_REFIT = "refit {refit!r}: mixtures of experts are not refitted. Set it to 'none'."
+NO_REFIT = (
+    "refit {refit!r}: of a mixture of experts, 'least_squares' refits structure mlp, the neurons inside experts; no "
+    "other refit goes with one, and no other structure has any. Set it to 'none', or to that."
+)
 EXPERT_STEPS = ((256, 64), (0, 8))  # inside experts, which are a few hundred neurons wide
 ALIGNED = 8  # numbers in 16 bytes, of which torch's grouped products of experts need a multiple
 
@@ -144,7 +148,7 @@ def refusals(layout: Layout) -> dict[str, str]:
     reasons = {"mlp": layout.mixture.refused if layout.mixture else layout.mlp.refused}
     reasons |= {"attention": layout.attention.refused}
     reasons |= {"experts": None if layout.mixture else "the model has no experts: it is dense. Cut mlp."}
-    reasons |= dict.fromkeys(DEPTH, layout.depth_refused)
+    reasons |= {structure: layout.depth_refused(structure) for structure in DEPTH}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -352,7 +356,7 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
             f"criterion {criterion!r} does not rank {UNITS[unranked[0]]}{where}, which structure {structure!r} cuts. "
             f"Those that do: {', '.join(rankers(STRUCTURES[structure], mixture))}."
         )
-    if mixture and refit != "none":
+    if mixture and refit != "none" and (structure, refit) != ("mlp", IN_EXPERTS):
         raise UserError(NO_REFIT.format(refit=refit))
 
 

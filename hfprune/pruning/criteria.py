@@ -205,7 +205,7 @@ def flap_standardized(part: Part, moments: Moments, _generator: Generator) -> Te
     fluctuation = _fluctuation(part, moments)
     if part.columns > 1:  # attention
         fluctuation = fluctuation**2
-    z = (fluctuation - fluctuation.mean()) / fluctuation.std()
+    z = (fluctuation - fluctuation.mean()) / (fluctuation.std() or 1)  # nothing fluctuates: all are as unimportant
     return part.per_unit(z) / part.columns * part.parameters
 
 
@@ -226,7 +226,7 @@ def ppm_activation(part: Part, moments: Moments, _generator: Generator) -> Tenso
     Its rule is one for MLPs; for attention this is the same formula.)
     """
     ranges = [weights.double().amax(1) + weights.double().amin(1).abs() for weights in part.matrices()]
-    return sum(per_matrix / per_matrix.max() for per_matrix in ranges) * part.per_unit(moments.squares).sqrt()
+    return sum(per_matrix / (per_matrix.max() or 1) for per_matrix in ranges) * part.per_unit(moments.squares).sqrt()
 
 
 def magnitude(part: Part, _moments: Moments, _generator: Generator) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -208,7 +209,7 @@ def unit_scores(
         The scores by criterion, on the CPU.
 
     Raises:
-        UserError: a layer's scores are not finite, or all zero, or nothing reached it.
+        UserError: a layer's scores are not finite, or nothing reached it, or the scores of all layers are zero.
     """
     sums = add_up(model, tokens, criteria, seed, draws, light_cut, resume, batch=batch, products=products)
     return {name: finish(name, sums, tokens.numel(), seed, draws, model) for name in criteria}
@@ -221,8 +222,11 @@ def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreT
         for layer, scores in enumerate(layers):
             if not scores.isfinite().all():
                 raise UserError(f"layer {layer}: scores by {name} are not finite; compute in float32 or bfloat16.")
-            if scores.numel() and not scores.any():
-                raise UserError(f"layer {layer}, {kind}: all scores by {name} are zero: nothing reached it.")
+        zero = [layer for layer, scores in enumerate(layers) if scores.numel() and not scores.any()]
+        if zero and len(zero) == sum(scores.numel() > 0 for scores in layers):
+            raise UserError(f"{kind}: all scores by {name} are zero, in all layers: they rank nothing.")
+        for layer in zero:  # it may well write nothing
+            print(f"layer {layer}, {kind}: all scores by {name} are zero: its units go first", file=sys.stderr)
     return by_part
 
 
