@@ -57,7 +57,7 @@ def write(name: str, figures: dict[str, Any]) -> None:
         "name": name,
         "device": device_name(),
         "versions": versions() | {"python": platform.python_version()},
-        "command": "python " + " ".join(sys.argv),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "figures": figures,
     }
     (RESULTS / f"{name}-{gpu}.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

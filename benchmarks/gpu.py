@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from common import alternate, show, write
-from scoring import SHAPES, build
+from scoring import SHAPES, build, ours
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -64,6 +64,33 @@ def scoring(size: str, save: Save) -> None:
         words = ["--shape", "tiny", "--sequences", "2", "--rounds", "1", "--length", "16"]
     command(str(HERE / "scoring.py"), *words)
     save({"passed": True})
+
+
+def profile(size: str, save: Save) -> None:
+    """Where a scoring pass spends the device's time: the shares of the kernels that take most of it."""
+    shape, samples, length = ("tiny", 2, 16) if size == "tiny" else ("llama-2-7b", 8, 1024)
+    model = build(shape)
+    tokens = torch.randint(0, model.config.vocab_size, (samples, length))
+    ours(model, tokens)
+    on_gpu = torch.cuda.is_available()
+    kind = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kind.CPU, kind.CUDA] if on_gpu else [kind.CPU]) as profiler:
+        ours(model, tokens)
+        wait()
+    by_name: dict[str, float] = {}
+    for event in profiler.key_averages():
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
+            by_name[event.key] = by_name.get(event.key, 0) + microseconds
+    total = sum(by_name.values())
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:20]
+    save(
+        {
+            "shape": shape,
+            "seconds": total / 1e6,
+            "shares": {name[:90]: round(each / total, 4) for name, each in longest},
+        }
+    )
 
 
 def streaming(size: str, save: Save) -> None:
@@ -231,7 +258,7 @@ def peak_bytes() -> int:
 
 
 PARTS = {
-    part.__name__: part for part in (tests, scoring, refitting, widths, evaluation, streaming, training)
+    part.__name__: part for part in (tests, scoring, profile, refitting, widths, evaluation, streaming, training)
 }  # in this order
 
 

@@ -53,6 +53,16 @@ def pruned(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A checkpoint with a width for each layer."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("uneven") / "model")
+    model = load_model(folder, "float32")
+    cut(model, {"mlp": [torch.arange(width) for width in (40, 48, 33)]})
+    model.save_pretrained(folder)
+    return folder
+
+
 def train(folder, model, text, teacher=None, **changes):
     """`recover`, in this process."""
     asked = RecoverParameters(**({"dtype": "float32"} | SMALL | changes)).model_dump()
@@ -129,6 +139,34 @@ def test_a_trained_scale_of_the_embeddings_folds_into_a_plain_checkpoint(family,
     assert not hasattr(network.get_input_embeddings(), "scale")
 
 
+@pytest.mark.parametrize("cut_to", ["pruned", "uneven"])
+def test_random_weights_are_those_of_a_new_model(tmp_path, cut_to, instructions, request):
+    """Training at a rate of 1e-12 leaves the weights that it starts from."""
+    checkpoint = request.getfixturevalue(cut_to)
+    asked = {"method": "full", "rank": 32, "start": "random", "learning_rate": 1e-12}
+    models = {"before": load_model(checkpoint, "float32")}
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        train(tmp_path / name, checkpoint, instructions, **asked, seed=seed)
+        models[name] = load_model(tmp_path / name, "float32")
+    torch.manual_seed(1)
+    models["new"] = type(models["before"])(models["before"].config)
+    matrices = {
+        model: {name: weights for name, weights in network.named_parameters() if weights.ndim == 2}
+        for model, network in models.items()
+    }
+    for name, weights in matrices["one"].items():
+        torch.testing.assert_close(weights, matrices["new"][name], rtol=0, atol=1e-9)
+        assert torch.equal(weights, matrices["same"][name])
+        assert not torch.equal(weights, matrices["other"][name])
+        assert not torch.equal(weights, matrices["before"][name])
+    assert json.loads((tmp_path / "one" / "recovery.json").read_text())["start"] == "random"
+
+
+def test_adapters_of_random_weights_are_refused():
+    with pytest.raises(ValueError, match="'start: random' goes with method full, not lora"):
+        RecoverParameters(start="random")
+
+
 @pytest.mark.filterwarnings("error:Unable to fetch remote file")  # no training asks the hub
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_trained_with_adapters(tmp_path, family, instructions):
@@ -140,12 +178,8 @@ def test_every_family_is_trained_with_adapters(tmp_path, family, instructions):
         torch.testing.assert_close(logits(tmp_path / "made"), adapted(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_with_widths_of_their_own_are_trained_too(tmp_path, instructions):
-    folder = save_checkpoint(tmp_path / "uneven")
-    model = load_model(folder, "float32")
-    cut(model, {"mlp": [torch.arange(width) for width in (40, 48, 33)]})
-    model.save_pretrained(folder)
-    train(tmp_path / "made", folder, instructions)
+def test_layers_with_widths_of_their_own_are_trained_too(tmp_path, uneven, instructions):
+    train(tmp_path / "made", uneven, instructions)
     assert json.loads((tmp_path / "made" / "recovery.json").read_text())["reload"]["trust_remote_code"]
 
 

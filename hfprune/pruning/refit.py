@@ -213,7 +213,7 @@ def _refit_inside_experts(
 ) -> dict[str, Any]:
     """`refit` of neurons inside experts; `kept` has (experts, kept) for each layer.
 
-    An expert to which no token is sent, or whose activations are all zero, loses its neurons without a repair.
+    An expert to which no token is sent loses its neurons without a repair.
     """
     flops, starved = tokens.numel() * flops_per_token(model, tokens.shape[1]), set()
     layout, layers, device = layout_of(model), layers_of(model), device_of(model)
@@ -231,7 +231,7 @@ def _refit_inside_experts(
                 for stored in streams.states:
                     stored.copy_(run_layer(layer, stored.to(device), streams.arguments[number]))
             for repair in repairs:
-                if repair.tokens and repair.lossy and not repair.idle:
+                if repair.lossy and repair.tokens and not repair.idle:
                     repair.solve(ridge)
                     flops += repair.flops
                 else:
