@@ -233,7 +233,7 @@ def _refit_inside_experts(
                 for stored in streams.states:
                     stored.copy_(run_layer(layer, stored.to(device), streams.arguments[number]))
             for repair in repairs:
-                if repair.tokens and repair.lossy:
+                if repair.lossy and repair.tokens and not repair.idle:
                     repair.solve(ridge)
                     flops += repair.flops
                 else:

@@ -190,8 +190,9 @@ def _method(step: Mapping[str, Any]) -> str:
 
 
 def _training(step: Mapping[str, Any]) -> dict[str, str]:
+    start = ", from random weights" if step.get("start") == "random" else ""
     return {
-        "Training": f"{step['method']}, {step['loss'].replace('_', ' ')}",
+        "Training": f"{step['method']}, {step['loss'].replace('_', ' ')}{start}",
         "Trained on": f"{step['tokens']:,} tokens of {step['text']}, {step['steps']:,} steps",
         "Learning rate": f"{step['learning_rate']:.3g}, falling to 0",
     }
