@@ -25,9 +25,13 @@ class Run(subprocess.Popen):
 
     def communicate(self) -> tuple[str, None]:
         """What was on the screen, then what Snakemake's log says."""
-        screen = super().communicate()[0]
-        log = Path(screen.rpartition(LOG)[2].strip()) if LOG in screen else None
-        return screen + (log.read_text() if log else ""), None
+        return with_log(super().communicate()[0]), None
+
+
+def with_log(screen: str) -> str:
+    """What was on the screen, then what Snakemake's log says."""
+    log = Path(screen.rpartition(LOG)[2].strip()) if LOG in screen else None
+    return screen + (log.read_text() if log else "")
 
 
 class Checkout:
@@ -36,8 +40,8 @@ class Checkout:
     Args:
         folder: to make.
         store: of its experiments.
-        preloads: whether jobs fork from a process that has imported the libraries, see `tests.preloaded`; otherwise
-            they start as a user's.
+        preloads: whether Snakemake and jobs fork from a process that has imported the libraries, see `tests.preloaded`;
+            otherwise they start as a user's.
     """
 
     def __init__(self, folder: Path, store: Path, preloads: bool = True) -> None:
@@ -51,16 +55,12 @@ class Checkout:
                 shutil.copyfile(source, folder / part)
 
     def start(self, experiment: dict, *options: str) -> Run:
-        """Start `snakemake` on an experiment, in a process group of its own."""
-        if self.preloads and "--dry-run" not in options:
-            (self.folder / "sitecustomize.py").write_text(preloaded.client())
-        config = self.folder / f"{experiment['experiment']}.yaml"
-        config.write_text(yaml.safe_dump(experiment))
-        threads = [f"{rule}=1" for rule in (*MODEL_STAGES, "efficiency", "scoring_cost")]
+        """Start `snakemake` on an experiment, as a user's process, in a process group of its own."""
+        words, environment = self._prepared(experiment, options)
         return Run(
-            ["snakemake", "--cores", "2", *options, "--configfile", config, "--set-threads", *threads],
+            ["snakemake", *words],
             cwd=self.folder,
-            env=os.environ | {"HFPRUNE_STORE": str(self.store)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -69,10 +69,24 @@ class Checkout:
 
     def snakemake(self, experiment: dict, *options: str, status: int = 0) -> str:
         """Run `snakemake` on an experiment; what it printed, and its log."""
-        process = self.start(experiment, *options)
-        output = process.communicate()[0]
-        assert process.returncode == status, output
+        if self.preloads:
+            ended, screen = preloaded.snakemake(*self._prepared(experiment, options), self.folder)
+            output = with_log(screen)
+        else:
+            process = self.start(experiment, *options)
+            output, ended = process.communicate()[0], process.returncode
+        assert ended == status, output
         return output
+
+    def _prepared(self, experiment: dict, options: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+        """Snakemake's words and environment. The experiment's config, and what jobs run first, are written."""
+        if self.preloads and "--dry-run" not in options:
+            (self.folder / "sitecustomize.py").write_text(preloaded.client())
+        config = self.folder / f"{experiment['experiment']}.yaml"
+        config.write_text(yaml.safe_dump(experiment))
+        threads = [f"{rule}=1" for rule in (*MODEL_STAGES, "efficiency", "scoring_cost")]
+        words = ["--cores", "2", *options, "--configfile", str(config), "--set-threads", *threads]
+        return words, os.environ | {"HFPRUNE_STORE": str(self.store)}
 
     def planned(self, experiment: dict, *targets: str) -> Counter:
         """How many jobs of each rule a run would run."""

@@ -1,5 +1,6 @@
 """Commands of `hfprune`, each in a process of its own that need not import torch anew: they fork from one that has."""
 
+import gc
 import importlib
 import json
 import os
@@ -12,13 +13,16 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from hfprune.store.keys import code_digest
+
 PRELOADED = (
     "hfprune.cli", "hfprune.data.download", "hfprune.data.lm_eval_tasks", "hfprune.pruning.scoring",
     "hfprune.pruning.surgery", "hfprune.recovery.training", "hfprune.evaluation.fidelity",
     "hfprune.evaluation.lm_eval_runner", "hfprune.sharing.model_card", "datasets", "huggingface_hub.constants",
     "hfprune.reporting.agreement", "hfprune.reporting.comparison", "hfprune.reporting.curves",
     "hfprune.reporting.figures", "hfprune.reporting.overview", "hfprune.reporting.pages",
-    "hfprune.reporting.paper_sheets",
+    "hfprune.reporting.paper_sheets", "lm_eval.evaluator", "lm_eval.models.huggingface",
+    "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "fontTools.subset",
 )  # fmt: skip
 OF_ENVIRONMENT = ("huggingface_hub.constants", "datasets.config")  # where the hub is, and what is kept of it
 
@@ -72,6 +76,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for name in PRELOADED:
         __import__(name)
+    code_digest("hfprune.cli")
+    gc.freeze()  # no fork looks through all these objects for garbage
     for line in sys.stdin:
         request = json.loads(line)
         action = reload if "command" in request else run

@@ -1,12 +1,14 @@
-"""Jobs of workflows in tests need not import torch anew: they fork from a process that has imported the libraries.
+"""Snakemake and its jobs need not import their libraries anew: they fork from a process that has imported them.
 
 A checkout holds `CLIENT` as sitecustomize.py, which each `python -m hfprune` of its jobs runs first. It sends its
 words, environment, folder and standard files to the server and waits. The server forks, and the fork does with the
 checkout's own code what the job would have done. A signal to the job reaches the fork; if the job is killed, so is the
-fork.
+fork. `snakemake` has the server run Snakemake itself in the same way.
 """
 
 import functools
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -19,10 +21,13 @@ import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
-from tests.forks import PRELOADED, forked, reload, reloading
+from hfprune.store import keys
+from tests.forks import OF_ENVIRONMENT, PRELOADED, forked, reload, reloading
 
 REPOSITORY = Path(__file__).parent.parent
+DIGESTED = ("hfprune.cli", "hfprune.reporting.paper_sheets", "hfprune.reporting.samples")  # they import all modules
 CLIENT = """\
 import os, sys
 
@@ -33,7 +38,7 @@ if sys.orig_argv[1:3] == ["-m", "hfprune"] and sys.orig_argv[3:4] != ["on-gpus"]
     server.connect({address!r})
     umask = os.umask(0)
     os.umask(umask)
-    request = {{"words": sys.orig_argv[3:], "environment": dict(os.environ), "folder": os.getcwd(), "umask": umask}}
+    request = {{"words": sys.orig_argv[2:], "environment": dict(os.environ), "folder": os.getcwd(), "umask": umask}}
     content = json.dumps(request).encode()
     socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(content)
@@ -60,10 +65,28 @@ def client() -> str:
     return CLIENT.format(address=address)
 
 
+def snakemake(words: list[str], environment: dict[str, str], folder: Path) -> tuple[int, str]:
+    """Run `snakemake` there: its exit status, and what was on the screen."""
+    client()
+    os.umask(umask := os.umask(0))
+    request = {"words": ["snakemake", *words], "environment": environment, "folder": str(folder), "umask": umask}
+    content = json.dumps(request).encode()
+    with socket.socket(socket.AF_UNIX) as server, tempfile.TemporaryFile("w+") as screen:
+        server.connect(f"{client.server[0].name}/socket")
+        socket.send_fds(server, [len(content).to_bytes(8, "big")], [0, screen.fileno(), screen.fileno()])
+        server.sendall(content)
+        status = int.from_bytes(server.recv(8), "big", signed=True)
+        screen.seek(0)
+        return status, screen.read()
+
+
 def serve(address: str) -> None:
     """Fork for each job, until stdin ends."""
-    for name in PRELOADED:
+    for name in (*PRELOADED, "snakemake.cli"):
         __import__(name)
+    for name in DIGESTED:
+        keys.code_digest(name)
+    gc.freeze()  # no fork looks through all these objects for garbage
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen(64)
@@ -111,7 +134,7 @@ def attend(connection: socket.socket) -> None:
 
 
 def work(files: list[int], words: list[str], environment: dict[str, str], folder: str, umask: int) -> None:
-    """What `python -m hfprune WORDS` does there, with the code that it finds there. Ends the process."""
+    """What `python -m WORDS` does there, with the code that it finds there. Ends the process."""
     os.setpgid(0, 0)
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -132,10 +155,13 @@ def work(files: list[int], words: list[str], environment: dict[str, str], folder
         return (reload_run if own else subprocess_run)(command, *args, **options)
 
     subprocess.run = run
-    sys.argv = ["-m", *words]
+    sys.argv = ["-m", *words[1:]]
     status = 1
     try:
-        runpy.run_module("hfprune", run_name="__main__", alter_sys=True)
+        for name in OF_ENVIRONMENT:
+            importlib.reload(sys.modules[name])
+        keep_parsed(importlib.import_module("hfprune.store.keys"))
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as left:
         status = left.code if isinstance(left.code, int) else int(left.code is not None)
@@ -144,6 +170,12 @@ def work(files: list[int], words: list[str], environment: dict[str, str], folder
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def keep_parsed(theirs: ModuleType) -> None:
+    """Have a checkout's digests of code use what the server has parsed, by its text, if they are made as here."""
+    if Path(theirs.__file__).read_bytes() == Path(keys.__file__).read_bytes():
+        theirs._parsed, theirs._defined = keys._parsed, keys._defined
 
 
 if __name__ == "__main__":

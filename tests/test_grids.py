@@ -126,7 +126,7 @@ def test_a_grid_of_refits_stands_side_by_side_in_the_results(paper, experiment, 
     for name in ("HF_ENDPOINT", "http_proxy", "https_proxy", "all_proxy"):  # all is downloaded: nobody is asked
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     grid = changed(experiment, methods=REFITS, ratios=[0.2])
-    elsewhere = Checkout(tmp_path / "elsewhere", paper.store, preloads=False)  # libraries read these when they start
+    elsewhere = Checkout(tmp_path / "elsewhere", paper.store)
     output = elsewhere.snakemake(grid, "tables", "figures")
     assert model_stages(ran(output)) == {"prune": 2, "measure": 2, "evaluate": 2}
     results = elsewhere.folder / "results" / "tiny"
