@@ -38,16 +38,26 @@ def alternate(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, floa
 
 
 def record(name: str, figures: dict[str, Any]) -> None:
-    """Print the figures and write `benchmarks/results/NAME-<cpu|gpu name>.json`."""
+    """Print the figures and write them, see `write`."""
+    show(figures)
+    write(name, figures)
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures, a line each."""
     for key, value in figures.items():
-        print(f"{key:28} {value:.4g}" if isinstance(value, float) else f"{key:28} {value}")
+        print(f"{key:28} {value:.4g}" if isinstance(value, float) else f"{key:28} {value}", flush=True)
+
+
+def write(name: str, figures: dict[str, Any]) -> None:
+    """Write `benchmarks/results/NAME-<cpu|gpu name>.json`: the figures, device, versions and command."""
     gpu = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     RESULTS.mkdir(exist_ok=True)
     written = {
         "name": name,
         "device": device_name(),
         "versions": versions() | {"python": platform.python_version()},
-        "command": "python " + " ".join(sys.argv),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "figures": figures,
     }
     (RESULTS / f"{name}-{gpu}.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

@@ -25,23 +25,17 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from hfprune.evaluation import fidelity
-from hfprune.models.loading import load_model, shape_only, weight_bytes
+from hfprune.models.loading import device, load_model, shape_only, weight_bytes
 from hfprune.models.units import save_scores
 from hfprune.pruning import surgery
 from hfprune.pruning.scoring import unit_scores
 from hfprune.store.filenames import SCORES
 
-LARGE = SHAPES | {
-    "tinyllama-1.1b": {
-        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-SMALL = SHAPES["smollm2-135m"] | {"num_hidden_layers": 8}
+SECONDS = 3600  # a step that takes longer, or whose process has died, ends the run
 CUT = {
     "ratio": 0.2, "ratio_of": "all", "target_parameters": None, "round_to": 1, "structure": "mlp",
-    "attention_share": None, "allocation": "uniform", "refit": "sequential", "ridge": 0.1, "pad": False,
-    "dtype": "auto",
+    "attention_share": None, "depth_share": None, "allocation": "uniform", "refit": "sequential", "ridge": 0.1,
+    "pad": False, "dtype": "auto",
 }  # fmt: skip
 
 
@@ -58,7 +52,8 @@ def write_checkpoint(folder: Path, shape: dict[str, Any], dtype: torch.dtype) ->
         file, weights = f"model-{number:05}.safetensors", {}
         for name in names:
             size = model.get_parameter(name).shape
-            weights[name] = (torch.randn(size) * 0.02 if len(size) > 1 else torch.ones(size)).to(dtype)
+            values = torch.randn(size, device=device()) * 0.02 if len(size) > 1 else torch.ones(size)
+            weights[name] = values.to(dtype).cpu()
         save_file(weights, folder / file)
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -97,11 +92,16 @@ def measure(folder: Path, tokens: torch.Tensor) -> None:
 STEPS = {"score": score, "cut": cut, "measure": measure}
 
 
-def peak(step: str, folder: Path, length: int, samples: int, results: Any) -> None:
-    """Put into `results` the seconds of a step and the peak of this process's and its children's resident memory."""
+def peak(step: str, folder: Path, length: int, samples: int, gpu_bytes: int | None, results: Any) -> None:
+    """Put into `results` the seconds of a step and the peaks of this process: its and its children's resident memory.
+
+    And of the GPU's, of which no more than `gpu_bytes` can be taken.
+    """
     torch.manual_seed(1)
-    tokens = torch.randint(0, 32000, (samples, length))
-    process, seen, done = psutil.Process(), [(0, 0)], threading.Event()
+    if gpu_bytes:
+        torch.cuda.set_per_process_memory_fraction(gpu_bytes / torch.cuda.get_device_properties(0).total_memory)
+    tokens = torch.randint(0, 1000, (samples, length))
+    process, seen, done = psutil.Process(), [(0, 0, 0)], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
@@ -116,38 +116,45 @@ def peak(step: str, folder: Path, length: int, samples: int, results: Any) -> No
     seconds = time.perf_counter() - started
     done.set()
     thread.join()
-    results.put((seconds, *(max(values) for values in zip(*seen[1:], strict=True))))
+    gpu = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    results.put((seconds, gpu, *(max(values) for values in zip(*seen, strict=True))))
 
 
 def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(LARGE), default="tinyllama-1.1b")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tinyllama-1.1b")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--small", choices=sorted(SHAPES), default="smollm2-135m", help="the model that fits")
+    parser.add_argument("--gpu-bytes", type=int, help="of a GPU's memory, take no more")
     parser.add_argument("--folder", type=Path, help="for the checkpoint (default: the system's temporary folder)")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     figures: dict[str, Any] = {"shape": args.shape, "tokens": args.samples * args.length}
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         large, small = Path(scratch, "large"), Path(scratch, "small")
-        write_checkpoint(small, SMALL, torch.float32)
-        tokens = torch.randint(0, SMALL["vocab_size"], (4, 512))
+        shape = SHAPES[args.small]
+        write_checkpoint(small, shape | {"num_hidden_layers": min(8, shape["num_hidden_layers"])}, torch.float32)
+        tokens = torch.randint(0, shape["vocab_size"], (4, 512))
         networks = {memory: load_model(small, "auto", memory) for memory in ("resident", "streamed")}
         work = {name: partial(unit_scores, network, tokens, ["entropy"]) for name, network in networks.items()}
         seconds = alternate(work, args.rounds)
         figures |= {f"tokens_per_second_{name}": tokens.numel() / median for name, median in seconds.items()}
         figures["speed_streamed_over_resident"] = seconds["resident"] / seconds["streamed"]
         print(figures, flush=True)
-        write_checkpoint(large, LARGE[args.shape], torch.bfloat16)
+        write_checkpoint(large, SHAPES[args.shape], torch.bfloat16)
         figures["weight_bytes"] = weight_bytes(large)
         for step in STEPS:
             results = context.Queue()
-            process = context.Process(target=peak, args=(step, large, args.length, args.samples, results))
+            process = context.Process(
+                target=peak, args=(step, large, args.length, args.samples, args.gpu_bytes, results)
+            )
             process.start()
-            names = ("seconds", "peak_bytes_without_files", "peak_bytes", "peak_bytes_of_reload")
-            figures |= {f"{step}_{name}": value for name, value in zip(names, results.get(), strict=True)}
+            names = ("seconds", "peak_gpu_bytes", "peak_bytes_without_files", "peak_bytes", "peak_bytes_of_reload")
+            values = results.get(timeout=SECONDS)
+            figures |= {f"{step}_{name}": value for name, value in zip(names, values, strict=True)}
             process.join()
             print(figures, flush=True)
     record("streaming", figures)

@@ -31,7 +31,7 @@ from hfprune.evaluation.fidelity import hidden_states, position_measures, summar
 from hfprune.models import checkpoint
 from hfprune.models.head import head_of
 from hfprune.models.loading import LINEAR, check_config
-from hfprune.models.units import DEPTH, PARTS, UNITS, Kept, Part, Scores, parts
+from hfprune.models.units import DEPTH, MIXED, PARTS, UNITS, Kept, Part, Scores, parts
 from hfprune.pruning import surgery
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS, shape_of, units_to_keep
@@ -93,6 +93,9 @@ def prune(
     tokens = sample(small, tokenizer, texts, samples, length, seed)
     if recipe.structure in DEPTH:
         kept = _without_sublayers(small, tokens, recipe, ratio, target_parameters)
+    elif recipe.structure in MIXED:
+        scores = score(small, tokens, recipe.criterion, seed, draws)
+        kept = _without_and_narrower(small, tokens, scores, recipe, ratio, target_parameters, round_to)
     else:
         scores = score(small, tokens, recipe.criterion, seed, draws)
         kept = allocate(
@@ -129,6 +132,23 @@ def _without_sublayers(
     with _as_scored(model):
         steps, _, _ = order(model, tokens, recipe.criterion, recipe.structure, recipe.refit, recipe.ridge)
     return kept_without(shape.units, best_steps(shape, steps, budget.share * shape.total))
+
+
+def _without_and_narrower(
+    model: PreTrainedModel, tokens: Tensor, scores: Scores, recipe: MethodRecipe, ratio: float | None,
+    target_parameters: int | None, round_to: int | None,
+) -> Kept:  # fmt: skip
+    """All units but those of whole sublayers or layers that a recipe removes, and of neurons beside them."""
+    _check_budget(ratio, target_parameters)
+    shape, depth, measure = shape_of(model), MIXED[recipe.structure], ALLOCATIONS[recipe.allocation].influence
+    with _as_scored(model):
+        steps, _, _ = order(model, tokens, recipe.order_criterion, depth, recipe.refit, recipe.ridge)
+        influence = layer_influence(model, tokens, measure) if measure else None
+    budget = units_to_keep(
+        shape, ratio, target_parameters=target_parameters, structure=recipe.structure, allocation=recipe.allocation,
+        round_to=round_to, depth_share=recipe.depth_share, order=steps,
+    )  # fmt: skip
+    return surgery.without_and_narrower(shape, budget, scores, recipe.allocation, influence)
 
 
 def _check_budget(ratio: float | None, target_parameters: int | None) -> None:
@@ -214,8 +234,9 @@ def allocate(
     """
     _check_budget(ratio, target_parameters)
     check_model(model)
-    if structure in DEPTH:
-        raise UserError(f"structure {structure!r}: no scores choose {structure}. Use `hfprune.prune`, which searches.")
+    if structure in (*DEPTH, *MIXED):
+        depth = MIXED.get(structure, structure)
+        raise UserError(f"structure {structure!r}: no scores choose {depth}. Use `hfprune.prune`, which searches.")
     recipe = _recipe(
         {"criterion": "entropy", "structure": structure, "allocation": allocation}
         | ({} if attention_share is None else {"attention_share": attention_share})

@@ -31,7 +31,8 @@ INTERNAL = (
     "Cleaning up SLURM log", "Conda environments", "No SLURM account", "No account was given", "Unable to guess SLURM",
     "DAG of jobs will", "Elapsed time", "Exiting because", "Finished updating", "Job ", "Keeping incomplete",
     "Reasons:", "Removing output files", "Select jobs", "Shutting down", "SLURM run ID", "Some jobs were triggered",
-    "The run involves checkpoint", "Trying to restart", "Updating checkpoint", "Using shell", "host: ",
+    "The run involves checkpoint", "Trying to restart", "Updating checkpoint", "Using shell",
+    "Warning: the following output files of rule", "host: ",  # the former: one pass makes the scores of several jobs
 )  # fmt: skip
 LOG = "Complete log(s): "  # before the path of Snakemake's log
 

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -166,12 +165,7 @@ def experiment(checkpoint, data) -> dict:
 def run_hfprune(store: Path | None, *words, status: int = 0, **environment) -> str:
     """Run `hfprune` in a process of its own; the last line it printed, or of its message where it fails."""
     words = [*map(str, words), *(["--store", str(store)] if store else [])]
-    if environment:  # which libraries read when they are imported
-        command = [sys.executable, "-m", "hfprune", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-        found, printed, said = done.returncode, done.stdout, done.stderr
-    else:
-        found, printed, said = forks()(*words)
+    found, printed, said = forks()(*words, **environment)
     assert found == status, said
     assert "Traceback" not in said
     return (said if status else printed).splitlines()[-1]

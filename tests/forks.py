@@ -1,5 +1,6 @@
 """Commands of `hfprune`, each in a process of its own that need not import torch anew: they fork from one that has."""
 
+import importlib
 import json
 import os
 import signal
@@ -14,8 +15,12 @@ from types import SimpleNamespace
 PRELOADED = (
     "hfprune.cli", "hfprune.data.download", "hfprune.data.lm_eval_tasks", "hfprune.pruning.scoring",
     "hfprune.pruning.surgery", "hfprune.recovery.training", "hfprune.evaluation.fidelity",
-    "hfprune.evaluation.lm_eval_runner", "hfprune.sharing.model_card", "datasets",
+    "hfprune.evaluation.lm_eval_runner", "hfprune.sharing.model_card", "datasets", "huggingface_hub.constants",
+    "hfprune.reporting.agreement", "hfprune.reporting.comparison", "hfprune.reporting.curves",
+    "hfprune.reporting.figures", "hfprune.reporting.overview", "hfprune.reporting.pages",
+    "hfprune.reporting.paper_sheets",
 )  # fmt: skip
+OF_ENVIRONMENT = ("huggingface_hub.constants", "datasets.config")  # where the hub is, and what is kept of it
 
 
 class Forks:
@@ -32,10 +37,11 @@ class Forks:
             cwd=Path(__file__).parent.parent,
         )
 
-    def __call__(self, *words, killed: str = "") -> tuple[int, str, str]:
+    def __call__(self, *words, killed: str = "", **environment: str) -> tuple[int, str, str]:
         """Run a command: its exit status, below 0 for a signal, and what it printed on stdout and on stderr.
 
-        It has this process's environment as it is now, but what a library has read when it was imported.
+        It has this process's environment as it is now, and `environment`. Of what libraries have read of theirs when
+        they were imported, the modules `OF_ENVIRONMENT` read it again.
 
         With `killed`, the name of an audit event, SIGKILL ends it: "open", when it opens a further file in its work
         folder to write; "os.rename", when it has written all and moves the folder to its place; or "result", when it
@@ -44,7 +50,7 @@ class Forks:
         request = {
             "killed": killed,
             "words": [*map(str, words)],
-            "environment": dict(os.environ),
+            "environment": os.environ | environment,
             "folder": str(Path.cwd()),
         }
         return self.ask(**request)
@@ -105,6 +111,8 @@ def run(killed: str, words: list[str], environment: dict[str, str], folder: str)
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # as the environment has it now
+    for name in OF_ENVIRONMENT:
+        importlib.reload(sys.modules[name])
     if killed == "result":
         sys.addaudithook(kill_at_second_result([]))
     elif killed:

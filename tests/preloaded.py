@@ -23,11 +23,6 @@ from pathlib import Path
 from tests.forks import PRELOADED, forked, reload, reloading
 
 REPOSITORY = Path(__file__).parent.parent
-RESULTS = (  # what commands of results import; of the package only the libraries stay, see `work`
-    "hfprune.reporting.agreement", "hfprune.reporting.comparison", "hfprune.reporting.curves",
-    "hfprune.reporting.figures", "hfprune.reporting.pages", "hfprune.reporting.paper_sheets",
-    "hfprune.reporting.statistics", "hfprune.reporting.summary", "hfprune.reporting.typeset", "scipy.stats",
-)  # fmt: skip
 CLIENT = """\
 import os, sys
 
@@ -67,7 +62,7 @@ def client() -> str:
 
 def serve(address: str) -> None:
     """Fork for each job, until stdin ends."""
-    for name in (*PRELOADED, *RESULTS):
+    for name in PRELOADED:
         __import__(name)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)

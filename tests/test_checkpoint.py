@@ -178,7 +178,7 @@ def test_one_width_again_is_a_plain_model_again(made):
 
 
 @pytest.mark.parametrize(("pad", "groups"), [(False, 3), (True, 4)])
-def test_heads_that_the_stock_class_does_not_take_go_into_ours_or_are_padded(pad, groups, tmp_path):
+def test_heads_that_the_stock_class_does_not_take_go_into_ours_or_are_padded(pad, groups, tmp_path, forked_reload):
     """Llama's config wants a number of heads that divides the hidden size: 6 do not divide 32, 8 do."""
     dense = save_dense(tmp_path / "dense", num_attention_heads=8, num_key_value_heads=4)
     scores = {name: [torch.rand(count) for _ in range(3)] for name, count in (("mlp", 48), ("attention", 4))}
@@ -226,7 +226,9 @@ def test_prune_writes_the_proof_beside_the_checkpoint(pad, made, tmp_path, monke
     assert [len(layer) for layer in written["kept"]["mlp"]] == list(WIDTHS)
 
 
-def test_large_checkpoints_are_in_shards_and_the_generation_config_stays_as_it_was(made, tmp_path, monkeypatch):
+def test_large_checkpoints_are_in_shards_and_the_generation_config_stays_as_it_was(
+    made, tmp_path, monkeypatch, forked_reload
+):
     dense = save_dense(tmp_path / "dense")
     odd = '{"temperature": 0.6, "eos_token_id": 1, "transformers_version": "4.31.0"}'
     (dense / "generation_config.json").write_text(odd)
@@ -296,7 +298,9 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "it does not load"),
     ],
 )
-def test_a_checkpoint_damaged_between_saving_and_proof_is_refused(damage, message, made, tmp_path, monkeypatch):
+def test_a_checkpoint_damaged_between_saving_and_proof_is_refused(
+    damage, message, made, tmp_path, monkeypatch, forked_reload
+):
     finish = checkpoint.LayerWriter.finish
 
     def finish_and_damage(writer):

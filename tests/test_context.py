@@ -19,6 +19,7 @@ from tests.conftest import save_checkpoint
     [
         ({}, None),
         ({"max_position_embeddings": 512}, 512),
+        ({"max_seq_len": 64}, 64),
         ({"max_position_embeddings": 512, "rope_scaling": None}, 512),
         ({"max_position_embeddings": 512, "rope_scaling": {"type": "linear", "factor": 4.0}}, 2048),
         ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 1024),

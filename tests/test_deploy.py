@@ -124,7 +124,7 @@ def test_k_quants_are_made_of_the_float16_files(made, measured, tmp_path, monkey
     assert main(["deploy", "--files", str(tmp_path / "deploy.csv"), "--output", str(tmp_path)]) == 0
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("[ft]*/deploy.*")}
     assert names == {f"tables/deploy.{end}" for end in ("csv", "md", "tex")} | {
-        f"figures/deploy.{end}" for end in ("png", "pdf", "svg")
+        f"figures/deploy.{end}" for end in ("png", "pdf", "svg", "txt")
     }
     written = pd.read_csv(tmp_path / "tables" / "deploy.csv", keep_default_na=False)
     assert list(written[INSTEAD]) == ["", "", "Q4_K_M", "none"]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,29 +10,47 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune import api
 from hfprune.cli import main
+from hfprune.cli.families import ANY
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, parse
 from hfprune.models.checkpoint import LISTS, refuse_moved_layers
-from hfprune.models.families import layout_of
+from hfprune.models.families import layout_for, layout_of
 from hfprune.models.loading import count_parameters, load_model, load_tokenizer
 from hfprune.models.run_part import run_part
 from hfprune.models.units import layers_of, part_of
 from hfprune.models.walk import enter
 from hfprune.pruning import depth
-from hfprune.pruning.budget import ExpertCounts, refuse_method, shape_of, units_to_keep
-from hfprune.pruning.order import best_steps, kept_without, may_go, read_order, save_order, size_of, steps_of
+from hfprune.pruning.budget import refuse_method, shape_of, units_to_keep
+from hfprune.pruning.order import (
+    best_steps,
+    kept_without,
+    may_go,
+    read_order,
+    removed_by,
+    save_order,
+    size_of,
+    steps_of,
+)
 from hfprune.pruning.refit import refit
-from hfprune.pruning.surgery import cut
+from hfprune.pruning.surgery import cut, without_and_narrower
 from hfprune.runtime.signals import Stopped
 from hfprune.store.filenames import ORDER, PRUNING
 from tests.conftest import make_model, make_tokenizer, save_dense, sentences
 from tests.test_estimate import estimate
 from tests.test_estimate import make as make_job
 from tests.test_families import CASES, IDS, TOKENS, logits, make
-from tests.test_surgery import prune_into
+from tests.test_surgery import masked, prune_into, random_scores, write_scores
 
+DEEP = {  # families of which such parts can go
+    structure: [
+        pytest.param(name, keys, id=case)
+        for case, (name, keys) in zip(IDS, CASES, strict=True)
+        if not layout_for({"model_type": name, **ANY, **keys}).depth_refused(structure)
+    ]
+    for structure in ("layers", "sublayers")
+}
 LAYER_0, LAYER_1, LAYER_2 = ((("attention", number), ("mlp", number)) for number in range(3))
 SUBLAYERS = ((("attention", 0),), (("mlp", 2),))
 TEXT = torch.randint(320, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -75,7 +92,7 @@ def assert_generates_alike_with_a_cache(model):
 
 
 @pytest.mark.parametrize("gone", [(LAYER_0,), (LAYER_1,)], ids=["first", "middle"])
-@pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "keys"), DEEP["layers"])
 def test_a_model_without_a_layer_is_one_of_the_stock_class_that_computes_the_rest(name, keys, gone, tmp_path):
     model = make(name, **keys)
     refuse_moved_layers(model.config)
@@ -89,7 +106,7 @@ def test_a_model_without_a_layer_is_one_of_the_stock_class_that_computes_the_res
     assert_generates_alike_with_a_cache(again)
 
 
-@pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "keys"), DEEP["sublayers"])
 def test_a_model_without_an_attention_and_an_mlp_computes_the_rest(name, keys, tmp_path):
     model = make(name, **keys)
     small = without(model, SUBLAYERS)
@@ -131,17 +148,29 @@ def test_a_class_that_counts_its_layers_is_refused_by_name():
     assert depth.order(model, TEXT, "block_influence", "sublayers")[0]
 
 
-def test_a_mixture_of_experts_is_refused_with_what_can_be_cut():
-    shape = replace(shape_of(make("llama")), mixture=ExpertCounts(4, 1, 2, 2))
+def test_sublayers_that_no_config_can_leave_out_are_refused_with_layers():
+    with pytest.raises(UserError, match=r"structure 'sublayers': its config has no number .* Cut layers\."):
+        units_to_keep(shape_of(make("mpt")), 0.3, structure="sublayers")
+    with pytest.raises(UserError, match=r"structure 'mlp': the width of its MLPs is always .* Cut layers\."):
+        units_to_keep(shape_of(make("mpt")), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mixtral", r"of a mixture of experts, .* Cut experts or mlp\."), ("lfm2", r"of a hybrid .* Cut mlp\.")],
+)
+def test_layers_that_have_to_stay_are_refused_with_what_can_be_cut(name, message):
+    shape = shape_of(make(name))
     for structure in ("layers", "sublayers"):
-        with pytest.raises(UserError, match=r"of a mixture of experts cannot go\. Cut experts"):
+        with pytest.raises(UserError, match=f"structure '{structure}': .*{message}"):
             units_to_keep(shape, 0.2, structure=structure)
-        with pytest.raises(UserError, match=r"of a mixture of experts cannot go\. Cut experts"):
+        with pytest.raises(UserError, match=message):
             refuse_method(shape, structure, "greedy_kl", "none")
 
 
 SEARCHES = [("llama", "layers", "none"), ("llama", "sublayers", "sequential"), ("gemma2", "sublayers", "least_squares")]
 SEARCHES += [("phi", "sublayers", "sequential"), ("gpt2", "layers", "least_squares"), ("cohere", "sublayers", "none")]
+SEARCHES += [("mpt", "layers", "sequential")]
 
 
 @pytest.mark.parametrize(("name", "structure", "method"), SEARCHES)
@@ -211,7 +240,7 @@ def test_influence_of_sublayers_is_that_of_what_each_adds():
 
 
 @pytest.mark.parametrize("method", ["least_squares", "sequential"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "granite"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "granite", "mpt"])
 def test_a_refit_lets_what_follows_make_up_for_a_layer(name, method):
     model = make(name)
     text = torch.randint(320, (60, 16), generator=torch.Generator().manual_seed(2))
@@ -380,6 +409,19 @@ def test_the_python_interface_removes_layers():
             {"criterion": "greedy_kl", "structure": "sublayers", "pad": True},
             "'pad' does not go with structure",
         ),
+        (
+            {"criterion": "fisher_token", "structure": "mlp+layers"},
+            "'depth_share' goes with structure .*, which need it",
+        ),
+        ({"criterion": "fisher_token", "depth_share": 0.5}, "'depth_share' goes with structure .*, not mlp"),
+        (
+            {"criterion": "greedy_kl", "structure": "mlp+layers", "depth_share": 0.5},
+            "greedy_kl does not rank the units of structure mlp.layers",
+        ),
+        (
+            {"criterion": "entropy", "structure": "mlp+layers", "depth_share": 0.5, "refit": "trained"},
+            "refit 'trained' does not go with structure",
+        ),
         ({"criterion": "greedy_kl", "structure": "layers", "ratio_of": "mlp"}, "'ratio_of: mlp' goes with"),
     ],
     ids=str,
@@ -395,9 +437,10 @@ def test_an_experiment_of_layers_runs_and_its_cost_is_that_recorded(experiment, 
     monkeypatch.setattr("hfprune.models.checkpoint.prove", lambda *_: reload)
     deep = {"criterion": "greedy_kl", "structure": "sublayers", "refit": "sequential"}
     methods = ["ShortGPT", {"mine": deep}, {"mine too": deep | {"criterion": "block_influence"}}]
+    methods.append({"both": {"criterion": "wanda", "refit": "sequential", **MIXED_CUT}})
     asked = experiment | {"store": str(tmp_path / "store"), "methods": methods, "ratios": [0.2, 0.3]}
     plan = Plan(parse(Experiment, asked, "test"))
-    assert not plan.scores and len(plan.jobs["order"]) == 3
+    assert len(plan.scores) == 1 and len(plan.jobs["order"]) == 3, "a mixed cut reads the same order"
     costs = estimate(plan, plan.experiment)
     for job in plan.jobs["prune"].values():
         cost, manifest = costs.cost(job), make_job(plan, job)
@@ -411,12 +454,15 @@ def test_an_experiment_of_layers_runs_and_its_cost_is_that_recorded(experiment, 
     card = (plan.store.folder(next(iter(plan.jobs["prune"].values())).recipe) / "README.md").read_text()
     assert "ShortGPT" in card and "| Layers | 2 of 3 |" in card
     measures = [job for model in plan.models for job in model.results if job.recipe.stage == "measure"]
-    for job in measures[:3]:
+    shown = [*measures[:3], measures[-1]]
+    for job in shown:
         make_job(plan, job)
-    words = [plan.manifest(job) for job in measures[:3]]
+    words = [plan.manifest(job) for job in shown]
     assert main(["collect", "--store", str(plan.store.root), "--output", str(tmp_path / "metrics.csv"), *words]) == 0
     table = (tmp_path / "metrics.csv").read_text()
     assert "ShortGPT" in table and ",order,seconds" in table
+    mixed = [line for line in table.splitlines() if ",mlp+sublayers," in line]
+    assert any(",order,seconds" in line for line in mixed) and any(",score,seconds" in line for line in mixed)
 
 
 def test_an_order_of_another_structure_is_refused(experiment, tmp_path, monkeypatch, capsys):
@@ -430,8 +476,10 @@ def test_an_order_of_another_structure_is_refused(experiment, tmp_path, monkeypa
     for structure, message in (
         ("mlp", "an artifact of 'order'; structure 'mlp' takes the scores of `hfprune score`"),
         ("sublayers", "an order for structure 'layers'; this cut has structure 'sublayers'"),
+        ("mlp+sublayers --depth-share 0.5", "structure 'mlp+sublayers' takes both: give --order"),
+        (f"layers --order {plan.manifest(job.inputs['scores'])}", "'layers' takes --scores alone: leave out --order"),
     ):
-        assert main([*words, "--structure", structure]) == 2
+        assert main([*words, "--structure", *structure.split()]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -441,3 +489,91 @@ def test_a_config_of_a_family_names_no_other_list_per_layer():
         config = AutoConfig.for_model(name, num_hidden_layers=7)
         lists = {key for key, value in config.to_dict().items() if isinstance(value, list) and len(value) == 7}
         assert lists <= set(LISTS)
+
+
+MIXED_CUT = {"structure": "mlp+sublayers", "depth_share": 0.5}
+
+
+@pytest.mark.parametrize(("structure", "gone"), [("mlp+layers", [LAYER_1]), ("mlp+sublayers", [SUBLAYERS[0]])])
+def test_neurons_make_up_the_rest_of_a_budget(structure, gone):
+    """With scores that rise with the number of the neuron, the first of the MLPs that stay go."""
+    shape = shape_of(make_model())
+    share = sum(size_of(shape, step) for step in gone) / shape.total
+    asked = {"structure": structure, "depth_share": 0.75, "round_to": 1, "order": gone}
+    budget = units_to_keep(shape, share / 0.75, **asked)
+    assert list(budget.gone) == gone
+    scores = {"mlp": [torch.arange(float(units)) for units in shape.units["mlp"]]}
+    kept = without_and_narrower(shape, budget, scores, "uniform")
+    small = make_model()
+    cut(small, kept)
+    removed = 1 - count_parameters(small) / shape.total
+    assert removed == pytest.approx(share / 0.75, abs=2 * shape.parameters["mlp"] / shape.total)
+    for number, units in enumerate(kept["mlp"]):
+        if ("mlp", number) in gone[0]:
+            assert not len(units)
+        else:
+            width = shape.units["mlp"][number]
+            assert 0 < len(units) < width
+            assert torch.equal(units, torch.arange(width - len(units), width))
+    assert count_parameters(without(make_model(), gone)) == shape.total - removed_by(shape, gone)
+
+
+def test_a_layer_that_goes_in_two_steps_takes_its_norms():
+    model = make_model()
+    gone = [(("mlp", 1),), (("attention", 1),)]
+    assert shape_of(model).total - removed_by(shape_of(model), gone) == count_parameters(without(model, gone))
+
+
+@pytest.mark.usefixtures("forked_reload")
+@pytest.mark.parametrize("method", ["none", "sequential"])
+def test_a_mixed_cut_is_the_model_with_both_silent_and_reloads_in_a_fresh_process(method, texts, tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    model, order, out = load_model(dense, "float32"), tmp_path / "order", tmp_path / "out"
+    for folder in (order, out):
+        folder.mkdir()
+    save_order(order / ORDER, SUBLAYERS, [0.0, 0.0])
+    scores = write_scores(tmp_path / "scores", random_scores())
+    asked = {"ratio": 0.15, "refit": method, "allocation": "global", **MIXED_CUT}
+    details = prune_into(out, dense, scores, texts, order=order, **asked)
+    report = json.loads((out / PRUNING).read_text())
+    assert report["reload"]["max_difference"] < 1e-4 and report["depth_share"] == 0.5
+    assert details["ratio_achieved"] == pytest.approx(0.15, abs=0.01)
+    kept = {
+        name: [torch.tensor(units, dtype=torch.int64) for units in layers] for name, layers in report["kept"].items()
+    }
+    assert any(not len(units) for layers in kept.values() for units in layers)
+    assert any(0 < len(units) < 48 for units in kept["mlp"])
+    if method != "none":
+        tokens = sample_sequences(load_tokenizer(dense), model.config, texts, 6, 32, 0)
+        refit(model, kept, tokens, method, 0.1)
+    expected = logits(masked(model, kept))
+    torch.testing.assert_close(logits(load_model(out, "float32")), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"ratio": 0.2, "depth_share": 0.01},
+            "layers take [0-9,]+ of [0-9,]+ parameters, neurons the rest.*nothing would go",
+        ),
+        ({"ratio": 0.45, "depth_share": 0.3}, "neurons the rest. target_parameters .*The smallest target_parameters"),
+        ({"ratio": 0.6, "depth_share": 0.9}, "neurons the rest. ratio .* leaves at least a layer"),
+    ],
+)
+def test_what_layers_and_neurons_cannot_give_together_is_refused(asked, message):
+    with pytest.raises(UserError, match=message):
+        units_to_keep(shape_of(make_model()), structure="mlp+layers", **asked)
+
+
+def test_the_python_interface_removes_sublayers_and_neurons():
+    texts = [sentences(number, 60) for number in range(4)]
+    recipe = {"criterion": "wanda", "allocation": "global", "refit": "sequential", **MIXED_CUT}
+    model = make_model()
+    small = api.prune(model, make_tokenizer(), texts, 0.2, recipe, samples=3, length=16, round_to=1)
+    units = [part_of(small, "mlp", number).units for number in range(len(layers_of(small)))]
+    units += [part_of(small, "attention", number).units for number in range(len(layers_of(small)))]
+    assert 0 in units or len(layers_of(small)) < 3
+    assert count_parameters(small) / count_parameters(model) == pytest.approx(0.8, abs=0.02)
+    with pytest.raises(UserError, match=r"structure 'mlp\+layers': no scores choose layers"):
+        api.allocate(model, {}, 0.1, "mlp+layers")

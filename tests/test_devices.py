@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from hfprune.errors import UserError
 from hfprune.runtime import gpus
 from hfprune.runtime.gpus import visible
 from tests.conftest import run_hfprune
@@ -46,6 +47,19 @@ def test_what_is_visible_is_what_the_user_shows(setting, expected, monkeypatch):
     if setting is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
     assert list(visible()) == expected
+
+
+def test_numbers_of_gpus_of_different_kinds_need_an_order(monkeypatch):
+    kinds = [["0", UUIDS[0], "Slow"], ["1", UUIDS[1], "Fast"]]
+    monkeypatch.setattr("hfprune.runtime.gpus._listed", lambda: kinds)
+    assert list(visible()) == UUIDS[:2]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", UUIDS[1])
+    assert list(visible()) == [UUIDS[1]]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UserError, match="CUDA_DEVICE_ORDER=PCI_BUS_ID"):
+        visible()
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert list(visible()) == [UUIDS[1]]
 
 
 def test_without_a_driver_nothing_is_visible(monkeypatch, tmp_path):

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hfprune.cli.families import ANY
+from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
 from hfprune.experiment.estimate import report
 from hfprune.experiment.schema import Experiment, parse
-from hfprune.models.activations import graph_bytes
+from hfprune.models.activations import CHUNK, graph_bytes
 from hfprune.models.families import FAMILIES, layout_for
 from hfprune.models.history import kept_shapes
 from hfprune.models.loading import check_config, count_parameters, flops_per_token, load_model
@@ -29,7 +30,7 @@ from hfprune.pruning.refit import refit
 from hfprune.pruning.scoring import unit_scores
 from hfprune.pruning.surgery import best_units, cut
 from tests.conftest import make_tokenizer
-from tests.test_families import TOKENS, bytes_kept, logits, make
+from tests.test_families import HYBRID, TOKENS, bytes_kept, logits, make
 from tests.test_surgery import run_prune
 
 LATENT = {
@@ -55,9 +56,16 @@ MIXTURES = {
         "moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
         "num_experts_per_tok": None, **NARROW,
     },
+    "qwen3_next": {**HYBRID, "num_experts": 8, "shared_expert_intermediate_size": 16, "mlp_only_layers": [0], **NARROW},
+    "qwen3_5_moe_text": {**HYBRID, "num_experts": 8, "shared_expert_intermediate_size": 16, **NARROW},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"], "head_dim": None, "num_experts": 8, "num_dense_layers": 1,
+        **NARROW,
+    },
 }  # fmt: skip
 NARROWED = [name for name in MIXTURES if not layout_for({"model_type": name, **ANY}).mixture.refused]
 WITH_HEADS = [name for name in MIXTURES if not layout_for({"model_type": name, **ANY}).attention.refused]
+CORRECTED_FROM_OUTSIDE = ("minimax_m2", "lfm2_moe")  # the block gives its router the correction
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
 
 
@@ -143,7 +151,7 @@ def test_every_family_is_tested():
 def test_the_router_chooses_as_its_class_does(name):
     experts = list(all_experts(mixture(name)))[-1]
     states = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    corrected = (experts.correction,) if name == "minimax_m2" else ()
+    corrected = (experts.correction,) if name in CORRECTED_FROM_OUTSIDE else ()
     found_logits, expected, chosen = experts.router(states, *corrected)
     weights, ours = experts.route(found_logits.float())
     torch.testing.assert_close(
@@ -239,7 +247,7 @@ def test_scores_of_experts_are_the_change_of_the_entropy_by_brute_force(name):
             for expert in range(8):
                 other = copy.deepcopy(experts)
                 mask_router(other, torch.arange(8) == expert)
-                corrected = (other.correction,) if name == "minimax_m2" else ()
+                corrected = (other.correction,) if name in CORRECTED_FROM_OUTSIDE else ()
                 _, other_weights, others = other.router(states, *corrected)
                 change = output.detach() - module(states, others, other_weights.double())
                 mine = chosen == expert
@@ -300,6 +308,65 @@ def test_scores_of_neurons_in_experts_equal_float64_autograd(name, monkeypatch):
         for criterion, expected in (("entropy", totals), ("by_sequence", squares), ("wanda", {number: wanda})):
             found = ours[criterion]["mlp"][number].double()
             torch.testing.assert_close(found, expected[number], rtol=1e-3, atol=1e-7)
+
+
+TEXT = torch.randint(320, (40, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_a_refit_inside_experts_is_the_least_squares_of_the_tokens_sent_to_each(name):
+    """In float64, from what the class's own experts read in the intact model: a system for each expert."""
+    model, intact = mixture(name), mixture(name).double()
+    intact.config._experts_implementation = "eager"
+    kept, seen = some_neurons(model), {}
+    for number in range(3):
+        if experts := experts_in(intact, number):
+            hook = lambda _module, inputs, number=number: seen.update({number: inputs})  # noqa: E731
+            experts.experts.register_forward_pre_hook(hook)
+    logits(intact, TEXT)
+    details = refit(model, {"mlp": kept}, TEXT, "least_squares", 0.1)
+    starved = set()
+    for number, (states, chosen, weights) in seen.items():
+        before, after = experts_in(intact, number), experts_in(model, number)
+        for expert in range(8):
+            stays = kept[number][expert]
+            routed, places = (chosen == expert).nonzero(as_tuple=True)
+            starved |= {number} if len(routed) < len(stays) else set()
+            if not len(routed):
+                continue
+            h = before.activations(expert, states[routed]) * weights[routed, places, None]
+            write, found = (each.neurons_of(expert).output.weight for each in (before, after))
+            gone = torch.ones(before.width, dtype=torch.bool).index_fill_(0, stays, False)
+            gram = h[:, stays].T @ h[:, stays]
+            gram.diagonal().add_(0.1 * gram.diagonal().mean())
+            expected = write[:, stays] + torch.linalg.solve(gram, h[:, stays].T @ (h[:, gone] @ write[:, gone].T)).T
+            torch.testing.assert_close(found[:, stays].double(), expected, rtol=1e-3, atol=1e-4)
+            assert not found[:, gone].any()
+    assert details["starved_layers"] == sorted(starved)
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_a_refit_inside_experts_brings_the_model_nearer_to_the_dense_one(name):
+    model = mixture(name)
+    kept, dense, kl = {"mlp": some_neurons(model)}, logits(model, TEXT[:8]).log_softmax(-1), []
+    for refitted in (False, True):
+        small = copy.deepcopy(model)
+        if refitted:
+            refit(small, kept, TEXT, "least_squares", 0.1)
+        cut(small, kept)
+        kl.append((dense.exp() * (dense - logits(small, TEXT[:8]).log_softmax(-1))).sum(-1).mean().item())
+    assert kl[1] < kl[0]
+
+
+def test_an_expert_that_no_token_is_sent_to_keeps_its_weights():
+    model = mixture("qwen3_moe")
+    kept, experts = some_neurons(model), experts_in(model, 1)
+    gone = torch.arange(8) == 5
+    mask_router(experts, gone)
+    before = experts.neurons_of(5).output.weight.clone()
+    details = refit(model, {"mlp": kept}, TEXT, "least_squares", 0.1)
+    assert details["starved_layers"] == [1]
+    assert torch.equal(experts.neurons_of(5).output.weight[:, kept[1][5]], before[:, kept[1][5]])
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
@@ -366,7 +433,11 @@ def test_a_group_keeps_as_many_experts_as_its_own_score_is_made_of():
         ("qwen3_moe", {"ratio": 0.1, "allocation": "global"}, r"allocation 'global': .* one number for all layers"),
         ("qwen3_moe", {"ratio": 0.1, "structure": "mlp+attention"}, r"one part is cut at a time"),
         ("qwen3_moe", {"ratio": 0.1, "round_to": 1}, r"round_to 1: .* Set it to 8 or more"),
-        ("qwen3_moe", {"ratio": 0.1, "refit": "sequential"}, r"refit 'sequential': .* not refitted"),
+        (
+            "qwen3_moe",
+            {"ratio": 0.1, "refit": "sequential"},
+            r"refit 'sequential': .*least_squares' refits structure",
+        ),
         ("qwen3_moe", {"ratio": 0.1, "criterion": "reap"}, r"criterion 'reap' does not rank neurons inside experts"),
         (
             "qwen3_moe",
@@ -400,7 +471,7 @@ def test_the_largest_ratio_that_a_refusal_names_is_met(tmp_path):
 def test_what_only_a_model_shows_is_refused_too():
     with pytest.raises(UserError, match="criterion 'reap' ranks experts, and 'llama' models have none"):
         unit_scores(make("llama"), TOKENS, ["reap"])
-    with pytest.raises(UserError, match="not refitted"):
+    with pytest.raises(UserError, match="no other refit goes with one"):
         refit(mixture("qwen3_moe"), {}, TOKENS, "least_squares", 0.1)
     unknown = AutoConfig.for_model("phimoe")
     with pytest.raises(UserError, match=r"'phimoe' is a mixture of experts that hfprune does not know. .*: mixtral, "):
@@ -409,22 +480,27 @@ def test_what_only_a_model_shows_is_refused_too():
 
 @pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize(
-    ("name", "structure", "criterion"), [("qwen3_moe", "experts", "reap"), ("gpt_oss", "mlp", "flap")]
+    ("name", "structure", "criterion", "method"),
+    [("qwen3_moe", "experts", "reap", "none"), ("gpt_oss", "mlp", "flap", "least_squares")],
 )
-def test_a_cut_goes_the_whole_way_and_its_files_are_those_of_the_authors(name, structure, criterion, tmp_path):
+def test_a_cut_goes_the_whole_way_and_its_files_are_those_of_the_authors(
+    name, structure, criterion, method, texts, tmp_path
+):
     model = mixture(name)
     model.save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     scores = unit_scores(load_model(tmp_path / "dense", "float32"), TOKENS, [criterion])[criterion]
     calibration = {"criterion": criterion, "samples": 6, "length": 32, "seed": 0, "text": "words"}
-    out, done = run_prune(
-        tmp_path / "dense", tmp_path, scores=scores, calibration=calibration, ratio=0.2, structure=structure
-    )
+    asked = {"ratio": 0.2, "structure": structure, "refit": method}
+    out, done = run_prune(tmp_path / "dense", tmp_path, texts, scores, calibration=calibration, **asked)
     written = json.loads((out / "pruning.json").read_text())
     assert written["reload"]["max_difference"] < 1e-4
     assert not written["reload"]["trust_remote_code"]
     assert abs(done["ratio_achieved"] - 0.2) < 0.07  # whole experts, or eight neurons of each
     kept = {structure: [torch.tensor(layer) for layer in written["kept"][structure]]}
+    if method != "none":
+        tokens = sample_sequences(make_tokenizer(), model.config, texts, 6, 32, 0)
+        refit(model, kept, tokens, method, 0.1)
     silent = masked_router if structure == "experts" else silenced_neurons
     expected = logits(silent(model, kept[structure]))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
@@ -437,11 +513,12 @@ def test_a_plan_counts_the_experts_that_a_token_is_sent_to(experiment, tmp_path)
     model.save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     asked = experiment | {"store": str(tmp_path / "store"), "model": {"path": str(tmp_path / "dense")}, "ratios": [0.2]}
-    lines = report(parse(Experiment, asked | {"methods": ["REAP", "Expert frequency"]}, "test"), "cpu", 0.4, None)
+    methods = ["REAP", "Expert frequency", {"mine": {"criterion": "flap", "refit": "least_squares"}}]
+    lines = report(parse(Experiment, asked | {"methods": methods}, "test"), "cpu", 0.4, None)
     idle = 3 * 5 * 3 * 32 * 24  # layers, experts that a token is not sent to, matrices
     total = count_parameters(model)
     assert f"{total:,} parameters ({total - idle:,} of them for a token), float32" in lines
-    with pytest.raises(UserError, match="refit 'sequential': mixtures of experts are not refitted"):
+    with pytest.raises(UserError, match="refit 'sequential': of a mixture of experts, 'least_squares' refits"):
         report(parse(Experiment, asked | {"methods": ["hfprune-best-stock"]}, "test"), "cpu", 0.4, None)
 
 
@@ -457,10 +534,11 @@ def test_layers_beside_the_model_do_not_count_for_a_budget(tmp_path):
     assert shape_on_disk(tmp_path) == shape_of(model)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"])
 def test_a_forward_pass_keeps_no_more_than_is_estimated(name):
     model = mixture(name)
-    assert 0 < bytes_kept(model) < graph_bytes(model, 8 * 24)
+    tokens = torch.arange(8 * CHUNK).view(8, -1) % 320
+    assert 0 < bytes_kept(model, tokens) < graph_bytes(model, tokens.numel())
 
 
 def test_what_is_shown_of_a_cut_leaves_dense_layers_out():

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hfprune import api
 from hfprune.cli.families import ANY, table
 from hfprune.errors import UserError
-from hfprune.evaluation.shared_prefix import Line, Tree, forward
+from hfprune.evaluation.shared_prefix import Line, Tree, forward, trees
 from hfprune.models import checkpoint, modeling_per_layer
-from hfprune.models.activations import graph_bytes
+from hfprune.models.activations import CHUNK, graph_bytes
 from hfprune.models.families import FAMILIES, REFUSED, layout_for, layout_of
 from hfprune.models.integrity import check
 from hfprune.models.loading import check_config, count_parameters, load_model
@@ -31,6 +31,10 @@ SHAPE = {
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 320, "max_position_embeddings": 512, "bos_token_id": 0,
     "eos_token_id": 1, "pad_token_id": 1, "initializer_range": 0.15,
 }  # fmt: skip
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
 # What a family's config has instead of, or beside, `SHAPE`. None: no such key.
 OTHERS = {
     "falcon": {"head_dim": None, "ffn_hidden_size": 48, "num_key_value_heads": None},
@@ -45,6 +49,9 @@ OTHERS = {
     "ministral": {"sliding_window": 8},
     "exaone4": {"sliding_window": 8},
     "olmo3": {"sliding_window": 8},
+    "mpt": {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None, "max_seq_len": 512},
+    "qwen3_5_text": HYBRID,
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "head_dim": None, "block_multiple_of": 1},
 }
 DENSE = {name: family for name, family in FAMILIES.items() if not layout_for({"model_type": name, **ANY}).mixture}
 CASES = [(name, {}) for name in DENSE]
@@ -224,12 +231,12 @@ def test_a_family_without_units_is_refused_with_another_that_has_them(name):
 def test_the_class_with_widths_per_layer_knows_the_modules_of_every_family():
     for name, keys in CASES:
         layout = layout_for({"model_type": name, **ANY, **keys})
-        for part in PARTS:
+        for part in PARTS if layout.mlp.size else ():
             block = layout.block(part)
             assert {rows.path for rows in block.rows} <= set(modeling_per_layer.ROWS[part])
             assert block.output in modeling_per_layer.COLUMNS[part]
             assert set(block.per_head) <= set(modeling_per_layer.HEADS)
-        assert layout.mlp.size in modeling_per_layer.NEURONS
+        assert layout.mlp.size in (*modeling_per_layer.NEURONS, None)
 
 
 def test_the_table_in_the_docs_is_that_of_the_registry():
@@ -242,7 +249,8 @@ def test_texts_with_a_common_beginning_get_the_likelihoods_of_each_alone(name, k
     beginning = torch.randint(2, 320, (14,), generator=draw).tolist()
     texts = sorted(beginning + torch.randint(2, 320, (more,), generator=draw).tolist() for more in (3, 5, 4))
     lines = [Line(number, tuple(text[:-1]), tuple(text[-2:]), "") for number, text in enumerate(texts)]
-    found = [likelihood for likelihood, _ in forward(model, [Tree(lines)])]
+    batch = [Tree(lines)] if layout_of(model).branches else trees(lines, model)
+    found = [likelihood for likelihood, _ in forward(model, batch)]
     for line, likelihood in zip(lines, found, strict=True):
         log_p = logits(model, torch.tensor([line.tokens]))[0, -2:].log_softmax(-1)
         expected = sum(log_p[i, token].item() for i, token in enumerate(line.targets))
@@ -256,8 +264,8 @@ def test_packed_documents_see_one_another_only_where_the_layout_says_so(name, ke
     assert layout_of(model).keeps_documents_apart == bool((together - logits(model)).abs().max() < 1e-4)
 
 
-def bytes_kept(model):
-    """What a forward pass over 8 x 24 tokens keeps for the backward pass, beside the weights."""
+def bytes_kept(model, tokens):
+    """What a forward pass keeps for the backward pass, beside the weights."""
     held = {}
 
     def pack(tensor):
@@ -266,7 +274,7 @@ def bytes_kept(model):
 
     model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _kept = model.base_model(TOKENS.repeat(4, 2), use_cache=False)
+        _kept = model.base_model(tokens, use_cache=False)
     for parameter in model.parameters():
         held.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(held.values())
@@ -275,7 +283,8 @@ def bytes_kept(model):
 @pytest.mark.parametrize(("name", "keys"), CASES, ids=IDS)
 def test_a_forward_pass_keeps_no_more_than_is_estimated(name, keys):
     model = make(name, **keys)
-    assert 0 < bytes_kept(model) < graph_bytes(model, 8 * 24)
+    tokens = torch.arange(8 * (CHUNK if layout_of(model).attention.others else 24)).view(8, -1) % 320
+    assert 0 < bytes_kept(model, tokens) < graph_bytes(model, tokens.numel())
 
 
 SCALED = ["llama", "granite", "gemma2", "cohere", "smollm3", "starcoder2", "nemotron", "phi", "gpt_neox", "gpt2"]
@@ -314,14 +323,17 @@ def test_names_alone_do_not_make_a_family(capsys):
         layout_of(other)
 
 
-# One for each way of saving: transposed, without a module, fused, norms of heads, a cap, buffers, heads of fixed size.
+# One for each way of saving: transposed, without a module, fused, norms of heads, a cap, buffers, heads of fixed size,
+# layers of several kinds.
 @pytest.mark.usefixtures("forked_reload")
-@pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "cohere", "gemma2", "apertus", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "cohere", "gemma2", "apertus", "gpt_neox", "lfm2"])
 def test_a_cut_with_widths_per_layer_is_refitted_and_proven_in_a_fresh_process(name, texts, tmp_path):
     make(name).save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
     scores = unit_scores(load_model(tmp_path / "dense", "float32"), TOKENS, ["fisher_token"])["fisher_token"]
     asked = {"ratio": 0.2, "structure": "mlp+attention", "attention_share": 0.4, "allocation": "global"}
+    if layout_for({"model_type": name, **ANY}).attention.refused:
+        asked |= {"structure": "mlp", "attention_share": None}
     out, done = run_prune(tmp_path / "dense", tmp_path, texts, scores, refit="sequential", **asked)
     written = json.loads((out / "pruning.json").read_text())
     assert written["reload"]["trust_remote_code"]

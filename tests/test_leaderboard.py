@@ -1,11 +1,13 @@
 """The leaderboard: what it says of every model, how it is ranked, and its page."""
 
+import json
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from hfprune.reporting import interactive
 from hfprune.reporting.figures import leaderboard
 from hfprune.reporting.leaderboard import MAKING, PREFILL, board, first_kl, leaderboard_sheet
 from hfprune.reporting.overview import Results, overview
@@ -128,7 +130,9 @@ def page(table: pd.DataFrame) -> str:
         "experiment": "it", "calibration": {"samples": 1, "length": 2, "text": "c"}, "evaluation": {},
         "fidelity": {"samples": 1, "length": 2, "texts": ["text", "other"]},
     }  # fmt: skip
-    widths = pd.DataFrame(columns=["model", "ratio", "part", "layer", "kept", "dense"])
+    widths = pd.DataFrame(
+        [{"model": name, "ratio": 0.1, "part": "mlp", "layer": 0, "kept": 3, "dense": 4} for name in NAMES]
+    )
     overlap = pd.DataFrame(columns=["tested", "tested_for", "seen", "seen_for", "documents", "overlapping", "example"])
     differences = compared(values, 0.5).assign(distinguishable=False, difference=0.0)
     return overview(Results(values, config, "a: 1", [], differences, widths, overlap, board=table))
@@ -153,3 +157,30 @@ def test_a_reader_can_filter_and_sort_it(table, tmp_path):
         opened.run(f"{box}.value = 'Global entropy'; {box}.dispatchEvent(new Event('input'))")
         assert opened.run(shown) == 2
         assert opened.faults == []
+
+
+def test_the_page_says_who_is_nearest_at_every_size(table):
+    assert "at 10% entropy, 1.00 nats per token (1 cannot be told from it); and at 20% entropy, 2.00" in page(table)
+
+
+@pytest.mark.parametrize("most", [6, 5])
+def test_more_methods_than_lines_can_show_have_a_row_each(most, table, monkeypatch):
+    monkeypatch.setattr(interactive, "MOST_NAMED", most)
+    made = page(table)
+    specs = json.loads(made[made.index("const specs = ") + len("const specs = ") :].split(";\nfor", 1)[0])
+    kinds = [layer["mark"]["type"] for layer in specs["chart-kl"]["layer"]]
+    assert kinds == (["line", "rule", "circle", "text"] if most == 6 else ["rule", "circle"])
+
+
+def test_rows_of_several_sizes_are_in_the_order_of_their_ranks():
+    models = pd.DataFrame({"name": [*"abca"], "size": [10, 10, 10, 50], "KL": [2.0, 1.0, 3.0, 90.0]})
+    models = models.assign(**{"KL low": models["KL"], "KL high": models["KL"]})
+    chart = interactive.sizes(models, "KL", "size")
+    assert chart["layer"][1]["encoding"]["y"]["sort"] == [*"bac"]
+    assert chart["layer"][1]["encoding"]["x"]["scale"]["type"] == "sqrt"
+
+
+@pytest.mark.parametrize(("most", "mark"), [(4, "line"), (3, "rect")])
+def test_layers_of_more_models_than_curves_can_show_are_a_map(most, mark, table, monkeypatch):
+    monkeypatch.setattr(interactive, "MOST_NAMED", most)
+    assert f'"mark": {{"type": "{mark}"' in page(table).split('"chart-widths-mlp"', 1)[1]

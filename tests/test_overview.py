@@ -7,15 +7,7 @@ import pytest
 
 from hfprune.reporting.figures import COLUMN, draw_widths
 from hfprune.reporting.labels import spread
-from hfprune.reporting.overview import (
-    ACCURACY_CHANGE,
-    KL,
-    Results,
-    accuracy_finding,
-    kl_finding,
-    overview,
-    trained_finding,
-)
+from hfprune.reporting.overview import Results, overview
 from hfprune.reporting.statistics import MODEL
 from tests.test_tables import WAYS, metrics, trained
 
@@ -28,40 +20,6 @@ def test_names_at_lines_do_not_meet_and_stay_near():
     assert all(above - below >= 0.3 - 1e-9 for below, above in pairwise(ordered))
     assert sum(places) == pytest.approx(10.6)
     assert spread([], 1) == []
-
-
-def models(*rows: tuple) -> pd.DataFrame:
-    """Rows of name, stage, ratio, KL; the method is the name's first word."""
-    table = pd.DataFrame(rows, columns=["name", "stage", "ratio", KL])
-    trained = table["name"].str.partition(", ")[2].replace("", "none")
-    return table.assign(method=table["name"].str.partition(", ")[0], recovery=trained)
-
-
-def test_a_caption_says_what_was_found():
-    one = models(("dense", "dense", 0, 0), ("A", "pruned", 0.1, 0.4), ("A", "pruned", 0.2, 1.08))
-    assert kl_finding(one) == (
-        "The more A removes, the farther the model is from the dense one: KL 0.40 at 10% and 1.08 at 20%."
-    )
-    several = models(
-        *one.iloc[:, :4].itertuples(index=False), ("B", "pruned", 0.2, 0.7), ("A, lora", "recovered", 0.2, 1)
-    )
-    assert kl_finding(several) == (
-        "With 20% removed, B stays nearest to the dense model (KL 0.70), and A is farthest (1.08)."
-    )
-    all_trained = several[several["recovery"] != "none"]
-    assert kl_finding(all_trained) == "A, lora leaves the model at a distance from the dense one: KL 1.00 at 20%."
-    assert trained_finding(one) is None
-    assert trained_finding(several) == "Training after the cut: lora takes A, 20% from KL 1.08 to 1.00."
-
-
-def test_a_caption_claims_no_difference_that_may_be_chance():
-    changes = pd.DataFrame(
-        {"name": ["A, 10%", "A, 30%"], ACCURACY_CHANGE: [3.2, -5.2], "distinguishable": [False, True]}
-    )
-    assert accuracy_finding(changes) == (
-        "Mean accuracy differs from the dense model's for A, 30% (-5.2 points). The other 1 cannot be told from it."
-    )
-    assert "tells none of 2 models" in accuracy_finding(changes.assign(distinguishable=False))
 
 
 def test_every_figure_is_as_wide_as_a_column_or_a_page(tmp_path):
@@ -114,3 +72,16 @@ def test_the_control_is_named_where_there_is_one():
     found = pd.concat([metrics(WAYS[0]), trained("lora")])
     assert "is the control" not in page_of(found)
     assert "is the control" in page_of(pd.concat([found, trained("lora", "none", 0.0)]))
+
+
+def test_one_task_has_one_column_and_several_their_mean(tmp_path):
+    found = metrics(WAYS[0])
+    one = page_of(found)
+    assert ">Mean</th>" not in one and ">BoolQ</th>" in one
+    second = found[found["group"] == "task"].assign(task="piqa")
+    assert ">Mean</th>" in page_of(pd.concat([found, second]))
+
+
+def test_how_many_were_trained_is_said():
+    found = pd.concat([metrics(WAYS[0]), trained("lora")])
+    assert "1 of 3 smaller models was trained after the cut: lora." in page_of(found)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,16 @@ def pruned(tmp_path_factory):
     save_checkpoint(folder, tie_word_embeddings=True)
     model = load_model(folder, "float32")
     cut(model, {"mlp": [torch.arange(40)] * 3})
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A checkpoint with a width for each layer."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("uneven") / "model")
+    model = load_model(folder, "float32")
+    cut(model, {"mlp": [torch.arange(width) for width in (40, 48, 33)]})
     model.save_pretrained(folder)
     return folder
 
@@ -128,6 +139,34 @@ def test_a_trained_scale_of_the_embeddings_folds_into_a_plain_checkpoint(family,
     assert not hasattr(network.get_input_embeddings(), "scale")
 
 
+@pytest.mark.parametrize("cut_to", ["pruned", "uneven"])
+def test_random_weights_are_those_of_a_new_model(tmp_path, cut_to, instructions, request):
+    """Training at a rate of 1e-12 leaves the weights that it starts from."""
+    checkpoint = request.getfixturevalue(cut_to)
+    asked = {"method": "full", "rank": 32, "start": "random", "learning_rate": 1e-12}
+    models = {"before": load_model(checkpoint, "float32")}
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        train(tmp_path / name, checkpoint, instructions, **asked, seed=seed)
+        models[name] = load_model(tmp_path / name, "float32")
+    torch.manual_seed(1)
+    models["new"] = type(models["before"])(models["before"].config)
+    matrices = {
+        model: {name: weights for name, weights in network.named_parameters() if weights.ndim == 2}
+        for model, network in models.items()
+    }
+    for name, weights in matrices["one"].items():
+        torch.testing.assert_close(weights, matrices["new"][name], rtol=0, atol=1e-9)
+        assert torch.equal(weights, matrices["same"][name])
+        assert not torch.equal(weights, matrices["other"][name])
+        assert not torch.equal(weights, matrices["before"][name])
+    assert json.loads((tmp_path / "one" / "recovery.json").read_text())["start"] == "random"
+
+
+def test_adapters_of_random_weights_are_refused():
+    with pytest.raises(ValueError, match="'start: random' goes with method full, not lora"):
+        RecoverParameters(start="random")
+
+
 @pytest.mark.filterwarnings("error:Unable to fetch remote file")  # no training asks the hub
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_trained_with_adapters(tmp_path, family, instructions):
@@ -139,12 +178,8 @@ def test_every_family_is_trained_with_adapters(tmp_path, family, instructions):
         torch.testing.assert_close(logits(tmp_path / "made"), adapted(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_with_widths_of_their_own_are_trained_too(tmp_path, instructions):
-    folder = save_checkpoint(tmp_path / "uneven")
-    model = load_model(folder, "float32")
-    cut(model, {"mlp": [torch.arange(width) for width in (40, 48, 33)]})
-    model.save_pretrained(folder)
-    train(tmp_path / "made", folder, instructions)
+def test_layers_with_widths_of_their_own_are_trained_too(tmp_path, uneven, instructions):
+    train(tmp_path / "made", uneven, instructions)
     assert json.loads((tmp_path / "made" / "recovery.json").read_text())["reload"]["trust_remote_code"]
 
 
@@ -236,25 +271,30 @@ def test_sigterm_ends_the_step_and_keeps_the_training(tmp_path, pruned, instruct
     assert [each["loss"] for each in stopped] == [each["loss"] for each in whole]
 
 
-def test_two_processes_make_what_one_makes(tmp_path, checkpoint, instructions):
+def test_two_machines_make_what_one_process_makes(tmp_path, checkpoint, instructions):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    launch = ["accelerate", "launch", "--cpu", *together, "--main_process_port", port, "--machine_rank"]
     made = {}
-    for processes in (1, 2):
-        store = tmp_path / str(processes)
+    for count, commands in {1: [[sys.executable]], 2: [[*launch, "0"], [*launch, "1"]]}.items():
+        store = tmp_path / str(count)
         words = ["recover", *stored(store, checkpoint, instructions), *WORDS, "--dropout", "0", "--store", store]
-        launch = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-        command = [*launch, "-m"] if processes == 2 else [sys.executable, "-m"]
-        done = subprocess.run(
-            [*command, "hfprune", *map(str, words)],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        (made[processes],) = (store / "recover").glob("*")
-        again = subprocess.run([*command, "hfprune", *map(str, words)], capture_output=True, text=True, timeout=300)
-        assert again.returncode == 0, again.stderr
-        assert "in the store already" in again.stderr
+        for _attempt in range(2):
+            processes = [
+                subprocess.Popen(
+                    [*command, "-m", "hfprune", *map(str, words)],
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )
+                for command in commands
+            ]
+            errors = [process.communicate(timeout=300)[1] for process in processes]
+            assert [process.returncode for process in processes] == [0] * count, errors
+        assert "in the store already" in errors[0]
+        (made[count],) = (store / "recover").glob("*")
     one, two = steps(made[1]), steps(made[2])
     assert len(one) == len(two) > 3
     torch.testing.assert_close([step["loss"] for step in two], [step["loss"] for step in one], rtol=1e-4, atol=1e-5)

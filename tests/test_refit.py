@@ -309,3 +309,23 @@ def test_half_precision_is_refitted_in_float32():
     for one, other in zip(exact.model.layers, half.model.layers, strict=True):
         assert other.mlp.down_proj.weight.dtype == torch.bfloat16
         assert (one.mlp.down_proj.weight - other.mlp.down_proj.weight.float()).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("method", [*METHODS, "trained", "local_search"])
+def test_a_layer_without_activations_is_left_as_it_is_and_named(method, capsys):
+    model, kept = make_model(), some()
+    model.model.layers[1].mlp.up_proj.weight[:] = 0
+    before = model.model.layers[1].mlp.down_proj.weight.clone()
+    refit(model, {"mlp": list(kept)}, tokens(20), method, 0.1)
+    assert "layer 1, mlp: not refitted: all activations of its neurons are zero" in capsys.readouterr().err
+    expected = torch.zeros_like(before)
+    expected[:, kept[1]] = before[:, kept[1]]
+    assert model.model.layers[1].mlp.down_proj.weight.equal(expected)
+
+
+def test_drift_less_than_the_rounding_of_bfloat16_states_is_seen(monkeypatch):
+    model, drifts, add = make_model(), [], Repair.add
+    model.model.embed_tokens.weight[:] *= 2000  # hidden states of about 40, which bfloat16 rounds to multiples of 0.25
+    monkeypatch.setattr(Repair, "add", lambda self, passed, drift: (drifts.append(drift), add(self, passed, drift))[1])
+    refit(model.bfloat16(), {"mlp": some()}, tokens(4), "sequential", 0.1)
+    assert (drifts[-1] == 0).float().mean() < 0.4

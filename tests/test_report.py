@@ -121,6 +121,15 @@ def test_a_figure_stands_in_its_page(tmp_path):
     assert "<?xml" not in made
 
 
+def test_a_figures_caption_begins_with_what_it_shows(tmp_path):
+    (tmp_path / "kl.svg").write_text("<?xml version='1.0'?><svg></svg>")
+    (tmp_path / "kl.txt").write_text("A is nearer than B.\n")
+    made = page("Fidelity", "Bars are intervals.", [tmp_path / "kl.svg", tmp_path / "kl.txt"])
+    assert "<p>A is nearer than B. Bars are intervals.</p>" in made
+    with pytest.raises(UserError, match=r"kl\.txt: a page shows"):
+        page("Fidelity", "", [tmp_path / "kl.txt"])
+
+
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"notes\.pdf: a page shows svg, csv, md or yaml"):
         page("Notes", "", [tmp_path / "notes.pdf"])

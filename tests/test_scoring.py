@@ -13,12 +13,13 @@ from hfprune.errors import UserError
 from hfprune.models.activations import graph_bytes
 from hfprune.models.head import Head
 from hfprune.models.loading import load_model, load_tokenizer
+from hfprune.models.norms import fused_norms
 from hfprune.models.units import PARTS
 from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion, ranks
 from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
-from hfprune.pruning.recorder import Sums
-from hfprune.pruning.scoring import add_up, finish, shard_range, unit_scores
+from hfprune.pruning.recorder import Sums, times
+from hfprune.pruning.scoring import add_up, finish, shard_range, tokens_per_batch, unit_scores
 from hfprune.runtime import matmul
 from hfprune.runtime.signals import Stopped
 from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense, sentences, write_lines
@@ -462,11 +463,23 @@ def test_a_pass_over_other_criteria_or_draws_does_not_go_on_with_partial_sums(cr
         assert all(a.equal(b) for a, b in zip(flat(found[name]), flat(fresh[name]), strict=True)), name
 
 
-def test_all_zero_scores_name_the_layer():
+@pytest.mark.parametrize("silent", ["down_proj", "up_proj"])
+def test_a_layer_that_writes_nothing_is_named_and_scores_zero(silent, capsys):
     model = make_model()
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.zero_()
-    with pytest.raises(UserError, match="layer 1, mlp: all scores by entropy are zero"):
+        model.model.layers[1].mlp.get_submodule(silent).weight.zero_()
+    names = [*INTACT] if silent == "up_proj" else ["entropy"]
+    scores = unit_scores(model, tokens(), names)
+    assert "layer 1, mlp: all scores by entropy are zero: its units go first" in capsys.readouterr().err
+    assert not scores["entropy"]["mlp"][1].any()
+    assert scores["entropy"]["mlp"][0].all()
+
+
+def test_scores_that_are_zero_in_all_layers_are_refused():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with pytest.raises(UserError, match="mlp: all scores by entropy are zero, in all layers"):
         unit_scores(model, tokens(), ["entropy"])
 
 
@@ -518,3 +531,55 @@ def test_scores_that_are_not_finite_stop_at_the_first_batch():
     with pytest.raises(UserError, match="are not finite"):
         unit_scores(model, tokens(), ["entropy"], batch=1)
     assert len(batches) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "is_fused"), [("llama", True), ("qwen3", True), ("gemma3_text", False), ("gpt2", False)]
+)
+def test_norms_in_one_step_give_the_same_scores_and_are_put_back(family, is_fused):
+    model = make_model(family)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                weight.add_(torch.linspace(0, 1, len(weight)))
+    scores = unit_scores(model, tokens(), ["entropy", "fisher_token"])
+    with fused_norms(model):
+        assert any("forward" in module.__dict__ for module in model.modules()) == is_fused
+        fused = unit_scores(model, tokens(), ["entropy", "fisher_token"])
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    for name, whole in scores.items():
+        assert_close(fused[name], whole, 1e-4)
+
+
+def test_a_norm_that_is_another_function_stays_as_it_is():
+    model = make_model()
+    model.model.norm.variance_epsilon = 0.5
+    module = model.model.norm
+    plain = type(module).forward
+    try:
+        type(module).forward = lambda self, states: 2 * plain(self, states)
+        with fused_norms(model):
+            assert not any("forward" in module.__dict__ for module in model.modules())
+    finally:
+        type(module).forward = plain
+
+
+def test_products_of_half_precision_have_the_range_of_float32():
+    large = torch.full((1, 2, 3), 60000.0)
+    assert times(large.half(), large.half()).isfinite().all()
+    a, b = torch.randn(2, 1, 50, 4).bfloat16()
+    assert times(a, b).dtype == torch.bfloat16
+    assert (times(a, b).float() / (a.float() * b.float()) - 1).abs().max() <= 2**-8
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(0, 1024), (8000, 4000), (2**40, 32768)], ids=["little", "some", "much"]
+)
+def test_a_gpu_takes_as_many_tokens_as_half_of_its_free_memory_holds(free, expected, monkeypatch):
+    model = make_model()
+    assert tokens_per_batch(model) == 1024, "a CPU is no faster with more"
+    monkeypatch.setattr("hfprune.pruning.scoring.device_of", lambda _model: torch.device("cuda"))
+    monkeypatch.setattr("hfprune.pruning.scoring.free_bytes", lambda _device: free * graph_bytes(model, 1))
+    assert tokens_per_batch(model) == expected
+    model.config._attn_implementation = "eager"
+    assert tokens_per_batch(model) == 1024

@@ -116,5 +116,11 @@ def test_a_wrong_config_is_told_without_a_place_in_the_snakefile(shown):
     assert not shown(None, "Select jobs to execute...")
 
 
+def test_scores_that_another_jobs_pass_has_made_are_no_warning(shown):
+    made = "Warning: the following output files of rule score were not present when the DAG was created:\n{'x'}"
+    assert not shown(None, made)
+    assert shown(None, "Warning: something else.") == ["Warning: something else."]
+
+
 def test_verbose_leaves_the_screen_to_snakemake():
     assert not screen.LogHandler(OutputSettings(verbose=True), None).writes_to_stream

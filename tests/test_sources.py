@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -11,21 +10,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import boolq_records, sentences, write_lines
+from tests.conftest import boolq_records, run_hfprune, sentences, write_lines
 from tests.hub import serve
 
 
 def download(store, kind, *options, status=0, **environment):
     """Run `hfprune download` in a process of its own; the artifact's folder, or the message where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "hfprune", "download", kind, "--store", store, *map(str, options)],
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | environment,
-    )
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    return Path(done.stdout.splitlines()[-1]) if status == 0 else done.stderr.splitlines()[-1]
+    said = run_hfprune(store, "download", kind, *options, status=status, **{"HF_HUB_OFFLINE": "0"} | environment)
+    return Path(said) if status == 0 else said
 
 
 def manifest(folder):

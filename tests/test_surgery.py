@@ -43,9 +43,9 @@ def write_scores(folder, scores):
     return folder
 
 
-def prune_into(out, model, scores, text=None, calibration=CALIBRATION, **asked):
+def prune_into(out, model, scores, text=None, calibration=CALIBRATION, order=None, **asked):
     asked = PruneParameters(**({"dtype": "float32"} | asked))
-    return prune(out, model, scores, text, SOURCE, calibration, **asked.model_dump())
+    return prune(out, model, scores, text, SOURCE, calibration, order=order, **asked.model_dump())
 
 
 def run_prune(model, folder, text=None, scores=None, **asked):

@@ -353,6 +353,6 @@ def test_the_first_results_are_a_table_and_a_figure_without_tasks(tmp_path):
     found = metrics(*WAYS)
     found = found[found["group"] != "task"]
     written = [*write_headline(found, tmp_path), *figures.draw_headline(found, tmp_path)]
-    assert {path.suffix for path in written} == {".csv", ".md", ".tex", ".png", ".pdf", ".svg"}
+    assert {path.suffix for path in written} == {".csv", ".md", ".tex", ".png", ".pdf", ".svg", ".txt"}
     assert {path.stem for path in written} == {"headline"}
     assert "| KL (nats/token) |" in (tmp_path / "headline.md").read_text()

@@ -44,7 +44,7 @@ def test_it_runs_end_to_end(checkout):
         *(f"{name}.csv" for name in ("agreement", "differences", "intervals", "overlap", "profile", "widths")),
         *(f"{name}.{suffix}" for name in ("headline", "summary", "cost") for suffix in ("csv", "md", "tex")),
     }
-    assert made["figures"] == {f"{name}.{suffix}" for name in DRAWN for suffix in ("png", "pdf", "svg")}
+    assert made["figures"] == {f"{name}.{suffix}" for name in DRAWN for suffix in ("png", "pdf", "svg", "txt")}
     for kind, files in made.items():
         assert {file.stem for file in (results / kind / ".provenance").iterdir()} == files, "each has its record"
     metrics = pd.read_csv(results / "metrics.csv")

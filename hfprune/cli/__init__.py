@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from hfprune.cli import deploy, experiment, families, report, results, sharing, store, timing
+from hfprune.cli import deploy, experiment, families, report, results, sharing, store, timing, wrappers
 from hfprune.cli.commands import add_typed
 from hfprune.cli.stages import add_stages
 from hfprune.errors import UserError
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_stages(commands)
-    for module in (results, report, timing, deploy, sharing, experiment, families):
+    for module in (results, report, timing, deploy, sharing, experiment, families, wrappers):
         for command in module.COMMANDS:
             add_typed(commands, command)
     store_help = "List or verify the artifacts in the store, or remove those that no experiment uses."

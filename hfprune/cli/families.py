@@ -6,6 +6,7 @@ from hfprune.models.layout import Block, Mixture
 
 ANY = {"num_attention_heads": 4}  # a config's keys that every layout needs
 OWN_CLASS = "yes, in a class of hfprune's"
+DEPTH = {"sublayers": OWN_CLASS, "layers": "yes"}
 
 
 class Families(Command):
@@ -27,7 +28,7 @@ def table() -> str:
             layout = layout_for({"model_type": name, **ANY, **keys})
             mixture = layout.mixture
             cells = (_cell(mixture or layout.mlp), _cell(layout.attention), "yes" if mixture else "")
-            cells += ("no", "no") if mixture else (OWN_CLASS, "yes")
+            cells += tuple("no" if layout.depth_refused(each) else can for each, can in DEPTH.items())
             rows.append((f"`{name}`", models, *cells))
     rows += [(f"`{name}`", "", f"no: {reason}", *["no"] * 4) for name, reason in REFUSED.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

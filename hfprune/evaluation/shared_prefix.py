@@ -283,8 +283,10 @@ def trees(lines: Iterable[Line], model: PreTrainedModel) -> list[Tree]:
 
     A row of n tokens costs n times the weights' products and n squared times attention, since every token of a row
     attends, masked, to the whole row. So lines that share a question form one tree; lines that share only a first word
-    do not.
+    do not. Where the model has no branches (`layout.Layout.branches`), every line is a tree.
     """
+    if not layout_of(model).branches:
+        return [Tree([line]) for line in lines]
     pairs = _pairs_per_token(model)
 
     def cost(size: int) -> float:

@@ -22,8 +22,8 @@ from hfprune.models.context import check_checkpoint
 from hfprune.models.loading import PREFILL, device, load_model, load_tokenizer, weight_bytes
 from hfprune.models.units import read_scores
 from hfprune.pruning.criteria import CRITERIA
-from hfprune.pruning.scoring import TOKENS_PER_BATCH, cost, unit_scores
-from hfprune.runtime.memory import free_bytes, is_offloaded
+from hfprune.pruning.scoring import cost, tokens_per_batch, unit_scores
+from hfprune.runtime.memory import empty_cache, free_bytes, is_offloaded
 from hfprune.store.artifacts import device_name, peak_memory
 from hfprune.store.filenames import SCORES
 from hfprune.store.keys import versions
@@ -136,8 +136,10 @@ def time_scoring(
             if number:
                 seconds[name].append(_now() - started)
     costs = {name: cost(network, tokens.shape, [name], draws, cut is not None, False) for name, cut in cuts.items()}
+    batch = tokens[: max(1, tokens_per_batch(network) // length)]
+    device = network.device
     del network
-    batch = tokens[: max(1, TOKENS_PER_BATCH // length)]
+    empty_cache(device)  # the process below chooses its batch by what is free
     rows = []
     with _fresh_process() as pool:
         for name, cut in cuts.items():

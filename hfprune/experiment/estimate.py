@@ -35,14 +35,14 @@ from hfprune.models.loading import (
     flops_per_token,
     load_tokenizer,
 )
-from hfprune.models.units import DEPTH
+from hfprune.models.units import DEPTH, MIXED
 from hfprune.pruning import scoring
 from hfprune.pruning.budget import refuse_method, shape_of, units_shapes, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
 from hfprune.pruning.order import best_steps, kept_without, steps_of
 from hfprune.pruning.recorder import bytes_of_sums
-from hfprune.pruning.surgery import best_units, cut
+from hfprune.pruning.surgery import best_units, cut, without_and_narrower
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
@@ -279,6 +279,7 @@ class Models:
         """
         parameters = job.recipe.parameters
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
+        names += ("depth_share",)
         budget = {name: parameters[name] for name in names if name in parameters}
         criterion = job.inputs["scores"].settings.criterion
         refuse_method(self.shape, job.settings.structure, criterion, job.settings.refit)
@@ -290,6 +291,8 @@ class Models:
         shapes = {name: units_shapes(self.shape, name) for name in whole.keep}
         scores = {name: [torch.rand(shape, generator=generator) for shape in shapes[name]] for name in shapes}
         alike = torch.ones(self.dense.config.num_hidden_layers, dtype=torch.float64)
+        if budget["structure"] in MIXED:
+            return without_and_narrower(self.shape, whole, scores, parameters["allocation"], alike)
         return best_units(whole, scores, parameters["allocation"], alike)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from hfprune.errors import UserError
 from hfprune.experiment.schema import Experiment
 from hfprune.models.context import check_checkpoint
-from hfprune.models.units import DEPTH
+from hfprune.models.units import DEPTH, MIXED
 from hfprune.pruning.budget import check
 from hfprune.pruning.criteria import passes
 from hfprune.reporting.paper_tables import Setting
@@ -31,7 +31,7 @@ DESCRIBING = {
     "evaluate": ("model",),
     "gguf": ("model",),
     "measure": ("model", "reference"),
-    "prune": ("model", "scores"),
+    "prune": ("model", "scores", "order"),
     "recover": ("model", "text"),
     "reference": ("text",),
     "score": ("light_cut",),
@@ -211,7 +211,7 @@ class Plan:
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
-        names += ("refit",)
+        names += ("depth_share", "refit")
         budgets = dict.fromkeys(
             (criterion, *(getattr(cut, name) for name in names)) for _, criterion, cut in self.experiment.cuts()
         )
@@ -290,6 +290,8 @@ class Plan:
                 is_deep = cut.structure in DEPTH
                 ranking = self._order(dense, calibration, criterion, cut, seed) if is_deep else scores[criterion]
                 inputs = {"model": dense, "scores": ranking}
+                if cut.structure in MIXED:
+                    inputs["order"] = self._order(dense, calibration, "greedy_kl", cut, seed)
                 if cut.reads_text:
                     inputs["text"] = calibration
                 label = f"{cut.label} by {method}, seed {seed}"
@@ -371,8 +373,9 @@ class Plan:
         """The job that makes the order in which sublayers or layers go. Cuts of all sizes share it."""
         parameters = self.experiment.calibration.model_dump(include={"samples", "length"}) | {"seed": seed}
         parameters |= self.experiment.model.model_dump(include={"dtype", "memory"})
-        parameters |= {"criterion": criterion, "structure": cut.structure, "refit": cut.refit, "ridge": cut.ridge}
-        label = f"{cut.structure} by {criterion}, seed {seed}"
+        structure = MIXED.get(cut.structure, cut.structure)
+        parameters |= {"criterion": criterion, "structure": structure, "refit": cut.refit, "ridge": cut.ridge}
+        label = f"{structure} by {criterion}, seed {seed}"
         return self.add("order", parameters, {"model": model, "text": text}, label)
 
     def _pass(

@@ -99,6 +99,9 @@ class MethodSettings(Section):
         le=1,
         description="attention's share of what is removed (default: from one ranking of all units)",
     )
+    depth_share: float | None = Field(
+        None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
+    )
     ridge: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="how strongly a refit is held to the old weights (default: 0.1)"
     )

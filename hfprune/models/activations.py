@@ -16,17 +16,24 @@ from hfprune.models.families import head_size
 from hfprune.models.units import Part, layers_of, parts
 from hfprune.runtime import memory
 
+CHUNK = 64  # tokens that linear attention takes at a time
+
 
 def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
     """An upper bound on the bytes that a forward pass over `tokens` tokens keeps for the backward pass.
 
     A layer keeps up to 12 tensors of the hidden size and 5 of the MLP's width in the model's type, and 2 of the hidden
-    size in float32 for its norms (counted by `torch.autograd.graph.saved_tensors_hooks` for every family).
+    size in float32 for its norms (counted by `torch.autograd.graph.saved_tensors_hooks` for every family). Linear
+    attention, as transformers itself computes it, also keeps the states of its heads, in float32 and in chunks of 64.
     """
-    hidden, layers = model.config.hidden_size, layers_of(model)
+    config, hidden, layers = model.config, model.config.hidden_size, layers_of(model)
     width = widest_mlp(model)
     per_layer = (12 * hidden + 5 * width) * model.dtype.itemsize + 8 * hidden
-    return per_layer * len(layers) * tokens
+    per_token = per_layer * len(layers)
+    if heads := getattr(config, "linear_num_value_heads", 0):
+        states = 4 * heads * (8 * CHUNK + 12 * (config.linear_key_head_dim + config.linear_value_head_dim))
+        per_token += states * sum(not part.attends for part in parts(model, "attention"))
+    return per_token * tokens
 
 
 def widest_mlp(model: PreTrainedModel) -> int:

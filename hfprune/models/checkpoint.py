@@ -124,7 +124,9 @@ def declare_widths(model: PreTrainedModel) -> None:
     mlps, attention = (parts(model, name) for name in PARTS)
     widths, groups = ([part.units for part in layers] for layers in (mlps, attention))
     forget_widths(config)
-    setattr(config, layout.mlp.size, max(widths))
+    if layout.mlp.size:
+        for key, value in ((layout.mlp.size, max(widths)), *layout.mlp.settings):
+            setattr(config, key, value)
     for part in mlps:
         if hasattr(part.block, "intermediate_size"):
             part.block.intermediate_size = part.units
@@ -195,15 +197,14 @@ def _declare_experts(model: PreTrainedModel) -> None:
     config, layout, experts = model.config, layout_of(model), next(all_experts(model))
     setattr(config, experts_key(config), experts.count)
     setattr(config, layout.mixture.size, experts.width)
-    if not layout.attention.refused:
-        for name, value in head_counts(model, parts(model, "attention")[0].units).items():
-            setattr(config, name, value)
+    for name, value in head_counts(model, parts(model, "attention")[0].units).items():
+        setattr(config, name, value)
 
 
 def head_counts(model: PreTrainedModel, groups: int) -> dict[str, int]:
     """The values that a stock config needs for `groups` key-value groups in every layer; empty if none change."""
     config, queries = model.config, queries_of(model.config, layout_of(model))
-    if groups * queries == heads_of(config):
+    if layout_of(model).attention.refused or groups * queries == heads_of(config):
         return {}
     counts = {"num_key_value_heads": groups, "num_attention_heads": groups * queries}
     return counts | {"head_dim": head_size(config)}  # else it would follow from the number of heads

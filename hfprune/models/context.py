@@ -11,13 +11,14 @@ from hfprune.errors import UserError
 def context_length(config: Mapping[str, Any]) -> int | None:
     """The longest sequence that a model supports, in tokens; None if its config does not say.
 
-    It is `max_position_embeddings`. RoPE scaling of type linear, dynamic or yarn multiplies it by a factor; yarn starts
-    from `original_max_position_embeddings` if the config has it. For llama3 and longrope the number is the scaled one.
+    It is `max_position_embeddings`; of MPT `max_seq_len`. RoPE scaling of type linear, dynamic or yarn multiplies it by
+    a factor; yarn starts from `original_max_position_embeddings` if the config has it. For llama3 and longrope the
+    number is the scaled one.
 
     Args:
         config: the keys of a config.json.
     """
-    limit = config.get("max_position_embeddings")
+    limit = config.get("max_position_embeddings", config.get("max_seq_len"))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
     if limit and factor and kind in ("linear", "dynamic", "yarn"):
@@ -38,8 +39,8 @@ def check_lengths(config: Mapping[str, Any], lengths: Mapping[str, int]) -> None
     """
     limit = context_length(config)
     faults = [
-        f"{name} = {length}: the model knows {limit} positions (max_position_embeddings and RoPE scaling in its "
-        f"config.json). Write {limit} or less."
+        f"{name} = {length}: the model knows {limit} positions (max_position_embeddings or max_seq_len, and RoPE "
+        f"scaling, in its config.json). Write {limit} or less."
         for name, length in lengths.items()
         if limit and length > limit
     ]

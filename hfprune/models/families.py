@@ -205,7 +205,7 @@ GLM_MOE = replace(
     ),
 )
 LATENT = Block((), "self_attn.o_proj", "self_attn", "input_layernorm", refused=NO_GROUPED_HEADS)
-DEEPSEEK_3 = replace(GLM_MOE, attention=LATENT, head_columns="v_head_dim")
+DEEPSEEK_3 = replace(GLM_MOE, attention=LATENT)
 
 
 def _deepseek_v2(config: Any) -> Layout:
@@ -218,6 +218,65 @@ def _ernie_moe(config: Any) -> Layout:
     refused = ONE_WIDTH if setting(config, "moe_num_shared_experts", 2) else None
     correction = "mlp.gate.moe_statics.e_score_correction_bias"
     return replace(LLAMA, mixture=Mixture(correction=correction, counts=True, refused=refused))
+
+
+FIXED = (
+    "the width of its MLPs is always four times the hidden size, and its positions (ALiBi) depend on the number of "
+    "heads: neither neurons nor heads can go. "
+)
+MPT = Layout(
+    attention=Block((), "attn.out_proj", "attn", "norm_1", refused=f"{FIXED}Cut layers."),
+    mlp=Block(
+        (Rows("ffn.up_proj"),), "ffn.down_proj", None, "norm_2", activation="ffn.act", refused=f"{FIXED}Cut layers."
+    ),
+    layers="blocks",
+    final_norm="norm_f",
+    layers_return_tuples=True,
+    branches=False,
+    keeps_documents_apart=False,
+)
+
+# Hybrids. States that pass from token to token mix the documents of a row.
+HYBRID = {"branches": False, "keeps_documents_apart": False}
+GATED = "its heads are gated, and most layers have linear attention instead, whose heads share one state. Cut {}."
+QWEN_3_5 = _with(
+    LLAMA, attention={"rows": (), "others": ("linear_attn.out_proj",), "refused": GATED.format("mlp")}, **HYBRID
+)
+QWEN_3_NEXT = _with(
+    QWEN_3_5,
+    attention={"refused": GATED.format("experts or mlp")},
+    mixture=Mixture(normalised="norm_topk_prob"),
+)
+CONVOLVED = "most layers have a short convolution instead, which has no heads. Cut {}."
+LFM_2 = Layout(
+    attention=Block(
+        (), "self_attn.out_proj", "self_attn", "operator_norm", others=("conv.out_proj",),
+        refused=CONVOLVED.format("mlp"),
+    ),
+    mlp=Block(
+        (Rows("feed_forward.w1"), Rows("feed_forward.w3")), "feed_forward.w2", "feed_forward", "ffn_norm",
+        size="intermediate_size", settings=(("block_auto_adjust_ff_dim", False),),
+    ),
+    final_norm="embedding_norm",
+    **HYBRID,
+)  # fmt: skip
+
+
+def _lfm2_moe(config: Any) -> Layout:
+    return _with(
+        LFM_2,
+        attention={"refused": CONVOLVED.format("experts or mlp")},
+        mixture=Mixture(
+            "feed_forward",
+            "feed_forward.gate",
+            "feed_forward.experts",
+            "feed_forward.gate.weight",
+            scores="sigmoid",
+            correction="feed_forward.expert_bias" if setting(config, "use_expert_bias", True) else None,
+            normalised="norm_topk_prob",
+            scale="routed_scaling_factor",
+        ),
+    )
 
 
 FAMILIES = {
@@ -272,6 +331,9 @@ FAMILIES = {
     ),
     "opt": Family("OPT", OPT),
     "gpt2": Family("GPT-2", GPT_2),
+    "mpt": Family("MPT", MPT),
+    "qwen3_5_text": Family("Qwen3.5, text alone", QWEN_3_5),
+    "lfm2": Family("LFM2", LFM_2),
     "mixtral": Family("Mixtral", MIXTRAL),
     "qwen2_moe": Family("Qwen1.5-MoE, Qwen2-57B-A14B", replace(QWEN_MOE, masks_by_kind=True)),
     "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", QWEN_MOE),
@@ -305,20 +367,15 @@ FAMILIES = {
         ),
     ),
     "ernie4_5_moe": Family("ERNIE 4.5 21B-A3B, 300B-A47B", _ernie_moe),
+    "qwen3_next": Family("Qwen3-Next, Qwen3-Coder-Next", QWEN_3_NEXT),
+    "qwen3_5_moe_text": Family("Qwen3.5 MoE, text alone", replace(QWEN_3_NEXT, mixture=Mixture())),
+    "lfm2_moe": Family("LFM2-8B-A1B", _lfm2_moe),
 }
 
 # Families whose units cannot be removed: why, and what can be done instead.
-FIXED = (
-    "the width of its MLPs is always four times the hidden size, and its positions (ALiBi) depend on the number of "
-    "heads: neither neurons nor heads can go. "
-)
 SHARED = (
     "its last layers use the keys and values of others, and each layer mixes several streams: what a unit is worth to "
     "one layer is not all that it is worth. Gemma 3 (gemma3_text) can be pruned."
-)
-GATED = (
-    "its attention is gated and most layers have linear attention, whose states have no units that can go. Qwen3 "
-    "(qwen3) can be pruned."
 )
 LLAMA_4 = (
     "its experts take all tokens, weighted before they read them, and one key of the config holds the width of routed "
@@ -326,12 +383,12 @@ LLAMA_4 = (
 )
 REFUSED = {
     "bloom": FIXED + "Pythia and OPT of the same sizes can be pruned.",
-    "mpt": FIXED + "Llama and Falcon of the same size can be pruned.",
     "gemma3n_text": SHARED,
     "gemma3n": SHARED,
-    "qwen3_next": GATED,
-    "qwen3_5_text": GATED,
-    "qwen3_5": GATED,
+    "gemma4_text": (
+        "its layers add an input of their own and are scaled as a whole, its last ones use the keys and values of "
+        "others, and attention differs by kind of layer. Gemma 3 (gemma3_text) can be pruned."
+    ),
     "llama4_text": LLAMA_4,
     "llama4": LLAMA_4,
     "minimax": (
@@ -412,14 +469,9 @@ def head_size(config: Any) -> int:
     return setting(config, "head_dim") or hidden_size(config) // heads_of(config)
 
 
-def head_columns(config: Any, layout: Layout) -> int:
-    """Columns of the attention's output that one query head writes through."""
-    return setting(config, layout.head_columns) if layout.head_columns else head_size(config)
-
-
 def hidden_size(config: Any) -> int:
     """The size of the hidden states."""
-    return setting(config, "hidden_size") or config["n_embd"]
+    return next(filter(None, (setting(config, key) for key in ("hidden_size", "n_embd", "d_model"))))
 
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys, of which a config has one

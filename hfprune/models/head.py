@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hfprune.models.families import layout_of, setting
 from hfprune.models.loading import weights_in_memory
+from hfprune.runtime.matmul import float32_product
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., hidden) final hidden states -> (..., vocabulary) float32 logits."""
-        logits = (hidden.to(self.weight.dtype) @ self.weight.T).float()
+        logits = float32_product(hidden.to(self.weight.dtype), self.weight.T)
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1:

@@ -13,8 +13,9 @@ otherwise what attention has left.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 QUERIES = "queries"  # in `Rows.sections`: as many parts as there are query heads to a key-value head
 
@@ -41,7 +42,7 @@ class Block:
     """A part of a decoder layer. Paths are below the layer.
 
     Attributes:
-        rows: the linear layers that its units read through.
+        rows: the linear layers that its units read through. Without any, the block is one unit.
         output: the linear layer that they write through, with equally many neighbouring columns each.
         module: computes the block from the normed hidden states; None if the layer itself does, as
             output(activation(rows)).
@@ -52,6 +53,9 @@ class Block:
         activation: of a block without a module.
         size: of an MLP, key of the config with the number of neurons; of attention, "heads" if the stock config holds
             any number of heads. None: the stock class cannot have fewer.
+        settings: further keys of the config with the values that let `size` be any number.
+        others: in a hybrid, the output layers of what stands in some layers in place of attention: linear attention,
+            a convolution. They read all of its columns as one unit.
         refused: why its units cannot be removed, and what can be instead; None if they can.
     """
 
@@ -63,7 +67,13 @@ class Block:
     per_head: tuple[str, ...] = ()
     activation: str | None = None
     size: str | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+    others: tuple[str, ...] = ()
     refused: str | None = None
+
+    def output_among(self, modules: Container[str]) -> str:
+        """The path of the output layer in a decoder layer that has these modules."""
+        return next((path for path in self.others if path in modules), self.output)
 
 
 @dataclass(frozen=True)
@@ -120,9 +130,9 @@ class Layout:
         logit_cap: key of the config with c in c * tanh(logits / c); None, there or here, if logits are not capped.
         masks_by_kind: whether the base model takes a dictionary of attention masks, by kind of layer.
         layers_return_tuples: whether a layer returns its hidden states as the first of several values.
+        branches: whether tokens take positions and masks of their own, so that several lines share their beginning.
         keeps_documents_apart: whether documents in one row do not see one another when positions begin anew.
         queries: query heads to a key-value head; None: as the config's numbers of heads say.
-        head_columns: key of the config with the columns of the output of one head; None for the size of a head.
     """
 
     attention: Block
@@ -137,13 +147,23 @@ class Layout:
     logit_cap: str | None = None
     masks_by_kind: bool = False
     layers_return_tuples: bool = False
+    branches: bool = True
     keeps_documents_apart: bool = True
     queries: int | None = None
-    head_columns: str | None = None
 
     def block(self, name: str) -> Block:
         """The block of a part, by its name in `units.PARTS`."""
         return self.mlp if name == "mlp" else self.attention
+
+    def depth_refused(self, structure: str) -> str | None:
+        """Why whole "sublayers" or "layers" cannot be removed, and what can be instead; None if they can."""
+        if self.mixture:
+            return "whole layers of a mixture of experts, and parts of them, have to stay. Cut experts or mlp."
+        if self.attention.others:
+            return "the layers of a hybrid are of several kinds, of which a cache needs some. Cut mlp."
+        if structure == "sublayers" and self.mlp.size is None:
+            return "its config has no number that could be 0 where an attention or an MLP is gone. Cut layers."
+        return None
 
     @property
     def norms(self) -> Iterator[str]:

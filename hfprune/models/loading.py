@@ -79,10 +79,7 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
     check_values(values, where)
     kind = values["model_type"]
     if "text_config" in values and kind not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type {kind!r} wraps a language model in another, such as one that reads images. Take the "
-            f"language model alone. Supported families: {', '.join(FAMILIES)}."
-        )
+        _refuse_wrapper(folder, kind, where)
     try:
         config = read_config(folder)
     except Exception as error:  # of any class: an unknown model_type, values of wrong types, custom code
@@ -91,6 +88,22 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
         ) from None
     check_config(config, where)
     return config
+
+
+def _refuse_wrapper(folder: Path, kind: str, where: str) -> None:
+    """Refuse a model with a language model inside, and say whether that one can be taken out and pruned."""
+    wraps = f"{where}: model_type {kind!r} wraps a language model in another, such as one that reads images."
+    try:
+        config = read_config(folder).get_text_config()
+    except Exception:  # of any class: an unknown model_type, values of wrong types
+        raise UserError(f"{wraps} transformers cannot read it. Take the language model alone.") from None
+    if config.model_type in FAMILIES and not refusal(config):
+        raise UserError(
+            f"{wraps} Take it out with `hfprune unwrap`, prune it, and put it back with `hfprune rewrap`: "
+            f"docs/families.md. It is of model_type {config.model_type!r}, which can be pruned."
+        )
+    reason = refusal(config) or f"supported are {', '.join(FAMILIES)}."
+    raise UserError(f"{wraps} That one is of model_type {config.model_type!r}, which is not supported: {reason}")
 
 
 def check_config(config: PreTrainedConfig, where: str) -> None:
@@ -281,11 +294,12 @@ def flops_per_token(model: PreTrainedModel, length: int) -> int:
     Every weight of a linear layer, including the output projection, counts 2: a product and a sum. Attention counts 4
     per head dimension and token of the sequence: 2 for the scores and 2 for the sum of values, without the causal mask.
     Norms, activations, softmax and embedding lookups do not count. `torch.utils.flop_counter` counts the same. Of a
-    mixture of experts, those count that a token is sent to.
+    mixture of experts, those count that a token is sent to; of linear attention and convolutions the linear layers.
     """
     linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, LINEAR))
     linear += sum(2 * experts.active_parameters for experts in all_experts(model))
-    return linear + 2 * sum(part.width + _scored(model, part) for part in parts(model, "attention")) * length
+    attending = [part for part in parts(model, "attention") if part.attends]
+    return linear + 2 * sum(part.width + _scored(model, part) for part in attending) * length
 
 
 def _scored(model: PreTrainedModel, part: Part) -> int:

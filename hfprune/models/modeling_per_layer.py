@@ -30,6 +30,8 @@ ROWS = {
         "mlp.fc1",
         "mlp.dense_h_to_4h",
         "fc1",
+        "feed_forward.w1",
+        "feed_forward.w3",
     ),
     "attention": (
         "self_attn.q_proj",
@@ -42,7 +44,7 @@ ROWS = {
     ),
 }
 COLUMNS = {
-    "mlp": ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "fc2"),
+    "mlp": ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "fc2", "feed_forward.w2"),
     "attention": (
         "self_attn.o_proj",
         "self_attn.dense",

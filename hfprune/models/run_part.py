@@ -50,7 +50,7 @@ def run_part(layout: Layout, config: Any, layer: nn.Module, name: str, arguments
         states: (batch, length, hidden), the hidden states that the part reads.
     """
     block, seen = layout.block(name), []
-    output = layer.get_submodule(block.output)
+    output = layer.get_submodule(block.output_among(dict(layer.named_modules())))
 
     def record(_module: nn.Module, inputs: tuple[Tensor], made: Tensor) -> None:
         seen.append((inputs[0], made))

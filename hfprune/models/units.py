@@ -19,10 +19,10 @@ In a mixture of experts, a unit of `mlp` is a neuron inside an expert, and whole
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hfprune.models.families import head_columns, layout_of, queries_of
-from hfprune.models.layout import QUERIES
+from hfprune.models.families import head_size, layout_of, queries_of
+from hfprune.models.layout import QUERIES, Layout
 
 if TYPE_CHECKING:  # the config imports the structures' names from here and must not load torch
     from pathlib import Path
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the config imports the structures' names from here and must
 PARTS = ("mlp", "attention")  # scoring covers them all
 IN_TURN = ("attention", "mlp")  # as a layer computes them
 DEPTH = ("sublayers", "layers")  # structures whose parts go with all of their units
+MIXED = {f"mlp+{name}": name for name in DEPTH}  # first some of these go, then neurons of the MLPs that stay
 STRUCTURES = {
     "mlp": ("mlp",),
     "attention": ("attention",),
@@ -40,6 +41,7 @@ STRUCTURES = {
     "experts": ("experts",),
     "sublayers": PARTS,
     "layers": PARTS,
+    **dict.fromkeys(MIXED, ("mlp",)),  # what is scored
 }
 UNITS = {"mlp": "neurons", "attention": "key-value groups", "experts": "experts"}  # names in messages and tables
 
@@ -67,6 +69,7 @@ class Part:
         sections: of each input, the relative sizes of its sections, see `layout.Rows`.
         per_head: modules whose weight has a row for every head, see `layout.Block`.
         block: the module that computes the part.
+        attends: whether its operations grow with the square of the tokens.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Part:
     sections: tuple[tuple[int, ...], ...]
     per_head: tuple[nn.Module, ...]
     block: nn.Module
+    attends: bool = False
 
     @property
     def width(self) -> int:
@@ -172,14 +176,33 @@ def part_of(model: PreTrainedModel, name: str, number: int) -> AnyPart:
         return experts and (ExpertNeurons(experts) if name == "mlp" else WholeExperts(experts))
     block = layout.block(name)
     queries = queries_of(model.config, layout)
-    columns = 1 if name == "mlp" else queries * head_columns(model.config, layout)
     sections = tuple(tuple(queries if size == QUERIES else size for size in rows.sections) for rows in block.rows)
-    output = layer.get_submodule(block.output)
-    inputs = tuple(layer.get_submodule(rows.path) for rows in block.rows)
-    modules = dict(layer.named_modules()) if block.per_head else {}
+    modules = dict(layer.named_modules())
+    path = block.output_among(modules)
+    output, inputs = modules[path], tuple(modules[rows.path] for rows in block.rows)
     per_head = tuple(modules[path] for path in block.per_head if path in modules)
-    units = matrix(output).shape[1] // columns
-    return Part(name, inputs, output, units, columns, sections, per_head, layer.get_submodule(block.module or ""))
+    width = matrix(output).shape[1]
+    columns = columns_per_unit(model.config, layout, name, width)
+    owner = modules[path.rpartition(".")[0] if path in block.others else block.module or ""]
+    attends = name == "attention" and path == block.output
+    return Part(name, inputs, output, width // columns, columns, sections, per_head, owner, attends)
+
+
+def columns_per_unit(config: Any, layout: Layout, name: str, width: int) -> int:
+    """How many of the `width` columns of a part's output layer one unit writes through."""
+    if not layout.block(name).rows:
+        return max(1, width)
+    return 1 if name == "mlp" else queries_of(config, layout) * head_size(config)
+
+
+def check_depth_share(share: float | None, structure: str) -> None:
+    """Refuse a share of whole sublayers or layers without a structure that has both, and such a structure without it.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if (share is not None) != (structure in MIXED):
+        raise ValueError(f"'depth_share' goes with structure {' or '.join(MIXED)}, which need it, not {structure}")
 
 
 def layers_that_stay(kept: Kept) -> list[int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,34 +18,47 @@ from hfprune.models.families import (
     experts_of,
     fewest_experts,
     groups_of,
-    head_columns,
     hidden_size,
     layout_for,
     layout_of,
     neuron_parameters,
-    queries_of,
     setting,
 )
-from hfprune.models.layout import Layout
-from hfprune.models.units import DEPTH, PARTS, STRUCTURES, UNITS, Scores, kinds_of, layers_of, parts
+from hfprune.models.layout import Block, Layout
+from hfprune.models.units import (
+    DEPTH,
+    MIXED,
+    PARTS,
+    STRUCTURES,
+    UNITS,
+    Scores,
+    columns_per_unit,
+    kinds_of,
+    layers_of,
+    parts,
+)
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 from hfprune.pruning.criteria import rankers, ranks
-from hfprune.pruning.order import removable_sizes
+from hfprune.pruning.order import Step, best_steps, removable_sizes, removed_by, steps_of
+from hfprune.pruning.refit_names import IN_EXPERTS
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
 
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight")  # endings of names
 # Endings of the names of parameters: beside weights and biases, those of Apertus' activation, of the attention and the
-# experts of gpt-oss, and of the router of ERNIE.
+# experts of gpt-oss, of the router of ERNIE, and of linear attention.
 PARAMETERS = (
     ".weight", ".bias", ".alpha_p", ".alpha_n",
-    ".sinks", ".gate_up_proj", ".down_proj", "_proj_bias", ".moe_statics.e_score_correction_bias",
+    ".sinks", ".gate_up_proj", ".down_proj", "_proj_bias", ".moe_statics.e_score_correction_bias", ".A_log", ".dt_bias",
 )  # fmt: skip
 STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
 DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
 METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
-NO_REFIT = "refit {refit!r}: mixtures of experts are not refitted. Set it to 'none'."
+NO_REFIT = (
+    "refit {refit!r}: of a mixture of experts, 'least_squares' refits structure mlp, the neurons inside experts; no "
+    "other refit goes with one, and no other structure has any. Set it to 'none', or to that."
+)
 EXPERT_STEPS = ((256, 64), (0, 8))  # inside experts, which are a few hundred neurons wide
 ALIGNED = 8  # numbers in 16 bytes, of which torch's grouped products of experts need a multiple
 
@@ -68,7 +81,7 @@ class Shape:
         units: by part, how many units each layer has.
         parameters: by part, those of one unit.
         hidden: hidden size.
-        refusals: by part that cannot be cut, why, and what can be instead.
+        refusals: by part, and by `units.DEPTH`, that cannot be cut, why, and what can be instead.
         mixture: what more counts if it is a mixture of experts, or else None.
         sublayers: by part, the parameters of the whole part in each layer, without norms of hidden states.
         layers: parameters of each layer.
@@ -135,6 +148,7 @@ def refusals(layout: Layout) -> dict[str, str]:
     reasons = {"mlp": layout.mixture.refused if layout.mixture else layout.mlp.refused}
     reasons |= {"attention": layout.attention.refused}
     reasons |= {"experts": None if layout.mixture else "the model has no experts: it is dense. Cut mlp."}
+    reasons |= {structure: layout.depth_refused(structure) for structure in DEPTH}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -157,10 +171,10 @@ def shape_on_disk(folder: Path) -> Shape:
         shapes.pop("lm_head.weight", None)
     layout, hidden = layout_for(config), hidden_size(config)
     mixture, experts = layout.mixture, _expert_counts(config, layout)
-    output = f".{layout.attention.output}.weight"
-    first = next(name for name in shapes if name.endswith(f"{layout.layers}.0{output}"))
-    before = first.removesuffix(f"0{output}")  # some lack a prefix
-    count = sum(name.startswith(before) and name.endswith(output) for name in shapes)
+    outputs = tuple(f".{path}.weight" for path in (layout.attention.output, *layout.attention.others))
+    first = next(name for name in shapes if name.endswith(tuple(f"{layout.layers}.0{output}" for output in outputs)))
+    before = first[: first.rindex(f"{layout.layers}.0.")] + f"{layout.layers}."  # some lack a prefix
+    count = sum(name.startswith(before) and name.endswith(outputs) for name in shapes)
     numbers = range(min(count, config.get("num_hidden_layers", count)))
     further = tuple(f"{before}{number}." for number in range(len(numbers), count))  # that predict tokens further ahead
     sizes = {
@@ -173,14 +187,17 @@ def shape_on_disk(folder: Path) -> Shape:
         if mixture and name == "mlp":
             continue
         block = layout.block(name)
-        columns = 1 if name == "mlp" else queries_of(config, layout) * head_columns(config, layout)
-        widths = [sizes[f"{before}{number}.{block.output}.weight"] // hidden for number in numbers]
-        units[name] = [width // columns for width in widths]
+        own = [f"{before}{number}.{_output_on_disk(block, f'{before}{number}.', sizes)}" for number in numbers]
+        widths = [sizes[f"{output}.weight"] // hidden for output in own]
+        units[name] = [width // columns_per_unit(config, layout, name, width) for width in widths]
         paths = [f"{rows.path}.{kind}" for rows in block.rows for kind in ("weight", "bias")]
-        paths += [f"{block.output}.weight", *(f"{path}.weight" for path in block.per_head)]
-        of_units = [sum(sizes.get(f"{before}{number}.{path}", 0) for path in paths) for number in numbers]
+        paths += [f"{path}.weight" for path in block.per_head]
+        of_units = [
+            sizes[f"{output}.weight"] + sum(sizes.get(f"{before}{number}.{path}", 0) for path in paths)
+            for number, output in zip(numbers, own, strict=True)
+        ]
         parameters[name] = max(size // max(1, count) for size, count in zip(of_units, units[name], strict=True))
-        biases = [sizes.get(f"{before}{number}.{block.output}.bias", 0) for number in numbers]  # belong to no unit
+        biases = [sizes.get(f"{output}.bias", 0) for output in own]  # belong to no unit
         sublayers[name] = [size + bias for size, bias in zip(of_units, biases, strict=True)]
     if mixture:
         width = setting(config, mixture.size)
@@ -193,6 +210,11 @@ def shape_on_disk(folder: Path) -> Shape:
     return Shape(
         sum(sizes.values()), units, parameters, hidden, refusals(layout), experts, {} if mixture else sublayers, layers
     )
+
+
+def _output_on_disk(block: Block, layer: str, sizes: Mapping[str, int]) -> str:
+    """The path of a block's output layer in the decoder layer whose tensors' names begin with `layer`."""
+    return block.output_among({path for path in block.others if f"{layer}{path}.weight" in sizes})
 
 
 @dataclass(frozen=True)
@@ -227,12 +249,14 @@ class Budget:
             whole sublayers or layers go: `order.best_steps` says which.
         round_to: what MLP widths are multiples of.
         groups: number of groups of experts, all of which keep equally many.
+        gone: with `units.MIXED`, the steps that go first; `keep` is of the MLPs that stay.
     """
 
     share: float
     keep: dict[str, float]
     round_to: int
     groups: int = 1
+    gone: tuple[Step, ...] = ()
 
 
 def units_to_keep(
@@ -245,6 +269,8 @@ def units_to_keep(
     allocation: str = "uniform",
     round_to: int | None = None,
     scores: Scores | None = None,
+    depth_share: float | None = None,
+    order: Sequence[Step] | None = None,
 ) -> Budget:
     """The number of units to keep for a budget.
 
@@ -260,13 +286,18 @@ def units_to_keep(
         round_to: one of `STEPS`, of which MLP widths are multiples; None for `default_step`.
         scores: needed where both parts are cut and `attention_share` is None. Without them all removed parameters come
             from the neurons as far as possible, which is enough to see whether the budget can be met.
+        depth_share: with `units.MIXED`, the share of the removed parameters that comes from whole sublayers or layers.
+        order: of these, the first to go first; None: the last layers go first, which is enough to see the same.
 
     Raises:
         UserError: the structure cannot be cut, does not hold that much, or nothing would be removed.
     """
     if structure in DEPTH:
-        _refuse_mixture(shape, structure)
+        _refuse_depth(shape, structure)
         return _depth_budget(shape, structure, ratio, target_parameters)
+    if structure in MIXED:
+        _refuse_depth(shape, MIXED[structure])
+        return _mixed_budget(shape, structure, ratio, target_parameters, allocation, round_to, depth_share, order)
     if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
         raise UserError(f"structure {structure!r}: {faults[0]}")
     if shape.mixture:
@@ -315,25 +346,24 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
     """
     mixture = shape.mixture is not None
     if structure in DEPTH:
-        _refuse_mixture(shape, structure)
+        _refuse_depth(shape, structure)
         return
+    if structure in MIXED:
+        _refuse_depth(shape, MIXED[structure])
     if unranked := [part for part in STRUCTURES[structure] if not ranks(criterion, part, mixture)]:
         where = " inside experts" if mixture and unranked == ["mlp"] else ""
         raise UserError(
             f"criterion {criterion!r} does not rank {UNITS[unranked[0]]}{where}, which structure {structure!r} cuts. "
             f"Those that do: {', '.join(rankers(STRUCTURES[structure], mixture))}."
         )
-    if mixture and refit != "none":
+    if mixture and refit != "none" and (structure, refit) != ("mlp", IN_EXPERTS):
         raise UserError(NO_REFIT.format(refit=refit))
 
 
-def _refuse_mixture(shape: Shape, structure: str) -> None:
-    """Refuse to remove whole sublayers or layers of a mixture of experts."""
-    if shape.mixture:
-        raise UserError(
-            f"structure {structure!r}: whole {structure} of a mixture of experts cannot go. Cut experts, mlp or "
-            "attention."
-        )
+def _refuse_depth(shape: Shape, structure: str) -> None:
+    """Refuse to remove whole sublayers or layers where they have to stay."""
+    if structure in shape.refusals:
+        raise UserError(f"structure {structure!r}: {shape.refusals[structure]}")
 
 
 def _refuse_widths(structure: str, allocation: str, round_to: int | None) -> None:
@@ -397,6 +427,38 @@ def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_para
             f"{structure!r} removes at least ({smallest / shape.total:.4g} of all parameters): nothing would go."
         )
     return Budget(remove / shape.total, {}, 1)
+
+
+def _mixed_budget(
+    shape: Shape, structure: str, ratio: float | None, target_parameters: int | None, allocation: str,
+    round_to: int | None, depth_share: float, order: Sequence[Step] | None,
+) -> Budget:  # fmt: skip
+    """The budget where some sublayers or layers go, and neurons of the MLPs that stay make up the rest.
+
+    Raises:
+        UserError: one of the two cannot give its share.
+    """
+    remove = ratio * shape.total if target_parameters is None else shape.total - target_parameters
+    of_depth = depth_share * remove
+    try:
+        _depth_budget(shape, MIXED[structure], of_depth / shape.total, None)
+        gone = best_steps(shape, order or steps_of(shape.units, MIXED[structure])[:0:-1], of_depth)
+        left = without(shape, gone)
+        keeps = math.floor(shape.total - remove)
+        rest = units_to_keep(left, target_parameters=keeps, allocation=allocation, round_to=round_to)
+    except UserError as error:
+        raise UserError(
+            f"structure {structure!r} with depth_share {depth_share}: {MIXED[structure]} take {of_depth:,.0f} of "
+            f"{remove:,.0f} parameters, neurons the rest. {error}"
+        ) from None
+    return replace(rest, share=remove / shape.total, gone=tuple(gone))
+
+
+def without(shape: Shape, gone: Sequence[Step]) -> Shape:
+    """The shape of a model's MLPs that stay without these steps. `total` is of the whole model that is left."""
+    sublayers = {sublayer for step in gone for sublayer in step}
+    staying = [units for number, units in enumerate(shape.units["mlp"]) if ("mlp", number) not in sublayers]
+    return replace(shape, total=shape.total - removed_by(shape, gone), units={"mlp": staying})
 
 
 def capacity_of(shape: Shape, name: str, allocation: str, round_to: int) -> Capacity:

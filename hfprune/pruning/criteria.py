@@ -74,7 +74,7 @@ class Moments:
     Attributes:
         count: number of tokens.
         total: (columns,) float64, sum of h.
-        squares: (columns,) float64, sum of h**2.
+        squares: (columns,) float64, sum of h**2. Norms of weights are taken in its type, without a copy of weights.
         products: (columns, columns) float64, sum of h h^T, for criteria that read it.
     """
 
@@ -181,13 +181,13 @@ def wanda(part: Part, moments: Moments, _generator: Generator) -> Tensor:
 
     Wanda's |W[j, i]| * ||h_i||, summed over all weights that a unit writes through.
     """
-    return part.per_unit(moments.squares.sqrt() * matrix(part.output).double().norm(1, dim=0))
+    return part.per_unit(moments.squares.sqrt() * matrix(part.output).norm(1, dim=0, dtype=moments.squares.dtype))
 
 
 def _fluctuation(part: Part, moments: Moments) -> Tensor:
     """(columns,) FLAP's WIFV: the variance of the activation times the squared l2 norm of the column."""
     variance = (moments.squares - moments.total**2 / moments.count) / (moments.count - 1)
-    return variance.clamp(min=0) * matrix(part.output).double().norm(dim=0) ** 2
+    return variance.clamp(min=0) * matrix(part.output).norm(dim=0, dtype=moments.squares.dtype) ** 2
 
 
 def flap(part: Part, moments: Moments, _generator: Generator) -> Tensor:
@@ -205,7 +205,7 @@ def flap_standardized(part: Part, moments: Moments, _generator: Generator) -> Te
     fluctuation = _fluctuation(part, moments)
     if part.columns > 1:  # attention
         fluctuation = fluctuation**2
-    z = (fluctuation - fluctuation.mean()) / fluctuation.std()
+    z = (fluctuation - fluctuation.mean()) / (fluctuation.std() or 1)  # nothing fluctuates: all are as unimportant
     return part.per_unit(z) / part.columns * part.parameters
 
 
@@ -225,13 +225,13 @@ def ppm_activation(part: Part, moments: Moments, _generator: Generator) -> Tenso
     The range of a set of weights is max(w) + |min(w)|. (optipfair adds up the norms of its batches; here is one norm.
     Its rule is one for MLPs; for attention this is the same formula.)
     """
-    ranges = [weights.double().amax(1) + weights.double().amin(1).abs() for weights in part.matrices()]
-    return sum(per_matrix / per_matrix.max() for per_matrix in ranges) * part.per_unit(moments.squares).sqrt()
+    ranges = [weights.amax(1).double() + weights.amin(1).double().abs() for weights in part.matrices()]
+    return sum(per_matrix / (per_matrix.max() or 1) for per_matrix in ranges) * part.per_unit(moments.squares).sqrt()
 
 
-def magnitude(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
+def magnitude(part: Part, moments: Moments, _generator: Generator) -> Tensor:
     """The l2 norm of all the weights of a unit."""
-    return sum(weights.double().square().sum(1) for weights in part.matrices()).sqrt()
+    return sum(weights.norm(dim=1, dtype=moments.squares.dtype).square() for weights in part.matrices()).sqrt()
 
 
 def spectral(part: Part, _moments: Moments, _generator: Generator) -> Tensor:

@@ -319,7 +319,7 @@ def flops_of_walk(
         for name in IN_TURN:
             part = part_of(model, name, number)
             products = sum(2 * linear.weight.numel() for linear in part.linears)
-            cost[name, number] = products + (4 * part.width * length if name == "attention" else 0)
+            cost[name, number] = products + (4 * part.width * length if part.attends else 0)
     cost |= dict.fromkeys(gone, 0)
     layers = [cost["attention", number] + cost["mlp", number] for number in range(len(cost) // 2)]
     behind = [sum(layers[number:]) for number in range(len(layers))]

@@ -130,7 +130,7 @@ class ExpertRecorder:
         """Read the neurons of an expert."""
         recorder, location, count = self.recorder, f"mlp.{self.layer}", self.experts.count
         if recorder.silent:
-            activations = activations * recorder.silent[self.layer][expert].to(activations)
+            activations = activations * recorder.mask(self.layer, activations)[expert]
         values = activations.detach()
         if recorder.phase == "recompute":
             recorder.recomputed[f"{location}.{expert}"] = values

@@ -32,7 +32,12 @@ def positions_of(tokens: Tensor, first: int, seed: int, draw: int, device: torch
     uniforms = [
         torch.rand(tokens.shape[1], generator=generator(seed, draw, first + number)) for number in range(len(tokens))
     ]
-    return Positions(following.to(device), torch.cat(uniforms).to(device))
+    return Positions(_sent(following, device), _sent(torch.cat(uniforms), device))
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, without waiting for what a GPU still has to do."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def hidden_gradient(

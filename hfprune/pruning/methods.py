@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.models.units import DEPTH, STRUCTURES
+from hfprune.models.units import DEPTH, MIXED, STRUCTURES, check_depth_share
 from hfprune.pruning import order
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
@@ -40,6 +40,9 @@ class MethodRecipe(BaseModel):
     attention_share: float | None = Field(
         None, ge=0, le=1, description="of what mlp+attention removes; null: what one ranking of all units gives"
     )
+    depth_share: float | None = Field(
+        None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
+    )
     ridge: float = Field(
         0.1, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
     )
@@ -48,6 +51,7 @@ class MethodRecipe(BaseModel):
     def _share(self) -> "MethodRecipe":
         if self.attention_share is not None and self.structure != "mlp+attention":
             raise ValueError(f"'attention_share' goes with structure mlp+attention, not {self.structure}")
+        check_depth_share(self.depth_share, self.structure)
         return self
 
     @model_validator(mode="after")
@@ -72,6 +76,11 @@ class MethodRecipe(BaseModel):
         return self.model_dump(exclude=unread, exclude_none=True)
 
     @property
+    def order_criterion(self) -> str:
+        """What orders whole sublayers and layers: next to neurons it is always measured."""
+        return "greedy_kl" if self.structure in MIXED else self.criterion
+
+    @property
     def needs(self) -> list[str]:
         """What running it takes, for people."""
         if self.structure in DEPTH:
@@ -81,9 +90,10 @@ class MethodRecipe(BaseModel):
             forward += 2 if light_cut else 1
             gradients = {CRITERIA[name].logit_gradient for name in names if _is_gradient(name)}
             backward += len(gradients)
+        order_first = self._needs_of_order[:1] if self.structure in MIXED else []
         scoring = [f"{forward} forward pass{'es' if forward > 1 else ''}"]
         scoring += [f"{backward} backward pass{'es' if backward > 1 else ''}"] if backward else []
-        needs = [f"scoring: {' and '.join(scoring)} over the calibration text"]
+        needs = [*order_first, f"scoring: {' and '.join(scoring)} over the calibration text"]
         if self.refit != "none":
             times = "2 forward passes" if self.refit in SEQUENTIAL else "1 forward pass"
             needs.append(f"refit: {times} over the same text, a layer at a time")
@@ -97,7 +107,7 @@ class MethodRecipe(BaseModel):
     @property
     def _needs_of_order(self) -> list[str]:
         needs = ["order: 1 forward pass over the calibration text"]
-        if self.criterion == "greedy_kl":
+        if self.order_criterion == "greedy_kl":
             needs = [
                 "order: for each removal, a forward pass over some of the text for every candidate, from its layer on"
             ]
@@ -166,13 +176,13 @@ def method_name(parts: Mapping[str, Any]) -> str:
     """What results call a cut that no experiment has named: the preset of that recipe, or a name made of its parts.
 
     Args:
-        parts: `criterion`, `structure`, `allocation`, `refit`; where it has them `ridge`, `attention_share`, `round_to`
-            and `pad`. Criteria and ways that are no longer known are taken as they are.
+        parts: `criterion`, `structure`, `allocation`, `refit`; where it has them `ridge`, `attention_share`,
+            `depth_share`, `round_to` and `pad`. Criteria and ways that are no longer known are taken as they are.
     """
     usual = {name: field.default for name, field in MethodRecipe.model_fields.items()}
     recipe = {name: parts[name] for name in ("criterion", "structure", "allocation", "refit")}
     recipe |= {"ridge": parts.get("ridge", usual["ridge"])} if recipe["refit"] in SOLVED else {}
-    recipe |= {name: parts[name] for name in ("attention_share",) if parts.get(name) is not None}
+    recipe |= {name: parts[name] for name in ("attention_share", "depth_share") if parts.get(name) is not None}
     known = [preset.name for preset in presets().values() if preset.recipe.read() == recipe]
     unusual = {name: value for name, value in recipe.items() if value != usual.get(name)}
     words = known or [value if isinstance(value, str) else f"{name} {value:g}" for name, value in unusual.items()]

@@ -65,6 +65,14 @@ def size_of(shape: Shape, step: Step) -> int:
     return sum(shape.sublayers[name][number] for name, number in step)
 
 
+def removed_by(shape: Shape, steps: Sequence[Step]) -> int:
+    """Parameters that go with all of these steps together."""
+    gone: dict[int, list[Sublayer]] = {}
+    for step in steps:
+        gone.setdefault(step[0][1], []).extend(step)
+    return sum(size_of(shape, tuple(sublayers)) for sublayers in gone.values())
+
+
 def best_steps(shape: Shape, order: Sequence[Step], remove: float) -> list[Step]:
     """The steps that a budget takes: those first in order that fit.
 

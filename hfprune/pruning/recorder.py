@@ -27,10 +27,10 @@ from hfprune.pruning.weight_recorder import WeightRecorder, reads_weights, sizes
 from hfprune.runtime.matmul import fast_products
 
 PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {  # (batch, length, units) products -> (units,) their sum
-    "absolute": lambda products: vector_norm(products, 1, dim=(0, 1)),
-    "square": lambda products: vector_norm(products, 2, dim=(0, 1)).double().square(),
-    "square_of_sum": lambda products: products.sum(1).square().sum(0),
-    "pairs": lambda products: products.flatten(0, 1).T @ products.flatten(0, 1),  # (units, units)
+    "absolute": lambda products: vector_norm(products, 1, dim=(0, 1), dtype=torch.float32),
+    "square": lambda products: vector_norm(products, 2, dim=(0, 1), dtype=torch.float32).double().square(),
+    "square_of_sum": lambda products: products.sum(1, dtype=torch.float32).square().sum(0),
+    "pairs": lambda products: (flat := products.flatten(0, 1).float()).T @ flat,  # (units, units)
 }
 SUM_NAME = re.compile(r"(\w+)(-\d+)?\.")  # of a criterion or a moment, and the number of a linear layer
 
@@ -249,7 +249,8 @@ class UnitRecorder:
         weights: bool = False,
     ) -> None:
         self.length = length
-        self.sums, self.moments, self.differentiate, self.silent = sums, moments, differentiate, silent
+        self.sums, self.moments, self.differentiate = sums, moments, differentiate
+        self.silent = silent and list(silent)
         self.recompute = recompute
         self.criteria: list[str] = []
         self.recomputed: dict[str, Tensor] = {}
@@ -285,7 +286,7 @@ class UnitRecorder:
             if self.phase == "dense":
                 return (activation,)
             if self.silent and kind == "mlp":
-                activation = activation * self.silent[layer].to(activation)
+                activation = activation * self.mask(layer, activation)
             if self.differentiate and not activation.requires_grad:  # layer 0: no layer before it needs a gradient
                 activation = activation.detach().requires_grad_()
             if self.phase == "scored":
@@ -299,8 +300,9 @@ class UnitRecorder:
     def _add_to_sums(self, location: str, part: Part, activation: Tensor) -> None:
         values = self.by_sequence(activation.detach())
         if "total" in self.moments:
-            self.sums.add(f"total.{location}", values.float().sum((0, 1)))
-            self.sums.add(f"squares.{location}", vector_norm(values.float(), dim=(0, 1)).double().square())
+            self.sums.add(f"total.{location}", values.sum((0, 1), dtype=torch.float32))
+            norms = vector_norm(values, dim=(0, 1), dtype=torch.float32)
+            self.sums.add(f"squares.{location}", norms.double().square())
         if "products" in self.moments:
             flat = values.flatten(0, 1).float()
             self.sums.add(f"products.{location}", flat.T @ flat)
@@ -309,7 +311,7 @@ class UnitRecorder:
 
         def add(gradient: Tensor) -> None:
             activations = self.recomputed.pop(location) if kept is None else kept
-            products = part.per_unit(self.by_sequence(gradient).float() * activations.float())
+            products = part.per_unit(times(self.by_sequence(gradient), activations))
             for name in self.criteria:
                 if not reads_weights(name):
                     self.sums.add(f"{name}.{location}", self.products(name, products))
@@ -319,13 +321,27 @@ class UnitRecorder:
 
     @staticmethod
     def products(criterion: str, products: Tensor) -> Tensor:
-        """(batch, length, units) products, summed as a gradient criterion has it, in float32 and float64."""
+        """(batch, length, units) products, summed as a gradient criterion has it: in float32 and float64."""
         with fast_products(products.device):  # whatever the model's gradients are
             return PRODUCTS[CRITERIA[criterion].products](products)
+
+    def mask(self, layer: int, like: Tensor) -> Tensor:
+        """0 for the silenced neurons of a layer and 1 for the others, in the type and on the device of `like`."""
+        self.silent[layer] = self.silent[layer].to(like)  # once: each copy to a GPU would wait for all it has to do
+        return self.silent[layer]
 
     def by_sequence(self, values: Tensor) -> Tensor:
         """(batch, length, columns); OPT's MLP sees the tokens of all sequences in a row."""
         return values if values.ndim == 3 else values.unflatten(0, (-1, self.length))
+
+
+def times(gradient: Tensor, activations: Tensor) -> Tensor:
+    """Their elementwise product: in bfloat16 if both are, or else in float32, since float16 could overflow.
+
+    A gradient in bfloat16 is rounded as much itself, and copies in float32 would be most of what scoring reads and
+    writes on a GPU beside the model.
+    """
+    return gradient * activations if gradient.dtype == torch.bfloat16 else gradient.float() * activations
 
 
 class Phase:

@@ -28,6 +28,9 @@ Some families norm what a block writes, or multiply it by m, before it is added.
 same, and right to first order: an RMS norm divides a token's error by the RMS of its output, so tokens are weighted by
 1 / RMS(W h)^2, and the drift is carried back through norm and m (`Space`).
 
+Inside experts (`least_squares`), each expert is a part of its own, whose tokens are those that are sent to it. A token
+counts with the square of its weight, by which what the expert writes is multiplied.
+
 Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. The weights of one
 layer are needed at a time, and the hidden states of the calibration tokens at one place (with `sequential` also the
 dense model's, and the activations of one part), see `Streams`; and G and C of one part.
@@ -35,8 +38,8 @@ dense model's, and the activations of one part), see `Streams`; and G and C of o
 
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,14 +52,15 @@ from hfprune.errors import UserError
 from hfprune.models.families import layout_of
 from hfprune.models.layout import Layout
 from hfprune.models.loading import flops_per_token
+from hfprune.models.mixtures import Experts, all_experts, experts_in
 from hfprune.models.run_part import Passed, factor, run_part, written
 from hfprune.models.streamed import device_of, in_memory, is_streamed
 from hfprune.models.units import IN_TURN, PARTS, UNITS, Kept, Part, layers_of, matrix, part_of, parts
-from hfprune.models.walk import enter, entrance, layers_in_turn
+from hfprune.models.walk import enter, entrance, layers_in_turn, run_layer
 from hfprune.pruning.budget import NO_REFIT
 from hfprune.pruning.greedy import others, swapped
 from hfprune.pruning.part_training import train_part, training_flops
-from hfprune.pruning.refit_names import SEQUENTIAL
+from hfprune.pruning.refit_names import IN_EXPERTS, SEQUENTIAL
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.scratch import Scratch
@@ -86,7 +90,8 @@ def refit(
         model: the intact model, in memory or streamed.
         kept: for each part, the int64 indices of the units to keep, per layer. `local_search` replaces those of MLPs.
         tokens: (sequences, length) int64 calibration tokens.
-        method: "bias", "least_squares", "sequential", "trained" or "local_search".
+        method: "bias", "least_squares", "sequential", "trained" or "local_search"; for neurons inside experts
+            "least_squares" alone.
         ridge: at least 0; not used by `bias`.
         folder: for hidden states that do not fit into memory; by default the system's temporary folder.
         finished: called with the number of each layer when it is refitted. The weights of a streamed model are in
@@ -99,10 +104,12 @@ def refit(
 
     Raises:
         UserError: `bias` where an output layer has none; a layer's system cannot be solved; the disk is too small; the
-            model is a mixture of experts.
+            model is a mixture of experts, of which something else is cut than neurons, or with another method.
     """
     if layout_of(model).mixture:
-        raise UserError(NO_REFIT.format(refit=method))
+        if (set(kept), method) != ({"mlp"}, IN_EXPERTS):
+            raise UserError(NO_REFIT.format(refit=method))
+        return _refit_inside_experts(model, kept["mlp"], tokens, ridge, folder, finished, what)
     for name in kept:
         if method == "bias" and any(part.output.bias is None for part in parts(model, name)):
             where = {"mlp": "the MLPs", "attention": "the attention blocks"}[name]
@@ -137,7 +144,7 @@ def refit(
                         states, entering = stored.to(device), read[i].to(device)
                         passed = run_part(*how, entering)
                         if sequential:
-                            dense = streams.dense[i].to(device)
+                            dense = streams.dense[i].to(device).float()  # the drift may be less than their rounding
                             dense = dense + run_part(*how, dense_read[i].to(device)).written
                             streams.dense[i].copy_(dense)
                         else:
@@ -147,9 +154,9 @@ def refit(
                             continue
                         carried = streams.carried[i].to(device).float() if carrying else None
                         if sequential:
-                            ahead = states + passed.written  # where this part, and those gone before it, lose nothing
-                            ahead = ahead.float() if carried is None else ahead + carried
-                            drift = DRIFT * (dense.float() - ahead)
+                            ahead = states.float() + passed.written  # where this part loses nothing,
+                            ahead = ahead if carried is None else ahead + carried  # and those gone before it
+                            drift = DRIFT * (dense - ahead)
                             drift = drift if carried is None else drift + carried
                             repair.add(passed, drift)
                             seen[i].copy_(passed.activations)
@@ -163,7 +170,7 @@ def refit(
                     if (repair.lossy or carrying) and method == "bias":
                         repair.shift()
                     elif repair.lossy or carrying or sequential:
-                        repair.solve(ridge)
+                        repair.skip() if repair.idle else repair.solve(ridge)
                         if searches:
                             kept[name][number] = repair.kept.cpu()
                         flops += repair.flops
@@ -197,9 +204,85 @@ def refit(
     return details | {"ridge": ridge, "starved_layers": sorted(starved)}
 
 
+def _refit_inside_experts(
+    model: PreTrainedModel,
+    kept: list[Tensor],
+    tokens: Tensor,
+    ridge: float,
+    folder: Path | None,
+    finished: Callable[[int], None],
+    what: str,
+) -> dict[str, Any]:
+    """`refit` of neurons inside experts; `kept` has (experts, kept) for each layer.
+
+    An expert to which no token is sent loses its neurons without a repair.
+    """
+    flops, starved = tokens.numel() * flops_per_token(model, tokens.shape[1]), set()
+    layout, layers, device = layout_of(model), layers_of(model), device_of(model)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        streams = Streams(model, tokens, False, layout.parallel, Path(place))
+        for number in layers_in_turn(model, what):
+            experts, layer, repairs = experts_in(model, number), layers[number], []
+            if experts:
+                space = Space(layout, model.config, layer, "mlp")
+                repairs = [
+                    Repair(experts.neurons_of(expert), units, "mlp", number, space)
+                    for expert, units in enumerate(kept[number])
+                ]
+            with fast_products(device), _adding_routed(experts, repairs):
+                for stored in streams.states:
+                    stored.copy_(run_layer(layer, stored.to(device), streams.arguments[number]))
+            for repair in repairs:
+                if repair.lossy and repair.tokens and not repair.idle:
+                    repair.solve(ridge)
+                    flops += repair.flops
+                else:
+                    repair.silence()
+                if repair.tokens < len(repair.kept):
+                    starved.add(number)
+            finished(number)
+    if starved:
+        print(
+            f"refit {IN_EXPERTS!r}: in layers {', '.join(map(str, sorted(starved)))} some experts read fewer "
+            "calibration tokens than they keep neurons. `ridge` decides what the tokens do not determine. Use more "
+            "samples.",
+            file=sys.stderr,
+        )
+    return {"refit_tokens": tokens.numel(), "refit_flops": flops, "ridge": ridge, "starved_layers": sorted(starved)}
+
+
+@contextmanager
+def _adding_routed(experts: Experts | None, repairs: list["Repair"]) -> Iterator[None]:
+    """A context in which every expert's repair adds the tokens that are sent to it."""
+    if not experts:
+        yield
+        return
+
+    def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        states, chosen, weights = inputs
+        for expert, repair in enumerate(repairs):
+            routed, places = (chosen == expert).nonzero(as_tuple=True)
+            if len(routed):
+                weighted = experts.activations(expert, states[routed]).float() * weights[routed, places, None]
+                repair.add(Passed(weighted, weighted, weighted))  # no norm follows: the output is not read
+
+    hook = experts.experts.register_forward_pre_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def flops_of_refit(model: PreTrainedModel, kept: Kept, tokens: tuple[int, int], method: str) -> int:
     """Floating-point operations of `refit` over (sequences, length) tokens. The model's shapes are enough."""
     sequential, count = method in SEQUENTIAL, tokens[0] * tokens[1]
+    if layout_of(model).mixture:
+        flops = count * flops_per_token(model, tokens[1])
+        for experts in all_experts(model):
+            width, hidden = kept["mlp"][-1].shape[-1], experts.router.weight.shape[1]
+            routed = count * experts.chosen // experts.count
+            flops += experts.count * flops_of_solution(routed, width, hidden)
+        return flops
     flops, carrying = count * flops_per_token(model, tokens[1]) * (1 + sequential), False
     for number in range(len(layers_of(model))):
         for name in IN_TURN:
@@ -407,7 +490,20 @@ class Repair:
         """Repair the mean of the loss, with the bias."""
         bias = self.part.output.bias
         bias += (self.lost / self.weight).to(bias.dtype)
-        self._silence()
+        self.silence()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no unit writes anything at any token, so that none can make up for anything."""
+        return not self.gram.diagonal().any()
+
+    def skip(self) -> None:
+        """Leave the weights that stay as they are, and say so."""
+        print(
+            f"layer {self.layer}, {self.name}: not refitted: all activations of its {UNITS[self.name]} are zero",
+            file=sys.stderr,
+        )
+        self.silence()
 
     def solve(self, ridge: float) -> None:
         """Repair the loss, with the weights that stay. Solved in float64.
@@ -427,9 +523,10 @@ class Repair:
         weight = matrix(self.part.output)
         correction = torch.cholesky_solve(self.cross.T, factor).T
         weight[:, self.kept] = (weight[:, self.kept] + correction).to(weight.dtype)
-        self._silence()
+        self.silence()
 
-    def _silence(self) -> None:
+    def silence(self) -> None:
+        """Set the columns of the removed units to 0."""
         matrix(self.part.output)[:, self.removed] = 0
 
 
@@ -446,6 +543,11 @@ class LocalSearch(Repair):
         columns, hidden = self.part.units, matrix(self.part.output).shape[0]
         sums = 2 * self.tokens * (columns - len(self.kept)) * (columns + len(self.kept) + hidden)
         return super().flops + sums + self.rounds * 4 * len(self.kept) ** 3
+
+    def skip(self) -> None:
+        """As of the refit; the neurons with the best scores stay."""
+        self.kept, self.removed = self.start, others(self.start, self.part.units)
+        super().skip()
 
     def solve(self, ridge: float) -> None:
         """Choose, and repair the loss with the weights that stay."""

@@ -3,4 +3,5 @@
 SEQUENTIAL = ("sequential", "trained", "local_search")  # parts see what is cut and refitted below them
 SOLVED = ("least_squares", *SEQUENTIAL)  # they solve for weights, near the old ones by `ridge`
 REFITS = ("none", "bias", *SOLVED)
+IN_EXPERTS = "least_squares"  # the one that goes with neurons inside experts
 IN_DEPTH = ("least_squares", "sequential")  # those that go with whole sublayers and layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
-from hfprune.models.activations import checkpointed, is_short
+from hfprune.models.activations import checkpointed, graph_bytes, is_short
 from hfprune.models.head import head_of
 from hfprune.models.loading import (
     final_hidden,
@@ -27,6 +28,7 @@ from hfprune.models.loading import (
     weights_in_memory,
 )
 from hfprune.models.mixtures import ExpertNeurons, WholeExperts
+from hfprune.models.norms import fused_norms
 from hfprune.models.streamed import device_of, is_streamed, memory_of
 from hfprune.models.units import AnyPart, Part, Scores, kinds_of, layers_of, parts, read_scores
 from hfprune.pruning import layerwise
@@ -44,11 +46,13 @@ from hfprune.pruning.head import LogitGradient, generator
 from hfprune.pruning.recorder import CalibrationPass, Sums, UnitRecorder, flops_of_sums, moments_of, names_of_sums
 from hfprune.pruning.weight_recorder import reads_weights, sum_name
 from hfprune.runtime.matmul import fast_products, product_dtype
+from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.progress import progress
 from hfprune.runtime.signals import Stopped, sigterm_deferred
 from hfprune.store.filenames import RESUME, SCORES, SUMS
 
-TOKENS_PER_BATCH = 1024
+TOKENS_PER_BATCH = 1024  # on a CPU, and in a unit of which shards hold whole numbers
+TOKENS_ON_GPU, TOKENS_STREAMED = 32768, 4096  # at most, on a GPU
 SECONDS_BETWEEN_SAVES = 120
 
 
@@ -165,7 +169,7 @@ def merge(
 
 def shard_range(samples: int, length: int, shard: int, shards: int) -> range:
     """The sequences of one shard. Whole batches if there are enough, so that the sums equal those of a single job."""
-    unit = _batch_size(length)
+    unit = _batch_size(length, TOKENS_PER_BATCH)
     if -(-samples // unit) < shards:
         unit = 1
     units = -(-samples // unit)
@@ -197,7 +201,7 @@ def unit_scores(
         draws: labels per position for sampled criteria.
         light_cut: (neurons,) scores per layer. The lowest `LIGHT_CUT` of the MLPs' neurons are silenced and score 0.
             The intact model then runs as well, which costs one more forward pass.
-        batch: sequences per batch; by default `TOKENS_PER_BATCH` tokens. It does not change the scores.
+        batch: sequences per batch; by default see `tokens_per_batch`. It does not change the scores.
         resume: folder for partial sums, which are saved every few minutes and read at the start.
         products: see `matmul.product_dtype`. bfloat16 changes the scores a little, not the sums' precision.
 
@@ -205,7 +209,7 @@ def unit_scores(
         The scores by criterion, on the CPU.
 
     Raises:
-        UserError: a layer's scores are not finite, or all zero, or nothing reached it.
+        UserError: a layer's scores are not finite, or nothing reached it, or the scores of all layers are zero.
     """
     sums = add_up(model, tokens, criteria, seed, draws, light_cut, resume, batch=batch, products=products)
     return {name: finish(name, sums, tokens.numel(), seed, draws, model) for name in criteria}
@@ -218,8 +222,11 @@ def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreT
         for layer, scores in enumerate(layers):
             if not scores.isfinite().all():
                 raise UserError(f"layer {layer}: scores by {name} are not finite; compute in float32 or bfloat16.")
-            if scores.numel() and not scores.any():
-                raise UserError(f"layer {layer}, {kind}: all scores by {name} are zero: nothing reached it.")
+        zero = [layer for layer, scores in enumerate(layers) if scores.numel() and not scores.any()]
+        if zero and len(zero) == sum(scores.numel() > 0 for scores in layers):
+            raise UserError(f"{kind}: all scores by {name} are zero, in all layers: they rank nothing.")
+        for layer in zero:  # it may well write nothing
+            print(f"layer {layer}, {kind}: all scores by {name} are zero: its units go first", file=sys.stderr)
     return by_part
 
 
@@ -311,7 +318,7 @@ def add_up(
         _backward_passes(criteria, draws),
         moments_of(criteria),
         silenced(light_cut) if light_cut else None,
-        batch or _batch_size(tokens.shape[1]),
+        batch or _batch_size(tokens.shape[1], tokens_per_batch(model)),
         product_dtype(products, model.dtype, device_of(model)),
     )
     if not share:
@@ -337,13 +344,15 @@ def _add_up_resident(model: PreTrainedModel, one_pass: CalibrationPass, resume: 
     size, passes, length = one_pass.batch, one_pass.passes, one_pass.tokens.shape[1]
     recompute = bool(passes) and is_short(model, size * length)
     recorder = UnitRecorder(sums, length, one_pass.moments, bool(passes), one_pass.silent, recompute, one_pass.weights)
-    remaining = one_pass.tokens[sums.sequences :]
+    remaining = one_pass.tokens[sums.sequences :].to(model.device)
     saved = time.monotonic()
     with ExitStack() as stack:
         for layer in range(len(layers_of(model))):
             stack.enter_context(recorder.attached(layer, model))
         head = stack.enter_context(head_of(model)).to(one_pass.products)
         stack.enter_context(fast_products(model.device, one_pass.products))
+        if model.device.type == "cuda":
+            stack.enter_context(fused_norms(model))
         if recompute:
             print("memory is short: the backward pass computes each layer a second time", flush=True)
             stack.enter_context(checkpointed(model, lambda: recorder.in_phase("recompute")))
@@ -382,8 +391,22 @@ def silenced(scores: list[Tensor]) -> list[Tensor]:
     return masks
 
 
-def _batch_size(length: int) -> int:
-    return max(1, TOKENS_PER_BATCH // length)
+def tokens_per_batch(model: PreTrainedModel) -> int:
+    """Tokens that pass the model, or a layer of a streamed one, at once.
+
+    A CPU is no faster with more than `TOKENS_PER_BATCH`. A GPU is, so it takes as many as half of its free memory
+    holds. Those of a mixture of experts, and "eager" attention, need more than is known here.
+    """
+    device, eager = device_of(model), model.config._attn_implementation == "eager"
+    if device.type == "cpu" or eager or "experts" in kinds_of(model):
+        return TOKENS_PER_BATCH
+    of_token = graph_bytes(model, 1) // (len(layers_of(model)) if is_streamed(model) else 1)
+    most = TOKENS_STREAMED if is_streamed(model) else TOKENS_ON_GPU
+    return min(most, max(TOKENS_PER_BATCH, free_bytes(device) // 2 // of_token))
+
+
+def _batch_size(length: int, count: int) -> int:
+    return max(1, count // length)
 
 
 def _model_and_tokens(model: Path, text: Path, samples: int, length: int, seed: int, dtype: str, memory: str):

@@ -26,6 +26,7 @@ from hfprune.models.modeling_per_layer import count_heads, write_nothing
 from hfprune.models.streamed import device_of, in_turn, memory_of
 from hfprune.models.units import (
     DEPTH,
+    MIXED,
     PARTS,
     AnyPart,
     Kept,
@@ -38,7 +39,7 @@ from hfprune.models.units import (
     read_scores,
 )
 from hfprune.pruning.allocation import ALLOCATIONS, allocate
-from hfprune.pruning.budget import Budget, refuse_method, shape_of, units_to_keep
+from hfprune.pruning.budget import Budget, Shape, refuse_method, shape_of, units_to_keep
 from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.order import best_steps, kept_without, read_order
 from hfprune.pruning.refit import refit as refit_kept
@@ -52,7 +53,7 @@ def prune(
     folder: Path, model: Path, scores: Path, text: Path | None, source: Mapping[str, Any],
     calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None,
     round_to: int | None, structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float,
-    pad: bool, dtype: str, memory: str = "auto",
+    pad: bool, dtype: str, memory: str = "auto", depth_share: float | None = None, order: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
@@ -65,7 +66,7 @@ def prune(
         text: folder of the text that the scores were made on; only a refit and some allocations read it.
         source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
-        ratio, ratio_of, target_parameters, attention_share: the budget, see `budget.units_to_keep`.
+        ratio, ratio_of, target_parameters, attention_share, depth_share: the budget, see `budget.units_to_keep`.
         round_to: every MLP keeps a multiple of so many neurons; None for `budget.default_step`.
         structure: a name in `structures.STRUCTURES`.
         allocation: a name in `allocation.ALLOCATIONS`.
@@ -74,6 +75,7 @@ def prune(
         pad: make layers of several widths as wide as the widest with zeros, see `checkpoint.pad`.
         dtype: of the checkpoint written.
         memory: "resident", "streamed" or "auto", see `loading.load_model`.
+        order: with `units.MIXED`, folder of the order in which sublayers or layers go; None else.
 
     Raises:
         UserError: the budget cannot be met, the model cannot be refitted, or the checkpoint does not reload as it was
@@ -84,9 +86,11 @@ def prune(
     ranked = None if structure in DEPTH else read_scores(scores / SCORES)
     shape = shape_of(network)
     refuse_method(shape, structure, calibration["criterion"], refit)
+    in_order = read_order((order or scores) / ORDER)[0] if order or not ranked else None
     budget = units_to_keep(
-        shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked
-    )
+        shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked,
+        depth_share, in_order,
+    )  # fmt: skip
     measure, tokens, influence, further = ALLOCATIONS[allocation].influence, None, None, {}
     if measure or refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
@@ -96,13 +100,14 @@ def prune(
             influence = layer_influence(network, tokens, measure, folder)
         flops = tokens.numel() * flops_per_token(network, tokens.shape[1])
         further = {"influence": influence.tolist(), "allocation_flops": flops}
-    if ranked:
+    if structure in MIXED:
+        kept = without_and_narrower(shape, budget, ranked, allocation, influence)
+    elif ranked:
         kept = best_units(budget, ranked, allocation, influence)
     else:
-        steps_to_go, _ = read_order(scores / ORDER)
-        kept = kept_without(shape.units, best_steps(shape, steps_to_go, budget.share * shape.total))
+        kept = kept_without(shape.units, best_steps(shape, in_order, budget.share * shape.total))
     units_before = {
-        name: sum(layer.numel() for layer in ranked[name]) if ranked else sum(shape.units[name]) for name in kept
+        name: sum(layer.numel() for layer in ranked[name]) if shape.mixture else sum(shape.units[name]) for name in kept
     }
     units_after = {name: sum(layer.numel() for layer in layers) for name, layers in kept.items()}
     network.config.tie_word_embeddings = checkpoint.is_tied(network)
@@ -138,6 +143,7 @@ def prune(
     report = {
         **details,
         "attention_share": attention_share,
+        "depth_share": depth_share,
         "round_to": budget.round_to,
         "criterion": calibration["criterion"],
         "calibration": dict(calibration),
@@ -214,6 +220,19 @@ def best_units(budget: Budget, scores: Scores, allocation: str, influence: Tenso
             first = torch.arange(groups)[:, None]
             units = [(each + first * layer.shape[1]).flatten() for each, layer in zip(units, layers, strict=True)]
         kept[name] = units
+    return kept
+
+
+def without_and_narrower(
+    shape: Shape, budget: Budget, scores: Scores, allocation: str, influence: Tensor | None = None
+) -> Kept:
+    """The units to keep where some sublayers or layers go, and neurons of the MLPs that stay; see `best_units`."""
+    kept = kept_without(shape.units, budget.gone)
+    staying = [number for number, units in enumerate(kept["mlp"]) if len(units)]
+    of_these = None if influence is None else influence[staying]
+    narrower = best_units(budget, {"mlp": [scores["mlp"][number] for number in staying]}, allocation, of_these)["mlp"]
+    for number, units in zip(staying, narrower, strict=True):
+        kept["mlp"][number] = units
     return kept
 
 

@@ -52,9 +52,9 @@ STATE = "trainer_state.json"  # the file of a checkpoint that the Trainer writes
 
 def recover(
     folder: Path, model: Path, text: Path, teacher: Path | None, about: dict[str, Any], method: str, loss: str,
-    epochs: int, length: int, batch_tokens: int, micro_batch: int, learning_rate: float, weight_decay: float,
-    rank: int, alpha: int, dropout: float, targets: Sequence[str], keep_adapter: bool, seed: int, save_steps: int,
-    report_to: str, dtype: str,
+    start: str, epochs: int, length: int, batch_tokens: int, micro_batch: int, learning_rate: float,
+    weight_decay: float, rank: int, alpha: int, dropout: float, targets: Sequence[str], keep_adapter: bool, seed: int,
+    save_steps: int, report_to: str, dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `recover`: train the checkpoint in `model`, and write the trained checkpoint into `folder`.
 
@@ -70,6 +70,7 @@ def recover(
         about: facts on the text and the model's source, for `recovery.json`.
         method: a name in `METHODS`.
         loss: "cross_entropy", or "distillation": KL(teacher || student) over the whole vocabulary.
+        start: "weights": those of the checkpoint; or "random": those that a new model of its class begins with.
         epochs, length, seed: see `packing.Packed`.
         batch_tokens: tokens in one step, over all processes: `batch_tokens` / `length` rows.
         micro_batch: rows that a process computes at a time.
@@ -102,7 +103,9 @@ def recover(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     per_step = _rows_per_step(rows, batch_tokens, micro_batch, processes)
     per_token = flops_per_token(network, length)
-    set_seed(seed)  # of the adapters' first weights
+    set_seed(seed)  # of the adapters' first weights, and of random ones
+    if start == "random":
+        network.load_state_dict(type(network)(network.config).state_dict())
     lora_settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
     trained, finish = METHODS[method](network, base=model.name, **lora_settings)
     work = folder / RESUME
@@ -188,8 +191,8 @@ def recover(
         "last_loss": history[-1]["loss"],
     }
     report = details | about | {
-        "epochs": epochs, "length": length, "batch_tokens": batch_tokens, "learning_rate": learning_rate,
-        "processes": processes, "reload": checkpoint.prove(folder, expected),
+        "start": start, "epochs": epochs, "length": length, "batch_tokens": batch_tokens,
+        "learning_rate": learning_rate, "processes": processes, "reload": checkpoint.prove(folder, expected),
         BEFORE: since_the_last_cut(steps(model)),
     }  # fmt: skip
     (folder / RECOVERY).write_text(json.dumps(report) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """The figures, in one style: drawn from `metrics.csv`, scores, widths and training curves."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from textwrap import fill
@@ -18,6 +19,7 @@ from scipy.stats import rankdata, spearmanr
 
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
+from hfprune.reporting import findings
 from hfprune.reporting.agreement import KEPT, between_criteria, layers
 from hfprune.reporting.deployment import by_file
 from hfprune.reporting.labels import name_of, spread
@@ -56,72 +58,87 @@ PAIR = ("entropy", "cross_entropy")  # the paper argues for the first over the s
 NO_DATE = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
+Figures = Mapping[str, tuple[Callable[[], Figure], str]]  # by name: what draws it, and what it shows
+
+
 def draw(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw KL and, of what was measured, accuracy and KL before and after training into `folder`; the files' paths."""
-    figures = {"kl": lambda: kl(metrics)}
-    if len(before_and_after(metrics).groupby("recovery").filter(lambda cuts: len(cuts) >= FEWEST_RANKED)):
-        figures["before_after"] = lambda: after_against_before(metrics)
+    models = findings.named_models(metrics)
+    told = [findings.fidelity(models), findings.training(models)]
+    figures = {"kl": (lambda: kl(metrics), " ".join(filter(None, told)))}
+    pairs = before_and_after(metrics)
+    if len(pairs.groupby("recovery").filter(lambda cuts: len(cuts) >= FEWEST_RANKED)):
+        figures["before_after"] = lambda: after_against_before(metrics), findings.before_after(pairs)
     if (metrics["group"] == "task").any():
-        figures["accuracy"] = lambda: accuracy(metrics)
+        figures["accuracy"] = lambda: accuracy(metrics), findings.accuracy(models)
     return _save(figures, folder)
 
 
 def draw_headline(metrics: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw KL of models before any training into `folder`; the files' paths."""
-    return _save({"headline": lambda: kl(metrics)}, folder)
+    finding = findings.fidelity(findings.named_models(metrics))
+    return _save({"headline": (lambda: kl(metrics), finding)}, folder)
 
 
 def draw_scores(scores: list[Artifact], agreements: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the scores and, if there are several, their agreement into `folder`; the files' paths."""
-    figures = {"importance": lambda: importance(scores)}
-    first = _first_of_each(scores)
-    if set(PAIR) <= set(first):
-        figures["entropy_cross_entropy"] = lambda: against_each_other(*(layers(first[name]) for name in PAIR))
+    by_criterion = {criterion: layers(artifact) for criterion, artifact in _first_of_each(scores).items()}
+    figures: dict = {"importance": (lambda: importance(scores), findings.importance(by_criterion))}
+    if set(PAIR) <= set(by_criterion):
+        pair = [by_criterion[name] for name in PAIR]
+        correlations = {layer: spearmanr(*(scores[layer] for scores in pair)).statistic for layer in _drawn(pair[0])}
+        figures["entropy_cross_entropy"] = lambda: against_each_other(*pair), findings.ranks(correlations)
     if len(scores) > 1:
-        figures["agreement"] = lambda: agreement(agreements)
+        figures["agreement"] = lambda: agreement(agreements), findings.agreement(agreements)
     return _save(figures, folder)
 
 
 def draw_pareto(metrics: pd.DataFrame, timings: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw quality against speed and cost into `folder`; the files' paths."""
-    return _save({"pareto": lambda: pareto(metrics, timings)}, folder)
+    quality = with_sizes(_quality(metrics)[0], metrics)
+    finding = findings.speed(quality, timed(quality, timings[timings["metric"] == "prefill_seconds"]))
+    return _save({"pareto": (lambda: pareto(metrics, timings), finding)}, folder)
 
 
 def draw_leaderboard(board: pd.DataFrame, speed: str, distance: str, folder: Path) -> list[Path]:
     """Draw a `leaderboard.board` into `folder`; the files' paths. Arguments: see `leaderboard`."""
-    return _save({"leaderboard": lambda: leaderboard(board, speed, distance)}, folder)
+    finding = findings.best_of_board(board, distance)
+    return _save({"leaderboard": (lambda: leaderboard(board, speed, distance), finding)}, folder)
 
 
 def draw_widths(widths: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the width of every layer into `folder`; the files' paths."""
-    return _save({"widths": lambda: kept_widths(widths)}, folder)
+    return _save({"widths": (lambda: kept_widths(widths), findings.widths(widths))}, folder)
 
 
 def draw_losses(curves: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw the loss curves of recovery into `folder`; the files' paths."""
-    return _save({"losses": lambda: losses(curves)}, folder)
+    return _save({"losses": (lambda: losses(curves), findings.losses(curves))}, folder)
 
 
 def draw_deployment(files: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw fidelity against size and speed of GGUF files into `folder`; the files' paths."""
-    return _save({"deploy": lambda: deployment(files)}, folder)
+    return _save({"deploy": (lambda: deployment(files), findings.files(files))}, folder)
 
 
 def draw_profile(bins: pd.DataFrame, folder: Path) -> list[Path]:
     """Draw where models differ from the dense one into `folder`; the files' paths."""
-    return _save({"fidelity_profile": lambda: fidelity_profile(bins)}, folder)
+    return _save({"fidelity_profile": (lambda: fidelity_profile(bins), findings.profile(bins))}, folder)
 
 
-def _save(figures: dict[str, Callable[[], Figure]], folder: Path) -> list[Path]:
+def _save(figures: Figures, folder: Path) -> list[Path]:
+    """Write each figure as png, pdf and svg, and what it shows as txt: the first sentences of its caption."""
     paths = []
     with plt.rc_context(STYLE):
-        for name, make in figures.items():
+        for name, (make, finding) in figures.items():
             figure = make()
             for suffix, metadata in NO_DATE.items():
                 path = folder / f"{name}.{suffix}"
                 figure.savefig(path, metadata=metadata)
                 paths.append(path)
             plt.close(figure)
+            paths.append(folder / f"{name}.txt")
+            paths[-1].write_text(f"{finding}\n", encoding="utf-8")
     return paths
 
 
@@ -385,7 +402,7 @@ def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure
     Args:
         one, other: (neurons,) scores per layer, by the criteria of `PAIR`.
     """
-    drawn = dict.fromkeys([0, len(one) // 2, len(one) - 1])
+    drawn = _drawn(one)
     figure, axes = plt.subplots(
         1,
         len(drawn),
@@ -405,6 +422,11 @@ def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure
     figure.supxlabel("Rank by entropy (%)")
     axes[0, 0].set_ylabel("Rank by cross-entropy (%)")
     return figure
+
+
+def _drawn(layers: Sequence[np.ndarray]) -> list[int]:
+    """The numbers of the first, the middle and the last layer, each once."""
+    return list(dict.fromkeys([0, len(layers) // 2, len(layers) - 1]))
 
 
 def kept_widths(widths: pd.DataFrame) -> Figure:
@@ -499,11 +521,7 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
         metrics: rows of metrics.csv.
         timings: see `paper_sheets.read_timings`.
     """
-    if len(accuracies := headline(metrics)):
-        quality, title, scale = mean_accuracy(accuracies), "Mean accuracy (%)", 100
-    else:
-        heldout = on_headline_text(metrics)
-        quality, title, scale = estimates(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+    quality, title, scale = _quality(metrics)
     quality = with_sizes(quality, metrics)
     prefill = timings[timings["metric"] == "prefill_seconds"]
     tokens = prefill["task"].iloc[0].split()[-1]
@@ -555,6 +573,14 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     return figure
 
 
+def _quality(metrics: pd.DataFrame) -> tuple[pd.DataFrame, str, float]:
+    """Mean accuracy of all models, or KL if there are no tasks; its title, and the scale that this is in."""
+    if len(accuracies := headline(metrics)):
+        return mean_accuracy(accuracies), "Mean accuracy (%)", 100
+    heldout = on_headline_text(metrics)
+    return estimates(heldout[heldout["metric"] == "kl"]), KL_LABEL, 1
+
+
 def deployment(files: pd.DataFrame) -> Figure:
     """KL of GGUF files against their size and their rate of decoding: a line for each model through its types.
 
@@ -595,10 +621,14 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
     cut = board[board["ratio"] > 0]
     sizes = list(cut.groupby("ratio"))
     height = max(2.5, 0.12 * max((len(rows) for _, rows in sizes), default=1) + 0.7)
+    columns = 1 if len(sizes) == 1 else 2
+    lines = math.ceil(len(sizes) / columns)
     figure, axes = plt.subplots(
-        len(sizes), 1, figsize=(COLUMN + 1, height * len(sizes)), squeeze=False, layout="constrained"
+        lines, columns, figsize=((COLUMN + 1) * columns, height * lines), squeeze=False, layout="constrained"
     )
-    for axis, (ratio, rows) in zip(axes.flat, sizes, strict=True):
+    for axis in axes.flat[len(sizes) :]:
+        axis.remove()
+    for axis, (ratio, rows) in zip(axes.flat, sizes, strict=False):
         known = rows[rows[speed].notna()]
         stock = (known["structure"] == "mlp") & (known["allocation"] == "uniform")
         for color, group, label in ((COLORS[0], stock, "stock class"), (COLORS[1], ~stock, "widths per layer")):
@@ -614,7 +644,7 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
             known.iterrows(), spread([(y - low) / (high - low) for y in np.log(known[distance])], gap), strict=True
         ):
             mark = "*" if row["best"] else NOT_WORSE if row["tied"] else ""
-            line = {"arrowstyle": "-", "lw": 0.3, "color": "0.6"}
+            line = {"arrowstyle": "-", "lw": 0.3, "color": "0.6", "relpos": (0, 0.5), "shrinkB": 0}
             axis.annotate(
                 f"{row['name']} {mark}", (row[speed], row[distance]), (1.06, place), textcoords="axes fraction",
                 fontsize=6, va="center", annotation_clip=False, arrowprops=line,
@@ -623,7 +653,7 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
         if len(known) < len(rows):
             title = fill(f"{title}; not timed: {'; '.join(rows[rows[speed].isna()]['name'])}", 60)
         axis.set_title(title, loc="left")
-    axes[-1, 0].set_xlabel(speed)
+        axis.set_xlabel(speed)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=7, loc="outside lower center", ncols=2)
     figure.supylabel(f"{distance}, nats per token")

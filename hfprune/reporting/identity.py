@@ -34,8 +34,8 @@ NO_NAMES = Names()
 def lineage(key: str, store: Store) -> list[dict[str, Any]]:
     """The manifests of a model and of its ancestors, the oldest first.
 
-    The first is that of a download. The others are of `prune`, each after that of its `score` or `order`, and of
-    `recover`.
+    The first is that of a download. The others are of `prune`, each after that of its `score` or `order` (after both,
+    if it has both, the order first), and of `recover`.
 
     Raises:
         UserError: the store lacks one of them.
@@ -44,8 +44,9 @@ def lineage(key: str, store: Store) -> list[dict[str, Any]]:
     manifest = store.manifest(stage, key)
     if stage == "model":
         return [manifest]
-    scores = [_scores(manifest["inputs"]["scores"], store)] if stage == "prune" else []
-    return [*lineage(manifest["inputs"]["model"], store), *scores, manifest]
+    inputs = manifest["inputs"]
+    ranked = [_scores(inputs[name], store) for name in ("order", "scores") if name in inputs and stage == "prune"]
+    return [*lineage(inputs["model"], store), *ranked, manifest]
 
 
 def _scores(key: str, store: Store) -> dict[str, Any]:

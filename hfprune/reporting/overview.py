@@ -14,17 +14,17 @@ import pandas as pd
 from jinja2 import Environment
 from markupsafe import Markup
 
+from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
-from hfprune.reporting import interactive
+from hfprune.reporting import findings, interactive
+from hfprune.reporting.findings import ACCURACY_CHANGE, KL, MEAN, listed, named_models, whole_name
 from hfprune.reporting.labels import name_of
 from hfprune.reporting.leaderboard import FIDELITY, PREFILL, SPEED_AND_COST, first_kl
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text
 from hfprune.reporting.statistics import MODEL, note, varying, with_ends
-from hfprune.reporting.summary import COST_NOTE, DIGITS, PARAMETERS, REMOVED, SCALES, cost, summary
+from hfprune.reporting.summary import COST_NOTE, DIGITS, PARAMETERS, REMOVED, SCALES, cost
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-KL, MEAN = "KL (nats/token)", "Mean"
-ACCURACY_CHANGE = "Change of mean accuracy (points)"
 MEASURES = {"kl": KL, "perplexity": "Perplexity", "top1_agreement": "Top-1 agreement", "accuracy": "Mean accuracy (%)"}
 SIZE = "Ratio (%)"
 MEASURES_FIRST = (KL, "Perplexity", "Top-1 agreement")  # of the columns of the models' table
@@ -58,8 +58,7 @@ class Results:
 
 def overview(results: Results) -> str:
     """The page."""
-    models = summary(results.metrics)
-    models["name"] = _names(models)
+    models = named_models(results.metrics)
     models[[REMOVED, PARAMETERS]] *= [SCALES[REMOVED], SCALES[PARAMETERS]]
     charts = _charts(results, models)
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -93,25 +92,14 @@ def _library() -> str:
     return vl_convert.javascript_bundle(vl_version=".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2]))
 
 
-def _names(models: pd.DataFrame) -> list[str]:
-    """The models' methods and trainings, without their sizes."""
-    differing = varying(models)
-    return [name_of(model, differing) for _, model in models.iterrows()]
-
-
-def _whole_name(model: Mapping[str, Any]) -> str:
-    """A model's name with its size."""
-    return model["name"] if model["method"] == DENSE else f"{model['name']}, {model['ratio']:.0%}"
-
-
 def _introduction(results: Results, models: pd.DataFrame) -> Iterator[str]:
     config = results.config
     cut = models[models["method"] != DENSE]
     methods, ratios = list(dict.fromkeys(cut["method"])), sorted(set(cut["ratio"]))
-    sizes = f"{_listed([f'{100 * ratio:.3g}' for ratio in ratios])} %"
+    sizes = f"{listed([f'{100 * ratio:.3g}' for ratio in ratios])} %"
     yield (
         f"{models['model'].iloc[0]} has {models[PARAMETERS].max():.1f} million parameters. This experiment removes "
-        f"{sizes} of them by {_listed(methods)}, and measures how far each smaller model is from the dense one."
+        f"{sizes} of them by {listed(methods)}, and measures how far each smaller model is from the dense one."
     )
     calibration, fidelity = config["calibration"], config["fidelity"]
     words = (
@@ -121,82 +109,40 @@ def _introduction(results: Results, models: pd.DataFrame) -> Iterator[str]:
     )
     tasks = [TASK_TITLES.get(name, name) for name in config["evaluation"].get("tasks", {})]
     limit = config["evaluation"].get("limit")
-    documents = f"{limit} documents each" if limit else "all their documents"
-    yield f"{words}; accuracy is zero-shot on {_listed(tasks)}, {documents}." if tasks else f"{words}."
+    documents = f"{limit} documents{' each' if len(tasks) > 1 else ''}" if limit else "all documents"
+    yield f"{words}; accuracy is zero-shot on {listed(tasks)}, {documents}." if tasks else f"{words}."
     trained = sorted(set(models["recovery"]) - {"none"})
     if trained:
         is_control = (models["method"] == DENSE) & (models["recovery"] != "none")
         control = " The dense model, trained alike, is the control." if is_control.any() else ""
-        yield f"Some were trained after the cut: {_listed(trained)}.{control}"
+        count = int((cut["recovery"] != "none").sum())
+        yield (
+            f"{count} of {len(cut)} smaller models {'was' if count == 1 else 'were'} trained after the cut: "
+            f"{listed(trained)}.{control}"
+        )
 
 
 def _findings(results: Results, models: pd.DataFrame) -> Iterator[str]:
     """What the figures say, a sentence each."""
-    yield kl_finding(models)
-    if (told := trained_finding(models)) is not None:
-        yield told
+    yield _finding(results, models)
+    if trained := findings.training(models):
+        yield trained
     if MEAN in models:
-        yield accuracy_finding(_from_dense(results, models))
+        yield findings.accuracy_changes(_from_dense(results, models))
 
 
-def kl_finding(models: pd.DataFrame) -> str:
-    """How far the cut models are from the dense one.
-
-    Args:
-        models: rows of `summary` with `name`.
-    """
-    cut = models[models["method"] != DENSE]
-    if (cut["stage"] == "pruned").any():  # an experiment may have trained all of them
-        cut = cut[cut["stage"] == "pruned"]
-    ratio = cut["ratio"].mode().iloc[-1]
-    ranked = cut[cut["ratio"] == ratio].sort_values(KL)
-    best, worst = ranked.iloc[0], ranked.iloc[-1]
-    if len(ranked) == 1:
-        line = cut[cut["name"] == best["name"]].sort_values("ratio")
-        values = _listed([f"{row[KL]:.2f} at {row['ratio']:.0%}" for _, row in line.iterrows()])
-        if len(line) > 1 and line[KL].is_monotonic_increasing:
-            return f"The more {best['name']} removes, the farther the model is from the dense one: KL {values}."
-        return f"{best['name']} leaves the model at a distance from the dense one: KL {values}."
-    return (
-        f"With {ratio:.0%} removed, {best['name']} stays nearest to the dense model (KL {best[KL]:.2f}), and "
-        f"{worst['name']} is farthest ({worst[KL]:.2f})."
-    )
-
-
-def trained_finding(models: pd.DataFrame) -> str | None:
-    """What training after the cut changes; None if no cut model was trained."""
-    cut = models[models["method"] != DENSE]
-    changes = []
-    for _, after in cut[cut["stage"] == "recovered"].iterrows():
-        alike = (cut["method"] == after["method"]) & (cut["ratio"] == after["ratio"])
-        before = cut[alike & (cut["stage"] == "pruned")]
-        changes += [
-            f"{after['recovery']} takes {_whole_name(model)} from KL {model[KL]:.2f} to {after[KL]:.2f}"
-            for _, model in before.head(1).iterrows()
-        ]
-    return f"Training after the cut: {_listed(changes[:3])}." if changes else None
-
-
-def accuracy_finding(changes: pd.DataFrame) -> str:
-    """Which models differ from the dense one in mean accuracy.
-
-    Args:
-        changes: see `_from_dense`.
-    """
-    held = changes[changes["distinguishable"]]
-    told = [f"{row['name']} ({row[ACCURACY_CHANGE]:+.1f} points)" for _, row in held.iterrows()]
-    if not told:
-        return f"Mean accuracy tells none of {len(changes)} models from the dense one: all intervals contain 0."
-    rest = len(changes) - len(told)
-    others = f" The other {rest} cannot be told from it." if rest else ""
-    return f"Mean accuracy differs from the dense model's for {_listed(told)}.{others}"
+def _finding(results: Results, models: pd.DataFrame) -> str:
+    """Who is nearest to the dense model: of a board at every size."""
+    if (board := results.board) is not None:
+        return findings.best_of_board(board, first_kl(board))
+    return findings.fidelity(models)
 
 
 def _from_dense(results: Results, models: pd.DataFrame) -> pd.DataFrame:
     """Paired differences of mean accuracy from the dense model, in points; the smallest cut first."""
     rows = results.differences
     rows = rows[(rows["metric"] == "accuracy") & (rows["task"] == "mean") & (rows["other_stage"] == "dense")].copy()
-    rows["name"] = [_whole_name({**row, "name": name_of(row, varying(models))}) for _, row in rows.iterrows()]
+    rows["name"] = [whole_name({**row, "name": name_of(row, varying(models))}) for _, row in rows.iterrows()]
     for column, end in zip(with_ends(ACCURACY_CHANGE), ("difference", "low", "high"), strict=True):
         rows[column] = 100 * rows[end]
     return rows.sort_values(["ratio", "stage"], kind="stable")
@@ -211,10 +157,12 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
 
     cut = models[models["method"] != DENSE]
     columns = ["name", REMOVED, *with_ends(KL)]
-    if cut["ratio"].nunique() > 1:
-        kl = interactive.lines(cut[columns], REMOVED, KL)
-    else:
+    if cut["ratio"].nunique() == 1:
         kl = interactive.rows(cut.sort_values(KL)[columns], KL, 0)
+    elif cut["name"].nunique() > interactive.MOST_NAMED:
+        kl = interactive.sizes(cut[columns].assign(**{SIZE: 100 * cut["ratio"]}), KL, SIZE)
+    else:
+        kl = interactive.lines(cut[columns], REMOVED, KL)
     if (board := results.board) is not None and board[PREFILL].notna().any():
         timed = board[(board["method"] != DENSE) & board[PREFILL].notna()]
         distance = first_kl(board)
@@ -222,10 +170,11 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
         points = timed[["name", *columns]].assign(**{SIZE: 100 * timed["ratio"]})
         caption = "Lower, and further left, is better. Models of one shape share a time."
         add("speed", "Distance against latency", caption, interactive.points(points, PREFILL, distance, SIZE))
-    finding = kl_finding(models)
+    finding = _finding(results, models)
     add("kl", "Distance from the dense model", f"{finding} Lower is better; bars are 95 % intervals.", kl)
     if MEAN in models and (changes := _from_dense(results, models))["distinguishable"].any():  # else it shows nothing
-        caption = f"{accuracy_finding(changes)} The same documents were asked of both models; bars are 95 % intervals."
+        finding = findings.accuracy_changes(changes)
+        caption = f"{finding} The same documents were asked of both models; bars are 95 % intervals."
         spec = interactive.rows(changes[["name", *with_ends(ACCURACY_CHANGE)]], ACCURACY_CHANGE, 0)
         add("accuracy", "Accuracy against the dense model", caption, spec)
     for part, widths in results.widths.groupby("part", sort=False):
@@ -233,20 +182,17 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
             name=[f"{model}, {ratio:.0%}" for model, ratio in zip(widths["model"], widths["ratio"], strict=True)],
             **{"Layer": widths["layer"], "Kept (%)": 100 * widths["kept"] / widths["dense"]},
         )[["name", "Layer", "Kept (%)"]]  # fmt: skip
-        spread = points.groupby("name")["Kept (%)"].agg(lambda kept: kept.max() - kept.min()).max()
-        shape = "Every layer keeps the same share." if spread < 1 else f"Layers differ by up to {spread:.0f} points."
-        unit = {"mlp": "neurons", "attention": "key-value groups"}.get(part, part)
-        spec = interactive.curves(points, "Layer", "Kept (%)", zero=False)
-        add(f"widths-{part}", f"Kept {unit} by layer", f"{shape} The first calibration seed.", spec)
+        if points["name"].nunique() > interactive.MOST_NAMED:
+            spec = interactive.heat(points, "Layer", "Kept (%)")
+        else:
+            spec = interactive.curves(points, "Layer", "Kept (%)", zero=False)
+        caption = f"{findings.widths(widths)} The first calibration seed."
+        add(f"widths-{part}", f"Kept {UNITS.get(part, part)} by layer", caption, spec)
     for loss, steps in results.losses.groupby("loss_name", sort=False) if results.losses is not None else ():
         title = LOSSES.get(loss, loss)
         points = steps.assign(name=steps["model"], **{"Tokens": steps["tokens"], title: steps["loss"]})
-        ends = [
-            f"{name} from {steps_of[title].iloc[0]:.2f} to {steps_of[title].iloc[-1]:.2f}"
-            for name, steps_of in points.groupby("name", sort=False)
-        ]
         spec = interactive.curves(points[["name", "Tokens", title]], "Tokens", title, zero=False)
-        add(f"losses-{loss}", "Loss while training", f"{_listed(ends[:4])}.", spec)
+        add(f"losses-{loss}", "Loss while training", findings.losses(steps), spec)
     return charts
 
 
@@ -275,10 +221,12 @@ def _text(value: str, link: str | None = None) -> tuple:
 
 def _models_table(models: pd.DataFrame) -> Table:
     measured = [column for column in models if f"{column} low" in models]
+    if len(measured) == len(MEASURES_FIRST) + 2:  # one task, which is its own mean
+        measured.remove(MEAN)
     values = [*MEASURES_FIRST, *(column for column in measured if column not in MEASURES_FIRST)]
     rows = []
     for place, (_, model) in enumerate(models.iterrows()):
-        cells = [_text(_whole_name(model), f"#model-{place}")]
+        cells = [_text(whole_name(model), f"#model-{place}")]
         cells += [_number(model[column], float("nan"), 0, 1) for column in (REMOVED, PARAMETERS)]
         for column in values:
             cells.append(_number(*model[with_ends(column)], DIGITS.get(column, 1), f"#model-{place}"))
@@ -308,7 +256,7 @@ def _cost_table(metrics: pd.DataFrame, models: pd.DataFrame) -> Table:
     columns = [name for name in costs if name not in (*MODEL, "seeds", REMOVED, PARAMETERS, *with_ends(KL))]
     rows = []
     for place, (_, model) in enumerate(costs.iterrows()):
-        cells = [_text(_whole_name(models.iloc[place]), f"#model-{place}"), _number(*model[with_ends(KL)], 3)]
+        cells = [_text(whole_name(models.iloc[place]), f"#model-{place}"), _number(*model[with_ends(KL)], 3)]
         rows.append([*cells, *(_number(model[column], float("nan"), 0, 1) for column in columns)])
     return Table(["Model", KL, *columns], rows)
 
@@ -328,7 +276,7 @@ def _differences_table(results: Results, models: pd.DataFrame) -> Table:
         held = compared[(compared["metric"] == metric) & compared["distinguishable"]]
         for _, row in held.sort_values("difference").iterrows():
             other = {name: row[f"other_{name}"] for name in MODEL if f"other_{name}" in row}
-            one, two = (_whole_name({**side, "name": name_of(side, differing)}) for side in (row, other))
+            one, two = (whole_name({**side, "name": name_of(side, differing)}) for side in (row, other))
             scale, digits = (100, 1) if metric == "accuracy" else (1, DIGITS.get(title, 2))
             value, low, high = (scale * row[end] for end in ("difference", "low", "high"))
             interval = f"{value:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})".replace("-", "\N{MINUS SIGN}")
@@ -362,7 +310,7 @@ def _chains(results: Results, models: pd.DataFrame) -> Iterator[dict[str, Any]]:
             for _, row in rows.iterrows()
         ]
         steps = [{"key": key, "stage": by_key[key]["stage"]} for key in behind]
-        yield {"id": f"model-{place}", "name": _whole_name(model), "steps": steps, "numbers": numbers}
+        yield {"id": f"model-{place}", "name": whole_name(model), "steps": steps, "numbers": numbers}
 
 
 def _add_sources(key: str, manifests: Mapping[str, Mapping[str, Any]], behind: dict[str, None]) -> None:
@@ -393,8 +341,3 @@ def _short(value: Any) -> str:
     """A parameter's value in few characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _listed(words: Sequence[str]) -> str:
-    """Words with commas, and `and` before the last."""
-    return ", ".join(words[:-1]) + f" and {words[-1]}" if len(words) > 1 else "".join(words)

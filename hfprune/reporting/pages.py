@@ -74,13 +74,14 @@ def page(title: str, caption: str, files: Sequence[Path]) -> str:
     Args:
         title: what it is.
         caption: what a reader must know to read it.
-        files: of one result: a figure (svg); a table (csv), shown as its Markdown if that is here too (md); or a text
-            (yaml).
+        files: of one result: a figure (svg), with what it shows (txt); a table (csv), shown as its Markdown if that is
+            here too (md); or a text (yaml).
 
     Raises:
         UserError: a file is of none of these kinds.
     """
     by_suffix = {file.suffix: file for file in files}
+    finding = by_suffix.pop(".txt", None) if ".svg" in by_suffix else None
     if unknown := set(by_suffix) - {".svg", ".csv", ".md", ".yaml"}:
         raise UserError(f"{by_suffix[unknown.pop()]}: a page shows svg, csv, md or yaml.")
     if ".svg" in by_suffix:
@@ -90,6 +91,8 @@ def page(title: str, caption: str, files: Sequence[Path]) -> str:
         content = Markup("<pre>{}</pre>").format(by_suffix[".yaml"].read_text(encoding="utf-8"))
     else:
         content = _sheet(by_suffix[".md"]) if ".md" in by_suffix else _table(by_suffix[".csv"])
+    if finding:
+        caption = f"{finding.read_text(encoding='utf-8').strip()} {caption}"
     return PAGE.render(
         title=title, caption=caption, content=content, files=files, MOST_BYTES=MOST_BYTES,
         base64=lambda data: base64.b64encode(data).decode(),

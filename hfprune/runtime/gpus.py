@@ -17,14 +17,18 @@ from pathlib import Path
 from hfprune.errors import UserError
 
 SECONDS_BETWEEN_TRIES = 1.0
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
 def visible() -> dict[str, str]:
     """The GPUs that this process may use: CUDA's identifier of each, and a name for people.
 
-    These are the GPUs of `CUDA_VISIBLE_DEVICES`, or else all that `nvidia-smi` lists. A number in the variable counts
-    as in `nvidia-smi`. It becomes the GPU's UUID, which means the same in every process.
+    These are the GPUs of `CUDA_VISIBLE_DEVICES`, or else all that `nvidia-smi` lists. A number in the variable becomes
+    the GPU's UUID, which means the same in every process. `nvidia-smi` numbers GPUs by their place on the bus. CUDA
+    does so too among equal ones, but by default puts the fastest first.
+
+    Raises:
+        UserError: the variable has numbers, and they mean other GPUs to CUDA than to `nvidia-smi`.
     """
     listed = _listed()
     known = {uuid: f"{uuid} ({name})" for _, uuid, name in listed}
@@ -32,6 +36,13 @@ def visible() -> dict[str, str]:
     if (chosen := os.environ.get(VISIBLE)) is None:
         return known
     words = [word.strip() for word in chosen.split(",")]
+    by_place = os.environ.get(ORDER) == "PCI_BUS_ID" or len({name for *_, name in listed}) < 2
+    if not by_place and any(word in numbers for word in words):
+        raise UserError(
+            f"{VISIBLE}={chosen}: the GPUs here are of different kinds, and CUDA numbers them with the fastest first, "
+            f"`nvidia-smi` by their place. Set {ORDER}=PCI_BUS_ID, by which numbers are those of `nvidia-smi`, or name "
+            "the GPUs by UUID (`nvidia-smi -L`)."
+        )
     ids = [numbers.get(word, word) for word in words if word not in ("", "-1", "NoDevFiles")]
     return {identifier: known.get(identifier, identifier) for identifier in ids}
 

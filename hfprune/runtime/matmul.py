@@ -70,6 +70,18 @@ def product_dtype(products: str, model: torch.dtype, device: torch.device) -> to
     return model
 
 
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """(..., n) @ (n, m) -> (..., m) float32.
+
+    A GPU sums the products of bfloat16 or float16 matrices in float32, and here does not round the sums. It has no
+    derivative of that, so where one is wanted, and on a CPU, the sums are rounded to the type of the matrices.
+    """
+    wants_derivative = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and not wants_derivative:
+        return torch.mm(a.reshape(-1, a.shape[-1]), b, out_dtype=torch.float32).view(*a.shape[:-1], b.shape[1])
+    return (a @ b).float()
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16, and PyTorch uses them."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hfprune.models.history import is_cut, kept_shapes, steps
-from hfprune.models.units import DEPTH, UNITS
+from hfprune.models.units import DEPTH, MIXED, UNITS
 from hfprune.pruning.methods import method_name, presets
 from hfprune.store.filenames import CARD, LICENCE
 
@@ -190,8 +190,9 @@ def _method(step: Mapping[str, Any]) -> str:
 
 
 def _training(step: Mapping[str, Any]) -> dict[str, str]:
+    start = ", from random weights" if step.get("start") == "random" else ""
     return {
-        "Training": f"{step['method']}, {step['loss'].replace('_', ' ')}",
+        "Training": f"{step['method']}, {step['loss'].replace('_', ' ')}{start}",
         "Trained on": f"{step['tokens']:,} tokens of {step['text']}, {step['steps']:,} steps",
         "Learning rate": f"{step['learning_rate']:.3g}, falling to 0",
     }
@@ -201,9 +202,10 @@ def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
     """Numbers of units that the layers kept, smallest to largest, and the padding; or which sublayers are gone."""
     if pruning["structure"] in DEPTH:
         return _sublayers(pruning["kept"])
-    rows = {}
+    mixed = pruning["structure"] in MIXED
+    rows = _sublayers(pruning["kept"]) if mixed else {}
     for name, layers in pruning["kept"].items():
-        shapes = kept_shapes(name, layers).values()
+        shapes = [shape for shape in kept_shapes(name, layers).values() if not mixed or shape[-1]]
         widths = sorted(shape[-1] for shape in shapes)
         width_range = f"{widths[0]:,}" if widths[0] == widths[-1] else f"{widths[0]:,} to {widths[-1]:,}"
         multiple = f", multiples of {pruning['round_to']}" if name == "mlp" and pruning.get("round_to", 1) > 1 else ""

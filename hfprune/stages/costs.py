@@ -50,6 +50,7 @@ def refit_cost(model: PreTrainedModel, refit: str, tokens: int, carries: bool) -
     from hfprune.pruning.refit_names import SEQUENTIAL
 
     sequential, trains, matrices = refit in SEQUENTIAL, refit == "trained", 8 if refit == "local_search" else 3
-    width, hidden = max(part.units for part in parts(model, "mlp")), model.config.hidden_size
+    mlps, hidden = list(filter(None, parts(model, "mlp"))), model.config.hidden_size
+    width, together = max(part.units for part in mlps), max(getattr(part, "rows", 1) for part in mlps)  # experts
     streams = tokens * hidden * (1 + sequential + carries + trains) + tokens * width * sequential
-    return matrices * 8 * width**2 + 4 * 5 * TOKENS_PER_BATCH * width, streams
+    return together * matrices * 8 * width**2 + 4 * 5 * TOKENS_PER_BATCH * width, streams

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.models.units import DEPTH, STRUCTURES
+from hfprune.models.units import DEPTH, MIXED, STRUCTURES, check_depth_share
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS
 from hfprune.pruning.refit_names import IN_DEPTH, REFITS, SOLVED
@@ -56,6 +56,9 @@ class Cut(Section):
         le=1,
         description="attention's share of what mlp+attention removes (default: one ranking of all units decides)",
     )
+    depth_share: float | None = Field(
+        None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
+    )
     ridge: float = Field(
         0.1,
         ge=0,
@@ -78,7 +81,7 @@ def fits_structures(cut: Cut, structures: Sequence[str], key: str) -> None:
     """Refuse settings that do not fit the structures to cut."""
     if cut.ratio_of == "mlp" and set(structures) != {"mlp"}:
         raise ValueError(f"'ratio_of: mlp' goes with {key} mlp alone, not {', '.join(structures)}")
-    if cut.pad and "sublayers" in structures:
+    if cut.pad and {"sublayers", "mlp+sublayers"} & set(structures):
         raise ValueError(f"'pad' does not go with {key} sublayers: what is gone cannot be padded")
     if cut.attention_share is not None and "mlp+attention" not in structures:
         raise ValueError(f"'attention_share' goes with {key} mlp+attention, not {', '.join(structures)}")
@@ -88,7 +91,7 @@ def refuse_unread(structure: str, allocation: str, refit: str) -> None:
     """Refuse what does not go with whole sublayers and layers."""
     if structure in DEPTH and allocation != "uniform":
         raise ValueError(f"'allocation' does not go with structure {structure}: its order says what goes")
-    if structure in DEPTH and refit not in ("none", *IN_DEPTH):
+    if structure in (*DEPTH, *MIXED) and refit not in ("none", *IN_DEPTH):
         raise ValueError(f"refit {refit!r} does not go with structure {structure}. Use 'least_squares' or 'sequential'")
 
 
@@ -109,6 +112,7 @@ class PruneParameters(Cut, Parameters):
     def _budget(self) -> PruneParameters:
         one_budget(self, "ratio", "target_parameters")
         fits_structures(self, [self.structure], "structure")
+        check_depth_share(self.depth_share, self.structure)
         refuse_unread(self.structure, self.allocation, self.refit)
         return self
 
@@ -144,23 +148,36 @@ def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
             if text
             else f"{both} reads the calibration text: give --text, the one that the scores were made on."
         )
-    _check_order(parameters, scores)
+    _check_order(parameters, scores, inputs["order"])
     if scores.manifest["inputs"]["model"] != model.key:
         raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
     if text and scores.manifest["inputs"]["text"] != text.key:
         raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
 
 
-def _check_order(parameters: PruneParameters, scores: Any) -> None:
+def _check_order(parameters: PruneParameters, scores: Any, order: Any) -> None:
     """Refuse scores where an order is needed, an order where scores are, and one of another structure or refit."""
     stage, structure = scores.manifest["stage"], parameters.structure
+    if (order is not None) != (structure in MIXED):
+        asked = "leave out --order" if order else "give --order, the order of `hfprune order`"
+        raise UserError(f"structure {structure!r} takes {'--scores alone' if order else 'both'}: {asked}.")
+    if order:
+        if order.manifest["inputs"] != {name: scores.manifest["inputs"][name] for name in ("model", "text")}:
+            raise UserError(f"{order.folder}: an order of another model, or on another text, than the scores.")
+        _check_same(parameters, order, MIXED[structure])
     if stage != ("order" if structure in DEPTH else "score"):
         needed = "the order of `hfprune order`" if structure in DEPTH else "the scores of `hfprune score`"
         raise UserError(f"{scores.folder}: an artifact of {stage!r}; structure {structure!r} takes {needed}.")
+    if stage == "order":
+        _check_same(parameters, scores, structure)
+
+
+def _check_same(parameters: PruneParameters, order: Any, structure: str) -> None:
+    """Refuse an order of another structure or refit."""
     for name, value in (("structure", structure), ("refit", parameters.refit), ("ridge", parameters.ridge)):
-        if stage == "order" and scores.parameters.get(name, value) != value:
+        if order.parameters.get(name, value) != value:
             raise UserError(
-                f"{scores.folder}: an order for {name} {scores.parameters[name]!r}; this cut has {name} {value!r}."
+                f"{order.folder}: an order for {name} {order.parameters[name]!r}; this cut has {name} {value!r}."
             )
 
 
@@ -174,12 +191,13 @@ def _write_card(folder: Path) -> None:
 def _produce(folder: Path, inputs: Any, parameters: PruneParameters, run: Any) -> dict[str, Any]:
     from hfprune.pruning.surgery import prune
 
-    model, scores, text = inputs["model"], inputs["scores"], inputs["text"]
+    model, scores = inputs["model"], inputs["scores"]
     calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
-    text_folder = text and text.folder
+    paths = {name: inputs[name] and inputs[name].folder for name in ("text", "order")}
     details = prune(
-        folder, model.folder, scores.folder, text_folder, origin(model), calibration, **parameters.model_dump()
-    )
+        folder, model.folder, scores.folder, source=origin(model), calibration=calibration, **paths,
+        **parameters.model_dump(),
+    )  # fmt: skip
     _write_card(folder)
     return details
 
@@ -203,7 +221,8 @@ def _cost(job: Any, estimate: Any) -> Any:
     if job.settings.refit != "none":
         sampled = (calibration.samples, calibration.length)
         flops += flops_of_refit(dense, estimate.models.kept(job), sampled, job.settings.refit)
-        solving, streams = refit_cost(dense, job.settings.refit, tokens, job.settings.structure in DEPTH)
+        carries = job.settings.structure in (*DEPTH, *MIXED)
+        solving, streams = refit_cost(dense, job.settings.refit, tokens, carries)
         memory += solving
     if streamed:
         scratch = streams * dense.dtype.itemsize
@@ -229,6 +248,9 @@ PRUNE = Stage(
             ("score", "order"),
             description="the model's scores, from `hfprune score`; for layers and sublayers their order, from `hfprune "
             "order`",
+        ),
+        "order": Input(
+            ("order",), description="for mlp+layers and mlp+sublayers: what goes first of them", optional=True
         ),
         "text": Input(
             ("text",), description="for a refit and some allocations: the text that the scores come from", optional=True

@@ -26,6 +26,10 @@ class Training(Section):
         description="cross_entropy: with the text's tokens; distillation: KL divergence from the dense model's "
         "predictions",
     )
+    start: Literal["weights", "random"] = Field(
+        "weights",
+        description="weights: the checkpoint's; random: random ones in its shape, a control; with method full",
+    )
     epochs: int = Field(2, ge=1, description="passes over the text")
     length: int = Field(1024, ge=2, description="tokens in each sequence; documents are packed into sequences")
     batch_tokens: int = Field(131072, ge=2, description="tokens in one step, over all processes")
@@ -53,6 +57,10 @@ class Training(Section):
     def _fits_method(self) -> Training:
         if self.method != "lora" and (names := [name for name in OF_LORA if name in self._changed()]):
             raise ValueError(f"{names[0]!r} goes with method lora, not {self.method}")
+        if self.start == "random" and self.method != "full":
+            raise ValueError(
+                f"'start: random' goes with method full, not {self.method}: no weights were trained before"
+            )
         if self.batch_tokens % (self.length * self.micro_batch):
             raise ValueError(
                 f"batch_tokens = {self.batch_tokens} is not a multiple of length x micro_batch = "

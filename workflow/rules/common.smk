@@ -218,15 +218,15 @@ def table_sources():
 
 
 def drawn(*names):
-    """The files of the named figures."""
-    return [RESULTS / "figures" / f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "svg")]
+    """The files of the named figures; the txt says what each shows."""
+    return [RESULTS / "figures" / f"{name}.{suffix}" for name in names for suffix in ("png", "pdf", "svg", "txt")]
 
 
 def shown(results):
-    """The files to show for each (kind, name): a figure's svg; a table's csv, and its md if there is one."""
-    files = {}
+    """The files to show for each (kind, name): a figure's svg and txt; a table's csv, and its md if there is one."""
+    files, suffixes = {}, {"figures": (".svg", ".txt"), "tables": (".csv", ".md")}
     for file in map(Path, results):
-        if (file.parent.name, file.suffix) in {("figures", ".svg"), ("tables", ".csv"), ("tables", ".md")}:
+        if file.suffix in suffixes.get(file.parent.name, ()):
             files.setdefault((file.parent.name, file.stem), []).append(file)
     for kind, name in files:
         if name not in CAPTIONS[kind]:
