@@ -34,7 +34,7 @@ from hfprune.store.filenames import SCORES
 SECONDS = 3600  # a step that takes longer, or whose process has died, ends the run
 CUT = {
     "ratio": 0.2, "ratio_of": "all", "target_parameters": None, "round_to": 1, "structure": "mlp",
-    "attention_share": None, "depth_share": None, "allocation": "uniform", "refit": "sequential", "ridge": 0.1,
+    "attention_share": None, "depth_share": None, "allocation": "uniform", "refit": "sequential", "ridge": 0.4,
     "pad": False, "dtype": "auto",
 }  # fmt: skip
 

@@ -41,6 +41,7 @@ from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.methods import MethodRecipe, preset
 from hfprune.pruning.order import best_steps, kept_without
 from hfprune.pruning.refit import refit as refit_kept
+from hfprune.pruning.refit_names import RIDGE
 from hfprune.pruning.scoring import unit_scores
 
 SAMPLES, LENGTH = 32, 256  # an experiment's defaults
@@ -263,7 +264,7 @@ def allocate(
 
 
 def refit(
-    model: PreTrainedModel, kept: Kept, tokens: Tensor, refit: str = "sequential", ridge: float = 0.1
+    model: PreTrainedModel, kept: Kept, tokens: Tensor, refit: str = "sequential", ridge: float = RIDGE
 ) -> dict[str, Any]:
     """Let the units that stay make up for those that go, *in place*; `cut` the model to `kept` afterwards.
 

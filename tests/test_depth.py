@@ -34,6 +34,7 @@ from hfprune.pruning.order import (
     steps_of,
 )
 from hfprune.pruning.refit import refit
+from hfprune.pruning.refit_names import RIDGE
 from hfprune.pruning.surgery import cut, without_and_narrower
 from hfprune.runtime.signals import Stopped
 from hfprune.store.filenames import ORDER, PRUNING
@@ -185,7 +186,7 @@ def test_a_search_finds_what_measuring_every_cut_finds(name, structure, method):
     for step, measure in zip(steps, measures, strict=True):
         refitted = copy.deepcopy(model)
         if gone and method != "none":
-            refit(refitted, kept_without(shape.units, gone), TEXT, method, 0.1)
+            refit(refitted, kept_without(shape.units, gone), TEXT, method, RIDGE)
         kl = {
             candidate: divergence(model, without(refitted, [*gone, candidate]))
             for candidate in remaining
@@ -369,7 +370,7 @@ def test_the_checkpoint_is_the_cut_model_and_reloads_in_a_fresh_process(structur
     assert report["kept"] == {name: [units.tolist() for units in layers] for name, layers in kept.items()}
     tokens = sample_sequences(load_tokenizer(dense), model.config, texts, 6, 32, 0)
     if method != "none":
-        refit(model, kept, tokens, method, 0.1)
+        refit(model, kept, tokens, method, RIDGE)
     torch.testing.assert_close(logits(load_model(out, "float32")), logits(silent(model, gone)), rtol=1e-4, atol=1e-4)
 
 
@@ -545,7 +546,7 @@ def test_a_mixed_cut_is_the_model_with_both_silent_and_reloads_in_a_fresh_proces
     assert any(0 < len(units) < 48 for units in kept["mlp"])
     if method != "none":
         tokens = sample_sequences(load_tokenizer(dense), model.config, texts, 6, 32, 0)
-        refit(model, kept, tokens, method, 0.1)
+        refit(model, kept, tokens, method, RIDGE)
     expected = logits(masked(model, kept))
     torch.testing.assert_close(logits(load_model(out, "float32")), expected, rtol=1e-4, atol=1e-4)
 

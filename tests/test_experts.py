@@ -27,6 +27,7 @@ from hfprune.pruning.budget import check, shape_of, shape_on_disk, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, entropy_gradient
 from hfprune.pruning.recorder import Sums
 from hfprune.pruning.refit import refit
+from hfprune.pruning.refit_names import RIDGE
 from hfprune.pruning.scoring import unit_scores
 from hfprune.pruning.surgery import best_units, cut
 from tests.conftest import make_tokenizer
@@ -500,7 +501,7 @@ def test_a_cut_goes_the_whole_way_and_its_files_are_those_of_the_authors(
     kept = {structure: [torch.tensor(layer) for layer in written["kept"][structure]]}
     if method != "none":
         tokens = sample_sequences(make_tokenizer(), model.config, texts, 6, 32, 0)
-        refit(model, kept, tokens, method, 0.1)
+        refit(model, kept, tokens, method, RIDGE)
     silent = masked_router if structure == "experts" else silenced_neurons
     expected = logits(silent(model, kept[structure]))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)

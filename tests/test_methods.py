@@ -74,7 +74,7 @@ def test_names_presets_and_own_methods_stand_in_one_list(experiment):
         ("HFPrune + refit", "entropy", None, "none"),
     ]
     mine = next(each.cut for each in plan.models if each.method == "mine")
-    assert (mine.structure, mine.allocation, mine.refit, mine.ridge) == ("mlp", "global", "sequential", 0.1)
+    assert (mine.structure, mine.allocation, mine.refit, mine.ridge) == ("mlp", "global", "sequential", 0.4)
     assert set(plan.methods.values()) == {"HFPrune", "FLAP", "mine", "HFPrune + refit"}
     assert set(plan.methods) == set(plan.jobs["prune"])
 

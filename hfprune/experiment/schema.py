@@ -36,6 +36,7 @@ from hfprune.pruning.methods import (
     presets,
     unknown,
 )
+from hfprune.pruning.refit_names import RIDGE
 from hfprune.sharing.quantizer import FileType
 from hfprune.stages.declaration import DType, Memory, Name, Products, Sampling, Section, Seed, UserPath
 from hfprune.stages.evaluate import BATCHING, Batching, check_batching
@@ -103,7 +104,10 @@ class MethodSettings(Section):
         None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
     )
     ridge: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="how strongly a refit is held to the old weights (default: 0.1)"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description=f"how strongly a refit is held to the old weights (default: {RIDGE})",
     )
     ratios: list[Ratio] | None = Field(None, min_length=1, description="replaces the experiment's `ratios`")
     target_parameters: list[Count] | None = Field(

@@ -39,6 +39,7 @@ from hfprune.pruning.influence import layer_influence, part_influence
 from hfprune.pruning.order import Step, kept_without, may_go, read_order, save_order, size_of, steps_of
 from hfprune.pruning.refit import TOKENS_PER_BATCH, flops_of_refit
 from hfprune.pruning.refit import refit as refit_kept
+from hfprune.pruning.refit_names import RIDGE
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.signals import Stopped, sigterm_deferred
@@ -78,7 +79,7 @@ def order(
     criterion: str,
     structure: str,
     refit: str = "none",
-    ridge: float = 0.1,
+    ridge: float = RIDGE,
     folder: Path | None = None,
     resume: Path | None = None,
 ) -> tuple[list[Step], list[float], dict[str, Any]]:
@@ -143,7 +144,7 @@ class Search:
         tokens: Tensor,
         structure: str,
         refit: str = "none",
-        ridge: float = 0.1,
+        ridge: float = RIDGE,
         folder: Path | None = None,
     ) -> None:
         self.model, self.tokens, self.shape = model, tokens, shape_of(model)

@@ -18,7 +18,7 @@ from hfprune.models.units import DEPTH, MIXED, STRUCTURES, check_depth_share
 from hfprune.pruning import order
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
-from hfprune.pruning.refit_names import REFITS, SEQUENTIAL, SOLVED
+from hfprune.pruning.refit_names import REFITS, RIDGE, SEQUENTIAL, SOLVED
 
 CriterionName = Literal[tuple(CRITERIA | order.CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
@@ -44,7 +44,7 @@ class MethodRecipe(BaseModel):
         None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
     )
     ridge: float = Field(
-        0.1, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
+        RIDGE, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
     )
 
     @model_validator(mode="after")

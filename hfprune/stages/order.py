@@ -9,7 +9,7 @@ from pydantic import Field
 
 from hfprune.models.units import DEPTH
 from hfprune.pruning.order import CRITERIA
-from hfprune.pruning.refit_names import IN_DEPTH
+from hfprune.pruning.refit_names import IN_DEPTH, RIDGE
 from hfprune.stages.declaration import (
     CHECKPOINTS,
     NOT_IN_RESULT,
@@ -32,7 +32,9 @@ class OrderParameters(Sampling, Parameters):
     refit: Literal["none", *IN_DEPTH] = Field(
         "none", description="what makes up for each removal before the next is measured; for greedy_kl"
     )
-    ridge: float = Field(0.1, ge=0, allow_inf_nan=False, description="how strongly a refit stays near the old weights")
+    ridge: float = Field(
+        RIDGE, ge=0, allow_inf_nan=False, description="how strongly a refit stays near the old weights"
+    )
     seed: Seed = Field(0, description="seed for the sequences")
     dtype: DType = "auto"
     memory: Memory = "auto"

@@ -12,7 +12,7 @@ from hfprune.errors import UserError
 from hfprune.models.units import DEPTH, MIXED, STRUCTURES, check_depth_share
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS
-from hfprune.pruning.refit_names import IN_DEPTH, REFITS, SOLVED
+from hfprune.pruning.refit_names import IN_DEPTH, REFITS, RIDGE, SOLVED
 from hfprune.stages.declaration import (
     CHECKPOINTS,
     NOT_IN_RESULT,
@@ -60,7 +60,7 @@ class Cut(Section):
         None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
     )
     ridge: float = Field(
-        0.1,
+        RIDGE,
         ge=0,
         allow_inf_nan=False,
         description="how strongly a refit stays near the old weights, see docs/pruning.md",
