@@ -560,6 +560,10 @@ def test_a_mixed_cut_is_the_model_with_both_silent_and_reloads_in_a_fresh_proces
             "ratio 0.2 of all parameters with depth_share 0.01: layers take 87 of 8,7.* Set a depth_share above 0.44",
         ),
         ({"ratio": 0.01, "depth_share": 0.5}, "none would go. Remove more, or cut mlp"),
+        (
+            {"ratio": 0.16, "depth_share": 0.5},
+            "smallest of them, which has 7,744: none would go. Remove more, or cut mlp",
+        ),
         ({"ratio": 0.45, "depth_share": 0.3}, "that stay can give 9,024. Set a larger depth_share, or remove less"),
         (
             {"ratio": 0.6, "depth_share": 0.9},

@@ -458,7 +458,7 @@ def _mixed_budget(
         )
     if of_depth <= smallest / 2:
         larger = math.ceil(smallest / 2 / remove * 10_000) / 10_000
-        remedy = f"Set a depth_share above {larger}" if larger < 1 else "Remove more, or cut mlp"
+        remedy = f"Set a depth_share above {larger}" if smallest < remove else "Remove more, or cut mlp"
         raise UserError(
             f"{asked}, less than half of the smallest of them, which has {smallest:,}: none would go. {remedy}."
         )
