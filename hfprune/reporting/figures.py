@@ -582,22 +582,23 @@ def _quality(metrics: pd.DataFrame) -> tuple[pd.DataFrame, str, float]:
 
 
 def deployment(files: pd.DataFrame) -> Figure:
-    """KL of GGUF files against their size and their rate of decoding: a line for each model through its types.
+    """KL of GGUF files against their size and their rate of decoding: a line a model, a marker a type.
 
     Args:
         files: see `deployment.read_files`.
     """
     table = by_file(files)
     panels = {"bytes": ("File (MB)", 1e-6), "decode_tokens_per_second": ("Decoding (tokens/s)", 1)}
-    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), sharey=True, layout="constrained")
+    markers = {kind: MARKERS[number % len(MARKERS)] for number, kind in enumerate(table["type"].unique())}
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.0), sharey=True, layout="constrained")
     for axis, (column, (name, scale)) in zip(axes, panels.items(), strict=True):
         for number, (label, of_model) in enumerate(table.groupby("label", sort=False)):
             of_model = of_model.sort_values(column)
-            look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-            axis.plot(scale * of_model[column], of_model["kl"], lw=0.8, label=label, **look)
+            color = COLORS[number % len(COLORS)]
+            axis.plot(scale * of_model[column], of_model["kl"], color=color, lw=0.8, label=label)
             for file in of_model.to_dict("records"):
-                place = (scale * file[column], file["kl"])
-                axis.annotate(file["type"], place, (2, 3), textcoords="offset points", fontsize=6, color=look["color"])
+                marker = markers[file["type"]]
+                axis.plot(scale * file[column], file["kl"], marker, color=color, markersize=5, clip_on=False)
         axis.set_yscale("symlog", linthresh=KL_LINEAR, linscale=0.5)  # the dense model in float16 is almost at 0
         axis.margins(0.1)
         axis.set_xlabel(name)
@@ -605,6 +606,8 @@ def deployment(files: pd.DataFrame) -> Figure:
     axes[0].set_ylabel(KL_LABEL.replace("pruned", "file").replace(", ", ",\n"))
     figure.suptitle(f"Held-out text: {files['text'].iloc[0]}")
     _name_lines(axes[1])
+    handles = [plt.Line2D([], [], color="0.3", marker=marker, ls="", label=kind) for kind, marker in markers.items()]
+    figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center", ncols=len(handles))
     return figure
 
 
