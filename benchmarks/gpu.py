@@ -33,6 +33,7 @@ from hfprune.recovery.training import recover
 
 HERE = Path(__file__).parent
 WORDS = 1000  # of the tokenizer for made-up text
+KERNELS = {"attention": ("sdpa", "attention", "flash"), "products": ("nvjet", "gemm", "cutlass", "mm")}  # in names
 FORK_SAFE = {"TOKENIZERS_PARALLELISM": "false"}
 
 Figures = dict[str, Any]
@@ -67,7 +68,7 @@ def scoring(size: str, save: Save) -> None:
 
 
 def profile(size: str, save: Save) -> None:
-    """Where a scoring pass spends the device's time: the shares of the kernels that take most of it."""
+    """Where a scoring pass spends the device's time: the shares of attention, of matrix products and of all else."""
     shape, samples, length = ("tiny", 2, 16) if size == "tiny" else ("llama-2-7b", 8, 1024)
     model = build(shape)
     tokens = torch.randint(0, model.config.vocab_size, (samples, length))
@@ -77,19 +78,15 @@ def profile(size: str, save: Save) -> None:
     with torch.profiler.profile(activities=[kind.CPU, kind.CUDA] if on_gpu else [kind.CPU]) as profiler:
         ours(model, tokens)
         wait()
-    by_name: dict[str, float] = {}
+    shares = dict.fromkeys((*KERNELS, "the rest"), 0.0)
     for event in profiler.key_averages():
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
-            by_name[event.key] = by_name.get(event.key, 0) + microseconds
-    total = sum(by_name.values())
-    longest = sorted(by_name.items(), key=lambda item: -item[1])[:20]
+            kinds = [kind for kind, words in KERNELS.items() if any(word in event.key for word in words)]
+            microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            shares[kinds[0] if kinds else "the rest"] += microseconds
+    total = sum(shares.values())
     save(
-        {
-            "shape": shape,
-            "seconds": total / 1e6,
-            "shares": {name[:90]: round(each / total, 4) for name, each in longest},
-        }
+        {"shape": shape, "seconds": total / 1e6, **{f"share of {kind}": each / total for kind, each in shares.items()}}
     )
 
 

@@ -52,3 +52,14 @@ def test_scores_below_0_are_drawn_on_a_linear_axis(tmp_path):
     assert {axis.get_title(): axis.get_yscale() for axis in figure.axes if axis.get_visible()} == {
         "entropy": "log", "flap_standardized": "linear"
     }  # fmt: skip
+
+
+def test_layers_keep_their_numbers_and_those_that_rank_nothing_do_not_count(tmp_path):
+    """Layer 0 has no such units, as the dense ones of a mixture of experts; in layer 1 all scores are equal."""
+    up, equal = [1.0, 2.0, 30.0], [0.0, 0.0, 0.0]
+    scores = [artifact(tmp_path / name, name, 0, [], equal, up) for name in ("entropy", "wanda")]
+    found = compare(scores).set_index("layer")["spearman"]
+    assert list(found.index) == [1, 2, -1]
+    assert np.isnan(found[1]) and found[2] == found[-1] == 1
+    figure = importance(scores)
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[1, 2]]

@@ -184,15 +184,20 @@ def test_the_table_says_where_the_dense_model_is_no_larger_and_nearer():
     assert table.rows[2].cells["MB"].value == pytest.approx(116)
 
 
-def test_the_figure_has_a_line_a_model_and_the_type_at_every_point():
+def test_the_figure_has_a_line_a_model_and_a_marker_a_type():
     figure = deployment(files_of(TRIED))
     for axis, place in zip(figure.axes, (0, 2), strict=True):
-        points = {(round(x), y) for line in axis.lines for x, y in zip(*line.get_data(), strict=True)}
-        assert points == {(values[place], values[1]) for values in TRIED.values()}
-        assert len(axis.lines) == 3
-        texts = [text.get_text() for text in axis.texts]
-        assert texts.count("Q8_0") == 3 and texts.count("Q4_K_M") == 2
-    assert {"dense", "HFPrune, 20%", "mine, 10%"} <= {text.get_text() for text in figure.axes[1].texts}
+        points = {
+            (round(line.get_xdata()[0]), line.get_ydata()[0], line.get_marker())
+            for line in axis.lines
+            if line.get_marker() != "None"
+        }
+        markers = {"q8_0": "o", "q4_k_m": "s"}
+        assert points == {(values[place], values[1], markers[kind]) for (_, _, kind), values in TRIED.items()}
+        lines = [line for line in axis.lines if line.get_marker() == "None"]
+        assert [len(line.get_xdata()) for line in lines] == [2, 2, 1]
+    assert {text.get_text() for text in figure.axes[1].texts} == {"dense", "HFPrune, 20%", "mine, 10%"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Q8_0", "Q4_K_M"]
 
 
 def test_files_of_another_kind_are_refused(tmp_path):
@@ -234,10 +239,8 @@ def test_the_plan_has_the_first_seeds_models_and_the_files_that_k_quants_are_mad
 def test_the_target_measures_the_files_and_draws(made, experiment, tmp_path):
     plan, _, _ = made
     checkout = Checkout(tmp_path / "checkout", plan.store.root)
-    whole = experiment | {"ratios": [0.2], "deploy": WRITTEN}
-    assert checkout.planned(whole, "deploy") == {"files": 1, "deploy": 1}
-    more = whole | {"deploy": WRITTEN | {"types": ["bf16"]}}
-    assert checkout.planned(more, "deploy") == {"gguf": 2, "files": 1, "deploy": 1}
+    whole = experiment | {"ratios": [0.2], "deploy": WRITTEN | {"types": ["q8_0", "bf16"]}}
+    assert checkout.planned(whole, "deploy") == {"gguf": 2, "files": 1, "deploy": 1}
     assert "the config names no types of files: add `deploy: " in checkout.snakemake(experiment, "deploy", status=1)
 
 

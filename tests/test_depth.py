@@ -35,6 +35,7 @@ from hfprune.pruning.order import (
 )
 from hfprune.pruning.refit import refit
 from hfprune.pruning.refit_names import RIDGE
+from hfprune.pruning.scoring import unit_scores
 from hfprune.pruning.surgery import cut, without_and_narrower
 from hfprune.runtime.signals import Stopped
 from hfprune.store.filenames import ORDER, PRUNING
@@ -412,7 +413,7 @@ def test_the_python_interface_removes_layers():
         ),
         (
             {"criterion": "fisher_token", "structure": "mlp+layers"},
-            "'depth_share' goes with structure .*, which need it",
+            r"structure mlp\+layers needs 'depth_share': .* that whole layers give, such as 0.5",
         ),
         ({"criterion": "fisher_token", "depth_share": 0.5}, "'depth_share' goes with structure .*, not mlp"),
         (
@@ -556,15 +557,48 @@ def test_a_mixed_cut_is_the_model_with_both_silent_and_reloads_in_a_fresh_proces
     [
         (
             {"ratio": 0.2, "depth_share": 0.01},
-            "layers take [0-9,]+ of [0-9,]+ parameters, neurons the rest.*nothing would go",
+            "ratio 0.2 of all parameters with depth_share 0.01: layers take 87 of 8,7.* Set a depth_share above 0.44",
         ),
-        ({"ratio": 0.45, "depth_share": 0.3}, "neurons the rest. target_parameters .*The smallest target_parameters"),
-        ({"ratio": 0.6, "depth_share": 0.9}, "neurons the rest. ratio .* leaves at least a layer"),
+        ({"ratio": 0.01, "depth_share": 0.5}, "none would go. Remove more, or cut mlp"),
+        (
+            {"ratio": 0.16, "depth_share": 0.5},
+            "smallest of them, which has 7,744: none would go. Remove more, or cut mlp",
+        ),
+        ({"ratio": 0.45, "depth_share": 0.3}, "that stay can give 9,024. Set a larger depth_share, or remove less"),
+        (
+            {"ratio": 0.6, "depth_share": 0.9},
+            "where at least a layer stays. The largest depth_share that allows is 0.5",
+        ),
+        ({"ratio": 0.3, "depth_share": 0.99}, "make up 0, .* none would go. Set a smaller depth_share, or .*'layers'"),
+        ({"target_parameters": 10**9, "depth_share": 0.5}, "the model has 43,744 parameters; the target has to be sm"),
     ],
 )
 def test_what_layers_and_neurons_cannot_give_together_is_refused(asked, message):
     with pytest.raises(UserError, match=message):
         units_to_keep(shape_of(make_model()), structure="mlp+layers", **asked)
+
+
+@pytest.mark.parametrize("depth", ["layers", "sublayers"])
+def test_the_only_layer_stays(depth):
+    shape = shape_of(make_model(num_hidden_layers=1))
+    for structure, share in ((depth, None), (f"mlp+{depth}", 0.5)):
+        with pytest.raises(UserError, match=r"leaves at least an? \w+.*Cut mlp"):
+            units_to_keep(shape, 0.2, structure=structure, depth_share=share)
+
+
+def test_a_model_without_some_sublayers_is_scored_and_cut_again():
+    """Those that are gone have no scores; others go, and neurons of the MLPs that are left."""
+    model = make_model(num_hidden_layers=4)
+    gone = SUBLAYERS
+    cut(model, kept_without(shape_of(model).units, gone))
+    shape = shape_of(model)
+    by_criterion = unit_scores(model, torch.arange(64).view(2, 32), ["entropy", "wanda"], 0, 1)
+    for scores in by_criterion.values():
+        assert {name: list(map(len, layers)) for name, layers in scores.items()} == shape.units
+    budget = units_to_keep(shape, 0.3, structure="mlp+sublayers", depth_share=0.5, scores=by_criterion["wanda"])
+    small = count_parameters(model) * 0.7
+    cut(model, without_and_narrower(shape, budget, by_criterion["wanda"], "uniform"))
+    assert count_parameters(model) == pytest.approx(small, rel=0.02)
 
 
 def test_the_python_interface_removes_sublayers_and_neurons():

@@ -129,11 +129,17 @@ def test_where_models_are_farthest_is_told(values, high, low):
 
 
 def test_layers_that_score_highest_are_told():
-    scores = {"entropy": [np.array([1.0, 2, 90]), np.array([4.0, 5, 6])], "wanda": [np.ones(3), np.zeros(3)]}
+    scores = {
+        "entropy": {1: np.array([1.0, 2, 90]), 4: np.array([4.0, 5, 6])},  # the others have no such neurons
+        "wanda": {0: np.ones(3), 1: np.zeros(3)},
+        "zero": {0: np.zeros(3), 1: np.zeros(3)},
+    }
     assert findings.importance(scores) == (
-        "The median score of a layer's neurons is highest in layer 1 (5) and lowest in layer 0 (2) by entropy and "
-        "highest in layer 0 (1) and lowest in layer 1 (0) by wanda."
+        "The median score of a layer's neurons is highest in layer 4 (5) and lowest in layer 1 (2) by entropy, "
+        "highest in layer 0 (1) and lowest in layer 1 (0) by wanda and 0 in every layer by zero."
     )
+    assert "by 0.50 in layer 2." in findings.ranks({0: np.nan, 2: 0.5})
+    assert findings.ranks({0: np.nan}).endswith("ranks no neurons in these layers: all scores are equal.")
     assert findings.ranks({0: 0.5, 2: -0.25}) == (
         "Ranks of neurons by entropy and by cross-entropy correlate by 0.50 in layer 0 and -0.25 in layer 2."
     )
@@ -164,6 +170,7 @@ def test_training_that_helps_some_is_told_so():
     assert findings.before_after(pairs) == (
         "lora brings 2 of 3 models nearer to the dense one, and their ranks correlate by -0.50."
     )
+    assert findings.before_after(pairs.assign(before=1.0)) == "lora brings 1 of 3 models nearer to the dense one."
     assert findings.before_after(pairs[:2]) == "lora brings 1 of 2 models nearer to the dense one."
 
 

@@ -446,10 +446,10 @@ def test_kept_widths_of_one_method_are_lines_of_one_panel():
 
 
 def test_ranks_by_two_criteria_agree_on_the_diagonal():
-    scores = [np.arange(50.0), np.arange(50.0), np.arange(50.0)]
-    figure = against_each_other(scores, [scores[0] * 3, -scores[1], scores[2] ** 2])
+    scores = np.arange(50.0)
+    figure = against_each_other(dict.fromkeys((1, 2, 3), scores), {1: scores * 3, 2: -scores, 3: scores**2})
     titles = [axis.get_title() for axis in figure.axes[:3]]
-    assert titles == [f"Layer {i}: rank correlation {value}" for i, value in enumerate(("1.00", "-1.00", "1.00"))]
+    assert titles == [f"Layer {i}: rank correlation {value}" for i, value in ((1, "1.00"), (2, "-1.00"), (3, "1.00"))]
     plt.close(figure)
 
 

@@ -1,9 +1,11 @@
 """Language models inside models that read images: taken out, pruned, put back, reloaded."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hfprune.cli import main
@@ -110,6 +112,99 @@ def test_a_model_that_reads_images_is_refused_with_what_to_do(name, message, tmp
         check_family(tmp_path)
 
 
-def test_a_model_without_images_is_not_unwrapped(tmp_path, capsys):
-    assert main(["unwrap", "--model", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
-    assert "no model that reads images and text" in capsys.readouterr().err
+def changed_tensor(folder, ending, change):
+    """Replace the first tensor of `folder` whose name has this ending, by `change(tensor)`; None leaves it out."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith(ending))
+    changed = change(tensors.pop(name))
+    save_file(tensors | ({} if changed is None else {name: changed}), file, {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def taken_out(tmp_path_factory):
+    """A whole model, and its language model."""
+    folder = tmp_path_factory.mktemp("taken_out")
+    write("llava", folder / "whole")
+    assert main(["unwrap", "--model", str(folder / "whole"), "--output", str(folder / "text")]) == 0
+    return folder
+
+
+@pytest.fixture
+def both(taken_out, tmp_path):
+    """Copies of these two, to change."""
+    return shutil.copytree(taken_out, tmp_path / "both")
+
+
+def rewrapped(folder):
+    """The status of putting the language model back."""
+    return main(["rewrap", "--model", f"{folder}/whole", "--text", f"{folder}/text", "--output", f"{folder}/again"])
+
+
+@pytest.mark.parametrize(
+    ("part", "ending", "change", "message"),
+    [
+        ("whole", "class_embedding", lambda _: None, "which no file has; transformers would take random numbers"),
+        ("text", "mlp.up_proj.weight", lambda _: None, "which no file has; transformers would take random numbers"),
+        ("text", "mlp.up_proj.weight", lambda weight: weight * float("nan"), "values that are NaN or infinite"),
+        ("whole", "mlp.up_proj.weight", lambda weight: weight.to(torch.float8_e4m3fn), "is F8_E4M3: quantised"),
+    ],
+)
+def test_weights_that_are_not_whole_are_not_put_back(part, ending, change, message, both, capsys):
+    changed_tensor(both / part, ending, change)
+    assert rewrapped(both) == 2
+    error = capsys.readouterr().err
+    assert f"{both / part}: " in error and message in error
+    assert not (both / "again").exists()
+
+
+def test_a_file_that_is_cut_short_is_not_put_back(both, capsys):
+    file = both / "text" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    assert rewrapped(both) == 2
+    assert f"{both}/text: model.safetensors: cut short" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [(), ("text_config",)])
+def test_a_quantised_model_is_not_unwrapped(place, both, capsys):
+    config = json.loads((both / "whole" / "config.json").read_text())
+    holder = config[place[0]] if place else config
+    holder["quantization_config"] = {"quant_method": "fp8"}
+    (both / "whole" / "config.json").write_text(json.dumps(config))
+    assert main(["unwrap", "--model", str(both / "whole"), "--output", str(both / "again")]) == 2
+    assert "whole/config.json: quantization_config: the weights are quantised (fp8)" in capsys.readouterr().err
+
+
+def test_a_language_model_takes_the_type_of_the_whole(both, capsys):
+    """A float32 cut of a bfloat16 model goes back in bfloat16; a number beyond float16 does not go into float16."""
+    for kind in (torch.bfloat16, torch.float16):
+        AutoModelForImageTextToText.from_pretrained(both / "whole", dtype=kind).save_pretrained(both / "whole")
+        if kind == torch.float16:
+            shutil.rmtree(both / "again")
+            changed_tensor(both / "text", "mlp.up_proj.weight", lambda weight: weight.fill_(1e6))
+        assert rewrapped(both) == (0 if kind == torch.bfloat16 else 2)
+    out, error = capsys.readouterr()
+    assert "again: reloaded; logits differ by 0 " in out
+    assert f"{both / 'text'}: holds numbers beyond those of float16, the type of {both / 'whole'}" in error
+
+
+def test_a_larger_language_model_is_no_cut(both, capsys):
+    config = json.loads((both / "text" / "config.json").read_text())
+    (both / "text" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    assert rewrapped(both) == 2
+    assert f"{both / 'text'}: num_hidden_layers 9: the language model to be replaced has 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("none", "none/config.json: cannot be read: No such file or directory. Name the folder of a checkpoint."),
+        (
+            "text",
+            "text: no model that reads images and text: model_type 'llama' has no other parts. Prune it as it is.",
+        ),
+    ],
+)
+def test_what_is_no_whole_model_is_not_unwrapped(model, message, taken_out, tmp_path, capsys):
+    assert main(["unwrap", "--model", str(taken_out / model), "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err

@@ -95,12 +95,10 @@ def check(folder: Path, where: str) -> None:
         UserError: the model is quantised or not supported; a file is cut short; a tensor is missing, superfluous, of
             the wrong shape, quantised or not finite; or the tokenizer cannot be read or names no special token.
     """
-    from hfprune.models.loading import check_family
+    from hfprune.models.loading import check_family, model_class
 
     config = check_family(folder, f"{where}: config.json")
-    files, buffers = _files_of_tensors(folder, where)
-    _check_names(folder, config, buffers, where)
-    _check_numbers(files, config.dtype, where)
+    files = check_weights(folder, config, model_class(config), where)
     if config.tie_word_embeddings and _has_own_head(files):
         print(f"{where}: lm_head.weight is not the embeddings: loaded as it is, not tied", file=sys.stderr)
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -108,6 +106,21 @@ def check(folder: Path, where: str) -> None:
         content = json.dumps(values | {"tie_word_embeddings": False}, indent=2)
         (folder / "config.json").write_text(content + "\n", encoding="utf-8")
     _check_tokenizer(folder, where)
+
+
+def check_weights(folder: Path, config: Any, built_by: Any, where: str) -> dict[str, Path]:
+    """The file of every tensor, by the tensor's name, if all of them load completely and unchanged; see `check`.
+
+    Args:
+        folder: see `check`.
+        config: the model's.
+        built_by: the class that loads it.
+        where: see `check`.
+    """
+    files, buffers = _files_of_tensors(folder, where)
+    _check_names(folder, config, built_by, buffers, where)
+    _check_numbers(files, config.dtype, where)
+    return files
 
 
 def _files_of_tensors(folder: Path, where: str) -> tuple[dict[str, Path], dict[str, str]]:
@@ -139,7 +152,7 @@ def _files_of_tensors(folder: Path, where: str) -> tuple[dict[str, Path], dict[s
     return files, buffers
 
 
-def _check_names(folder: Path, config: Any, buffers: dict[str, str], where: str) -> None:
+def _check_names(folder: Path, config: Any, built_by: Any, buffers: dict[str, str], where: str) -> None:
     """Compare the names and shapes of the tensors with the model of config.json, by loading on the meta device.
 
     transformers ignores some buffers of old checkpoints. They may stay: they change nothing.
@@ -149,12 +162,12 @@ def _check_names(folder: Path, config: Any, buffers: dict[str, str], where: str)
     """
     import transformers
 
-    from hfprune.models.loading import LOCAL, model_class
+    from hfprune.models.loading import LOCAL
 
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # the messages below replace its warnings
     try:
-        model, loading_info = model_class(config).from_pretrained(
+        model, loading_info = built_by.from_pretrained(
             folder, config=config, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True, **LOCAL
         )
     except Exception as error:  # whatever a config that no model can be built from makes it raise
@@ -193,7 +206,8 @@ def _check_names(folder: Path, config: Any, buffers: dict[str, str], where: str)
             f"{where}: it holds {first_few(surplus)}, which the model of config.json does not have: they would be "
             "dropped. "
             "Either config.json is another model's (are there more layers in the files than num_hidden_layers = "
-            f"{config.num_hidden_layers}?), or this is more than a language model: take the language model alone."
+            f"{config.get_text_config().num_hidden_layers}?), or this is more than a language model: take the language "
+            "model alone."
         )
 
 

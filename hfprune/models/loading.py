@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,8 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
     Raises:
         UserError: `config.json` cannot be read, or scoring or surgery would be wrong for the model.
     """
-    file = folder / "config.json"
-    where = where or str(file)
-    try:
-        values = read_json(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be read as JSON: {_reason(error, folder, where)}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise UserError(f"{where}: names no model_type. Supported families: {', '.join(FAMILIES)}.")
-    for key in QUANTISED:
-        if method := values.get(key):
-            name = method.get("quant_method", key) if isinstance(method, dict) else method
-            raise UserError(
-                f"{where}: {key}: the weights are quantised ({name}). Take the original checkpoint that they were made "
-                "from, in float32, bfloat16 or float16; its model card names it."
-            )
+    where = where or str(folder / "config.json")
+    values = unquantised(folder, where)
     check_values(values, where)
     kind = values["model_type"]
     if "text_config" in values and kind not in FAMILIES:
@@ -88,6 +76,31 @@ def check_family(folder: Path, where: str = "") -> PreTrainedConfig:
         ) from None
     check_config(config, where)
     return config
+
+
+def unquantised(folder: Path, where: str) -> dict[str, Any]:
+    """The keys and values of a checkpoint's `config.json`.
+
+    Raises:
+        UserError: it cannot be read, names no model_type, or says that the weights are quantised.
+    """
+    try:
+        values = read_json(folder / "config.json")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}. Name the folder of a checkpoint.") from None
+    except ValueError as error:
+        raise UserError(f"{where}: cannot be read as JSON: {_reason(error, folder, where)}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise UserError(f"{where}: names no model_type. Supported families: {', '.join(FAMILIES)}.")
+    inside = values.get("text_config")
+    for key, holder in product(QUANTISED, (values, inside if isinstance(inside, dict) else {})):
+        if method := holder.get(key):
+            name = method.get("quant_method", key) if isinstance(method, dict) else method
+            raise UserError(
+                f"{where}: {key}: the weights are quantised ({name}). Take the original checkpoint that they were made "
+                "from, in float32, bfloat16 or float16; its model card names it."
+            )
+    return values
 
 
 def _refuse_wrapper(folder: Path, kind: str, where: str) -> None:

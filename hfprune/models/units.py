@@ -201,8 +201,13 @@ def check_depth_share(share: float | None, structure: str) -> None:
     Raises:
         ValueError: it is so.
     """
-    if (share is not None) != (structure in MIXED):
-        raise ValueError(f"'depth_share' goes with structure {' or '.join(MIXED)}, which need it, not {structure}")
+    if share is not None and structure not in MIXED:
+        raise ValueError(f"'depth_share' goes with structure {' or '.join(MIXED)}, not {structure}")
+    if share is None and structure in MIXED:
+        raise ValueError(
+            f"structure {structure} needs 'depth_share': the share of the removed parameters that whole "
+            f"{MIXED[structure]} give, such as 0.5"
+        )
 
 
 def layers_that_stay(kept: Kept) -> list[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -22,7 +23,9 @@ from transformers import (
 from hfprune.errors import UserError
 from hfprune.models.checkpoint import is_tied, probe
 from hfprune.models.files import is_out_of_folder, model_files
-from hfprune.models.loading import LOCAL, check_family
+from hfprune.models.integrity import check_weights
+from hfprune.models.loading import LOCAL, check_family, model_class, unquantised
+from hfprune.models.widths import read_config
 from hfprune.store.filenames import is_companion
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images
@@ -34,16 +37,26 @@ def load_whole(folder: Path) -> PreTrainedModel:
     """The model in `folder` with all of its parts.
 
     Raises:
-        UserError: transformers has no class for it, or none for its language model alone.
+        UserError: it holds no language model beside others, transformers has no class for it or for its language model
+            alone, or its weights are quantised or not whole.
     """
+    kind = unquantised(folder, str(folder / "config.json"))["model_type"]
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **LOCAL)
-    except Exception as error:  # of any class: a file that is missing, an unknown model_type
+        config = read_config(folder)
+    except Exception as error:  # of any class: an unknown model_type, values of wrong types
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder}: no model that reads images and text: {reason}") from None
-    config = model.config.get_text_config()
-    if config is model.config or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{folder}: transformers makes no language model of {config.model_type!r} alone.")
+        raise UserError(f"{folder / 'config.json'}: transformers cannot read it: {reason}") from None
+    if config.get_text_config() is config:
+        raise UserError(
+            f"{folder}: no model that reads images and text: model_type {kind!r} has no other parts. Prune it as it is."
+        )
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise UserError(f"{folder}: no model that reads images and text: transformers has no such class for {kind!r}.")
+    if type(config.get_text_config()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        inside = config.get_text_config().model_type
+        raise UserError(f"{folder}: transformers makes no language model of {inside!r} alone.")
+    check_weights(folder, config, AutoModelForImageTextToText, str(folder))
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **LOCAL)
     return model.eval().requires_grad_(False)
 
 
@@ -81,6 +94,8 @@ def _refuse_misfit(before: PreTrainedConfig, config: PreTrainedConfig) -> None:
             "the layers of this language model differ in width, which the other model's class does not allow. Cut with "
             "`allocation: uniform`, or set `pad: true`."
         )
+    if (own := config.num_hidden_layers) > (most := before.num_hidden_layers):
+        raise UserError(f"num_hidden_layers {own}: the language model to be replaced has {most}: this is no cut of it.")
 
 
 def unwrap(source: Path, folder: Path) -> None:
@@ -92,18 +107,28 @@ def unwrap(source: Path, folder: Path) -> None:
 def rewrap(source: Path, text: Path, folder: Path) -> float:
     """Write the model in `source` with the language model in `text` into `folder`, and reload it.
 
+    All weights have the type of the model in `source`.
+
     Returns:
         The largest difference between the logits of the language model alone and of the reloaded model.
 
     Raises:
-        UserError: see `put_back`; or the difference is larger than rounding.
+        UserError: see `put_back` and `load_whole`; the weights in `text` are not whole, or beyond the numbers of that
+            type; or the difference is larger than rounding.
     """
     config, whole = check_family(text), load_whole(source)
     try:
         _refuse_misfit(whole.config.get_text_config(), config)
     except UserError as error:
         raise UserError(f"{text}: {error}") from None
-    small = AutoModelForCausalLM.from_pretrained(text, dtype="auto", **LOCAL).eval()
+    check_weights(text, config, model_class(config), str(text))
+    small = AutoModelForCausalLM.from_pretrained(text, dtype=whole.dtype, **LOCAL).eval()
+    if not all(bool(parameter.isfinite().all()) for parameter in small.parameters()):
+        kind = str(whole.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{text}: holds numbers beyond those of {kind}, the type of {source}: they would become infinite. Write "
+            "the whole model in bfloat16 or float32, and name that."
+        )
     tokens = probe(config)
     with torch.no_grad():
         expected = small(tokens).logits
@@ -112,7 +137,8 @@ def rewrap(source: Path, text: Path, folder: Path) -> float:
     _copy(source, folder, PROCESSORS)
     with torch.no_grad():
         difference = (load_whole(folder)(input_ids=tokens).logits - expected).abs().max().item()
-    if difference > max(TOLERANCE, 2 * torch.finfo(expected.dtype).eps * expected.abs().max().item()):
+    allowed = max(TOLERANCE, 2 * torch.finfo(expected.dtype).eps * expected.abs().max().item())
+    if not difference <= allowed:  # NaN is no rounding either
         raise UserError(f"{source}: with {text} in it, it reloads as another model: logits differ by {difference:.3g}.")
     return difference
 

@@ -52,6 +52,7 @@ PARAMETERS = (
     ".weight", ".bias", ".alpha_p", ".alpha_n",
     ".sinks", ".gate_up_proj", ".down_proj", "_proj_bias", ".moe_statics.e_score_correction_bias", ".A_log", ".dt_bias",
 )  # fmt: skip
+STAYS = {"layers": "a layer", "sublayers": "an attention and an MLP"}  # what these structures leave at least
 STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
 DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
 METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
@@ -415,7 +416,9 @@ def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_para
     sizes = removable_sizes(shape, structure)
     removable, smallest = sum(sizes), min(sizes, default=0)
     budget, remove, possible = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
-    stays = "a layer" if structure == "layers" else "an attention and an MLP"
+    stays = STAYS[structure]
+    if not sizes:
+        raise UserError(f"{budget}: structure {structure!r} leaves at least {stays}, and there is no more. Cut mlp.")
     if remove > removable + smallest / 2:
         raise UserError(
             f"{budget}: takes {remove:,.0f} parameters. Structure {structure!r} leaves at least {stays}, and can "
@@ -438,26 +441,50 @@ def _mixed_budget(
     Raises:
         UserError: one of the two cannot give its share.
     """
-    remove = ratio * shape.total if target_parameters is None else shape.total - target_parameters
+    if "mlp" in shape.refusals:
+        raise UserError(f"structure {structure!r}: {shape.refusals['mlp']}")
+    depth, round_to = MIXED[structure], round_to or default_step(shape.hidden)
+    sizes = removable_sizes(shape, depth)
+    removable, smallest = sum(sizes), min(sizes, default=0)
+    budget, remove, _ = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
     of_depth = depth_share * remove
-    try:
-        _depth_budget(shape, MIXED[structure], of_depth / shape.total, None)
-        gone = best_steps(shape, order or steps_of(shape.units, MIXED[structure])[:0:-1], of_depth)
-        left = without(shape, gone)
-        keeps = math.floor(shape.total - remove)
-        rest = units_to_keep(left, target_parameters=keeps, allocation=allocation, round_to=round_to)
-    except UserError as error:
+    asked = f"{budget} with depth_share {depth_share}: {depth} take {of_depth:,.0f} of {remove:,.0f} parameters"
+    if not sizes:
+        raise UserError(f"{budget}: structure {structure!r} leaves at least {STAYS[depth]}: none can go. Cut mlp.")
+    if of_depth > removable + smallest / 2:
         raise UserError(
-            f"structure {structure!r} with depth_share {depth_share}: {MIXED[structure]} take {of_depth:,.0f} of "
-            f"{remove:,.0f} parameters, neurons the rest. {error}"
-        ) from None
-    return replace(rest, share=remove / shape.total, gone=tuple(gone))
+            f"{asked}, of which {removable:,} can be removed where at least {STAYS[depth]} stays. The largest "
+            f"depth_share that allows is {math.floor(removable / remove * 10_000) / 10_000}."
+        )
+    if of_depth <= smallest / 2:
+        larger = math.ceil(smallest / 2 / remove * 10_000) / 10_000
+        remedy = f"Set a depth_share above {larger}" if smallest < remove else "Remove more, or cut mlp"
+        raise UserError(
+            f"{asked}, less than half of the smallest of them, which has {smallest:,}: none would go. {remedy}."
+        )
+    gone = best_steps(shape, order or steps_of(shape.units, depth)[:0:-1], of_depth)
+    capacity, rest = capacity_of(without(shape, gone), "mlp", allocation, round_to), remove - removed_by(shape, gone)
+    asked += f", and {remove - rest:,.0f} go with whole ones"
+    least = capacity.step * capacity.parameters
+    if rest > capacity.removable + capacity.parameters / 2:
+        raise UserError(
+            f"{asked}. Neurons have to make up {rest:,.0f}; with allocation {allocation!r} and round_to {round_to} the "
+            f"MLPs that stay can give {capacity.removable:,}. Set a larger depth_share, or remove less."
+        )
+    if rest <= least / 2:
+        raise UserError(
+            f"{asked}. Neurons have to make up {max(0, rest):,.0f}, less than half of the {least:,} that they give at "
+            f"least with allocation {allocation!r} and round_to {round_to}: none would go. Set a smaller depth_share, "
+            f"or structure {depth!r}."
+        )
+    keep = {"mlp": sum(capacity.units) - rest / capacity.parameters}
+    return Budget(remove / shape.total, keep, round_to, gone=tuple(gone))
 
 
 def without(shape: Shape, gone: Sequence[Step]) -> Shape:
     """The shape of a model's MLPs that stay without these steps. `total` is of the whole model that is left."""
     sublayers = {sublayer for step in gone for sublayer in step}
-    staying = [units for number, units in enumerate(shape.units["mlp"]) if ("mlp", number) not in sublayers]
+    staying = [units for number, units in enumerate(shape.units["mlp"]) if units and ("mlp", number) not in sublayers]
     return replace(shape, total=shape.total - removed_by(shape, gone), units={"mlp": staying})
 
 

@@ -248,7 +248,9 @@ def _scores(
         return [criterion.score(values["routed"], values["written"]).float() for values in of_layers]
     assert model is not None
     return [
-        _static(criterion, part, count, values, generator(seed, name, kind, layer)) if part else torch.zeros(0)
+        _static(criterion, part, count, values, generator(seed, name, kind, layer))
+        if part and part.units
+        else torch.zeros(0)
         for layer, (part, values) in enumerate(zip(parts(model, kind), of_layers, strict=True))
     ]
 
@@ -328,7 +330,7 @@ def add_up(
         for layer, part in enumerate(parts(model, kind)):
             linears = len(part.linears) if isinstance(part, Part) else 1
             for name in (name for criterion in criteria for name in names_of_sums(criterion, kind, mixture, linears)):
-                if part is None:
+                if part is None or not part.units:
                     sums.tensors[f"{name}.{kind}.{layer}"] = torch.zeros(0, dtype=torch.float64)
                 elif f"{name}.{kind}.{layer}" not in sums.tensors:
                     raise UserError(f"layer {layer}, {kind}: nothing reached it, neither activations nor gradients.")

@@ -23,7 +23,8 @@ def compare(artifacts: list[Artifact]) -> pd.DataFrame:
     Returns:
         Columns `criterion`, `seed`, `other_criterion`, `other_seed`, `layer`, `spearman`, `overlap`. `spearman` is the
         rank correlation of the scores; `overlap` the share of one's kept neurons that the other keeps too, where each
-        keeps the best `KEPT` of every layer (a random choice overlaps by `KEPT`). Layer -1 is the mean over layers.
+        keeps the best `KEPT` of every layer (a random choice overlaps by `KEPT`). Layer -1 is the mean over layers, of
+        `spearman` over those that both rank.
     """
     rows = []
     ranked = {artifact.key: read_scores(artifact.folder / SCORES).keys() for artifact in artifacts}
@@ -34,22 +35,33 @@ def compare(artifacts: list[Artifact]) -> pd.DataFrame:
         (criterion, seed), (other_criterion, other_seed) = (
             (artifact.parameters["criterion"], artifact.parameters["seed"]) for artifact in (one, other)
         )
-        both = zip(layers(one, common), layers(other, common), strict=True)
-        by_layer = [(spearmanr(a, b).statistic, overlap(a, b)) for a, b in both]
+        mine, others = layers(one, common), layers(other, common)
+        by_layer = {
+            number: (correlation(scores, others[number]), overlap(scores, others[number]))
+            for number, scores in mine.items()
+        }
         pair = {"criterion": criterion, "seed": seed, "other_criterion": other_criterion, "other_seed": other_seed}
-        for layer, (spearman, shared) in enumerate(by_layer):
+        for layer, (spearman, shared) in by_layer.items():
             rows.append({**pair, "layer": layer, "spearman": spearman, "overlap": shared})
-        spearman, shared = np.mean(by_layer, axis=0)
+        spearman, shared = pd.DataFrame(by_layer.values()).mean()
         rows.append({**pair, "layer": -1, "spearman": spearman, "overlap": shared})
     columns = ["criterion", "seed", "other_criterion", "other_seed", "layer", "spearman", "overlap"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def layers(artifact: Artifact, parts: Container[str] = UNITS) -> list[np.ndarray]:
-    """The scores of the units of the first of these parts that an artifact ranks, neurons if it can: per layer."""
+def layers(artifact: Artifact, parts: Container[str] = UNITS) -> dict[int, np.ndarray]:
+    """The scores of the units of the first of these parts that an artifact ranks, neurons if it can.
+
+    By the number of the layer. Those without such units, as of a mixture of experts the dense ones, are left out.
+    """
     scores = read_scores(artifact.folder / SCORES)
     part = next(part for part in UNITS if part in scores and part in parts)
-    return [layer.flatten().numpy() for layer in scores[part] if layer.numel()]
+    return {number: layer.flatten().numpy() for number, layer in enumerate(scores[part]) if layer.numel()}
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's rank correlation of the scores of one layer; NaN if all are equal by one of them."""
+    return float("nan") if np.ptp(one) == 0 or np.ptp(other) == 0 else float(spearmanr(one, other).statistic)
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 """The figures, in one style: drawn from `metrics.csv`, scores, widths and training curves."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from textwrap import fill
@@ -15,12 +15,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
 from hfprune.reporting import findings
-from hfprune.reporting.agreement import KEPT, between_criteria, layers
+from hfprune.reporting.agreement import KEPT, between_criteria, correlation, layers
 from hfprune.reporting.deployment import by_file
 from hfprune.reporting.labels import name_of, spread
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
@@ -86,7 +86,7 @@ def draw_scores(scores: list[Artifact], agreements: pd.DataFrame, folder: Path) 
     figures: dict = {"importance": (lambda: importance(scores), findings.importance(by_criterion))}
     if set(PAIR) <= set(by_criterion):
         pair = [by_criterion[name] for name in PAIR]
-        correlations = {layer: spearmanr(*(scores[layer] for scores in pair)).statistic for layer in _drawn(pair[0])}
+        correlations = {layer: correlation(*(scores[layer] for scores in pair)) for layer in _drawn(pair[0])}
         figures["entropy_cross_entropy"] = lambda: against_each_other(*pair), findings.ranks(correlations)
     if len(scores) > 1:
         figures["agreement"] = lambda: agreement(agreements), findings.agreement(agreements)
@@ -371,8 +371,9 @@ def importance(scores: list[Artifact]) -> Figure:
     for axis in axes.flat[len(first) :]:
         axis.set_visible(False)
     for axis, (criterion, artifact) in zip(axes.flat, first.items(), strict=False):
-        levels = np.array([np.quantile(layer, [0.05, 0.25, 0.5, 0.75, 0.95]) for layer in layers(artifact)]).T
-        index = np.arange(levels.shape[1])
+        by_layer = layers(artifact)
+        levels = np.array([np.quantile(layer, [0.05, 0.25, 0.5, 0.75, 0.95]) for layer in by_layer.values()]).T
+        index = list(by_layer)
         axis.fill_between(index, levels[0], levels[4], color=COLORS[0], alpha=0.15, lw=0, label="5 to 95 % of neurons")
         axis.fill_between(index, levels[1], levels[3], color=COLORS[0], alpha=0.35, lw=0, label="25 to 75 %")
         axis.plot(index, levels[2], color=COLORS[0], label="median")
@@ -396,11 +397,11 @@ def _first_of_each(scores: list[Artifact]) -> dict[str, Artifact]:
     return by_criterion
 
 
-def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure:
+def against_each_other(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> Figure:
     """Where the neurons of the first, the middle and the last layer rank by one criterion and by another.
 
     Args:
-        one, other: (neurons,) scores per layer, by the criteria of `PAIR`.
+        one, other: (neurons,) scores by layer, by the criteria of `PAIR`.
     """
     drawn = _drawn(one)
     figure, axes = plt.subplots(
@@ -414,8 +415,7 @@ def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure
     for axis, layer in zip(axes.flat, drawn, strict=True):
         ranks = [100 * rankdata(scores[layer]) / len(scores[layer]) for scores in (one, other)]
         image = axis.hexbin(*ranks, gridsize=24, cmap="viridis", mincnt=1, extent=(0, 100, 0, 100), lw=0.1)
-        correlation = spearmanr(*ranks).statistic
-        axis.set_title(f"Layer {layer}: rank correlation {correlation:.2f}", fontsize=8)
+        axis.set_title(f"Layer {layer}: rank correlation {correlation(*ranks):.2f}", fontsize=8)
         axis.set_aspect("equal")
         axis.grid(False)
     figure.colorbar(image, ax=axes, label="Neurons", shrink=0.8)
@@ -424,9 +424,10 @@ def against_each_other(one: list[np.ndarray], other: list[np.ndarray]) -> Figure
     return figure
 
 
-def _drawn(layers: Sequence[np.ndarray]) -> list[int]:
-    """The numbers of the first, the middle and the last layer, each once."""
-    return list(dict.fromkeys([0, len(layers) // 2, len(layers) - 1]))
+def _drawn(layers: Iterable[int]) -> list[int]:
+    """The first, the middle and the last of the layers' numbers, each once."""
+    numbers = list(layers)
+    return list(dict.fromkeys([numbers[0], numbers[len(numbers) // 2], numbers[-1]]))
 
 
 def kept_widths(widths: pd.DataFrame) -> Figure:
@@ -498,7 +499,7 @@ def after_against_before(metrics: pd.DataFrame) -> Figure:
     for number, (recovery, cuts) in enumerate(pairs.groupby("recovery", sort=False)):
         label = recovery
         if len(cuts) >= FEWEST_RANKED:
-            label += f": rank correlation {spearmanr(cuts['before'], cuts['after']).statistic:.2f}, {len(cuts)} models"
+            label += f": rank correlation {correlation(cuts['before'], cuts['after']):.2f}, {len(cuts)} models"
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axis.plot("before", "after", data=cuts, ls="", markersize=5, label=label, **look)
     axis.set_xscale("log")
@@ -582,22 +583,23 @@ def _quality(metrics: pd.DataFrame) -> tuple[pd.DataFrame, str, float]:
 
 
 def deployment(files: pd.DataFrame) -> Figure:
-    """KL of GGUF files against their size and their rate of decoding: a line for each model through its types.
+    """KL of GGUF files against their size and their rate of decoding: a line a model, a marker a type.
 
     Args:
         files: see `deployment.read_files`.
     """
     table = by_file(files)
     panels = {"bytes": ("File (MB)", 1e-6), "decode_tokens_per_second": ("Decoding (tokens/s)", 1)}
-    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 2.8), sharey=True, layout="constrained")
+    markers = {kind: MARKERS[number % len(MARKERS)] for number, kind in enumerate(table["type"].unique())}
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.0), sharey=True, layout="constrained")
     for axis, (column, (name, scale)) in zip(axes, panels.items(), strict=True):
         for number, (label, of_model) in enumerate(table.groupby("label", sort=False)):
             of_model = of_model.sort_values(column)
-            look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-            axis.plot(scale * of_model[column], of_model["kl"], lw=0.8, label=label, **look)
+            color = COLORS[number % len(COLORS)]
+            axis.plot(scale * of_model[column], of_model["kl"], color=color, lw=0.8, label=label)
             for file in of_model.to_dict("records"):
-                place = (scale * file[column], file["kl"])
-                axis.annotate(file["type"], place, (2, 3), textcoords="offset points", fontsize=6, color=look["color"])
+                marker = markers[file["type"]]
+                axis.plot(scale * file[column], file["kl"], marker, color=color, markersize=5, clip_on=False)
         axis.set_yscale("symlog", linthresh=KL_LINEAR, linscale=0.5)  # the dense model in float16 is almost at 0
         axis.margins(0.1)
         axis.set_xlabel(name)
@@ -605,6 +607,8 @@ def deployment(files: pd.DataFrame) -> Figure:
     axes[0].set_ylabel(KL_LABEL.replace("pruned", "file").replace(", ", ",\n"))
     figure.suptitle(f"Held-out text: {files['text'].iloc[0]}")
     _name_lines(axes[1])
+    handles = [plt.Line2D([], [], color="0.3", marker=marker, ls="", label=kind) for kind, marker in markers.items()]
+    figure.legend(handles=handles, frameon=False, fontsize=7, loc="outside lower center", ncols=len(handles))
     return figure
 
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
-from hfprune.reporting.agreement import KEPT, between_criteria
+from hfprune.reporting.agreement import KEPT, between_criteria, correlation
 from hfprune.reporting.deployment import by_file, instead
 from hfprune.reporting.labels import name_of
 from hfprune.reporting.statistics import MODEL, varying
@@ -194,17 +193,19 @@ def profile(bins: pd.DataFrame) -> str:
     return f"KL on {text}, mean of {count} models: by the dense model's entropy {told[0]}; by position {told[1]}."
 
 
-def importance(scores: Mapping[str, Sequence[np.ndarray]]) -> str:
+def importance(scores: Mapping[str, Mapping[int, np.ndarray]]) -> str:
     """Which layers hold the neurons that score highest.
 
     Args:
-        scores: (neurons,) per layer, by criterion.
+        scores: (neurons,) by layer, by criterion.
     """
     told = []
     for criterion, layers in scores.items():
-        medians = [float(np.median(layer)) for layer in layers]
-        high, low = int(np.argmax(medians)), int(np.argmin(medians))
+        medians = {number: float(np.median(layer)) for number, layer in layers.items()}
+        high, low = max(medians, key=medians.get), min(medians, key=medians.get)
         ends = f"highest in layer {high} ({medians[high]:.2g}) and lowest in layer {low} ({medians[low]:.2g})"
+        if medians[high] == medians[low]:
+            ends = f"{medians[high]:.2g} in every layer"
         told.append(f"{ends} by {criterion}")
     return f"The median score of a layer's neurons is {_first(told)}."
 
@@ -242,7 +243,9 @@ def agreement(agreements: pd.DataFrame) -> str:
 
 def ranks(correlations: Mapping[int, float]) -> str:
     """How entropy and cross-entropy agree, by layer."""
-    values = listed([f"{value:.2f} in layer {layer}" for layer, value in correlations.items()])
+    values = listed([f"{value:.2f} in layer {layer}" for layer, value in correlations.items() if np.isfinite(value)])
+    if not values:
+        return "Entropy or cross-entropy ranks no neurons in these layers: all scores are equal."
     return f"Ranks of neurons by entropy and by cross-entropy correlate by {values}."
 
 
@@ -255,10 +258,10 @@ def before_after(pairs: pd.DataFrame) -> str:
     told = []
     for recovery, cuts in pairs.groupby("recovery", sort=False):
         nearer = int((cuts["after"] < cuts["before"]).sum())
-        rank = f", and their ranks correlate by {spearmanr(cuts['before'], cuts['after']).statistic:.2f}"
-        told.append(
-            f"{recovery} brings {nearer} of {len(cuts)} models nearer to the dense one{rank if len(cuts) > 2 else ''}"
-        )
+        rank = correlation(cuts["before"], cuts["after"]) if len(cuts) > 2 else np.nan
+        told.append(f"{recovery} brings {nearer} of {len(cuts)} models nearer to the dense one")
+        if np.isfinite(rank):
+            told[-1] += f", and their ranks correlate by {rank:.2f}"
     return f"{'; '.join(told)}."
 
 

@@ -69,6 +69,8 @@ if plan.files:
             ENVIRONMENT
         params:
             folder=RESULTS,
+            # Where the measuring of other files was stopped, its csv is gone, and the old table is not up to date.
+            files=[*manifests(plan.files), *plan.experiment.deploy.types],
             code=[code_digest(f"hfprune.reporting.{module}") for module in ("deployment", "figures")],
         message:
             "draw fidelity against size and speed of GGUF files"
