@@ -193,7 +193,8 @@ def command(tmp_path):
 
 def pytest_collection_modifyitems(items) -> None:
     """The files that take longest go first, so that no core is left alone with one at the end."""
-    longest = ("test_grids.py", "test_workflow.py", "test_slurm.py", "test_recovery.py", "test_reproducible.py")
+    names = "grids workflow slurm recovery results efficiency embedded reproducible safety flow checkpoint doctor"
+    longest = [f"test_{name}.py" for name in names.split()]
     places = {name: place for place, name in enumerate(longest)}
     items.sort(key=lambda item: places.get(item.path.name, len(longest)))
 
