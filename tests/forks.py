@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from hfprune.store.keys import code_digest
-
 PRELOADED = (
     "hfprune.cli", "hfprune.data.download", "hfprune.data.lm_eval_tasks", "hfprune.pruning.scoring",
     "hfprune.pruning.surgery", "hfprune.recovery.training", "hfprune.evaluation.fidelity",
@@ -76,7 +74,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for name in PRELOADED:
         __import__(name)
-    code_digest("hfprune.cli")
+    sys.modules["hfprune.store.keys"].code_digest("hfprune.cli")
     gc.freeze()  # no fork looks through all these objects for garbage
     for line in sys.stdin:
         request = json.loads(line)
