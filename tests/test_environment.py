@@ -1,5 +1,6 @@
 """The environments: one set of pins, and all that the package declares."""
 
+import importlib.metadata
 import importlib.util
 import re
 import tomllib
@@ -70,6 +71,13 @@ def test_what_the_package_declares_is_pinned(extra):
     declared = project["optional-dependencies"][extra] if extra else project["dependencies"]
     names = {re.match(r"[\w-]+", each)[0].lower().replace("_", "-") for each in declared}
     assert names <= {name.lower().replace("_", "-") for name in pins()}
+
+
+def test_every_pin_installs_on_the_oldest_python_of_the_package():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=") + ".0"
+    needs = {name: importlib.metadata.metadata(name).get("Requires-Python") or "" for name in pins()}
+    assert not {name: need for name, need in needs.items() if oldest not in SpecifierSet(need)}
 
 
 def test_no_pin_names_a_cpu_or_cuda_build():
