@@ -147,7 +147,8 @@ def work(files: list[int], words: list[str], environment: dict[str, str], folder
     for name in [name for name in sys.modules if name.partition(".")[0] in ("hfprune", "tests")]:
         del sys.modules[name]
     elsewhere = [path for path in sys.path if Path(path or ".").resolve() != REPOSITORY]
-    sys.path[:] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep), *elsewhere]
+    # Last, as an editable install has it: Snakemake finds the plugin of the screen there.
+    sys.path[:] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep), *elsewhere, str(REPOSITORY)]
     subprocess_run, reload_run = subprocess.run, reloading(partial(forked, reload)).run
 
     def run(command, *args, **options):
