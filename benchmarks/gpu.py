@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command: equal results, speed and memory at the size of Llama-2-7B.
 
-    python benchmarks/gpu.py                       on a machine with a GPU, no network, no data: about six minutes
+    python benchmarks/gpu.py                       on a machine with a GPU, no network, no data
     python benchmarks/gpu.py --size tiny           the same parts at a tiny size, on any machine
     python benchmarks/gpu.py --only scoring widths
 
@@ -12,62 +12,59 @@ and pydantic beside what torch, transformers and peft bring.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import alternate, show, write
+from common import alternate, show, synchronize, write
 from scoring import SHAPES, build, ours
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hfprune.models.loading import count_parameters, flops_per_token
+from hfprune.evaluation.timing import run_once
+from hfprune.models.loading import count_parameters, device, flops_per_token
 from hfprune.models.units import parts
 from hfprune.pruning.refit import refit
+from hfprune.pruning.refit_names import RIDGE
 from hfprune.recovery.training import recover
+from hfprune.store.artifacts import peak_memory
 
 HERE = Path(__file__).parent
 WORDS = 1000  # of the tokenizer for made-up text
 KERNELS = {"attention": ("sdpa", "attention", "flash"), "products": ("nvjet", "gemm", "cutlass", "mm")}  # in names
-FORK_SAFE = {"TOKENIZERS_PARALLELISM": "false"}
 
 Figures = dict[str, Any]
-Save = Callable[[Figures], None]  # called with the figures so far
 
 
-def command(*words: str) -> None:
-    """Run another script of this folder, or pytest.
+def run(*words: str) -> Figures:
+    """Run a script or a module of Python; its figures are in a record of its own, or it has none.
 
     Raises:
         SystemExit: it failed.
     """
-    status = subprocess.run([sys.executable, *words], env=os.environ | FORK_SAFE).returncode
-    if status:
+    if status := subprocess.run([sys.executable, *words]).returncode:
         sys.exit(status)
+    return {}
 
 
-def tests(_size: str, save: Save) -> None:
+def tests(_size: str) -> Figures:
     """Scores, refit and measures on the GPU are those of the CPU."""
-    command("-m", "pytest", "-q", "-c", os.devnull, "--noconftest", "-p", "no:cacheprovider",
-            str(HERE.parent / "tests" / "test_gpu.py"))  # fmt: skip
-    save({"passed": True})
+    file = str(HERE.parent / "tests" / "test_gpu.py")
+    return run("-m", "pytest", "-q", "-c", os.devnull, "--noconftest", "-p", "no:cacheprovider", file)
 
 
-def scoring(size: str, save: Save) -> None:
-    """Entropy-Taylor against the published procedure: see benchmarks/scoring.py, which writes a record of its own."""
-    words = ["--shape", "llama-2-7b", "--sequences", "8", "--rounds", "3"]
-    if size == "tiny":
-        words = ["--shape", "tiny", "--sequences", "2", "--rounds", "1", "--length", "16"]
-    command(str(HERE / "scoring.py"), *words)
-    save({"passed": True})
+def scoring(size: str) -> Figures:
+    """Entropy-Taylor against the published procedure: see benchmarks/scoring.py."""
+    full, tiny = "--shape llama-2-7b --sequences 8 --rounds 3", "--shape tiny --sequences 2 --rounds 1 --length 16"
+    return run(str(HERE / "scoring.py"), *(tiny if size == "tiny" else full).split())
 
 
-def profile(size: str, save: Save) -> None:
+def profile(size: str) -> Figures:
     """Where a scoring pass spends the device's time: the shares of attention, of matrix products and of all else."""
     shape, samples, length = ("tiny", 2, 16) if size == "tiny" else ("llama-2-7b", 8, 1024)
     model = build(shape)
@@ -77,7 +74,7 @@ def profile(size: str, save: Save) -> None:
     kind = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kind.CPU, kind.CUDA] if on_gpu else [kind.CPU]) as profiler:
         ours(model, tokens)
-        wait()
+        synchronize()
     shares = dict.fromkeys((*KERNELS, "the rest"), 0.0)
     for event in profiler.key_averages():
         if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
@@ -85,63 +82,48 @@ def profile(size: str, save: Save) -> None:
             microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             shares[kinds[0] if kinds else "the rest"] += microseconds
     total = sum(shares.values())
-    save(
-        {"shape": shape, "seconds": total / 1e6, **{f"share of {kind}": each / total for kind, each in shares.items()}}
-    )
+    return {"shape": shape, "seconds": total / 1e6} | {
+        f"share of {kind}": each / total for kind, each in shares.items()
+    }
 
 
-def streaming(size: str, save: Save) -> None:
-    """Score, cut and measure layer by layer: see benchmarks/streaming.py, which writes a record of its own."""
-    words = ["--shape", "llama-2-7b", "--samples", "32", "--length", "1024", "--gpu-bytes", str(6 * 10**9)]
-    if size == "tiny":
-        words = ["--shape", "tiny", "--small", "tiny", "--samples", "2", "--length", "16", "--rounds", "1"]
-    command(str(HERE / "streaming.py"), *words)
-    save({"passed": True})
+def streaming(size: str) -> Figures:
+    """Score, cut and measure layer by layer: see benchmarks/streaming.py."""
+    full = "--shape llama-2-7b --samples 32 --length 1024 --gpu-bytes 6000000000"
+    tiny = "--shape tiny --small tiny --samples 2 --length 16 --rounds 1"
+    return run(str(HERE / "streaming.py"), *(tiny if size == "tiny" else full).split())
 
 
-def refitting(size: str, save: Save) -> None:
+def refitting(size: str) -> Figures:
     """Seconds and peak of a refit, the model in memory: a fifth of each MLP goes."""
     shape, samples, length = ("tiny", 2, 16) if size == "tiny" else ("llama-2-7b", 32, 1024)
     model = build(shape)
     tokens = torch.randint(0, model.config.vocab_size, (samples, length))
     widths = [part.units * 4 // 5 for part in parts(model, "mlp")]
     kept = {"mlp": [torch.arange(width) for width in widths]}
-    weights = peak_bytes()
+    weights = peak_memory()
     started = time.perf_counter()
-    details = refit(model, kept, tokens, "sequential", 0.1)
-    wait()
+    details = refit(model, kept, tokens, "sequential", RIDGE)
+    synchronize()
     seconds = time.perf_counter() - started
-    save(
-        {
-            "shape": shape,
-            "tokens": tokens.numel(),
-            "seconds": seconds,
-            "tokens_per_second": tokens.numel() / seconds,
-            "flops": details["refit_flops"],
-            "peak_bytes_beside_weights": peak_bytes() - weights,
-        }
-    )
+    return {
+        "shape": shape,
+        "tokens": tokens.numel(),
+        "seconds": seconds,
+        "tokens_per_second": tokens.numel() / seconds,
+        "flops": details["refit_flops"],
+        "peak_bytes_beside_weights": peak_memory() - weights,
+    }
 
 
-def widths(size: str, save: Save) -> None:
+def widths(size: str) -> Figures:
     """Prefill and decoding where MLPs keep 80 % of 11008 neurons, rounded to 1, 8, 64, 128 and 256; 8 layers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from hfprune.evaluation.timing import run_once
-
     shape, layers, new_tokens, rounds = ("tiny", 2, 2, 1) if size == "tiny" else ("llama-2-7b", 8, 32, 5)
     dense = SHAPES[shape]["intermediate_size"]
     steps = {"dense": dense} | {
         f"multiple of {step}": max(step, round(dense * 0.8 / step) * step) for step in (2, 8, 64, 128, 256)
     }
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = {}
-    for name, width in steps.items():
-        values = SHAPES[shape] | {"num_hidden_layers": layers, "intermediate_size": width}
-        with torch.device(place):
-            config = AutoConfig.for_model("llama", max_position_embeddings=4096, **values)
-            networks[name] = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    networks = {name: build(shape, num_hidden_layers=layers, intermediate_size=width) for name, width in steps.items()}
     figures: Figures = {"shape": shape, "layers": layers, "widths": steps}
     rows: dict[tuple[str, str, str], list[float]] = {}
     for number in range(rounds + 1):
@@ -149,15 +131,13 @@ def widths(size: str, save: Save) -> None:
             for (task, metric), value in run_once(network, new_tokens).items():
                 if number:
                     rows.setdefault((name, task, metric), []).append(value)
-    prompt = torch.randint(0, 100, (4, 8 if size == "tiny" else 1024), device=place)
+    prompt = torch.randint(0, 100, (4, 8 if size == "tiny" else 1024), device=device())
     with torch.no_grad():
         seconds = alternate({name: lambda net=net: net(prompt, use_cache=False) for name, net in networks.items()}, 10)
     for name in steps:
         figures[f"{name}, prefill {tuple(prompt.shape)}, seconds"] = seconds[name]
-    figures |= {
-        f"{name}, {task}, {metric}": sorted(each)[len(each) // 2] for (name, task, metric), each in rows.items()
-    }
-    save(figures)
+    figures |= {f"{name}, {task}, {metric}": statistics.median(each) for (name, task, metric), each in rows.items()}
+    return figures
 
 
 def made_up(tokens: int, generator: torch.Generator) -> str:
@@ -173,7 +153,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>", unk_token="[UNK]")
 
 
-def evaluation(size: str, save: Save) -> None:
+def evaluation(size: str) -> Figures:
     """Log-likelihoods of made-up questions of four choices: lm-eval's class against the one of stage `evaluate`."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -192,24 +172,22 @@ def evaluation(size: str, save: Save) -> None:
     shared = Shared(model, tokenizer())
     answers: dict[str, list[tuple[float, bool]]] = {}
 
-    def run(name: str, lm: HFLM) -> None:
+    def answer(name: str, lm: HFLM) -> None:
         answers[name] = lm.loglikelihood(requests, disable_tqdm=True)
 
-    seconds = alternate({"stock": lambda: run("stock", stock), "shared": lambda: run("shared", shared)}, 3)
+    seconds = alternate({"stock": lambda: answer("stock", stock), "shared": lambda: answer("shared", shared)}, 3)
     differences = [abs(one[0] - other[0]) for one, other in zip(answers["stock"], answers["shared"], strict=True)]
-    save(
-        {
-            "shape": shape,
-            "dtype": str(model.dtype),
-            "requests": len(requests),
-            **{f"requests_per_second_{name}": len(requests) / each for name, each in seconds.items()},
-            "speed_ratio": seconds["stock"] / seconds["shared"],
-            "max_difference": max(differences),
-        }
-    )
+    return {
+        "shape": shape,
+        "dtype": str(model.dtype),
+        "requests": len(requests),
+        **{f"requests_per_second_{name}": len(requests) / each for name, each in seconds.items()},
+        "speed_ratio": seconds["stock"] / seconds["shared"],
+        "max_difference": max(differences),
+    }
 
 
-def training(size: str, save: Save) -> None:
+def training(size: str) -> Figures:
     """Tokens a second of LoRA training on made-up text."""
     shape, documents, length = ("tiny", 64, 32) if size == "tiny" else ("tinyllama-1.1b", 400, 1024)
     with tempfile.TemporaryDirectory() as scratch:
@@ -231,28 +209,15 @@ def training(size: str, save: Save) -> None:
             dropout=0.0, targets=["q_proj", "v_proj"], keep_adapter=False, seed=0, save_steps=1000,
             report_to="none", dtype="auto",
         )  # fmt: skip
-    save(
-        {
-            "shape": shape,
-            "parameters": parameters,
-            "tokens": details["tokens"],
-            "forward_flops_per_token": per_token,
-            "seconds": details["seconds_together"],
-            "tokens_per_second": details["tokens"] / details["seconds_together"],
-            "peak_bytes": peak_bytes(),
-        }
-    )
-
-
-def wait() -> None:
-    """Until the GPU has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_bytes() -> int:
-    """The most GPU memory that tensors took so far; 0 without a GPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {
+        "shape": shape,
+        "parameters": parameters,
+        "tokens": details["tokens"],
+        "forward_flops_per_token": per_token,
+        "seconds": details["seconds_together"],
+        "tokens_per_second": details["tokens"] / details["seconds_together"],
+        "peak_bytes": peak_memory(),
+    }
 
 
 PARTS = {
@@ -262,7 +227,7 @@ PARTS = {
 
 def run_part(name: str, size: str, file: Path) -> None:
     """Run one part in this process; it writes its figures to `file`."""
-    PARTS[name](size, lambda figures: file.write_text(json.dumps(figures), encoding="utf-8"))
+    file.write_text(json.dumps(PARTS[name](size)), encoding="utf-8")
 
 
 def main() -> None:
@@ -278,6 +243,7 @@ def main() -> None:
         run_part(args.part, args.size, args.figures)
         return
     figures: Figures = {"size": args.size}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # threads do not survive a fork
     for name in args.only:
         print(f"== {name}", flush=True)
         started = time.monotonic()
@@ -285,7 +251,7 @@ def main() -> None:
             file = Path(scratch, "figures.json")
             words = [sys.executable, __file__, "--part", name, "--size", args.size, "--figures", str(file)]
             try:
-                status = subprocess.run(words, timeout=args.seconds, env=os.environ | FORK_SAFE).returncode
+                status = subprocess.run(words, timeout=args.seconds, env=environment).returncode
                 outcome = "finished" if status == 0 else f"exit status {status}"
             except subprocess.TimeoutExpired:
                 outcome = f"stopped after {args.seconds} s"

@@ -47,11 +47,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-def build(shape: str) -> PreTrainedModel:
-    """A Llama of that shape with random weights: bfloat16 on a GPU, float32 on a CPU."""
+def build(shape: str, **changes: int) -> PreTrainedModel:
+    """A Llama of that shape, but for `changes`, with random weights: bfloat16 on a GPU, float32 on a CPU."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    config = AutoConfig.for_model("llama", max_position_embeddings=4096, **SHAPES[shape])
+    config = AutoConfig.for_model("llama", max_position_embeddings=4096, **SHAPES[shape] | changes)
     with torch.device(device()):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 

@@ -37,7 +37,7 @@ from hfprune.models.loading import (
 )
 from hfprune.models.units import DEPTH, MIXED
 from hfprune.pruning import scoring
-from hfprune.pruning.budget import refuse_method, shape_of, units_shapes, units_to_keep
+from hfprune.pruning.budget import BUDGET, refuse_method, shape_of, units_shapes, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
 from hfprune.pruning.order import best_steps, kept_without, steps_of
@@ -278,9 +278,7 @@ class Models:
             UserError: the model cannot be cut that far.
         """
         parameters = job.recipe.parameters
-        names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
-        names += ("depth_share",)
-        budget = {name: parameters[name] for name in names if name in parameters}
+        budget = {name: parameters[name] for name in BUDGET if name in parameters}
         criterion = job.inputs["scores"].settings.criterion
         refuse_method(self.shape, job.settings.structure, criterion, job.settings.refit)
         whole = units_to_keep(self.shape, **budget)

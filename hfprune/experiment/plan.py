@@ -11,8 +11,9 @@ from hfprune.errors import UserError
 from hfprune.experiment.schema import Experiment
 from hfprune.models.context import check_checkpoint
 from hfprune.models.units import DEPTH, MIXED
-from hfprune.pruning.budget import check
+from hfprune.pruning.budget import BUDGET, check
 from hfprune.pruning.criteria import passes
+from hfprune.pruning.order import BESIDE_NEURONS
 from hfprune.reporting.paper_tables import Setting
 from hfprune.runtime.paths import expanded
 from hfprune.sharing import quantizer
@@ -210,8 +211,7 @@ class Plan:
     @property
     def budgets(self) -> list[dict[str, Any]]:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
-        names = ("ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to")
-        names += ("depth_share", "refit")
+        names = (*BUDGET, "refit")
         budgets = dict.fromkeys(
             (criterion, *(getattr(cut, name) for name in names)) for _, criterion, cut in self.experiment.cuts()
         )
@@ -291,7 +291,7 @@ class Plan:
                 ranking = self._order(dense, calibration, criterion, cut, seed) if is_deep else scores[criterion]
                 inputs = {"model": dense, "scores": ranking}
                 if cut.structure in MIXED:
-                    inputs["order"] = self._order(dense, calibration, "greedy_kl", cut, seed)
+                    inputs["order"] = self._order(dense, calibration, BESIDE_NEURONS, cut, seed)
                 if cut.reads_text:
                     inputs["text"] = calibration
                 label = f"{cut.label} by {method}, seed {seed}"

@@ -55,6 +55,9 @@ PARAMETERS = (
 STAYS = {"layers": "a layer", "sublayers": "an attention and an MLP"}  # what these structures leave at least
 STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
 DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
+BUDGET = (  # the settings of a cut that say how much goes
+    "ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to", "depth_share",
+)  # fmt: skip
 METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
 NO_REFIT = (
     "refit {refit!r}: of a mixture of experts, 'least_squares' refits structure mlp, the neurons inside experts; no "

@@ -78,7 +78,7 @@ class MethodRecipe(BaseModel):
     @property
     def order_criterion(self) -> str:
         """What orders whole sublayers and layers: next to neurons it is always measured."""
-        return "greedy_kl" if self.structure in MIXED else self.criterion
+        return order.BESIDE_NEURONS if self.structure in MIXED else self.criterion
 
     @property
     def needs(self) -> list[str]:

@@ -22,6 +22,7 @@ CRITERIA = {  # what orders steps, and where it comes from
     "greedy_kl": "KL to the dense model, measured anew after each step: after SLEB, arXiv 2402.09025, and FinerCut, "
     "arXiv 2405.18218",
 }
+BESIDE_NEURONS = "greedy_kl"  # what orders those that go first where neurons make up the rest
 
 
 def steps_of(units: dict[str, list[int]], structure: str) -> list[Step]:
