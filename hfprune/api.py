@@ -31,7 +31,7 @@ from hfprune.evaluation.fidelity import hidden_states, position_measures, summar
 from hfprune.models import checkpoint
 from hfprune.models.head import head_of
 from hfprune.models.loading import LINEAR, check_config
-from hfprune.models.units import DEPTH, MIXED, PARTS, UNITS, Kept, Part, Scores, parts
+from hfprune.models.units import DEPTH, MIXED, PARTS, STRUCTURES, UNITS, Kept, Part, Scores, parts
 from hfprune.pruning import surgery
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS, shape_of, units_to_keep
@@ -108,6 +108,7 @@ def prune(
             target_parameters=target_parameters,
             ratio_of=ratio_of,
             attention_share=recipe.attention_share,
+            experts_share=recipe.experts_share,
             round_to=round_to,
             tokens=tokens,
         )
@@ -215,6 +216,7 @@ def allocate(
     target_parameters: int | None = None,
     ratio_of: str = "all",
     attention_share: float | None = None,
+    experts_share: float | None = None,
     round_to: int | None = None,
     tokens: Tensor | None = None,
 ) -> Kept:
@@ -224,9 +226,9 @@ def allocate(
         model: that the scores are of; read for its size.
         scores: see `score`.
         ratio, target_parameters, ratio_of, round_to: see `prune`.
-        structure: "mlp", "attention", "mlp+attention" or "experts".
+        structure: "mlp", "attention", "mlp+attention", "experts" or "mlp+experts".
         allocation: a name in docs/pruning.md: "uniform" widths, or "global": one ranking over all layers.
-        attention_share: of what mlp+attention removes; by default what one ranking of all units gives.
+        attention_share, experts_share: of what mlp+attention or mlp+experts removes; by default the scores decide.
         tokens: (sequences, length) int64, for allocations that measure the layers' influence ("angular", "cosine",
             "entropic"); best those that the scores were made on.
 
@@ -241,14 +243,17 @@ def allocate(
     recipe = _recipe(
         {"criterion": "entropy", "structure": structure, "allocation": allocation}
         | ({} if attention_share is None else {"attention_share": attention_share})
+        | ({} if experts_share is None else {"experts_share": experts_share})
     )
     if ratio_of not in ("all", "mlp") or (ratio_of == "mlp" and structure != "mlp"):
         raise UserError(f"ratio_of {ratio_of!r} with structure {structure!r}: expected 'all', or 'mlp' with 'mlp'.")
     if round_to not in (None, *STEPS):
         raise UserError(f"round_to {round_to}: expected one of {', '.join(map(str, STEPS))}.")
+    ranked = scores if all(name in scores for name in STRUCTURES[structure]) else None
     budget = units_to_keep(
-        shape_of(model), ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, scores
-    )
+        shape_of(model), ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked,
+        experts_share=experts_share,
+    )  # fmt: skip
     if absent := [name for name in budget.keep if name not in scores]:
         raise UserError(
             f"structure {structure!r}: the scores do not rank its {UNITS[absent[0]]}. Take another criterion, see "
