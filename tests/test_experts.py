@@ -519,6 +519,9 @@ def test_one_budget_over_experts_and_the_neurons_inside_them_is_met(share):
     kept = best_units(budget, scores, "uniform")
     if share:
         assert [len(layer) for layer in kept["experts"]] == [13, 0, 13]
+    for layer in (0, 2):  # every expert that stays keeps its own best
+        best = scores["mlp"][layer][kept["experts"][layer]].topk(kept["mlp"][layer].shape[1]).indices
+        assert torch.equal(best.sort().values, kept["mlp"][layer])
     cut(model, kept)
     step = 8 * shape.parameters["mlp"] * 2  # neurons of each expert of two layers
     assert abs(shape.total * 0.7 - count_parameters(model)) <= step / 2
