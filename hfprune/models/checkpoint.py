@@ -131,8 +131,8 @@ def declare_widths(model: PreTrainedModel) -> None:
         if hasattr(part.block, "intermediate_size"):
             part.block.intermediate_size = part.units
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    is_stock = fixed_width(model) in (None, widths[0]) and stock_accepts(model, groups[0])
-    if len(set(widths)) == len(set(groups)) == 1 and is_stock:
+    alike = len(set(widths)) == len(set(groups)) == 1
+    if alike and fixed_width(model) in (None, widths[0]) and stock_accepts(model, groups[0]):
         for name, value in head_counts(model, groups[0]).items():
             setattr(config, name, value)
         model.__class__ = stock
