@@ -380,17 +380,70 @@ def test_a_refit_inside_experts_is_the_least_squares_of_the_tokens_sent_to_each(
     assert details["starved_layers"] == sorted(starved)
 
 
-@pytest.mark.parametrize("name", NARROWED)
-def test_a_refit_inside_experts_brings_the_model_nearer_to_the_dense_one(name):
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_refit_of_experts_brings_the_model_nearer_to_the_dense_one(name):
     model = mixture(name)
-    kept, dense, kl = {"mlp": some_neurons(model)}, logits(model, TEXT[:8]).log_softmax(-1), []
-    for refitted in (False, True):
+    kept = {"mlp": some_neurons(model)} if name in NARROWED else {"experts": some_experts(model)}
+    dense, kl = logits(model, TEXT[:8]).log_softmax(-1), {}
+    for method in ("none", "least_squares", "sequential") if name in NARROWED else ("none", "sequential"):
         small = copy.deepcopy(model)
-        if refitted:
-            refit(small, kept, TEXT, "least_squares", 0.1)
+        if method != "none":
+            refit(small, kept, TEXT, method, 0.4)
         cut(small, kept)
-        kl.append((dense.exp() * (dense - logits(small, TEXT[:8]).log_softmax(-1))).sum(-1).mean().item())
-    assert kl[1] < kl[0]
+        kl[method] = (dense.exp() * (dense - logits(small, TEXT[:8]).log_softmax(-1))).sum(-1).mean().item()
+    assert max(kl, key=kl.get) == "none"
+
+
+def seen_by_experts(model, number):
+    """What leaves layer `number` of a model in float64, and what its experts read: states, choice and weights."""
+    seen, hooks = [], []
+    hooks.append(experts_in(model, number).experts.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs)))
+    hooks.append(layers_of(model)[number].register_forward_hook(lambda _m, _i, left: seen.append(left)))
+    logits(model, TEXT)
+    for hook in hooks:
+        hook.remove()
+    inputs, left = seen
+    return left[0] if isinstance(left, tuple) else left, inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "removed"),
+    [("qwen3_moe", ("experts", "mlp")), ("granitemoe", ("mlp",)), ("deepseek_v3", ("experts",))],
+)
+def test_a_sequential_refit_of_experts_is_the_least_squares_behind_what_is_refitted_already(name, removed):
+    """In float64, by the classes' own code: the dense model, and one whose lower layers are cut and refitted."""
+    model, dense = mixture(name), mixture(name).double()
+    dense.config._experts_implementation = "eager"
+    both = some_of_both(model)
+    kept = both if len(removed) > 1 else {removed[0]: both["experts"] if "experts" in removed else some_neurons(model)}
+    refit(model, kept, TEXT, "sequential", 0.1)
+    below, factor = copy.deepcopy(dense), getattr(dense.config, "residual_multiplier", 1.0)
+    for number in range(3):
+        if not (before := experts_in(dense, number)):
+            continue
+        wanted, _ = seen_by_experts(dense, number)
+        whole, _ = seen_by_experts(below, number)
+        stay = kept["experts"][number] if "experts" in kept else torch.arange(8)
+        if "experts" in kept:
+            mask_router(experts_in(below, number), torch.ones(8, dtype=torch.bool).index_fill_(0, stay, False))
+        without, (states, chosen, weights) = seen_by_experts(below, number)
+        lost = ((whole - without + 0.5 * (wanted - whole)) / factor).flatten(0, 1)
+        after, own = experts_in(model, number), experts_in(below, number)
+        for place, expert in enumerate(stay.tolist()):
+            stays = kept["mlp"][number][place] if "mlp" in kept else torch.arange(before.width)
+            routed, places = (chosen == expert).nonzero(as_tuple=True)
+            if not len(routed):
+                continue
+            weight = weights[routed, places, None]
+            h = before.activations(expert, states[routed]) * weight
+            write, found = (each.neurons_of(expert).output.weight for each in (before, after))
+            gone = torch.ones(before.width, dtype=torch.bool).index_fill_(0, stays, False)
+            r = h[:, gone] @ write[:, gone].T + lost[routed] * weight / weights[routed].sum(1, keepdim=True)
+            gram = h[:, stays].T @ h[:, stays]
+            gram.diagonal().mul_(1.1)
+            expected = write[:, stays] + torch.linalg.solve(gram, h[:, stays].T @ r).T
+            torch.testing.assert_close(found[:, stays].double(), expected, rtol=2e-3, atol=2e-4)
+            own.neurons_of(expert).output.weight.copy_(found.double())
 
 
 def test_an_expert_that_no_token_is_sent_to_keeps_its_weights():
@@ -454,8 +507,8 @@ def test_read_layer_by_layer_every_weight_has_the_type_and_shape_of_the_model_in
     [
         ("mixtral", "mlp+experts", "least_squares"),
         ("deepseek_v3", "experts", "none"),
-        ("gpt_oss", "mlp", "least_squares"),
-        ("ernie4_5_moe", "experts", "none"),
+        ("gpt_oss", "mlp", "sequential"),
+        ("ernie4_5_moe", "experts", "sequential"),
     ],
 )
 def test_a_cut_layer_by_layer_equals_that_of_the_model_in_memory(name, structure, method, texts, tmp_path):
@@ -606,8 +659,8 @@ def test_a_group_keeps_as_many_experts_as_its_own_score_is_made_of():
         ("qwen3_moe", {"ratio": 0.1, "round_to": 1}, r"round_to 1: .* Set it to 8 or more"),
         (
             "qwen3_moe",
-            {"ratio": 0.1, "refit": "sequential"},
-            r"refit 'sequential': .*least_squares' refits structure",
+            {"ratio": 0.1, "refit": "trained"},
+            r"refit 'trained': .*'least_squares' and 'sequential' refit what loses neurons",
         ),
         ("qwen3_moe", {"ratio": 0.1, "criterion": "reap"}, r"criterion 'reap' does not rank neurons inside experts"),
         (
@@ -642,7 +695,7 @@ def test_the_largest_ratio_that_a_refusal_names_is_met(tmp_path):
 def test_what_only_a_model_shows_is_refused_too():
     with pytest.raises(UserError, match="criterion 'reap' ranks experts, and 'llama' models have none"):
         unit_scores(make("llama"), TOKENS, ["reap"])
-    with pytest.raises(UserError, match="no other refit goes with one"):
+    with pytest.raises(UserError, match="No other refit goes with one"):
         refit(mixture("qwen3_moe"), {}, TOKENS, "least_squares", 0.1)
     unknown = AutoConfig.for_model("phimoe")
     with pytest.raises(UserError, match=r"'phimoe' is a mixture of experts that hfprune does not know. .*: mixtral, "):
@@ -690,12 +743,14 @@ def test_a_plan_counts_the_experts_that_a_token_is_sent_to(experiment, tmp_path)
     make_tokenizer().save_pretrained(tmp_path / "dense")
     asked = experiment | {"store": str(tmp_path / "store"), "model": {"path": str(tmp_path / "dense")}, "ratios": [0.2]}
     methods = ["REAP", "Expert frequency", {"mine": {"criterion": "flap", "refit": "least_squares"}}]
+    methods += ["hfprune-best-stock"]
     lines = report(parse(Experiment, asked | {"methods": methods}, "test"), "cpu", 0.4, None)
     idle = 3 * 5 * 3 * 32 * 24  # layers, experts that a token is not sent to, matrices
     total = count_parameters(model)
     assert f"{total:,} parameters ({total - idle:,} of them for a token), float32" in lines
-    with pytest.raises(UserError, match="refit 'sequential': of a mixture of experts, 'least_squares' refits"):
-        report(parse(Experiment, asked | {"methods": ["hfprune-best-stock"]}, "test"), "cpu", 0.4, None)
+    trained = [{"mine": {"criterion": "fisher_token", "refit": "trained"}}]
+    with pytest.raises(UserError, match="refit 'trained': of a mixture of experts, 'least_squares' and 'sequential'"):
+        report(parse(Experiment, asked | {"methods": trained}, "test"), "cpu", 0.4, None)
 
 
 def test_layers_beside_the_model_do_not_count_for_a_budget(tmp_path):

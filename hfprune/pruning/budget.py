@@ -62,8 +62,9 @@ BUDGET = (  # the settings of a cut that say how much goes
 )  # fmt: skip
 METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
 NO_REFIT = (
-    "refit {refit!r}: of a mixture of experts, 'least_squares' refits structures mlp and mlp+experts, the neurons "
-    "inside experts; no other refit goes with one, and no other structure has any. Set it to 'none', or to that."
+    "refit {refit!r}: of a mixture of experts, 'least_squares' and 'sequential' refit what loses neurons (structures "
+    "mlp and mlp+experts), and 'sequential' the experts that stay (structure experts). No other refit goes with one. "
+    "Set it to one of these, or to 'none'."
 )
 EXPERT_STEPS = ((256, 64), (0, 8))  # inside experts, which are a few hundred neurons wide
 ALIGNED = 8  # numbers in 16 bytes, of which torch's grouped products of experts need a multiple
@@ -367,7 +368,7 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
             f"criterion {criterion!r} does not rank {UNITS[unranked[0]]}{where}, which structure {structure!r} cuts. "
             f"Those that do: {', '.join(rankers(STRUCTURES[structure], mixture))}."
         )
-    if mixture and refit != "none" and not (structure in ("mlp", WITH_EXPERTS) and refit == IN_EXPERTS):
+    if mixture and refit not in ("none", *IN_EXPERTS.get(structure, ())):
         raise UserError(NO_REFIT.format(refit=refit))
 
 

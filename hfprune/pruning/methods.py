@@ -75,7 +75,7 @@ class MethodRecipe(BaseModel):
                 f"criterion {self.criterion} does not rank the units of structure {self.structure}; these do: "
                 f"{', '.join(usable)}"
             )
-        refits = ("none", IN_EXPERTS) if self.structure == WITH_EXPERTS else ("none",)
+        refits = ("none", *IN_EXPERTS.get(self.structure, ()))
         if of_experts and (self.allocation != "uniform" or self.refit not in refits):
             raise ValueError(
                 f"structure {self.structure} goes with allocation uniform and refit {' or '.join(refits)}, not "
@@ -108,7 +108,8 @@ class MethodRecipe(BaseModel):
         scoring += [f"{backward} backward pass{'es' if backward > 1 else ''}"] if backward else []
         needs = [*order_first, f"scoring: {' and '.join(scoring)} over the calibration text"]
         if self.refit != "none":
-            times = "2 forward passes" if self.refit in SEQUENTIAL else "1 forward pass"
+            several = "4 forward passes" if "experts" in STRUCTURES[self.structure] else "2 forward passes"
+            times = several if self.refit in SEQUENTIAL else "1 forward pass"
             needs.append(f"refit: {times} over the same text, a layer at a time")
         if self.refit == "trained":
             needs.append("training of every cut MLP by itself, on the same text: at most 9 forward passes' worth")

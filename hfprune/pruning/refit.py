@@ -28,9 +28,11 @@ Some families norm what a block writes, or multiply it by m, before it is added.
 same, and right to first order: an RMS norm divides a token's error by the RMS of its output, so tokens are weighted by
 1 / RMS(W h)^2, and the drift is carried back through norm and m (`Space`).
 
-Inside experts (`least_squares`), each expert is a part of its own, whose tokens are those that are sent to it. A token
-counts with the square of its weight, by which what the expert writes is multiplied. Where experts go as well, tokens
-and weights are those of the router without them, on the same hidden states.
+Inside experts, each expert is a part of its own, whose tokens are those that are sent to it. A token counts with the
+square of its weight, by which what the expert writes is multiplied. Where experts go as well, tokens and weights are
+those of the router without them, on the same hidden states. With `sequential`, what the layer has lost with experts
+that are gone, and a (y - y'), are shared among the experts of a token in proportion to their weights. Attention and
+shared experts are not refitted.
 
 Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. The weights of one
 layer are needed at a time, and the hidden states of the calibration tokens at one place (with `sequential` also the
@@ -39,7 +41,7 @@ dense model's, and the activations of one part), see `Streams`; and G and C of o
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -91,8 +93,8 @@ def refit(
         model: the intact model, in memory or streamed.
         kept: for each part, the int64 indices of the units to keep, per layer. `local_search` replaces those of MLPs.
         tokens: (sequences, length) int64 calibration tokens.
-        method: "bias", "least_squares", "sequential", "trained" or "local_search"; for neurons inside experts
-            "least_squares" alone.
+        method: "bias", "least_squares", "sequential", "trained" or "local_search"; for a mixture of experts see
+            `refit_names.IN_EXPERTS`.
         ridge: at least 0; not used by `bias`.
         folder: for hidden states that do not fit into memory; by default the system's temporary folder.
         finished: called with the number of each layer when it is refitted. The weights of a streamed model are in
@@ -105,12 +107,12 @@ def refit(
 
     Raises:
         UserError: `bias` where an output layer has none; a layer's system cannot be solved; the disk is too small; the
-            model is a mixture of experts, of which something else is cut than neurons, or with another method.
+            model is a mixture of experts, of which something else is cut, or with another method.
     """
     if layout_of(model).mixture:
-        if "mlp" not in kept or "attention" in kept or method != IN_EXPERTS:
+        if method not in IN_EXPERTS.get("+".join(sorted(kept, reverse=True)), ()):
             raise UserError(NO_REFIT.format(refit=method))
-        return _refit_inside_experts(model, kept, tokens, ridge, folder, finished, what)
+        return _refit_inside_experts(model, kept, tokens, method, ridge, folder, finished, what)
     for name in kept:
         if method == "bias" and any(part.output.bias is None for part in parts(model, name)):
             where = {"mlp": "the MLPs", "attention": "the attention blocks"}[name]
@@ -209,91 +211,136 @@ def _refit_inside_experts(
     model: PreTrainedModel,
     kept: Kept,
     tokens: Tensor,
+    method: str,
     ridge: float,
     folder: Path | None,
     finished: Callable[[int], None],
     what: str,
 ) -> dict[str, Any]:
-    """`refit` of neurons inside experts: `kept` has (experts, kept) of them for each layer, and experts if some go.
+    """`refit` of the experts that stay: `kept` has their numbers, or (experts, kept) neurons of them, for each layer.
 
     An expert to which no token is sent loses its neurons without a repair.
     """
-    flops, starved = tokens.numel() * flops_per_token(model, tokens.shape[1]), set()
+    sequential, starved = method in SEQUENTIAL, set()
+    passes = 3 + ("experts" in kept) if sequential else 1
+    flops = tokens.numel() * flops_per_token(model, tokens.shape[1]) * passes
     layout, layers, device = layout_of(model), layers_of(model), device_of(model)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        streams = Streams(model, tokens, False, layout.parallel, Path(place))
+        streams = Streams(model, tokens, sequential, layout.parallel, Path(place))
         for number in layers_in_turn(model, what):
-            experts, layer, repairs = experts_in(model, number), layers[number], {}
+            experts, run = experts_in(model, number), partial(run_layer, layers[number])
+            arguments, repairs = streams.arguments[number], {}
             if experts:
-                space = Space(layout, model.config, layer, "mlp")
+                space = Space(layout, model.config, layers[number], "mlp")
                 stay = kept["experts"][number].tolist() if "experts" in kept else range(experts.count)
+                neurons = kept["mlp"][number] if "mlp" in kept else torch.arange(experts.width).expand(len(stay), -1)
                 repairs = {
                     expert: Repair(experts.neurons_of(expert), units, "mlp", number, space)
-                    for expert, units in zip(stay, kept["mlp"][number], strict=True)
+                    for expert, units in zip(stay, neurons, strict=True)
                 }
-            with fast_products(device), _adding_routed(experts, repairs):
-                for stored in streams.states:
-                    stored.copy_(run_layer(layer, stored.to(device), streams.arguments[number]))
-            for repair in repairs.values():
-                if repair.lossy and repair.tokens and not repair.idle:
-                    repair.solve(ridge)
-                    flops += repair.flops
-                else:
-                    repair.silence()
-                if repair.tokens < len(repair.kept):
-                    starved.add(number)
+            with fast_products(device):
+                for i, stored in enumerate(streams.states):
+                    entering = stored.to(device)
+                    with _reading(experts, repairs, sequential) as read:
+                        left = run(entering, arguments)
+                    drift = None
+                    if sequential:
+                        dense = run(streams.dense[i].to(device), arguments)
+                        whole = run(entering, arguments) if experts and len(repairs) < experts.count else left
+                        drift = whole.float() - left + DRIFT * (dense.float() - whole)
+                        streams.dense[i].copy_(dense)
+                    if experts:
+                        _add_routed(experts, repairs, *read, drift)
+                    if not (experts and sequential):
+                        stored.copy_(left)
+                for repair in repairs.values():
+                    if (repair.lossy or sequential) and repair.tokens and not repair.idle:
+                        repair.solve(ridge)
+                        flops += repair.flops
+                    else:
+                        repair.silence()
+                    if repair.tokens < len(repair.kept):
+                        starved.add(number)
+                for stored in streams.states if experts and sequential else ():  # the layers above see it as it is now
+                    with _reading(experts, repairs, sequential):
+                        stored.copy_(run(stored.to(device), arguments))
             finished(number)
     if starved:
         print(
-            f"refit {IN_EXPERTS!r}: in layers {', '.join(map(str, sorted(starved)))} some experts read fewer "
-            "calibration tokens than they keep neurons. `ridge` decides what the tokens do not determine. Use more "
-            "samples.",
+            f"refit {method!r}: in layers {', '.join(map(str, sorted(starved)))} some experts read fewer calibration "
+            "tokens than they keep neurons. `ridge` decides what the tokens do not determine. Use more samples.",
             file=sys.stderr,
         )
     return {"refit_tokens": tokens.numel(), "refit_flops": flops, "ridge": ridge, "starved_layers": sorted(starved)}
 
 
 @contextmanager
-def _adding_routed(experts: Experts | None, repairs: dict[int, "Repair"]) -> Iterator[None]:
-    """A context in which every expert's repair adds the tokens that are sent to it.
+def _reading(experts: Experts | None, stay: Collection[int], without: bool) -> Iterator[list[Tensor]]:
+    """A context in which it is put down what the experts that stay read: the router chooses among these alone.
 
     Args:
         experts: of the layer, all of them; None if it has none.
-        repairs: by the number of the expert, of those that stay: the router chooses among these alone.
+        stay: the numbers of those that stay.
+        without: the layer computes so, too; else it computes with all of its experts.
+
+    Yields:
+        What the last pass puts there: (tokens, hidden) states, and the (tokens, chosen) experts and weights.
     """
-    if not experts:
-        yield
+    read: list[Tensor] = []
+    if experts is None:
+        yield read
         return
-    gone = torch.ones(experts.count, dtype=torch.bool).index_fill_(0, torch.tensor(list(repairs)), False)
-    rerouted: list[tuple[Tensor, Tensor]] = []
+    gone = torch.ones(experts.count, dtype=torch.bool).index_fill_(0, torch.tensor([*stay]), False)
+    rerouted: list[Tensor] = []
 
-    def route(_module: nn.Module, _inputs: tuple[Tensor, ...], routed: tuple[Tensor, ...]) -> None:
-        rerouted[:] = [experts.route(routed[0].float().masked_fill(gone.to(routed[0].device), -torch.inf))]
+    def route(_module: nn.Module, _inputs: tuple[Tensor, ...], routed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits, before, _ = routed
+        weights, chosen = experts.route(logits.float().masked_fill(gone.to(logits.device), -torch.inf))
+        rerouted[:] = chosen, weights
+        return (logits, weights.to(before.dtype), chosen) if without else routed
 
-    def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        states, chosen, weights = inputs
-        if rerouted:
-            ((weights, chosen),) = rerouted
-        for expert, repair in repairs.items():
-            routed, places = (chosen == expert).nonzero(as_tuple=True)
-            if len(routed):
-                weighted = experts.activations(expert, states[routed]).float() * weights[routed, places, None]
-                repair.add(Passed(weighted, weighted, weighted))  # no norm follows: the output is not read
+    def remember(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read[:] = inputs[0], *(rerouted or inputs[1:])
 
     with ExitStack() as stack:
-        stack.callback(experts.experts.register_forward_pre_hook(add).remove)
+        stack.callback(experts.experts.register_forward_pre_hook(remember).remove)
         if gone.any():
             stack.callback(experts.router.register_forward_hook(route).remove)
-        yield
+        yield read
+
+
+def _add_routed(
+    experts: Experts, repairs: dict[int, "Repair"], states: Tensor, chosen: Tensor, weights: Tensor,
+    drift: Tensor | None,
+) -> None:  # fmt: skip
+    """Add to every expert's repair the tokens that are sent to it.
+
+    Args:
+        experts: of the layer.
+        repairs: by the number of the expert.
+        states, chosen, weights: see `_reading`.
+        drift: (batch, length, hidden) float32, what the experts of a token have to make up for together, each in
+            proportion to its weight; None for nothing.
+    """
+    shares = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    for expert, repair in repairs.items():
+        routed, places = (chosen == expert).nonzero(as_tuple=True)
+        if not len(routed):
+            continue
+        weighted = experts.activations(expert, states[routed]).float() * weights[routed, places, None]
+        own = None if drift is None else drift.flatten(0, 1)[routed] * shares[routed, places, None]
+        passed = Passed(weighted, weighted, weighted)  # no norm follows: the output is not read
+        repair.add(passed, None if own is None else own[None])
 
 
 def flops_of_refit(model: PreTrainedModel, kept: Kept, tokens: tuple[int, int], method: str) -> int:
     """Floating-point operations of `refit` over (sequences, length) tokens. The model's shapes are enough."""
     sequential, count = method in SEQUENTIAL, tokens[0] * tokens[1]
     if layout_of(model).mixture:
-        flops = count * flops_per_token(model, tokens[1])
+        flops = count * flops_per_token(model, tokens[1]) * (3 + ("experts" in kept) if sequential else 1)
         for experts in all_experts(model):
-            stay, width = next(units.shape for units in kept["mlp"] if units.ndim == 2)  # of all layers with experts
+            stay = len(next(filter(len, kept["experts"]))) if "experts" in kept else experts.count
+            width = max(units.shape[-1] for units in kept["mlp"]) if "mlp" in kept else experts.width
             flops += stay * flops_of_solution(count * experts.chosen // stay, width, experts.router.weight.shape[1])
         return flops
     flops, carrying = count * flops_per_token(model, tokens[1]) * (1 + sequential), False
@@ -387,7 +434,8 @@ class Streams:
     ) -> None:
         self._shape, self._batch = tuple(tokens.shape), max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self._dtype, self._device, hidden = model.dtype, device_of(model), model.config.hidden_size
-        widest = max(part.width for name in PARTS for part in parts(model, name)) if sequential else 0
+        seen = sequential and not layout_of(model).mixture  # experts are repaired as they read
+        widest = max(part.width for name in PARTS for part in parts(model, name)) if seen else 0
         size = tokens.numel() * (hidden * ((1 + sequential) * (1 + parallel) + carries + trains) + widest)
         size *= model.dtype.itemsize
         self._folder = folder if is_streamed(model) or size > free_bytes(self._device) / 2 else None
