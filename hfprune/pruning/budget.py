@@ -338,9 +338,7 @@ def units_to_keep(
     return Budget(remove / total, keep, round_to, shape.mixture.groups if shape.mixture else 1)
 
 
-def _capacities(
-    shape: Shape, structure: str, allocation: str, round_to: int | None
-) -> tuple[int, dict[str, Capacity]]:
+def _capacities(shape: Shape, structure: str, allocation: str, round_to: int | None) -> tuple[int, dict[str, Capacity]]:
     """What MLP widths are multiples of, and by part that is cut how much of it can be removed.
 
     Raises:

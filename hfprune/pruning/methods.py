@@ -178,7 +178,8 @@ def method_name(parts: Mapping[str, Any]) -> str:
 
     Args:
         parts: `criterion`, `structure`, `allocation`, `refit`; where it has them `ridge`, `attention_share`,
-            `depth_share`, `round_to`, `pad` and `ratio_of`. Criteria and ways that are no longer known are taken as they are.
+            `depth_share`, `round_to`, `pad` and `ratio_of`. Criteria and ways that are no longer known are taken as
+            they are.
     """
     usual = {name: field.default for name, field in MethodRecipe.model_fields.items()}
     recipe = {name: parts[name] for name in ("criterion", "structure", "allocation", "refit")}

@@ -180,10 +180,8 @@ def _tell_achieved(
 ) -> None:
     """Tell the share that was removed, if it is not the one asked for: steps keep it from that, or it is of others."""
     if saved:
-        print(
-            f"removed {achieved:.4f} of all parameters, which saves {saved['share']:.4f} of {saved['of']}, asked {ratio}",
-            file=sys.stderr,
-        )
+        share = f"{saved['share']:.4f} of {saved['of']}"
+        print(f"removed {achieved:.4f} of all parameters, which saves {share}, asked {ratio}", file=sys.stderr)
     elif abs(achieved - budget.share) > NOTICED:
         widths = f"whole units and widths in multiples of {budget.round_to}"
         steps = f"whole {structure} in this order" if structure in DEPTH else widths
