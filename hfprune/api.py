@@ -119,6 +119,7 @@ def prune(
             context=context,
             latencies=latencies,
             attention_share=recipe.attention_share,
+            experts_share=recipe.experts_share,
             round_to=round_to,
             tokens=tokens,
         )
@@ -236,6 +237,7 @@ def allocate(
     context: int | None = None,
     latencies: str | Path | None = None,
     attention_share: float | None = None,
+    experts_share: float | None = None,
     round_to: int | None = None,
     tokens: Tensor | None = None,
 ) -> Kept:
@@ -245,9 +247,9 @@ def allocate(
         model: that the scores are of; read for its size.
         scores: see `score`.
         ratio, target_parameters, ratio_of, context, latencies, round_to: see `prune`.
-        structure: "mlp", "attention", "mlp+attention" or "experts".
+        structure: "mlp", "attention", "mlp+attention", "experts" or "mlp+experts".
         allocation: a name in docs/pruning.md: "uniform" widths, or "global": one ranking over all layers.
-        attention_share: of what mlp+attention removes; by default what one ranking of all units gives.
+        attention_share, experts_share: of what mlp+attention or mlp+experts removes; by default the scores decide.
         tokens: (sequences, length) int64, for allocations that measure the layers' influence ("angular", "cosine",
             "entropic"); best those that the scores were made on.
 
@@ -262,6 +264,7 @@ def allocate(
     recipe = _recipe(
         {"criterion": "entropy", "structure": structure, "allocation": allocation}
         | ({} if attention_share is None else {"attention_share": attention_share})
+        | ({} if experts_share is None else {"experts_share": experts_share})
     )
     if ratio_of not in ("all", "mlp", *SAVINGS) or (ratio_of == "mlp" and structure != "mlp"):
         raise UserError(
@@ -272,11 +275,13 @@ def allocate(
     _check_saving(ratio, ratio_of, structure, further)
     if round_to not in (None, *STEPS):
         raise UserError(f"round_to {round_to}: expected one of {', '.join(map(str, STEPS))}.")
+    ranked = scores if all(name in scores for name in STRUCTURES[structure]) else None
     shape, budget = shape_of(model), None
     if not (saving := saving_of(shape, ratio_of, structure, model.config, context, latencies)):
         budget = units_to_keep(
-            shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, scores
-        )
+            shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked,
+            experts_share=experts_share,
+        )  # fmt: skip
     if absent := [name for name in STRUCTURES[structure] if name not in scores]:
         raise UserError(
             f"structure {structure!r}: the scores do not rank its {UNITS[absent[0]]}. Take another criterion, see "

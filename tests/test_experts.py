@@ -18,12 +18,14 @@ from hfprune.experiment.estimate import report
 from hfprune.experiment.schema import Experiment, parse
 from hfprune.models.activations import CHUNK, graph_bytes
 from hfprune.models.families import FAMILIES, layout_for
+from hfprune.models.head import head_of
 from hfprune.models.history import kept_shapes
 from hfprune.models.loading import check_config, count_parameters, flops_per_token, load_model
 from hfprune.models.mixtures import all_experts, experts_in
 from hfprune.models.units import layers_of, parts
+from hfprune.models.walk import final_states
 from hfprune.pruning import scoring
-from hfprune.pruning.budget import check, shape_of, shape_on_disk, units_to_keep
+from hfprune.pruning.budget import Budget, check, shape_of, shape_on_disk, units_shapes, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, entropy_gradient
 from hfprune.pruning.recorder import Sums
 from hfprune.pruning.refit import refit
@@ -108,12 +110,14 @@ def mask_router(experts, gone):
         getattr(owner, key).masked_fill_(gone, -1e9)
 
 
-def silenced_neurons(model, kept):
-    """A copy whose experts write through the neurons in `kept` alone."""
+def silenced_neurons(model, kept, experts_kept=None):
+    """A copy whose experts, or those in `experts_kept`, write through the neurons in `kept` alone."""
     model = copy.deepcopy(model)
     for number, stays in enumerate(kept):
         if experts := experts_in(model, number):
-            silent = torch.ones(experts.count, experts.width).scatter_(1, stays, 0).bool()
+            rows = experts_kept[number] if experts_kept else torch.arange(experts.count)
+            silent = torch.ones(experts.count, experts.width).bool()
+            silent[rows] = silent[rows].scatter(1, stays, False)
             module = experts.experts
             down = module.down_proj if module.is_transposed else module.down_proj.transpose(1, 2)
             down[silent] = 0
@@ -195,6 +199,25 @@ def test_a_model_with_narrower_experts_is_the_one_with_those_neurons_silent(name
     kept, before = some_neurons(model), logits(model)
     expected = logits(silenced_neurons(model, kept))
     assert_cut_to(model, {"mlp": kept}, expected, before, tmp_path)
+
+
+def some_of_both(model):
+    """Some experts, and some neurons inside them; of a layer without experts nothing."""
+    experts, neurons = some_experts(model), some_neurons(model)
+    return {"experts": experts, "mlp": [rows[stay] for rows, stay in zip(neurons, experts, strict=True)]}
+
+
+def without_both(model, kept):
+    """The model whose routers never choose the experts that go, and whose other neurons that go are silent."""
+    return masked_router(silenced_neurons(model, kept["mlp"], kept["experts"]), kept["experts"])
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_a_model_with_fewer_and_narrower_experts_is_the_one_without_both(name, tmp_path):
+    model = mixture(name)
+    kept, before = some_of_both(model), logits(model)
+    expected = logits(without_both(model, kept))
+    assert_cut_to(model, kept, expected, before, tmp_path)
 
 
 @pytest.mark.parametrize("name", WITH_HEADS)
@@ -314,23 +337,34 @@ def test_scores_of_neurons_in_experts_equal_float64_autograd(name, monkeypatch):
 TEXT = torch.randint(320, (40, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", NARROWED)
-def test_a_refit_inside_experts_is_the_least_squares_of_the_tokens_sent_to_each(name):
-    """In float64, from what the class's own experts read in the intact model: a system for each expert."""
+@pytest.mark.parametrize(
+    ("name", "both"),
+    [*((name, False) for name in NARROWED), ("qwen3_moe", True), ("gpt_oss", True), ("lfm2_moe", True)],
+)
+def test_a_refit_inside_experts_is_the_least_squares_of_the_tokens_sent_to_each(name, both):
+    """In float64, from what the class's own experts read in the intact model: a system for each expert.
+
+    Where experts go as well, from what the class's own router sends to the others.
+    """
     model, intact = mixture(name), mixture(name).double()
     intact.config._experts_implementation = "eager"
-    kept, seen = some_neurons(model), {}
+    kept, seen = some_of_both(model) if both else {"mlp": some_neurons(model)}, {}
     for number in range(3):
         if experts := experts_in(intact, number):
             hook = lambda _module, inputs, number=number: seen.update({number: inputs})  # noqa: E731
             experts.experts.register_forward_pre_hook(hook)
     logits(intact, TEXT)
-    details = refit(model, {"mlp": kept}, TEXT, "least_squares", 0.1)
+    details = refit(model, kept, TEXT, "least_squares", 0.1)
     starved = set()
     for number, (states, chosen, weights) in seen.items():
         before, after = experts_in(intact, number), experts_in(model, number)
-        for expert in range(8):
-            stays = kept[number][expert]
+        stay = kept["experts"][number] if both else torch.arange(8)
+        if both:
+            router = copy.deepcopy(before)
+            mask_router(router, torch.ones(8, dtype=torch.bool).index_fill_(0, stay, False))
+            corrected = (router.correction,) if name in CORRECTED_FROM_OUTSIDE else ()
+            _, weights, chosen = router.router(states, *corrected)
+        for expert, stays in zip(stay.tolist(), kept["mlp"][number], strict=True):
             routed, places = (chosen == expert).nonzero(as_tuple=True)
             starved |= {number} if len(routed) < len(stays) else set()
             if not len(routed):
@@ -384,6 +418,67 @@ def test_scores_are_the_same_if_layers_run_a_second_time_and_in_any_batches(name
                 torch.testing.assert_close(short[criterion][part][number], layer, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_read_layer_by_layer_from_files_it_has_the_same_scores_and_predictions(name, tmp_path):
+    model = mixture(name)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    streamed = load_model(tmp_path, "float32", "streamed")
+    criteria = ["entropy", "fisher_sequence", "reap", "expert_frequency", "flap"]
+    whole, found = (unit_scores(each, TOKENS, criteria) for each in (model, streamed))
+    for criterion, by_part in whole.items():
+        for part, layers in by_part.items():
+            for number, layer in enumerate(layers):
+                torch.testing.assert_close(found[criterion][part][number], layer, rtol=1e-4, atol=1e-6)
+    assert {parameter.device.type for parameter in streamed.parameters()} == {"meta"}
+    with head_of(streamed) as head, torch.no_grad():
+        predicted = torch.cat([head.logits(states) for states in final_states(streamed, TOKENS, 2, "test")])
+    torch.testing.assert_close(predicted, logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "bfloat16") for name in MIXTURES), ("gpt_oss", "float16")])
+def test_read_layer_by_layer_every_weight_has_the_type_and_shape_of_the_model_in_memory(name, dtype, tmp_path):
+    mixture(name).save_pretrained(tmp_path)
+    streamed, resident = (load_model(tmp_path, dtype, memory) for memory in ("streamed", "resident"))
+    for about in ("named_parameters", "named_buffers"):
+        one, other = (
+            {key: (values.dtype, values.shape) for key, values in getattr(model, about)()}
+            for model in (streamed, resident)
+        )
+        assert one == other, about
+
+
+@pytest.mark.usefixtures("forked_reload")
+@pytest.mark.parametrize(
+    ("name", "structure", "method"),
+    [
+        ("mixtral", "mlp+experts", "least_squares"),
+        ("deepseek_v3", "experts", "none"),
+        ("gpt_oss", "mlp", "least_squares"),
+        ("ernie4_5_moe", "experts", "none"),
+    ],
+)
+def test_a_cut_layer_by_layer_equals_that_of_the_model_in_memory(name, structure, method, texts, tmp_path):
+    mixture(name).save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    shape, draw = shape_of(mixture(name)), torch.Generator().manual_seed(0)
+    parts_ranked = ("mlp", "experts") if "mlp" not in shape.refusals else ("experts",)
+    scores = {part: [torch.rand(size, generator=draw) for size in units_shapes(shape, part)] for part in parts_ranked}
+    calibration = {"criterion": "fisher_token", "samples": 6, "length": 32, "seed": 0, "text": "words"}
+    asked = {"ratio": 0.1, "structure": structure, "refit": method, "calibration": calibration}
+    text, written = None if method == "none" else texts, {}
+    for memory in ("streamed", "resident"):
+        (tmp_path / memory).mkdir()
+        out, details = run_prune(tmp_path / "dense", tmp_path / memory, text, scores, memory=memory, **asked)
+        assert details.pop("memory") == memory
+        kept = json.loads((out / "pruning.json").read_text())["kept"]
+        written[memory] = details, kept, (out / "config.json").read_text(), load_file(out / "model.safetensors")
+    assert written["streamed"][:3] == written["resident"][:3]
+    assert written["streamed"][3].keys() == written["resident"][3].keys()
+    for key, expected in written["resident"][3].items():
+        torch.testing.assert_close(written["streamed"][3][key], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_shards_add_up_to_the_scores_of_one_pass(tmp_path):
     """Also in a model whose second layer is dense."""
     model = mixture("qwen2_moe")
@@ -413,6 +508,49 @@ def test_operations_are_those_of_the_experts_that_a_token_is_sent_to(name):
     assert flops_per_token(model, TOKENS.shape[1]) == pytest.approx(counted, rel=0.02)
 
 
+@pytest.mark.parametrize("share", [0.4, None])
+def test_one_budget_over_experts_and_the_neurons_inside_them_is_met(share):
+    model = mixture("qwen2_moe", num_experts=16)
+    shape, draw = shape_of(model), torch.Generator().manual_seed(0)
+    scores = {
+        name: [torch.rand(size, generator=draw) for size in units_shapes(shape, name)] for name in ("experts", "mlp")
+    }
+    budget = units_to_keep(shape, 0.3, structure="mlp+experts", experts_share=share, scores=scores)
+    kept = best_units(budget, scores, "uniform")
+    if share:
+        assert [len(layer) for layer in kept["experts"]] == [13, 0, 13]
+    for layer in (0, 2):  # every expert that stays keeps its own best
+        best = scores["mlp"][layer][kept["experts"][layer]].topk(kept["mlp"][layer].shape[1]).indices
+        assert torch.equal(best.sort().values, kept["mlp"][layer])
+    cut(model, kept)
+    step = 8 * shape.parameters["mlp"] * 2  # neurons of each expert of two layers
+    assert abs(shape.total * 0.7 - count_parameters(model)) <= step / 2
+
+
+@pytest.mark.parametrize("worth", [0.3, 30.0, 3000.0])
+def test_without_a_share_what_goes_has_the_lowest_scores_together(worth):
+    """Of all numbers of experts, by brute force: from experts worth little to experts worth much."""
+    shape, draw = shape_of(mixture("mixtral", num_local_experts=16)), torch.Generator().manual_seed(0)
+    scores = {
+        name: [torch.rand(size, generator=draw) for size in units_shapes(shape, name)] for name in ("experts", "mlp")
+    }
+    scores["experts"] = [worth * layer for layer in scores["experts"]]
+    found = best_units(units_to_keep(shape, 0.3, structure="mlp+experts", scores=scores), scores, "uniform")
+    lost = {}
+    for gone in range(14):
+        neuron = shape.parameters["mlp"] // 16 * (16 - gone)
+        rest = 0.3 * shape.total - 3 * gone * shape.parameters["experts"]
+        keep = {"experts": 3 * (16 - gone), "mlp": 3 * 48 - rest / neuron}
+        if -4 * 3 * neuron <= rest <= 3 * 40 * neuron:
+            kept = best_units(Budget(0.3, keep, 8), scores, "uniform")
+            lost[gone] = -sum(layer[stay].sum() for layer, stay in zip(scores["experts"], kept["experts"], strict=True))
+            for layer, stay, neurons in zip(scores["mlp"], kept["experts"], kept["mlp"], strict=True):
+                lost[gone] += layer[stay].sum() - layer[stay].gather(1, neurons).sum()
+    assert len(lost) > 3
+    assert len(found["experts"][0]) == 16 - min(lost, key=lost.get)
+    assert (min(lost, key=lost.get) == 0) == (worth > 1000)
+
+
 def test_every_group_loses_its_worst_experts():
     shape = shape_of(mixture("deepseek_v3"))
     budget = units_to_keep(shape, shape.parameters["experts"] * 2 / shape.total, structure="experts")
@@ -432,7 +570,39 @@ def test_a_group_keeps_as_many_experts_as_its_own_score_is_made_of():
         ("qwen3_moe", {"ratio": 0.9, "structure": "experts"}, r"leaves at least 9 of 24 experts .* sent to 3 .* 0\.4"),
         ("deepseek_v3", {"ratio": 0.9, "structure": "experts"}, r"leaves at least 12 of 16 experts"),
         ("qwen3_moe", {"ratio": 0.1, "allocation": "global"}, r"allocation 'global': .* one number for all layers"),
-        ("qwen3_moe", {"ratio": 0.1, "structure": "mlp+attention"}, r"one part is cut at a time"),
+        (
+            "qwen3_moe",
+            {"ratio": 0.1, "structure": "mlp+attention"},
+            r"attention is cut alone. Set it to .* mlp\+experts",
+        ),
+        (
+            "qwen3_moe",
+            {"ratio": 0.9, "structure": "mlp+experts"},
+            r"takes .* can remove .* largest ratio that allows is 0\.6",
+        ),
+        (
+            "qwen3_moe",
+            {"ratio": 0.6, "structure": "mlp+experts", "experts_share": 0.9},
+            r"sent to 3 of a layer\). The largest experts_share that allows is 0\.7",
+        ),
+        (
+            "qwen3_moe",
+            {"ratio": 0.3, "structure": "mlp+experts", "experts_share": 0.05},
+            r"none would go. Set an experts_share above 0\.",
+        ),
+        (
+            "qwen3_moe",
+            {"ratio": 0.6, "structure": "mlp+experts", "experts_share": 0.2},
+            r"they can give .* Set a larger experts_share, or remove less",
+        ),
+        (
+            "qwen3_moe",
+            {"ratio": 0.2, "structure": "mlp+experts", "experts_share": 0.99},
+            r"none would go. Set a smaller experts_share, or structure 'experts'",
+        ),
+        ("deepseek_v3", {"ratio": 0.1, "structure": "mlp+experts"}, r"one width for routed and shared"),
+        ("qwen3_moe", {"ratio": 0.3, "structure": "mlp+experts", "round_to": 1}, r"round_to 1: .* Set it to 8"),
+        ("qwen3_moe", {"ratio": 0.3, "structure": "mlp+experts", "criterion": "reap"}, r"'reap' does not rank neurons"),
         ("qwen3_moe", {"ratio": 0.1, "round_to": 1}, r"round_to 1: .* Set it to 8 or more"),
         (
             "qwen3_moe",
@@ -482,7 +652,11 @@ def test_what_only_a_model_shows_is_refused_too():
 @pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize(
     ("name", "structure", "criterion", "method"),
-    [("qwen3_moe", "experts", "reap", "none"), ("gpt_oss", "mlp", "flap", "least_squares")],
+    [
+        ("qwen3_moe", "experts", "reap", "none"),
+        ("gpt_oss", "mlp", "flap", "least_squares"),
+        ("mixtral", "mlp+experts", "fisher_token", "least_squares"),
+    ],
 )
 def test_a_cut_goes_the_whole_way_and_its_files_are_those_of_the_authors(
     name, structure, criterion, method, texts, tmp_path
@@ -498,15 +672,16 @@ def test_a_cut_goes_the_whole_way_and_its_files_are_those_of_the_authors(
     assert written["reload"]["max_difference"] < 1e-4
     assert not written["reload"]["trust_remote_code"]
     assert abs(done["ratio_achieved"] - 0.2) < 0.07  # whole experts, or eight neurons of each
-    kept = {structure: [torch.tensor(layer) for layer in written["kept"][structure]]}
+    kept = {name: [torch.tensor(layer) for layer in layers] for name, layers in written["kept"].items()}
     if method != "none":
         tokens = sample_sequences(make_tokenizer(), model.config, texts, 6, 32, 0)
         refit(model, kept, tokens, method, RIDGE)
-    silent = masked_router if structure == "experts" else silenced_neurons
-    expected = logits(silent(model, kept[structure]))
+    silent = {"experts": masked_router, "mlp": silenced_neurons}
+    removed = without_both(model, kept) if len(kept) > 1 else silent[structure](model, kept[structure])
+    expected = logits(removed)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
     before, after = (set(load_file(next(folder.glob("*.safetensors")))) for folder in (tmp_path / "dense", out))
-    assert after < before if structure == "experts" else after == before
+    assert after < before if "experts" in kept else after == before
 
 
 def test_a_plan_counts_the_experts_that_a_token_is_sent_to(experiment, tmp_path):

@@ -13,7 +13,7 @@ import torch
 import hfprune
 from hfprune.cli import main
 from hfprune.errors import UserError
-from hfprune.evaluation.width_timing import widths_to_time
+from hfprune.evaluation.width_timing import time_widths, widths_to_time
 from hfprune.experiment.estimate import Models
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, parse
@@ -298,6 +298,13 @@ def test_the_command_measures_a_table_that_a_cut_reads(checkpoint, tmp_path, cap
     assert saving.share(shape.units) == 1
     assert saving.share({"mlp": [8] * 3}) == pytest.approx(rows["share"][5])
     assert json.loads((Path(model) / "manifest.json").read_text())["key"] == rows["model"][0]
+
+
+def test_neurons_inside_experts_are_timed_too(tmp_path):
+    make("qwen3_moe").save_pretrained(tmp_path / "dense")
+    shape, rows = time_widths(tmp_path / "dense", "float32", 8, rounds=1, new_tokens=1)
+    (whole,) = {*filter(None, shape.units["mlp"])}
+    assert [row["units"] for row in rows if row["part"] == "mlp"] == list(range(whole, 0, -8))
 
 
 def test_a_table_has_a_dozen_widths_at_most_and_none_of_a_model_with_several():

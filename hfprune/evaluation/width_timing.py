@@ -11,7 +11,7 @@ from hfprune.evaluation.timing import PROMPT, decode, on_gpu
 from hfprune.models.context import check_checkpoint
 from hfprune.models.loading import load_model
 from hfprune.models.units import PARTS
-from hfprune.pruning.budget import Shape, default_step, shape_of, units_shapes
+from hfprune.pruning.budget import DEFAULT_STEPS, EXPERT_STEPS, Shape, default_step, shape_of, units_shapes
 from hfprune.pruning.surgery import cut
 
 POINTS = 12  # widths of a part that are measured at most; `saving.Latency` interpolates between them
@@ -71,7 +71,8 @@ def widths_to_time(shape: Shape, round_to: int | None) -> dict[str, list[int]]:
     Raises:
         UserError: a part has several widths, or none can be cut.
     """
-    steps = {"mlp": round_to or default_step(shape.hidden), "attention": 1}
+    step = round_to or default_step(shape.hidden, EXPERT_STEPS if shape.mixture else DEFAULT_STEPS)
+    steps = {"mlp": step, "attention": 1}
     widths = {}
     for part in [name for name in PARTS if name not in shape.refusals]:
         units = {*filter(None, shape.units[part])}

@@ -272,8 +272,8 @@ class Models:
     def kept(self, job: Job) -> dict[str, list[torch.Tensor]]:
         """The units that a job of `prune` keeps: their number is right, but random scores choose them.
 
-        Only real scores tell which units go. With `mlp+attention` and no `attention_share` they also tell how much of
-        the cut falls on attention; here all of it falls on the MLPs.
+        Only real scores tell which units go. With `mlp+attention` and `mlp+experts` and no share of one they also tell
+        how much of the cut falls on attention or on whole experts; here all of it falls on the neurons.
 
         Raises:
             UserError: the model cannot be cut that far.

@@ -214,8 +214,7 @@ class Plan:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = (*BUDGET, "refit")
         budgets = dict.fromkeys(
-            (criterion, *(cut.model_dump(mode="json")[name] for name in names))
-            for _, criterion, cut in self.experiment.cuts()
+            (criterion, *map(cut.model_dump(mode="json").get, names)) for _, criterion, cut in self.experiment.cuts()
         )
         return [dict(zip(("criterion", *names), values, strict=True)) for values in budgets]
 

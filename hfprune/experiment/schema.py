@@ -115,6 +115,9 @@ class MethodSettings(Section):
     depth_share: float | None = Field(
         None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
     )
+    experts_share: float | None = Field(
+        None, gt=0, lt=1, description="of what mlp+experts removes, the share of whole experts (default: from scores)"
+    )
     ridge: float | None = Field(
         None,
         ge=0,

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import UserError
@@ -208,6 +209,10 @@ def shape_only(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):  # buffers, such as rotary frequencies, are in no file
         model = build(copy.deepcopy(config), dtype=dtype)
     model.tie_weights()  # building on the meta device breaks it
+    if plan := model._get_dtype_plan(dtype):  # by which `from_pretrained` keeps some in float32, such as corrections
+        named, _, _ = build_glob_alternation([*plan])
+        for name, values in (*model.named_parameters(), *model.named_buffers()):
+            values.data = values.data.float() if named.search(name) else values.data
     return model.eval().requires_grad_(False)
 
 

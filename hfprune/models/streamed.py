@@ -9,20 +9,26 @@ by layer is the same for both kinds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from hfprune.errors import UserError
 
 Values = dict[nn.Parameter, Tensor]
+Make = Callable[[list[Tensor]], Tensor]  # the values of a parameter, from the tensors that stand in files
 
 
 @dataclass(frozen=True)
@@ -30,32 +36,40 @@ class Stored:
     """Where the values of a parameter stand, and how the model computes with them.
 
     Attributes:
-        file: a safetensors file.
-        name: the tensor's name in it.
+        name: of the parameter.
+        tensors: the safetensors file and the name of each tensor that its values are made of. It is one, but for
+            experts, each of which has tensors of its own.
+        make: makes the values.
         dtype, device: of the model's arithmetic.
     """
 
-    file: Path
     name: str
+    tensors: tuple[tuple[Path, str], ...]
+    make: Make
     dtype: torch.dtype
     device: torch.device
 
     def read(self) -> Tensor:
-        """The values, in new memory. The file is open only meanwhile, so that its pages do not stay mapped.
+        """The values, in new memory. The files are open only meanwhile, so that their pages do not stay mapped.
 
         Raises:
-            UserError: the file is missing or damaged, or float16 turns values into infinities.
+            UserError: a file is missing or damaged, or float16 turns values into infinities.
         """
-        try:
-            with safe_open(self.file, "pt") as tensors:
-                values = tensors.get_tensor(self.name).to(self.device, self.dtype, copy=True)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{self.file}: {self.name} cannot be read: {error}. The file is missing or damaged: put it back and "
-                "run again. What is finished is kept."
-            ) from None
+        opened, pieces = {}, []
+        with ExitStack() as stack:
+            for file, name in self.tensors:
+                try:
+                    if file not in opened:
+                        opened[file] = stack.enter_context(safe_open(file, "pt"))
+                    pieces.append(opened[file].get_tensor(name))
+                except (OSError, SafetensorError) as error:
+                    raise UserError(
+                        f"{file}: {name} cannot be read: {error}. The file is missing or damaged: put it back and run "
+                        "again. What is finished is kept."
+                    ) from None
+            values = self.make(pieces).to(self.device, self.dtype, copy=len(pieces) == 1)
         if self.dtype == torch.float16:
-            refuse_overflow(self.name, values, self.file)
+            refuse_overflow(self.name, values, self.tensors[0][0])
         return values
 
 
@@ -91,25 +105,72 @@ def place_in_files(model: PreTrainedModel, files: Sequence[Path], device: torch.
     Raises:
         UserError: a tensor is missing or has another shape.
     """
-    shapes: dict[str, tuple[Path, list[int]]] = {}
+    places: dict[str, Path] = {}
+    shapes: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            shapes |= {name: (file, tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            for name in tensors.keys():  # noqa: SIM118
+                places[name] = file
+                shapes[name] = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+    sources = _sources(model, shapes)
+
+    def stored(name: str, like: Tensor) -> Stored:
+        names, make = sources[name]
+        return Stored(name, tuple((places[each], each) for each in names), make, like.dtype, device)
+
     for name, parameter in model.named_parameters():
-        # A checkpoint of the model without its output projection has names without the prefix.
-        stored = name if name in shapes else name.removeprefix(f"{model.base_model_prefix}.")
-        file, shape = shapes.get(stored, (None, None))
+        names, make = sources.get(name, ((), None))
+        shape = list(make([shapes[each] for each in names]).shape) if names else None
         if shape != list(parameter.shape):
-            held = f"shape {shape}" if file else f"not in {files[0].parent}"
+            held = f"shape {shape}" if names else f"not in {files[0].parent}"
             raise UserError(
-                f"{stored}: {held}, expected shape {list(parameter.shape)}: its weights cannot be read layer by layer. "
+                f"{name}: {held}, expected shape {list(parameter.shape)}: its weights cannot be read layer by layer. "
                 "Set `memory: resident`."
             )
-        parameter.stored = Stored(file, stored, parameter.dtype, device)
+        parameter.stored = stored(name, parameter)
     model.streams_to = device
-    for module in model.modules():
+    for path, module in model.named_modules():
         for buffer, values in module._buffers.items():
-            module._buffers[buffer] = values.to(device)
+            name = f"{path}.{buffer}" if path else buffer
+            module._buffers[buffer] = stored(name, values).read() if name in sources else values.to(device)
+
+
+def _sources(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[list[str], Make]]:
+    """By name in the model, the stored tensors that a parameter or buffer is made of, and how: as transformers does.
+
+    Args:
+        model: may have its parameters on the meta device.
+        stored: names of tensors in files.
+    """
+    conversions, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    pieces: dict[str, list[tuple[str, str | None]]] = {}
+    for name in sorted(stored, key=dot_natural_key):  # experts by their numbers
+        for rules in ((renamings, converters), ((), ())):
+            target, pattern = rename_source_key(name, *rules, model.base_model_prefix, state)
+            if target in state:
+                pieces.setdefault(target, []).append((name, pattern))
+                break
+    sources: dict[str, tuple[list[str], Make]] = {}
+    for target, of_target in pieces.items():
+        names, patterns = map(list, zip(*of_target, strict=True))
+        is_whole = patterns[0] is None
+        make = itemgetter(0) if is_whole else partial(_make, by_pattern[patterns[0]], patterns, target, model.config)
+        sources[target] = names, make
+    return sources
+
+
+def _make(
+    converter: WeightConverter, patterns: Sequence[str], name: str, config: PreTrainedConfig, tensors: Sequence[Tensor]
+) -> Tensor:
+    """The values of a parameter that a converter of transformers makes of several tensors, which match its patterns."""
+    converter = deepcopy(converter)
+    for pattern, tensor in zip(patterns, tensors, strict=True):
+        converter.add_tensor(name, name, pattern, tensor)
+    made = converter.convert(name, config=config)[name]
+    return made[0] if isinstance(made, list) else made
 
 
 def is_streamed(model: PreTrainedModel) -> bool:

@@ -33,12 +33,14 @@ if TYPE_CHECKING:  # the config imports the structures' names from here and must
 PARTS = ("mlp", "attention")  # scoring covers them all
 IN_TURN = ("attention", "mlp")  # as a layer computes them
 DEPTH = ("sublayers", "layers")  # structures whose parts go with all of their units
+WITH_EXPERTS = "mlp+experts"  # whole experts go, and neurons inside those that stay
 MIXED = {f"mlp+{name}": name for name in DEPTH}  # first some of these go, then neurons of the MLPs that stay
 STRUCTURES = {
     "mlp": ("mlp",),
     "attention": ("attention",),
     "mlp+attention": PARTS,
     "experts": ("experts",),
+    WITH_EXPERTS: ("experts", "mlp"),  # in this order: neurons inside the experts that stay
     "sublayers": PARTS,
     "layers": PARTS,
     **dict.fromkeys(MIXED, ("mlp",)),  # what is scored
@@ -208,6 +210,16 @@ def check_depth_share(share: float | None, structure: str) -> None:
             f"structure {structure} needs 'depth_share': the share of the removed parameters that whole "
             f"{MIXED[structure]} give, such as 0.5"
         )
+
+
+def check_experts_share(share: float | None, structure: str) -> None:
+    """Refuse a share of whole experts without the structure that has them and neurons.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if share is not None and structure != WITH_EXPERTS:
+        raise ValueError(f"'experts_share' goes with structure {WITH_EXPERTS}, not {structure}")
 
 
 def layers_that_stay(kept: Kept) -> list[int]:

@@ -31,6 +31,7 @@ from hfprune.models.units import (
     PARTS,
     STRUCTURES,
     UNITS,
+    WITH_EXPERTS,
     Scores,
     columns_per_unit,
     kinds_of,
@@ -58,12 +59,12 @@ STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
 DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
 BUDGET = (  # the settings of a cut that say how much goes
     "ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to", "depth_share",
-    "context", "latencies",
+    "context", "latencies", "experts_share",
 )  # fmt: skip
 METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
 NO_REFIT = (
-    "refit {refit!r}: of a mixture of experts, 'least_squares' refits structure mlp, the neurons inside experts; no "
-    "other refit goes with one, and no other structure has any. Set it to 'none', or to that."
+    "refit {refit!r}: of a mixture of experts, 'least_squares' refits structures mlp and mlp+experts, the neurons "
+    "inside experts; no other refit goes with one, and no other structure has any. Set it to 'none', or to that."
 )
 OTHER_CACHE = "attention of this family keeps more, or less, than a key and a value for each head. Set it to 'all'."
 EXPERT_STEPS = ((256, 64), (0, 8))  # inside experts, which are a few hundred neurons wide
@@ -280,6 +281,7 @@ def units_to_keep(
     scores: Scores | None = None,
     depth_share: float | None = None,
     order: Sequence[Step] | None = None,
+    experts_share: float | None = None,
 ) -> Budget:
     """The number of units to keep for a budget.
 
@@ -293,10 +295,12 @@ def units_to_keep(
             what attention loses in one ranking of all units of the model, by the allocation's `priority`.
         allocation: how the budget is shared among layers. It decides how many units a layer keeps at least.
         round_to: one of `STEPS`, of which MLP widths are multiples; None for `default_step`.
-        scores: needed where both parts are cut and `attention_share` is None. Without them all removed parameters come
-            from the neurons as far as possible, which is enough to see whether the budget can be met.
+        scores: needed where two parts are cut without a share of one. Without them all removed parameters come from the
+            neurons as far as possible, which is enough to see whether the budget can be met.
         depth_share: with `units.MIXED`, the share of the removed parameters that comes from whole sublayers or layers.
         order: of these, the first to go first; None: the last layers go first, which is enough to see the same.
+        experts_share: with `units.WITH_EXPERTS`, the share of the removed parameters that comes from whole experts.
+            None: that with which the scores of all that goes have the lowest sum.
 
     Raises:
         UserError: the structure cannot be cut, does not hold that much, or nothing would be removed.
@@ -308,6 +312,8 @@ def units_to_keep(
         _refuse_depth(shape, MIXED[structure])
         return _mixed_budget(shape, structure, ratio, target_parameters, allocation, round_to, depth_share, order)
     round_to, capacities = _capacities(shape, structure, allocation, round_to)
+    if structure == WITH_EXPERTS:
+        return _experts_budget(shape, ratio, target_parameters, round_to, experts_share, scores)
     total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
     of = total if ratio_of == "all" else sum(capacities["mlp"].units) * capacities["mlp"].parameters
     budget, remove, possible = _to_remove(total, removable, ratio, ratio_of, of, target_parameters)
@@ -419,7 +425,7 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
             f"criterion {criterion!r} does not rank {UNITS[unranked[0]]}{where}, which structure {structure!r} cuts. "
             f"Those that do: {', '.join(rankers(STRUCTURES[structure], mixture))}."
         )
-    if mixture and refit != "none" and (structure, refit) != ("mlp", IN_EXPERTS):
+    if mixture and refit != "none" and not (structure in ("mlp", WITH_EXPERTS) and refit == IN_EXPERTS):
         raise UserError(NO_REFIT.format(refit=refit))
 
 
@@ -435,17 +441,17 @@ def _refuse_widths(structure: str, allocation: str, round_to: int | None) -> Non
     Raises:
         UserError: it is such a cut.
     """
-    if len(STRUCTURES[structure]) > 1:
+    if structure != WITH_EXPERTS and len(STRUCTURES[structure]) > 1:
         raise UserError(
-            f"structure {structure!r}: of a mixture of experts, one part is cut at a time. Set it to one of "
-            "experts, mlp, attention."
+            f"structure {structure!r}: of a mixture of experts, attention is cut alone. Set it to one of experts, mlp, "
+            f"{WITH_EXPERTS}, attention."
         )
     if allocation != "uniform":
         raise UserError(
             f"allocation {allocation!r}: the config of a mixture of experts holds one number for all layers, so that "
             "all keep the same. Set it to 'uniform'."
         )
-    if structure == "mlp" and round_to and round_to < ALIGNED:
+    if "mlp" in STRUCTURES[structure] and round_to and round_to < ALIGNED:
         raise UserError(
             f"round_to {round_to}: torch multiplies experts together, whose widths have to be multiples of {ALIGNED} "
             f"for that. Set it to {ALIGNED} or more."
@@ -541,6 +547,107 @@ def _mixed_budget(
         )
     keep = {"mlp": sum(capacity.units) - rest / capacity.parameters}
     return Budget(remove / shape.total, keep, round_to, gone=tuple(gone))
+
+
+def _experts_budget(
+    shape: Shape, ratio: float | None, target_parameters: int | None, round_to: int, experts_share: float | None,
+    scores: Scores | None,
+) -> Budget:  # fmt: skip
+    """The budget where some experts go, and neurons inside those that stay make up the rest.
+
+    Raises:
+        UserError: one of the two cannot give its share, or both together do not hold that much.
+    """
+    counts, whole = shape.mixture, capacity_of(shape, "experts", "uniform", round_to)
+    at_once = whole.step * whole.parameters  # an expert of every group of every layer
+    most = whole.removable // at_once
+
+    def inside(gone: int) -> Capacity:
+        """The neurons inside the experts that stay where so many of every group go."""
+        neuron = shape.parameters["mlp"] // counts.count * (counts.count - gone * counts.groups)
+        left = replace(shape, parameters=shape.parameters | {"mlp": neuron})
+        return capacity_of(left, "mlp", "uniform", round_to)
+
+    removable = most * at_once + inside(most).removable
+    budget, remove, possible = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
+    where = f"Structure {WITH_EXPERTS!r} with round_to {round_to}"
+    if experts_share is None:
+        rests = {gone: remove - gone * at_once for gone in range(most + 1)}
+        rests = {gone: rest for gone, rest in rests.items() if _gives(inside(gone), rest)}
+        if not rests:
+            raise UserError(
+                f"{budget}: takes {remove:,.0f} parameters. {where} can remove {removable:,}, and no fewer than "
+                f"{min(at_once, inside(0).step * inside(0).parameters):,}. The {possible}."
+            )
+        gone = _cheapest(shape, {gone: _width(inside(gone), rest, round_to) for gone, rest in rests.items()}, scores)
+    else:
+        wanted = experts_share * remove
+        gone, asked = round(wanted / at_once), f"{budget} with experts_share {experts_share}"
+        asked += f": experts take {wanted:,.0f} of {remove:,.0f} parameters"
+        if gone > most:
+            raise UserError(
+                f"{asked}, of which {most * at_once:,} can be removed (a token is sent to {counts.chosen} of a layer). "
+                f"The largest experts_share that allows is {math.floor(most * at_once / remove * 10_000) / 10_000}."
+            )
+        if not gone:
+            larger = math.ceil(at_once / 2 / remove * 10_000) / 10_000
+            remedy = f"Set an experts_share above {larger}" if larger < 1 else "Remove more, or cut mlp"
+            raise UserError(
+                f"{asked}, less than half of the {at_once:,} that one expert of every group and layer has: none would "
+                f"go. {remedy}."
+            )
+        neurons, rest = inside(gone), remove - gone * at_once
+        least = neurons.step * neurons.parameters
+        asked += f", and {gone * at_once:,} go with whole ones. Neurons inside the others have to make up "
+        if rest > neurons.removable + neurons.parameters / 2:
+            raise UserError(
+                f"{asked}{rest:,.0f}; with round_to {round_to} they can give {neurons.removable:,}. Set a larger "
+                "experts_share, or remove less."
+            )
+        if rest <= least / 2:
+            raise UserError(
+                f"{asked}{max(0, rest):,.0f}, less than half of the {least:,} that they give at least with round_to "
+                f"{round_to}: none would go. Set a smaller experts_share, or structure 'experts'."
+            )
+    neurons, rest = inside(gone), max(0, remove - gone * at_once)
+    keep = {"experts": sum(whole.units) - gone * whole.step, "mlp": sum(neurons.units) - rest / neurons.parameters}
+    return Budget(remove / shape.total, keep, round_to, counts.groups)
+
+
+def _gives(neurons: Capacity, rest: float) -> bool:
+    """Whether neurons can make up so many parameters, to half of the fewest that can go."""
+    least = neurons.step * neurons.parameters / 2
+    return -least <= rest <= neurons.removable + neurons.parameters / 2
+
+
+def _width(neurons: Capacity, rest: float, round_to: int) -> int:
+    """How many neurons an expert keeps where so many parameters go in all."""
+    width, layers = max(neurons.units), neurons.step // round_to
+    kept = round((width - max(0, rest) / neurons.parameters / layers) / round_to) * round_to
+    return max(round_to, min(kept, width // round_to * round_to))
+
+
+def _cheapest(shape: Shape, widths: Mapping[int, int], scores: Scores | None) -> int:
+    """How many experts of every group go where all that goes has the lowest scores together; the fewest without scores.
+
+    Args:
+        shape: of the model.
+        widths: how many neurons stay in each expert, by how many experts go.
+        scores: of experts and neurons.
+    """
+    lost = dict.fromkeys(widths, 0.0)
+    for experts, neurons in zip(scores["experts"], scores["mlp"], strict=True) if scores else ():
+        if not len(experts):
+            continue
+        worst_first = experts.double().unflatten(0, (shape.mixture.groups, -1)).sort(dim=1, stable=True)
+        sums = neurons.double().sort(1).values.cumsum(1)  # of each expert's lowest one, two, ... neurons
+        by_group = sums.unflatten(0, (shape.mixture.groups, -1))
+        by_group = by_group.gather(1, worst_first.indices[..., None].expand_as(by_group))
+        for gone, width in widths.items():
+            silent = sums.shape[1] - width
+            lost[gone] += worst_first.values[:, :gone].sum().item()
+            lost[gone] += by_group[:, gone:, silent - 1].sum().item() if silent else 0.0
+    return min(lost, key=lost.get)
 
 
 def without(shape: Shape, gone: Sequence[Step]) -> Shape:

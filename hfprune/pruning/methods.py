@@ -14,11 +14,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.models.units import DEPTH, MIXED, STRUCTURES, check_depth_share
+from hfprune.models.units import (
+    DEPTH,
+    MIXED,
+    STRUCTURES,
+    WITH_EXPERTS,
+    check_depth_share,
+    check_experts_share,
+)
 from hfprune.pruning import order
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
-from hfprune.pruning.refit_names import REFITS, RIDGE, SEQUENTIAL, SOLVED
+from hfprune.pruning.refit_names import IN_EXPERTS, REFITS, RIDGE, SEQUENTIAL, SOLVED
 from hfprune.pruning.saving import SAVINGS
 
 CriterionName = Literal[tuple(CRITERIA | order.CRITERIA)]
@@ -44,6 +51,9 @@ class MethodRecipe(BaseModel):
     depth_share: float | None = Field(
         None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
     )
+    experts_share: float | None = Field(
+        None, gt=0, lt=1, description="of what mlp+experts removes, the share of whole ones; null: what scores give"
+    )
     ridge: float = Field(
         RIDGE, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
     )
@@ -53,21 +63,24 @@ class MethodRecipe(BaseModel):
         if self.attention_share is not None and self.structure != "mlp+attention":
             raise ValueError(f"'attention_share' goes with structure mlp+attention, not {self.structure}")
         check_depth_share(self.depth_share, self.structure)
+        check_experts_share(self.experts_share, self.structure)
         return self
 
     @model_validator(mode="after")
     def _criterion(self) -> "MethodRecipe":
         """Experts have criteria of their own, and so have whole sublayers and layers."""
-        of_experts = self.structure == "experts"
+        of_experts = "experts" in STRUCTURES[self.structure]
         usable = order.CRITERIA if self.structure in DEPTH else rankers(STRUCTURES[self.structure], of_experts)
         if self.criterion not in usable:
             raise ValueError(
                 f"criterion {self.criterion} does not rank the units of structure {self.structure}; these do: "
                 f"{', '.join(usable)}"
             )
-        if of_experts and (self.allocation, self.refit) != ("uniform", "none"):
+        refits = ("none", IN_EXPERTS) if self.structure == WITH_EXPERTS else ("none",)
+        if of_experts and (self.allocation != "uniform" or self.refit not in refits):
             raise ValueError(
-                f"structure experts goes with allocation uniform and refit none, not {self.allocation} and {self.refit}"
+                f"structure {self.structure} goes with allocation uniform and refit {' or '.join(refits)}, not "
+                f"{self.allocation} and {self.refit}"
             )
         return self
 
@@ -102,7 +115,7 @@ class MethodRecipe(BaseModel):
             needs.append("training of every cut MLP by itself, on the same text: at most 9 forward passes' worth")
         if ALLOCATIONS[self.allocation].influence:
             needs.append("allocation: 1 forward pass over the same text")
-        stock = self.structure in ("mlp", "experts") and self.allocation == "uniform"
+        stock = self.structure in ("mlp", "experts", WITH_EXPERTS) and self.allocation == "uniform"
         return [*needs, f"checkpoint: {'stock class' if stock else 'widths per layer'}", "GPU: helps, not required"]
 
     @property
@@ -177,14 +190,14 @@ def method_name(parts: Mapping[str, Any]) -> str:
     """What results call a cut that no experiment has named: the preset of that recipe, or a name made of its parts.
 
     Args:
-        parts: `criterion`, `structure`, `allocation`, `refit`; where it has them `ridge`, `attention_share`,
-            `depth_share`, `round_to`, `pad` and `ratio_of`. Criteria and ways that are no longer known are taken as
-            they are.
+        parts: `criterion`, `structure`, `allocation`, `refit`; where it has them `ridge`, the shares, `round_to`,
+            `pad` and `ratio_of`. Criteria and ways that are no longer known are taken as they are.
     """
     usual = {name: field.default for name, field in MethodRecipe.model_fields.items()}
     recipe = {name: parts[name] for name in ("criterion", "structure", "allocation", "refit")}
     recipe |= {"ridge": parts.get("ridge", usual["ridge"])} if recipe["refit"] in SOLVED else {}
-    recipe |= {name: parts[name] for name in ("attention_share", "depth_share") if parts.get(name) is not None}
+    shares = ("attention_share", "depth_share", "experts_share")
+    recipe |= {name: parts[name] for name in shares if parts.get(name) is not None}
     known = [preset.name for preset in presets().values() if preset.recipe.read() == recipe]
     unusual = {name: value for name, value in recipe.items() if value != usual.get(name)}
     words = known or [value if isinstance(value, str) else f"{name} {value:g}" for name, value in unusual.items()]

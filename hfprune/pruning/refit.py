@@ -29,7 +29,8 @@ same, and right to first order: an RMS norm divides a token's error by the RMS o
 1 / RMS(W h)^2, and the drift is carried back through norm and m (`Space`).
 
 Inside experts (`least_squares`), each expert is a part of its own, whose tokens are those that are sent to it. A token
-counts with the square of its weight, by which what the expert writes is multiplied.
+counts with the square of its weight, by which what the expert writes is multiplied. Where experts go as well, tokens
+and weights are those of the router without them, on the same hidden states.
 
 Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. The weights of one
 layer are needed at a time, and the hidden states of the calibration tokens at one place (with `sequential` also the
@@ -107,9 +108,9 @@ def refit(
             model is a mixture of experts, of which something else is cut than neurons, or with another method.
     """
     if layout_of(model).mixture:
-        if (set(kept), method) != ({"mlp"}, IN_EXPERTS):
+        if "mlp" not in kept or "attention" in kept or method != IN_EXPERTS:
             raise UserError(NO_REFIT.format(refit=method))
-        return _refit_inside_experts(model, kept["mlp"], tokens, ridge, folder, finished, what)
+        return _refit_inside_experts(model, kept, tokens, ridge, folder, finished, what)
     for name in kept:
         if method == "bias" and any(part.output.bias is None for part in parts(model, name)):
             where = {"mlp": "the MLPs", "attention": "the attention blocks"}[name]
@@ -206,14 +207,14 @@ def refit(
 
 def _refit_inside_experts(
     model: PreTrainedModel,
-    kept: list[Tensor],
+    kept: Kept,
     tokens: Tensor,
     ridge: float,
     folder: Path | None,
     finished: Callable[[int], None],
     what: str,
 ) -> dict[str, Any]:
-    """`refit` of neurons inside experts; `kept` has (experts, kept) for each layer.
+    """`refit` of neurons inside experts: `kept` has (experts, kept) of them for each layer, and experts if some go.
 
     An expert to which no token is sent loses its neurons without a repair.
     """
@@ -222,17 +223,18 @@ def _refit_inside_experts(
     with tempfile.TemporaryDirectory(dir=folder) as place:
         streams = Streams(model, tokens, False, layout.parallel, Path(place))
         for number in layers_in_turn(model, what):
-            experts, layer, repairs = experts_in(model, number), layers[number], []
+            experts, layer, repairs = experts_in(model, number), layers[number], {}
             if experts:
                 space = Space(layout, model.config, layer, "mlp")
-                repairs = [
-                    Repair(experts.neurons_of(expert), units, "mlp", number, space)
-                    for expert, units in enumerate(kept[number])
-                ]
+                stay = kept["experts"][number].tolist() if "experts" in kept else range(experts.count)
+                repairs = {
+                    expert: Repair(experts.neurons_of(expert), units, "mlp", number, space)
+                    for expert, units in zip(stay, kept["mlp"][number], strict=True)
+                }
             with fast_products(device), _adding_routed(experts, repairs):
                 for stored in streams.states:
                     stored.copy_(run_layer(layer, stored.to(device), streams.arguments[number]))
-            for repair in repairs:
+            for repair in repairs.values():
                 if repair.lossy and repair.tokens and not repair.idle:
                     repair.solve(ridge)
                     flops += repair.flops
@@ -252,25 +254,37 @@ def _refit_inside_experts(
 
 
 @contextmanager
-def _adding_routed(experts: Experts | None, repairs: list["Repair"]) -> Iterator[None]:
-    """A context in which every expert's repair adds the tokens that are sent to it."""
+def _adding_routed(experts: Experts | None, repairs: dict[int, "Repair"]) -> Iterator[None]:
+    """A context in which every expert's repair adds the tokens that are sent to it.
+
+    Args:
+        experts: of the layer, all of them; None if it has none.
+        repairs: by the number of the expert, of those that stay: the router chooses among these alone.
+    """
     if not experts:
         yield
         return
+    gone = torch.ones(experts.count, dtype=torch.bool).index_fill_(0, torch.tensor(list(repairs)), False)
+    rerouted: list[tuple[Tensor, Tensor]] = []
+
+    def route(_module: nn.Module, _inputs: tuple[Tensor, ...], routed: tuple[Tensor, ...]) -> None:
+        rerouted[:] = [experts.route(routed[0].float().masked_fill(gone.to(routed[0].device), -torch.inf))]
 
     def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         states, chosen, weights = inputs
-        for expert, repair in enumerate(repairs):
+        if rerouted:
+            ((weights, chosen),) = rerouted
+        for expert, repair in repairs.items():
             routed, places = (chosen == expert).nonzero(as_tuple=True)
             if len(routed):
                 weighted = experts.activations(expert, states[routed]).float() * weights[routed, places, None]
                 repair.add(Passed(weighted, weighted, weighted))  # no norm follows: the output is not read
 
-    hook = experts.experts.register_forward_pre_hook(add)
-    try:
+    with ExitStack() as stack:
+        stack.callback(experts.experts.register_forward_pre_hook(add).remove)
+        if gone.any():
+            stack.callback(experts.router.register_forward_hook(route).remove)
         yield
-    finally:
-        hook.remove()
 
 
 def flops_of_refit(model: PreTrainedModel, kept: Kept, tokens: tuple[int, int], method: str) -> int:
@@ -279,9 +293,8 @@ def flops_of_refit(model: PreTrainedModel, kept: Kept, tokens: tuple[int, int], 
     if layout_of(model).mixture:
         flops = count * flops_per_token(model, tokens[1])
         for experts in all_experts(model):
-            width, hidden = kept["mlp"][-1].shape[-1], experts.router.weight.shape[1]
-            routed = count * experts.chosen // experts.count
-            flops += experts.count * flops_of_solution(routed, width, hidden)
+            stay, width = next(units.shape for units in kept["mlp"] if units.ndim == 2)  # of all layers with experts
+            flops += stay * flops_of_solution(count * experts.chosen // stay, width, experts.router.weight.shape[1])
         return flops
     flops, carrying = count * flops_per_token(model, tokens[1]) * (1 + sequential), False
     for number in range(len(layers_of(model))):

@@ -63,7 +63,7 @@ def prune(
     calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None,
     round_to: int | None, structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float,
     pad: bool, dtype: str, memory: str = "auto", depth_share: float | None = None, order: Path | None = None,
-    context: int | None = None, latencies: Path | None = None,
+    experts_share: float | None = None, context: int | None = None, latencies: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
@@ -76,7 +76,8 @@ def prune(
         text: folder of the text that the scores were made on; only a refit and some allocations read it.
         source: where the dense model came from, and its licence, for `pruning.json`.
         calibration: how the scores were made, for `pruning.json`; a refit takes the same sequences.
-        ratio, ratio_of, target_parameters, attention_share, depth_share: the budget, see `budget.units_to_keep`.
+        ratio, ratio_of, target_parameters, attention_share, depth_share, experts_share: the budget, see
+            `budget.units_to_keep`.
         round_to: every MLP keeps a multiple of so many neurons; None for `budget.default_step`.
         structure: a name in `structures.STRUCTURES`.
         allocation: a name in `allocation.ALLOCATIONS`.
@@ -103,7 +104,7 @@ def prune(
     else:
         budget = units_to_keep(
             shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked,
-            depth_share, in_order,
+            depth_share, in_order, experts_share,
         )  # fmt: skip
     measure, tokens, influence, further = ALLOCATIONS[allocation].influence, None, None, {}
     if measure or refit != "none":
@@ -162,6 +163,7 @@ def prune(
         **details,
         "attention_share": attention_share,
         "depth_share": depth_share,
+        "experts_share": experts_share,
         "round_to": budget.round_to,
         "criterion": calibration["criterion"],
         "calibration": dict(calibration),
@@ -236,6 +238,8 @@ def best_units(budget: Budget, scores: Scores, allocation: str, influence: Tenso
     kept: Kept = {}
     for name, keep in budget.keep.items():
         layers, groups = scores[name], budget.groups if name == "experts" else 1
+        if "experts" in kept:  # of neurons, those inside the experts that stay
+            layers = [layer[experts] for layer, experts in zip(layers, kept["experts"], strict=True)]
         if groups > 1:
             layers = [layer.reshape(groups, len(layer) // groups) for layer in layers]
         units = allocate(allocation, layers, keep, budget.round_to if name == "mlp" else 1, influence)

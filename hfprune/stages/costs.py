@@ -24,11 +24,16 @@ class Cost:
 
 
 def streamed_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that are in memory at once where they are streamed: of a layer and what is read next."""
+    """Bytes of the weights that are in memory at once where they are streamed: of a layer and what is read next.
+
+    Experts are read one by one and then put together: for a moment their gates and ups are there twice.
+    """
+    from hfprune.models.mixtures import all_experts
     from hfprune.models.units import layers_of
 
     layer = max(weight_bytes(layer) for layer in layers_of(model))
-    return layer + max(layer, weight_bytes(model.get_output_embeddings()))
+    twice = max((experts.experts.gate_up_proj.nbytes for experts in all_experts(model)), default=0)
+    return layer + max(layer + twice, weight_bytes(model.get_output_embeddings()))
 
 
 def weight_bytes(model: nn.Module) -> int:

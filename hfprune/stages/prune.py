@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.models.units import DEPTH, MIXED, STRUCTURES, check_depth_share
+from hfprune.models.units import DEPTH, MIXED, STRUCTURES, check_depth_share, check_experts_share
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS
 from hfprune.pruning.refit_names import IN_DEPTH, REFITS, RIDGE, SOLVED
@@ -81,6 +81,12 @@ class Cut(Section):
     depth_share: float | None = Field(
         None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
     )
+    experts_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="whole experts' share of what mlp+experts removes (default: the scores decide)",
+    )
     ridge: float = Field(
         RIDGE,
         ge=0,
@@ -135,6 +141,7 @@ class PruneParameters(Cut, Parameters):
         one_budget(self, "ratio", "target_parameters")
         fits_structures(self, [self.structure], "structure")
         check_depth_share(self.depth_share, self.structure)
+        check_experts_share(self.experts_share, self.structure)
         refuse_unread(self.structure, self.allocation, self.refit)
         if reason := fault(self.ratio_of, self.structure, dict(self)):
             raise ValueError(reason)
