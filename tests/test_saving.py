@@ -303,8 +303,8 @@ def test_the_command_measures_a_table_that_a_cut_reads(checkpoint, tmp_path, cap
 def test_neurons_inside_experts_are_timed_too(tmp_path):
     make("qwen3_moe").save_pretrained(tmp_path / "dense")
     shape, rows = time_widths(tmp_path / "dense", "float32", 8, rounds=1, new_tokens=1)
-    (whole,) = {*filter(None, shape.units["mlp"])}
-    assert [row["units"] for row in rows if row["part"] == "mlp"] == list(range(whole, 0, -8))
+    assert {*filter(None, shape.units["mlp"])} == {768}
+    assert [row["units"] for row in rows if row["part"] == "mlp"] == list(range(768, 0, -64))
 
 
 def test_a_table_has_a_dozen_widths_at_most_and_none_of_a_model_with_several():
