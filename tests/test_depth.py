@@ -150,13 +150,6 @@ def test_a_class_that_counts_its_layers_is_refused_by_name():
     assert depth.order(model, TEXT, "block_influence", "sublayers")[0]
 
 
-def test_sublayers_that_no_config_can_leave_out_are_refused_with_layers():
-    with pytest.raises(UserError, match=r"structure 'sublayers': its config has no number .* Cut layers\."):
-        units_to_keep(shape_of(make("mpt")), 0.3, structure="sublayers")
-    with pytest.raises(UserError, match=r"structure 'mlp': the width of its MLPs is always .* Cut layers\."):
-        units_to_keep(shape_of(make("mpt")), 0.3)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [("mixtral", r"of a mixture of experts, .* Cut experts or mlp\."), ("lfm2", r"of a hybrid .* Cut mlp\.")],
@@ -172,7 +165,7 @@ def test_layers_that_have_to_stay_are_refused_with_what_can_be_cut(name, message
 
 SEARCHES = [("llama", "layers", "none"), ("llama", "sublayers", "sequential"), ("gemma2", "sublayers", "least_squares")]
 SEARCHES += [("phi", "sublayers", "sequential"), ("gpt2", "layers", "least_squares"), ("cohere", "sublayers", "none")]
-SEARCHES += [("mpt", "layers", "sequential")]
+SEARCHES += [("mpt", "layers", "sequential"), ("bloom", "sublayers", "sequential")]
 
 
 @pytest.mark.parametrize(("name", "structure", "method"), SEARCHES)
@@ -242,7 +235,7 @@ def test_influence_of_sublayers_is_that_of_what_each_adds():
 
 
 @pytest.mark.parametrize("method", ["least_squares", "sequential"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "granite", "mpt"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "granite", "mpt", "bloom"])
 def test_a_refit_lets_what_follows_make_up_for_a_layer(name, method):
     model = make(name)
     text = torch.randint(320, (60, 16), generator=torch.Generator().manual_seed(2))

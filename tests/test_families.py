@@ -50,6 +50,7 @@ OTHERS = {
     "exaone4": {"sliding_window": 8},
     "olmo3": {"sliding_window": 8},
     "mpt": {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None, "max_seq_len": 512},
+    "bloom": {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None},
     "qwen3_5_text": HYBRID,
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "head_dim": None, "block_multiple_of": 1},
 }
@@ -157,7 +158,7 @@ def test_equal_widths_make_a_plain_checkpoint_where_the_stock_class_can_hold_the
     expected = logits(masked(model, kept))
     cut(model, kept)
     is_plain = type(model).__module__.startswith("transformers.")
-    assert is_plain == (layout_of(model).block(part).size is not None)
+    assert is_plain == layout_of(model).block(part).is_free
     model.save_pretrained(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True) if is_plain else None
     torch.testing.assert_close(logits(stock or load_model(tmp_path, "float32")), expected, rtol=1e-4, atol=1e-4)
@@ -231,12 +232,12 @@ def test_a_family_without_units_is_refused_with_another_that_has_them(name):
 def test_the_class_with_widths_per_layer_knows_the_modules_of_every_family():
     for name, keys in CASES:
         layout = layout_for({"model_type": name, **ANY, **keys})
-        for part in PARTS if layout.mlp.size else ():
+        for part in PARTS:
             block = layout.block(part)
             assert {rows.path for rows in block.rows} <= set(modeling_per_layer.ROWS[part])
             assert block.output in modeling_per_layer.COLUMNS[part]
             assert set(block.per_head) <= set(modeling_per_layer.HEADS)
-        assert layout.mlp.size in (*modeling_per_layer.NEURONS, None)
+        assert layout.mlp.size in modeling_per_layer.NEURONS or not layout.mlp.is_free
 
 
 def test_the_table_in_the_docs_is_that_of_the_registry():
@@ -324,9 +325,9 @@ def test_names_alone_do_not_make_a_family(capsys):
 
 
 # One for each way of saving: transposed, without a module, fused, norms of heads, a cap, buffers, heads of fixed size,
-# layers of several kinds.
+# layers of several kinds, MLPs whose width no stock config can state.
 @pytest.mark.usefixtures("forked_reload")
-@pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "cohere", "gemma2", "apertus", "gpt_neox", "lfm2"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "cohere", "gemma2", "apertus", "gpt_neox", "lfm2", "bloom"])
 def test_a_cut_with_widths_per_layer_is_refitted_and_proven_in_a_fresh_process(name, texts, tmp_path):
     make(name).save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
@@ -347,11 +348,13 @@ def test_the_python_interface_takes_linear_layers_of_every_class(name):
     api.check_model(make(name))
 
 
-def test_padding_makes_fused_rows_as_wide_again():
-    model = make("phi3")
-    kept = some(model, "mlp") | some(model, "attention")
+@pytest.mark.parametrize(("name", "cut_parts"), [("phi3", PARTS), ("bloom", ["mlp"])])
+def test_padding_makes_a_model_of_the_stock_class_again(name, cut_parts):
+    """Also one with fused rows, and one whose class knows a single width."""
+    model = make(name)
+    kept, stock = {part: units for each in cut_parts for part, units in some(model, each).items()}, type(model)
     expected = logits(masked(model, kept))
     cut(model, kept)
     checkpoint.pad(model)
-    assert type(model).__name__ == "Phi3ForCausalLM"
+    assert type(model) is stock
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)

@@ -38,7 +38,7 @@ def _cell(block: Block | Mixture) -> str:
     """What can be done with a part."""
     if block.refused:
         return f"no: {block.refused}"
-    return "yes" if block.size else OWN_CLASS
+    return "yes" if isinstance(block.size, str) else OWN_CLASS
 
 
 COMMANDS = (Families,)

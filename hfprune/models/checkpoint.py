@@ -124,14 +124,15 @@ def declare_widths(model: PreTrainedModel) -> None:
     mlps, attention = (parts(model, name) for name in PARTS)
     widths, groups = ([part.units for part in layers] for layers in (mlps, attention))
     forget_widths(config)
-    if layout.mlp.size:
+    if layout.mlp.is_free:
         for key, value in ((layout.mlp.size, max(widths)), *layout.mlp.settings):
             setattr(config, key, value)
     for part in mlps:
         if hasattr(part.block, "intermediate_size"):
             part.block.intermediate_size = part.units
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if len(set(widths)) == len(set(groups)) == 1 and stock_accepts(model, groups[0]):
+    alike = len(set(widths)) == len(set(groups)) == 1
+    if alike and fixed_width(model) in (None, widths[0]) and stock_accepts(model, groups[0]):
         for name, value in head_counts(model, groups[0]).items():
             setattr(config, name, value)
         model.__class__ = stock
@@ -210,6 +211,12 @@ def head_counts(model: PreTrainedModel, groups: int) -> dict[str, int]:
     return counts | {"head_dim": head_size(config)}  # else it would follow from the number of heads
 
 
+def fixed_width(model: PreTrainedModel) -> int | None:
+    """The number of neurons that the stock class gives every MLP; None if its config says how many."""
+    mlp = layout_of(model).mlp
+    return None if mlp.is_free else mlp.size * model.config.hidden_size
+
+
 def stock_accepts(model: PreTrainedModel, groups: int) -> bool:
     """Whether the family's stock config accepts `groups` key-value groups in every layer."""
     counts = head_counts(model, groups)
@@ -237,7 +244,7 @@ def pad(model: PreTrainedModel) -> int:
     before = count_parameters(model)
     for name in PARTS:
         layers = parts(model, name)
-        width = max(part.units for part in layers)
+        width = (name == "mlp" and fixed_width(model)) or max(part.units for part in layers)
         while name == "attention" and not stock_accepts(model, width):
             width += 1
         for part in layers:

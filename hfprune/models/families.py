@@ -220,21 +220,36 @@ def _ernie_moe(config: Any) -> Layout:
     return replace(LLAMA, mixture=Mixture(correction=correction, counts=True, refused=refused))
 
 
-FIXED = (
-    "the width of its MLPs is always four times the hidden size, and its positions (ALiBi) depend on the number of "
-    "heads: neither neurons nor heads can go. "
+SLOPES = (
+    "its positions (ALiBi) give every head a slope that depends on the number of heads: fewer heads would change those "
+    "that stay. Cut mlp."
 )
 MPT = Layout(
-    attention=Block((), "attn.out_proj", "attn", "norm_1", refused=f"{FIXED}Cut layers."),
-    mlp=Block(
-        (Rows("ffn.up_proj"),), "ffn.down_proj", None, "norm_2", activation="ffn.act", refused=f"{FIXED}Cut layers."
-    ),
+    attention=Block((Rows("attn.Wqkv", (1, 1, 1)),), "attn.out_proj", "attn", "norm_1", refused=SLOPES),
+    mlp=Block((Rows("ffn.up_proj"),), "ffn.down_proj", None, "norm_2", activation="ffn.act", size=4),
     layers="blocks",
     final_norm="norm_f",
     layers_return_tuples=True,
     branches=False,
     keeps_documents_apart=False,
 )
+BLOOM = Layout(
+    # Each head's rows stand together: [q, k, v] of one head, then of the next.
+    attention=Block(
+        (Rows("self_attention.query_key_value"),), "self_attention.dense", "self_attention", "input_layernorm",
+        refused=SLOPES,
+    ),
+    mlp=Block(
+        (Rows("mlp.dense_h_to_4h"),), "mlp.dense_4h_to_h", None, "post_attention_layernorm", activation="mlp.gelu_impl",
+        size=4,
+    ),
+    layers="h",
+    final_norm="ln_f",
+    layers_return_tuples=True,
+    branches=False,
+    keeps_documents_apart=False,
+    repeated="alibi",
+)  # fmt: skip
 
 # Hybrids. States that pass from token to token mix the documents of a row.
 HYBRID = {"branches": False, "keeps_documents_apart": False}
@@ -332,6 +347,7 @@ FAMILIES = {
     "opt": Family("OPT", OPT),
     "gpt2": Family("GPT-2", GPT_2),
     "mpt": Family("MPT", MPT),
+    "bloom": Family("BLOOM, BLOOMZ", BLOOM),
     "qwen3_5_text": Family("Qwen3.5, text alone", QWEN_3_5),
     "lfm2": Family("LFM2", LFM_2),
     "mixtral": Family("Mixtral", MIXTRAL),
@@ -382,7 +398,6 @@ LLAMA_4 = (
     "and shared experts. Qwen3 MoE (qwen3_moe) can be pruned."
 )
 REFUSED = {
-    "bloom": FIXED + "Pythia and OPT of the same sizes can be pruned.",
     "gemma3n_text": SHARED,
     "gemma3n": SHARED,
     "gemma4_text": (
@@ -417,6 +432,9 @@ def refusal(config: Any) -> str | None:
             "do_layer_norm_before = false: its norms stand behind the sum of hidden states and block (OPT 350M alone). "
             "The other OPT models can be pruned."
         )
+    for key in ("apply_residual_connection_post_layernorm", "slow_but_exact"):
+        if kind == "bloom" and setting(config, key):
+            return f"{key} = true, with which its layers compute something else. Other BLOOM models can be pruned."
     if kind == "falcon" and config.alibi:
         return (
             "its positions are linear biases of attention (alibi), which rows of several texts do not allow. Falcon 7B "
@@ -455,7 +473,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 def heads_of(config: Any) -> int:
     """The number of query heads that a config states."""
-    return setting(config, "num_attention_heads") or config["n_head"]
+    return next(filter(None, (setting(config, key) for key in ("num_attention_heads", "n_head", "n_heads"))))
 
 
 def queries_of(config: Any, layout: Layout) -> int:

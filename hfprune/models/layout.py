@@ -51,8 +51,8 @@ class Block:
         per_head: modules whose weight has a row for every head: (heads, head size). Some models of the family may
             lack them.
         activation: of a block without a module.
-        size: of an MLP, key of the config with the number of neurons; of attention, "heads" if the stock config holds
-            any number of heads. None: the stock class cannot have fewer.
+        size: of an MLP, key of the config with the number of neurons, or how many times the hidden size that always is;
+            of attention, "heads" if the stock config holds any number of heads, or else None.
         settings: further keys of the config with the values that let `size` be any number.
         others: in a hybrid, the output layers of what stands in some layers in place of attention: linear attention,
             a convolution. They read all of its columns as one unit.
@@ -66,10 +66,15 @@ class Block:
     after: str | None = None
     per_head: tuple[str, ...] = ()
     activation: str | None = None
-    size: str | None = None
+    size: str | int | None = None
     settings: tuple[tuple[str, Any], ...] = ()
     others: tuple[str, ...] = ()
     refused: str | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the stock class can have any number of units."""
+        return isinstance(self.size, str)
 
     def output_among(self, modules: Container[str]) -> str:
         """The path of the output layer in a decoder layer that has these modules."""
@@ -133,6 +138,7 @@ class Layout:
         branches: whether tokens take positions and masks of their own, so that several lines share their beginning.
         keeps_documents_apart: whether documents in one row do not see one another when positions begin anew.
         queries: query heads to a key-value head; None: as the config's numbers of heads say.
+        repeated: keyword of a layer's argument that has rows for every sequence of a batch; None if none has.
     """
 
     attention: Block
@@ -150,6 +156,7 @@ class Layout:
     branches: bool = True
     keeps_documents_apart: bool = True
     queries: int | None = None
+    repeated: str | None = None
 
     def block(self, name: str) -> Block:
         """The block of a part, by its name in `units.PARTS`."""
@@ -161,8 +168,6 @@ class Layout:
             return "whole layers of a mixture of experts, and parts of them, have to stay. Cut experts or mlp."
         if self.attention.others:
             return "the layers of a hybrid are of several kinds, of which a cache needs some. Cut mlp."
-        if structure == "sublayers" and self.mlp.size is None:
-            return "its config has no number that could be 0 where an attention or an MLP is gone. Cut layers."
         return None
 
     @property

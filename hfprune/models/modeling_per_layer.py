@@ -13,6 +13,7 @@ Part of hfprune, Apache-2.0.
 
 import warnings
 from copy import copy
+from inspect import signature
 
 import transformers
 from torch import nn
@@ -29,6 +30,7 @@ ROWS = {
         "mlp.c_fc",
         "mlp.fc1",
         "mlp.dense_h_to_4h",
+        "ffn.up_proj",
         "fc1",
         "feed_forward.w1",
         "feed_forward.w3",
@@ -41,10 +43,19 @@ ROWS = {
         "attention.query_key_value",
         "self_attention.query_key_value",
         "attn.c_attn",
+        "attn.Wqkv",
     ),
 }
 COLUMNS = {
-    "mlp": ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h", "fc2", "feed_forward.w2"),
+    "mlp": (
+        "mlp.down_proj",
+        "mlp.c_proj",
+        "mlp.fc2",
+        "mlp.dense_4h_to_h",
+        "ffn.down_proj",
+        "fc2",
+        "feed_forward.w2",
+    ),
     "attention": (
         "self_attn.o_proj",
         "self_attn.dense",
@@ -52,6 +63,7 @@ COLUMNS = {
         "attention.dense",
         "self_attention.dense",
         "attn.c_proj",
+        "attn.out_proj",
     ),
 }
 # Keys of configs. A config has the first of its keys of key-value heads, or only that of heads.
@@ -145,7 +157,10 @@ class NoHeads:
     """Attention without heads. It tells the cache how many tokens there are: generation reads that from any layer."""
 
     def forward(self, hidden_states, *args, **kwargs):
-        """As the stock attention's: zeros of the shape of the hidden states, and no weights."""
+        """As the stock attention's: zeros of the shape of the hidden states, and no weights.
+
+        That of BLOOM takes what enters the layer next, and adds it.
+        """
         batch, length, _ = hidden_states.shape
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is not None:
@@ -153,7 +168,9 @@ class NoHeads:
             cache.update(counted, counted, self.layer_idx)
         names = {path.rpartition(".")[2] for path in COLUMNS["attention"]}
         output = next(module for name, module in self.named_children() if name in names)
-        return output(hidden_states.new_zeros(batch, length, 0)), None
+        written = output(hidden_states.new_zeros(batch, length, 0))
+        adds = "residual" in signature(super().forward).parameters
+        return written + args[0] if adds else written, None
 
 
 CLASSES = {}

@@ -6,6 +6,7 @@ A walk needs the weights of one layer at a time, so it works for models in memor
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,21 @@ from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.progress import progress
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a layer, beside the hidden states
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An argument of a layer that has rows for every sequence of a batch, which are the same for all.
+
+    Attributes:
+        rows: (rows of one sequence, ...).
+    """
+
+    rows: Tensor
+
+    def times(self, sequences: int) -> Tensor:
+        """(sequences * rows, ...), the argument for a batch."""
+        return self.rows.repeat(sequences, *[1] * (self.rows.ndim - 1))
 
 
 def entrance(model: PreTrainedModel) -> tuple[nn.Module, ...]:
@@ -49,10 +65,13 @@ def enter(model: PreTrainedModel, tokens: Tensor, **inputs: Any) -> tuple[Tensor
     """
     entered: list[Tensor] = []
     arguments: list[Arguments] = []
-    in_tuple = layout_of(model).layers_return_tuples
+    in_tuple, repeated = layout_of(model).layers_return_tuples, layout_of(model).repeated
 
     def record(hidden: Tensor, *positional: Any, **keywords: Any) -> Tensor | tuple[Tensor, None]:
         entered.append(hidden)
+        if repeated:
+            rows = keywords[repeated]
+            keywords[repeated] = Repeated(rows[: len(rows) // len(hidden)])
         arguments.append((positional, keywords))
         return (hidden, None) if in_tuple else hidden
 
@@ -71,6 +90,9 @@ def enter(model: PreTrainedModel, tokens: Tensor, **inputs: Any) -> tuple[Tensor
 def run_layer(layer: nn.Module, states: Tensor, arguments: Arguments) -> Tensor:
     """(batch, length, hidden) that enter a layer -> those that leave it."""
     positional, keywords = arguments
+    keywords = {
+        name: value.times(len(states)) if isinstance(value, Repeated) else value for name, value in keywords.items()
+    }
     left = layer(states, *positional, **keywords)
     return left[0] if isinstance(left, tuple) else left
 

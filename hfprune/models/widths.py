@@ -74,7 +74,7 @@ def state_widths(config: PreTrainedConfig, layout: Layout, neurons: list[int], g
         neurons: of each layer's MLP.
         groups: key-value groups of each layer's attention; None if they are those of the config.
     """
-    layers = [{layout.mlp.size: width} for width in neurons]
+    layers = [{layout.mlp.size if layout.mlp.is_free else NEURONS[0]: width} for width in neurons]
     if groups is not None:
         key, queries = next(key for key in KEY_VALUE_HEADS if getattr(config, key, None)), queries_of(config, layout)
         whole = heads_of(config) // queries  # Falcon 7B has one group of all heads, and its config states none
