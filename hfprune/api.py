@@ -19,6 +19,7 @@ The same model, texts and settings keep the same units as `hfprune score` and `h
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -42,6 +43,7 @@ from hfprune.pruning.methods import MethodRecipe, preset
 from hfprune.pruning.order import best_steps, kept_without
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.refit_names import RIDGE
+from hfprune.pruning.saving import SAVINGS, fault, saving_of
 from hfprune.pruning.scoring import unit_scores
 
 SAMPLES, LENGTH = 32, 256  # an experiment's defaults
@@ -56,6 +58,8 @@ def prune(
     *,
     target_parameters: int | None = None,
     ratio_of: str = "all",
+    context: int | None = None,
+    latencies: str | Path | None = None,
     round_to: int | None = None,
     pad: bool = False,
     samples: int = SAMPLES,
@@ -73,7 +77,10 @@ def prune(
         method: a preset's name (`hfprune methods` lists them), or a recipe: {"criterion": "entropy", "refit":
             "sequential"}, with keys as in a config.
         target_parameters: instead of a ratio: how many parameters to leave.
-        ratio_of: "all" parameters, tied embeddings once, or "mlp": the MLPs' neurons.
+        ratio_of: "all" parameters, tied embeddings once; "mlp": the MLPs' neurons; "memory" of weights and cache;
+            "latency": the time to decode a token.
+        context: for memory: tokens in the cache.
+        latencies: for latency: the file that `hfprune latency` wrote.
         round_to: every MLP keeps a multiple of so many neurons: 1, 8, 32, 64, 128 or 256. By default 64; 256 from
             hidden size 2048 on, 1 below hidden size 256.
         pad: make layers of several widths as wide as the widest, with zeros.
@@ -90,6 +97,8 @@ def prune(
     """
     recipe = _recipe(method)
     check_model(model)
+    further = {"context": context, "latencies": latencies, "pad": pad, "attention_share": recipe.attention_share}
+    _check_saving(ratio, ratio_of, recipe.structure, further)
     small = copy.deepcopy(model).eval().requires_grad_(False)
     tokens = sample(small, tokenizer, texts, samples, length, seed)
     if recipe.structure in DEPTH:
@@ -107,6 +116,8 @@ def prune(
             recipe.allocation,
             target_parameters=target_parameters,
             ratio_of=ratio_of,
+            context=context,
+            latencies=latencies,
             attention_share=recipe.attention_share,
             experts_share=recipe.experts_share,
             round_to=round_to,
@@ -159,6 +170,14 @@ def _check_budget(ratio: float | None, target_parameters: int | None) -> None:
         raise UserError(f"give one of ratio and target_parameters, not {'none' if ratio is None else 'both'}.")
     if ratio is not None and not 0 < ratio < 1:
         raise UserError(f"ratio {ratio}: expected a share between 0 and 1, such as 0.2.")
+
+
+def _check_saving(ratio: float | None, ratio_of: str, structure: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what does not go with a ratio of memory or latency, and what goes only with one."""
+    if ratio is None and ratio_of in SAVINGS:
+        raise UserError(f"ratio_of {ratio_of!r} goes with a ratio, not with target_parameters.")
+    if reason := fault(ratio_of, structure, settings):
+        raise UserError(f"{reason}.")
 
 
 def sample(
@@ -215,6 +234,8 @@ def allocate(
     *,
     target_parameters: int | None = None,
     ratio_of: str = "all",
+    context: int | None = None,
+    latencies: str | Path | None = None,
     attention_share: float | None = None,
     experts_share: float | None = None,
     round_to: int | None = None,
@@ -225,7 +246,7 @@ def allocate(
     Args:
         model: that the scores are of; read for its size.
         scores: see `score`.
-        ratio, target_parameters, ratio_of, round_to: see `prune`.
+        ratio, target_parameters, ratio_of, context, latencies, round_to: see `prune`.
         structure: "mlp", "attention", "mlp+attention", "experts" or "mlp+experts".
         allocation: a name in docs/pruning.md: "uniform" widths, or "global": one ranking over all layers.
         attention_share, experts_share: of what mlp+attention or mlp+experts removes; by default the scores decide.
@@ -245,16 +266,23 @@ def allocate(
         | ({} if attention_share is None else {"attention_share": attention_share})
         | ({} if experts_share is None else {"experts_share": experts_share})
     )
-    if ratio_of not in ("all", "mlp") or (ratio_of == "mlp" and structure != "mlp"):
-        raise UserError(f"ratio_of {ratio_of!r} with structure {structure!r}: expected 'all', or 'mlp' with 'mlp'.")
+    if ratio_of not in ("all", "mlp", *SAVINGS) or (ratio_of == "mlp" and structure != "mlp"):
+        raise UserError(
+            f"ratio_of {ratio_of!r} with structure {structure!r}: expected 'all', {', '.join(map(repr, SAVINGS))}, or "
+            "'mlp' with 'mlp'."
+        )
+    further = {"context": context, "latencies": latencies, "pad": False, "attention_share": attention_share}
+    _check_saving(ratio, ratio_of, structure, further)
     if round_to not in (None, *STEPS):
         raise UserError(f"round_to {round_to}: expected one of {', '.join(map(str, STEPS))}.")
     ranked = scores if all(name in scores for name in STRUCTURES[structure]) else None
-    budget = units_to_keep(
-        shape_of(model), ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked,
-        experts_share=experts_share,
-    )  # fmt: skip
-    if absent := [name for name in budget.keep if name not in scores]:
+    shape, budget = shape_of(model), None
+    if not (saving := saving_of(shape, ratio_of, structure, model.config, context, latencies)):
+        budget = units_to_keep(
+            shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked,
+            experts_share=experts_share,
+        )  # fmt: skip
+    if absent := [name for name in STRUCTURES[structure] if name not in scores]:
         raise UserError(
             f"structure {structure!r}: the scores do not rank its {UNITS[absent[0]]}. Take another criterion, see "
             "docs/criteria.md."
@@ -265,6 +293,8 @@ def allocate(
             raise UserError(f"allocation {allocation!r} measures the layers on text: give `tokens`, see `sample`.")
         with _as_scored(model):
             influence = layer_influence(model, tokens, measure)
+    if saving:
+        return surgery.units_within(shape, saving, ratio, structure, allocation, round_to, scores, influence)[1]
     return surgery.best_units(budget, scores, recipe.allocation, influence)
 
 

@@ -12,7 +12,7 @@ STAGES = (
     "score", "shard", "order", "prune", "gguf", "reference", "measure", "evaluate", "collect", "tables", "figures",
     "compare", "config", "overlap", "page", "index", "artifacts", "provenance",
 )  # fmt: skip
-OTHERS = ("efficiency", "scoring-cost", "plan", "export", "push")
+OTHERS = ("efficiency", "latency", "scoring-cost", "plan", "export", "push")
 BELOW = {"download": ("model", "text", "task"), "store": ("list", "verify", "prune")}
 COMMANDS = [
     *((stage,) for stage in (*STAGES, *OTHERS)),

@@ -315,8 +315,13 @@ def test_a_wrong_config_is_refused_before_anything_runs(checkout, experiment):
 def test_a_budget_that_the_model_cannot_meet_is_refused_before_anything_is_scored(checkout, experiment, tmp_path):
     wrong = changed(
         experiment,
-        methods=["HFPrune", {"heads": {"criterion": "entropy", "structure": "attention", "ratios": [0.2, 0.95]}}],
+        methods=[
+            "HFPrune",
+            {"heads": {"criterion": "entropy", "structure": "attention", "ratios": [0.2, 0.95]}},
+            {"light": {"criterion": "entropy", "ratio_of": "memory", "ratios": [0.9]}},
+        ],
         ratios=[0.1],
+        context=64,
     )
     fresh = Checkout(tmp_path / "fresh", tmp_path / "store")
     for each in (fresh, checkout):  # where the model is still to be downloaded, and where it is in the store
@@ -324,6 +329,7 @@ def test_a_budget_that_the_model_cannot_meet_is_refused_before_anything_is_score
         assert "ratio 0.95 of all parameters: takes" in output
         assert "ratio 0.2 of all parameters: takes" in output
         assert "largest ratio that allows is 0.1" in output
+        assert "ratio 0.9 of memory: structure 'mlp' with allocation 'uniform' and round_to 1 leaves at least" in output
         assert "Traceback" not in output
         assert not set(ran(output)) - {"download", "overlap"}
     assert fresh.manifests("model")

@@ -10,6 +10,7 @@ from hfprune.errors import UserError
 from hfprune.experiment.schema import parse
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.stages.declaration import CHECKPOINTS, DType, Products, Sampling, Seed
+from hfprune.stages.prune import ROUND_TO, RoundTo
 from hfprune.stages.run import open_artifact
 from hfprune.stages.score import DRAWS, ScoreParameters
 from hfprune.store.artifacts import Store
@@ -33,11 +34,13 @@ class Efficiency(WithMethods):
 
         from hfprune.evaluation.timing import time_models, timing_environment
         from hfprune.reporting.identity import described
+        from hfprune.reporting.saved import saved_latency
 
         models = [open_artifact(path, *CHECKPOINTS) for path in self.models]
         known = described([model.key for model in models], Store(self.store), self.methods())
         folders = {model.key: model.folder for model in models}
         timed = pd.DataFrame(time_models(folders, self.dtype, self.rounds, self.tokens))
+        timed = pd.concat([timed, saved_latency(timed, models, Store(self.store))])
         rows = known.merge(timed.rename(columns={"model": "key"}), on="key").assign(
             dtype=self.dtype, **timing_environment()
         )
@@ -94,4 +97,35 @@ class ScoringCost(Sampling, Command):
         print(rows[["criterion", "light_cut", "seconds", "peak_bytes", "tokens", "flops", "n"]].to_string(index=False))
 
 
-COMMANDS = (Efficiency, ScoringCost)
+class Latency(Command):
+    """Time a dense model with narrower layers: the table for `ratio_of: latency`, of this machine."""
+
+    words = ("latency",)
+    examples = ("hfprune latency --model store/model/KEY --output latency.csv",)
+    model: Path = Field(description="dense checkpoint: an artifact's folder or manifest")
+    output: Path = Field(description="csv file to write")
+    round_to: RoundTo | None = Field(None, description=ROUND_TO)
+    rounds: Count = Field(5, description="rounds to measure")
+    tokens: Count = Field(32, description="new tokens to decode")
+    dtype: DType = "auto"
+
+    def run(self) -> None:
+        """Write the table, and print it."""
+        import pandas as pd
+
+        from hfprune.evaluation.timing import timing_environment
+        from hfprune.evaluation.width_timing import time_widths
+
+        model = open_artifact(self.model, *CHECKPOINTS)
+        shape, rows = time_widths(model.folder, self.dtype, self.round_to, self.rounds, self.tokens)
+        table = pd.DataFrame(rows)
+        table["share"] = table["seconds"] / table.groupby("part")["seconds"].transform("first")  # the widest
+        table = table.assign(
+            tokens=self.tokens, model=model.key, parameters=shape.total, dtype=self.dtype, **timing_environment()
+        )
+        with publish([model]) as aside:
+            table.to_csv(aside.path(self.output), index=False)
+        print(table[["part", "units", "seconds", "share", "n"]].to_string(index=False))
+
+
+COMMANDS = (Efficiency, ScoringCost, Latency)

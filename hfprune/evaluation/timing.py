@@ -57,7 +57,7 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
         check_checkpoint(folder, {"prefill": PREFILL, f"tokens, after a prompt of {PROMPT},": PROMPT + new_tokens})
 
     def load(name: str) -> PreTrainedModel:
-        return _on_gpu(load_model(folders[name], dtype), name)
+        return on_gpu(load_model(folders[name], dtype), name)
 
     if are_held := sum(map(weight_bytes, folders.values())) < free_bytes(device()) * SHARE_OF_WEIGHTS:
         load = cache(load)
@@ -80,7 +80,7 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
     return [dict(zip(("model", "task", "metric", "value", "n"), row, strict=True)) for row in rows]
 
 
-def _on_gpu(model: PreTrainedModel, name: str) -> PreTrainedModel:
+def on_gpu(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """The model, if the GPUs hold all of it. Otherwise the clock would measure the transfer of weights.
 
     Raises:
@@ -101,7 +101,7 @@ def _fresh_process() -> ProcessPoolExecutor:
 
 def peak_of(folder: Path, dtype: str, new_tokens: int) -> int:
     """Peak bytes of this process after `run_once` of a checkpoint."""
-    run_once(_on_gpu(load_model(folder, dtype), folder.name), new_tokens)
+    run_once(on_gpu(load_model(folder, dtype), folder.name), new_tokens)
     return peak_memory()
 
 
@@ -125,7 +125,7 @@ def time_scoring(
     Raises:
         UserError: the GPUs, if there are any, do not hold all weights.
     """
-    network = _on_gpu(load_model(model, dtype), model.name)
+    network = on_gpu(load_model(model, dtype), model.name)
     tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
     cuts = {name: None if cut is None else read_scores(cut / SCORES)["mlp"] for name, cut in criteria.items()}
     seconds: dict[str, list[float]] = {name: [] for name in criteria}

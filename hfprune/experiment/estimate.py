@@ -35,14 +35,15 @@ from hfprune.models.loading import (
     flops_per_token,
     load_tokenizer,
 )
-from hfprune.models.units import DEPTH, MIXED
+from hfprune.models.units import DEPTH, MIXED, STRUCTURES
 from hfprune.pruning import scoring
 from hfprune.pruning.budget import BUDGET, refuse_method, shape_of, units_shapes, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
 from hfprune.pruning.order import best_steps, kept_without, steps_of
 from hfprune.pruning.recorder import bytes_of_sums
-from hfprune.pruning.surgery import best_units, cut, without_and_narrower
+from hfprune.pruning.saving import SAVINGS, saving_of
+from hfprune.pruning.surgery import best_units, cut, units_within, without_and_narrower
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
@@ -277,21 +278,26 @@ class Models:
         Raises:
             UserError: the model cannot be cut that far.
         """
-        parameters = job.recipe.parameters
-        budget = {name: parameters[name] for name in BUDGET if name in parameters}
-        criterion = job.inputs["scores"].settings.criterion
-        refuse_method(self.shape, job.settings.structure, criterion, job.settings.refit)
-        whole = units_to_keep(self.shape, **budget)
-        if budget["structure"] in DEPTH:
-            last_first = steps_of(self.shape.units, budget["structure"])[:0:-1]
-            return kept_without(self.shape.units, best_steps(self.shape, last_first, whole.share * self.shape.total))
+        settings, criterion = job.settings, job.inputs["scores"].settings.criterion
+        structure, allocation = settings.structure, settings.allocation
+        refuse_method(self.shape, structure, criterion, settings.refit)
+        budget = {name: getattr(settings, name) for name in BUDGET}
+        config, needed = self.dense.config, {name: budget.pop(name) for name in SAVINGS.values()}
         generator = torch.Generator().manual_seed(0)
-        shapes = {name: units_shapes(self.shape, name) for name in whole.keep}
+        shapes = {name: units_shapes(self.shape, name) for name in STRUCTURES[structure]}
         scores = {name: [torch.rand(shape, generator=generator) for shape in shapes[name]] for name in shapes}
-        alike = torch.ones(self.dense.config.num_hidden_layers, dtype=torch.float64)
-        if budget["structure"] in MIXED:
-            return without_and_narrower(self.shape, whole, scores, parameters["allocation"], alike)
-        return best_units(whole, scores, parameters["allocation"], alike)
+        alike = torch.ones(config.num_hidden_layers, dtype=torch.float64)
+        if saving := saving_of(self.shape, settings.ratio_of, structure, config, **needed):
+            names = ("ratio", "structure", "allocation", "round_to")
+            of_these = {name: budget[name] for name in names}
+            return units_within(self.shape, saving, **of_these, scores=scores, influence=alike)[1]
+        whole = units_to_keep(self.shape, **budget)
+        if structure in DEPTH:
+            last_first = steps_of(self.shape.units, structure)[:0:-1]
+            return kept_without(self.shape.units, best_steps(self.shape, last_first, whole.share * self.shape.total))
+        if structure in MIXED:
+            return without_and_narrower(self.shape, whole, scores, allocation, alike)
+        return best_units(whole, scores, allocation, alike)
 
 
 class Estimate:

@@ -13,6 +13,7 @@ from hfprune.models.context import check_checkpoint
 from hfprune.models.units import DEPTH, MIXED
 from hfprune.pruning.budget import BUDGET, check
 from hfprune.pruning.criteria import passes
+from hfprune.pruning.methods import named
 from hfprune.pruning.order import BESIDE_NEURONS
 from hfprune.reporting.paper_tables import Setting
 from hfprune.runtime.paths import expanded
@@ -132,7 +133,7 @@ class Plan:
         cuts: the pruned models of the first calibration seed, before any training.
         files: the jobs that write GGUF files to compare, of the models of the first calibration seed.
         compared_with: the dense model's predictions that these are compared with; None if there are no files.
-        methods: the methods' names, by the keys of the models that they cut.
+        methods: the methods' names in results, by the keys of the models that they cut.
         documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
             `contamination.Corpus`. Of the held-out texts the first is the tables'.
     """
@@ -213,7 +214,7 @@ class Plan:
         """What the cuts ask of the model's size, see `budget.check`; each once."""
         names = (*BUDGET, "refit")
         budgets = dict.fromkeys(
-            (criterion, *(getattr(cut, name) for name in names)) for _, criterion, cut in self.experiment.cuts()
+            (criterion, *map(cut.model_dump(mode="json").get, names)) for _, criterion, cut in self.experiment.cuts()
         )
         return [dict(zip(("criterion", *names), values, strict=True)) for values in budgets]
 
@@ -222,6 +223,7 @@ class Plan:
         """How long the sequences are that go through models, in tokens, by the config's keys."""
         lengths = {"calibration.length": self.experiment.calibration.length}
         lengths["fidelity.length"] = self.experiment.fidelity.length
+        lengths |= {"context": self.experiment.context} if self.experiment.context else {}
         for name in sorted({model.recovery for model in self.models} - {"none"}):
             lengths[f"recovery.{name}.length"] = self.experiment.recovery[name].length
         return lengths
@@ -296,7 +298,7 @@ class Plan:
                     inputs["text"] = calibration
                 label = f"{cut.label} by {method}, seed {seed}"
                 pruned = Model(self.add("prune", cut.options(), inputs, label), label, method, criterion, cut, seed)
-                self.methods[pruned.job.key] = method
+                self.methods[pruned.job.key] = named(method, cut.ratio_of)
                 if seed == config.calibration.seeds[0]:
                     self.cuts.append(pruned)
                 for name in recoveries:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 from pydantic import (
     AfterValidator,
@@ -37,10 +37,22 @@ from hfprune.pruning.methods import (
     unknown,
 )
 from hfprune.pruning.refit_names import RIDGE
+from hfprune.pruning.saving import SAVINGS
 from hfprune.sharing.quantizer import FileType
 from hfprune.stages.declaration import DType, Memory, Name, Products, Sampling, Section, Seed, UserPath
 from hfprune.stages.evaluate import BATCHING, Batching, check_batching
-from hfprune.stages.prune import ROUND_TO, Count, PruneParameters, Ratio, RoundTo
+from hfprune.stages.prune import (
+    CONTEXT,
+    LATENCIES,
+    ROUND_TO,
+    Context,
+    Count,
+    LatencyFile,
+    PruneParameters,
+    Ratio,
+    RatioOf,
+    RoundTo,
+)
 from hfprune.stages.recover import Training
 from hfprune.stages.score import DRAWS
 from hfprune.stages.sources import Source
@@ -116,7 +128,7 @@ class MethodSettings(Section):
     target_parameters: list[Count] | None = Field(
         None, min_length=1, description="replaces the experiment's `target_parameters`"
     )
-    ratio_of: Literal["all", "mlp"] | None = Field(None, description="replaces the experiment's `ratio_of`")
+    ratio_of: RatioOf | None = Field(None, description="replaces the experiment's `ratio_of`")
     round_to: RoundTo | None = Field(None, description="replaces the experiment's `round_to`")
     pad: bool | None = Field(None, description="replaces the experiment's `pad`")
     recoveries: list[Name] | None = Field(None, min_length=1, description="replaces the experiment's `recoveries`")
@@ -292,9 +304,13 @@ class Experiment(Section):
         min_length=1,
         description="shares to remove (default: 0.1, 0.2, 0.3, unless target_parameters is set)",
     )
-    ratio_of: Literal["all", "mlp"] = Field(
-        "all", description="what ratios refer to: all parameters (tied embeddings count once), or the MLPs' neurons"
+    ratio_of: RatioOf = Field(
+        "all",
+        description="what ratios refer to: all parameters (tied embeddings count once), the MLPs' neurons, the memory "
+        "of weights and cache, or the time to decode a token",
     )
+    context: Context | None = Field(None, description=CONTEXT)
+    latencies: LatencyFile | None = Field(None, description=LATENCIES)
     round_to: RoundTo | None = Field(None, description=ROUND_TO)
     pad: bool = Field(False, description="give all layers one width again by zeros, which save no memory")
     recoveries: list[Name] = Field(
@@ -334,6 +350,8 @@ class Experiment(Section):
         budgets: list[dict[str, Any]] = [{"ratio": ratio} for ratio in source.ratios or []]
         budgets += [{"target_parameters": target} for target in source.target_parameters or []]
         shape = {key: getattr(self, key) if (own := getattr(settings, key)) is None else own for key in SHAPE}
+        if needed := SAVINGS.get(shape["ratio_of"]):
+            shape[needed] = getattr(self, needed)
         for budget in budgets:
             loading = self.model.model_dump(include={"dtype", "memory"})
             parameters = {**recipe.model_dump(exclude={"criterion"}), **budget, **shape, **loading}
@@ -364,6 +382,9 @@ class Experiment(Section):
             except ValidationError as error:  # settings of the entry and of the experiment that do not go together
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"methods.{number} ({entry_name(entry)}): {message}") from None
+        for of, name in SAVINGS.items():
+            if getattr(self, name) is not None and not any(cut.cut.ratio_of == of for cut in self.cuts()):
+                raise ValueError(f"{name!r} goes with 'ratio_of: {of}' alone, which no method has")
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 from hfprune.pruning.criteria import rankers, ranks
 from hfprune.pruning.order import Step, best_steps, removable_sizes, removed_by, steps_of
 from hfprune.pruning.refit_names import IN_EXPERTS
+from hfprune.pruning.saving import SAVINGS, Latency, Memory, Widths, largest_within, saving_of
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
 DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
 BUDGET = (  # the settings of a cut that say how much goes
     "ratio", "ratio_of", "target_parameters", "structure", "attention_share", "allocation", "round_to", "depth_share",
-    "experts_share",
+    "context", "latencies", "experts_share",
 )  # fmt: skip
 METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
 NO_REFIT = (
@@ -66,6 +67,7 @@ NO_REFIT = (
     "mlp and mlp+experts), and 'sequential' the experts that stay (structure experts). No other refit goes with one. "
     "Set it to one of these, or to 'none'."
 )
+OTHER_CACHE = "attention of this family keeps more, or less, than a key and a value for each head. Set it to 'all'."
 EXPERT_STEPS = ((256, 64), (0, 8))  # inside experts, which are a few hundred neurons wide
 ALIGNED = 8  # numbers in 16 bytes, of which torch's grouped products of experts need a multiple
 
@@ -88,7 +90,8 @@ class Shape:
         units: by part, how many units each layer has.
         parameters: by part, those of one unit.
         hidden: hidden size.
-        refusals: by part, and by `units.DEPTH`, that cannot be cut, why, and what can be instead.
+        refusals: by part, and by `units.DEPTH`, that cannot be cut, why, and what can be instead; for "cache" why its
+            memory is not counted.
         mixture: what more counts if it is a mixture of experts, or else None.
         sublayers: by part, the parameters of the whole part in each layer, without norms of hidden states.
         layers: parameters of each layer.
@@ -156,6 +159,7 @@ def refusals(layout: Layout) -> dict[str, str]:
     reasons |= {"attention": layout.attention.refused}
     reasons |= {"experts": None if layout.mixture else "the model has no experts: it is dense. Cut mlp."}
     reasons |= {structure: layout.depth_refused(structure) for structure in DEPTH}
+    reasons |= {"cache": None if layout.attention.rows else OTHER_CACHE}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -308,18 +312,9 @@ def units_to_keep(
     if structure in MIXED:
         _refuse_depth(shape, MIXED[structure])
         return _mixed_budget(shape, structure, ratio, target_parameters, allocation, round_to, depth_share, order)
-    if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
-        raise UserError(f"structure {structure!r}: {faults[0]}")
-    if shape.mixture:
-        _refuse_widths(structure, allocation, round_to)
-    elif faults := [name for name in STRUCTURES[structure] if 0 in shape.units[name]]:
-        raise UserError(
-            f"structure {structure!r}: the {faults[0]} of some layers is gone already. Cut sublayers or layers."
-        )
-    round_to = round_to or default_step(shape.hidden, EXPERT_STEPS if shape.mixture else DEFAULT_STEPS)
+    round_to, capacities = _capacities(shape, structure, allocation, round_to)
     if structure == WITH_EXPERTS:
         return _experts_budget(shape, ratio, target_parameters, round_to, experts_share, scores)
-    capacities = {name: capacity_of(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
     total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
     of = total if ratio_of == "all" else sum(capacities["mlp"].units) * capacities["mlp"].parameters
     budget, remove, possible = _to_remove(total, removable, ratio, ratio_of, of, target_parameters)
@@ -335,7 +330,7 @@ def units_to_keep(
             f"{budget}: takes {remove:,.0f} parameters. Structure {structure!r} with allocation {allocation!r} and "
             f"round_to {round_to} leaves at least {least}, and can remove {removable:,} parameters. The {possible}."
         )
-    smallest = min(capacity.step * capacity.parameters for capacity in capacities.values())
+    smallest = _smallest(capacities)
     if remove <= smallest / 2:
         raise UserError(
             f"{budget}: takes {remove:,.0f} parameters, less than half of the {smallest:,} that structure "
@@ -348,6 +343,69 @@ def units_to_keep(
         removed = _split(capacities, remove, attention_share, allocation, scores)
     keep = {name: sum(capacity.units) - removed[name] / capacity.parameters for name, capacity in capacities.items()}
     return Budget(remove / total, keep, round_to, shape.mixture.groups if shape.mixture else 1)
+
+
+def _capacities(shape: Shape, structure: str, allocation: str, round_to: int | None) -> tuple[int, dict[str, Capacity]]:
+    """What MLP widths are multiples of, and by part that is cut how much of it can be removed.
+
+    Raises:
+        UserError: the structure cannot be cut so.
+    """
+    if faults := [shape.refusals[name] for name in STRUCTURES[structure] if name in shape.refusals]:
+        raise UserError(f"structure {structure!r}: {faults[0]}")
+    if shape.mixture:
+        _refuse_widths(structure, allocation, round_to)
+    elif faults := [name for name in STRUCTURES[structure] if 0 in shape.units[name]]:
+        raise UserError(
+            f"structure {structure!r}: the {faults[0]} of some layers is gone already. Cut sublayers or layers."
+        )
+    round_to = round_to or default_step(shape.hidden, EXPERT_STEPS if shape.mixture else DEFAULT_STEPS)
+    return round_to, {name: capacity_of(shape, name, allocation, round_to) for name in STRUCTURES[structure]}
+
+
+def _smallest(capacities: Mapping[str, Capacity]) -> int:
+    """The fewest parameters that can be removed."""
+    return min(capacity.step * capacity.parameters for capacity in capacities.values())
+
+
+def refuse_saving(
+    shape: Shape, saving: Memory | Latency, ratio: float, structure: str, allocation: str, round_to: int | None
+) -> None:
+    """Refuse a ratio of memory or latency that the fewest units that can stay take more than.
+
+    Raises:
+        UserError: they do, or the structure cannot be cut.
+    """
+    round_to, capacities = _capacities(shape, structure, allocation, round_to)
+    least = saving.share({name: capacity.fewest for name, capacity in capacities.items()})
+    if least > 1 - ratio:
+        raise UserError(
+            f"ratio {ratio} of {saving.record['of']}: structure {structure!r} with allocation {allocation!r} and "
+            f"round_to {round_to} leaves at least {math.ceil(least * 10_000) / 10_000} of it. The largest ratio that "
+            f"allows is {max(0, math.floor((1 - least) * 10_000) / 10_000)}."
+        )
+
+
+def parameters_for(
+    shape: Shape, saving: Memory | Latency, ratio: float, structure: str, allocation: str, round_to: int | None,
+    widths: Callable[[int], Widths],
+) -> int:  # fmt: skip
+    """The largest `target_parameters` that saves this share of memory or latency.
+
+    Args:
+        shape, structure, allocation, round_to: see `units_to_keep`.
+        saving: what the share is of.
+        ratio: the share to save.
+        widths: of the model that is cut to so many parameters.
+
+    Raises:
+        UserError: there is none.
+    """
+    refuse_saving(shape, saving, ratio, structure, allocation, round_to)
+    _, capacities = _capacities(shape, structure, allocation, round_to)
+    fewest = shape.total - sum(capacity.removable for capacity in capacities.values())
+    most = shape.total - _smallest(capacities) // 2 - 1
+    return largest_within(1 - ratio, fewest, most, lambda target: saving.share(widths(target)))
 
 
 def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> None:
@@ -676,7 +734,7 @@ def check(folder: Path, cuts: list[dict[str, Any]]) -> None:
 
     Args:
         folder: of the dense checkpoint.
-        cuts: the arguments of `units_to_keep` beside the shape and the scores, with `criterion` and `refit`.
+        cuts: settings `BUDGET` of cuts, those that are not the defaults, with `criterion` and `refit`.
 
     Raises:
         UserError: one line for each that cannot be made.
@@ -687,11 +745,28 @@ def check(folder: Path, cuts: list[dict[str, Any]]) -> None:
         return
     faults = []
     for cut in cuts:
-        method, budget = {name: cut[name] for name in METHOD}, {name: cut[name] for name in cut if name not in METHOD}
+        method = {name: cut[name] for name in METHOD}
+        budget = {name: cut[name] for name in cut if name not in (*METHOD, *SAVINGS.values())}
         try:
             refuse_method(shape, cut["structure"], **method)
-            units_to_keep(shape, **budget)
+            if saving := _saving_on_disk(folder, shape, cut):
+                names = ("ratio", "structure", "allocation", "round_to")
+                refuse_saving(shape, saving, **{name: budget[name] for name in names})
+            else:
+                units_to_keep(shape, **budget)
         except UserError as error:
             faults.append(str(error))
     if faults:
         raise UserError("\n".join(dict.fromkeys(faults)))
+
+
+def _saving_on_disk(folder: Path, shape: Shape, cut: Mapping[str, Any]) -> Memory | Latency | None:
+    """What the ratio of a cut of the checkpoint in `folder` is of, see `saving_of`."""
+    if (ratio_of := cut.get("ratio_of", "all")) not in SAVINGS:
+        return None
+    config = None
+    if ratio_of == "memory":
+        from hfprune.models.widths import read_config
+
+        config = read_config(folder)
+    return saving_of(shape, ratio_of, cut["structure"], config, cut["context"], cut["latencies"])

@@ -6,7 +6,7 @@ units that go. Presets are recipes with a name, a citation and what differs from
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from hfprune.pruning import order
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
 from hfprune.pruning.refit_names import IN_EXPERTS, REFITS, RIDGE, SEQUENTIAL, SOLVED
+from hfprune.pruning.saving import SAVINGS
 
 CriterionName = Literal[tuple(CRITERIA | order.CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
@@ -190,8 +191,8 @@ def method_name(parts: Mapping[str, Any]) -> str:
     """What results call a cut that no experiment has named: the preset of that recipe, or a name made of its parts.
 
     Args:
-        parts: `criterion`, `structure`, `allocation`, `refit`; where it has them `ridge`, the shares, `round_to` and
-            `pad`. Criteria and ways that are no longer known are taken as they are.
+        parts: `criterion`, `structure`, `allocation`, `refit`; where it has them `ridge`, the shares, `round_to`,
+            `pad` and `ratio_of`. Criteria and ways that are no longer known are taken as they are.
     """
     usual = {name: field.default for name, field in MethodRecipe.model_fields.items()}
     recipe = {name: parts[name] for name in ("criterion", "structure", "allocation", "refit")}
@@ -203,7 +204,23 @@ def method_name(parts: Mapping[str, Any]) -> str:
     words = known or [value if isinstance(value, str) else f"{name} {value:g}" for name, value in unusual.items()]
     words += [f"round_to {parts['round_to']}"] if parts.get("round_to", 1) != 1 else []
     words += ["padded"] if parts.get("pad") else []
-    return " ".join(words)
+    return named(" ".join(words), parts.get("ratio_of", "all"))
+
+
+def named(method: str, ratio_of: str) -> str:
+    """What results call a method: its name, and what the ratio is of if that is no number of parameters."""
+    return f"{method} ({ratio_of})" if ratio_of in SAVINGS else method
+
+
+def shares_of(names: Iterable[str]) -> str:
+    """What the ratios of methods are shares of, for titles.
+
+    Args:
+        names: of methods in results, perhaps with more behind a comma.
+    """
+    methods = [name.partition(", ")[0] for name in names]
+    kinds = {next((of for of in SAVINGS if method.endswith(f" ({of})")), "all parameters") for method in methods}
+    return f"of {kinds.pop()}" if len(kinds) == 1 else "of all parameters (or of what stands in brackets)"
 
 
 def _is_gradient(criterion: str) -> bool:

@@ -39,10 +39,19 @@ from hfprune.models.units import (
     read_scores,
 )
 from hfprune.pruning.allocation import ALLOCATIONS, allocate
-from hfprune.pruning.budget import Budget, Shape, refuse_method, shape_of, units_to_keep
+from hfprune.pruning.budget import (
+    Budget,
+    Shape,
+    parameters_for,
+    refuse_method,
+    refuse_saving,
+    shape_of,
+    units_to_keep,
+)
 from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.order import best_steps, kept_without, read_order
 from hfprune.pruning.refit import refit as refit_kept
+from hfprune.pruning.saving import Latency, Memory, Widths, saving_of
 from hfprune.runtime.matmul import fast_products
 from hfprune.store.filenames import ORDER, PRUNING, SCORES
 
@@ -54,7 +63,7 @@ def prune(
     calibration: Mapping[str, Any], ratio: float | None, ratio_of: str, target_parameters: int | None,
     round_to: int | None, structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float,
     pad: bool, dtype: str, memory: str = "auto", depth_share: float | None = None, order: Path | None = None,
-    experts_share: float | None = None,
+    experts_share: float | None = None, context: int | None = None, latencies: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
@@ -78,6 +87,7 @@ def prune(
         dtype: of the checkpoint written.
         memory: "resident", "streamed" or "auto", see `loading.load_model`.
         order: with `units.MIXED`, folder of the order in which sublayers or layers go; None else.
+        context, latencies: for a ratio of memory or latency, see `saving.saving_of`.
 
     Raises:
         UserError: the budget cannot be met, the model cannot be refitted, or the checkpoint does not reload as it was
@@ -89,10 +99,13 @@ def prune(
     shape = shape_of(network)
     refuse_method(shape, structure, calibration["criterion"], refit)
     in_order = read_order((order or scores) / ORDER)[0] if order or not ranked else None
-    budget = units_to_keep(
-        shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked,
-        depth_share, in_order, experts_share,
-    )  # fmt: skip
+    if saving := saving_of(shape, ratio_of, structure, network.config, context, latencies):
+        refuse_saving(shape, saving, ratio, structure, allocation, round_to)
+    else:
+        budget = units_to_keep(
+            shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked,
+            depth_share, in_order, experts_share,
+        )  # fmt: skip
     measure, tokens, influence, further = ALLOCATIONS[allocation].influence, None, None, {}
     if measure or refit != "none":
         sampling = {name: calibration[name] for name in ("samples", "length", "seed")}
@@ -102,7 +115,10 @@ def prune(
             influence = layer_influence(network, tokens, measure, folder)
         flops = tokens.numel() * flops_per_token(network, tokens.shape[1])
         further = {"influence": influence.tolist(), "allocation_flops": flops}
-    if structure in MIXED:
+    if saving:
+        budget, kept = units_within(shape, saving, ratio, structure, allocation, round_to, ranked, influence)
+        further["saved"] = {"share": 1 - saving.share(widths_of(kept, budget)), **saving.record}
+    elif structure in MIXED:
         kept = without_and_narrower(shape, budget, ranked, allocation, influence)
     elif ranked:
         kept = best_units(budget, ranked, allocation, influence)
@@ -117,7 +133,7 @@ def prune(
     cut(final, kept)
     padding = checkpoint.pad(final) if pad else 0
     parameters, dense = count_parameters(final), dense_parameters(before, shape.total)
-    _tell_achieved(budget, 1 - parameters / shape.total, structure)
+    _tell_achieved(budget, 1 - parameters / shape.total, structure, ratio, further.get("saved"))
     writer = checkpoint.LayerWriter(folder, network, final, model)
     refit_details = _cut_and_write(network, final, kept, writer, tokens if refit != "none" else None, refit, ridge)
     expected, memory = writer.finish(), memory_of(network)
@@ -131,8 +147,9 @@ def prune(
         "refit": refit,
         **refit_details,
         # Shares are of all parameters, however the budget was given: what was asked, of the model that is cut here,
-        # the parent; what was achieved, of the dense model that it all began with, and of the parent.
-        "ratio": ratio if ratio and ratio_of == "all" else budget.share,
+        # the parent; what was achieved, of the dense model that it all began with, and of the parent. Of memory and
+        # latency it is the share asked of these, which is the same for all scores.
+        "ratio": ratio if saving or (ratio and ratio_of == "all") else budget.share,
         "ratio_achieved": 1 - parameters / dense,
         "ratio_achieved_parent": 1 - parameters / shape.total,
         "parameters": parameters,
@@ -160,9 +177,14 @@ def prune(
     return details
 
 
-def _tell_achieved(budget: Budget, achieved: float, structure: str) -> None:
-    """Tell the share that was removed, if steps keep it from being the one asked for."""
-    if abs(achieved - budget.share) > NOTICED:
+def _tell_achieved(
+    budget: Budget, achieved: float, structure: str, ratio: float | None, saved: Mapping[str, Any] | None
+) -> None:
+    """Tell the share that was removed, if it is not the one asked for: steps keep it from that, or it is of others."""
+    if saved:
+        share = f"{saved['share']:.4f} of {saved['of']}"
+        print(f"removed {achieved:.4f} of all parameters, which saves {share}, asked {ratio}", file=sys.stderr)
+    elif abs(achieved - budget.share) > NOTICED:
         widths = f"whole units and widths in multiples of {budget.round_to}"
         steps = f"whole {structure} in this order" if structure in DEPTH else widths
         print(
@@ -226,6 +248,42 @@ def best_units(budget: Budget, scores: Scores, allocation: str, influence: Tenso
             units = [(each + first * layer.shape[1]).flatten() for each, layer in zip(units, layers, strict=True)]
         kept[name] = units
     return kept
+
+
+def widths_of(kept: Kept, budget: Budget) -> Widths:
+    """How many units each layer keeps, counted as in `budget.Shape.units`: in one expert, or one group of experts."""
+    groups = {"experts": budget.groups}
+    return {name: [layer.shape[-1] // groups.get(name, 1) for layer in layers] for name, layers in kept.items()}
+
+
+def units_within(
+    shape: Shape, saving: Memory | Latency, ratio: float, structure: str, allocation: str, round_to: int | None,
+    scores: Scores, influence: Tensor | None = None,
+) -> tuple[Budget, Kept]:  # fmt: skip
+    """The units to keep, as many as save a share of memory or latency, and the budget in units that gives them.
+
+    Args:
+        shape, structure, allocation, round_to: see `budget.units_to_keep`.
+        saving: what the share is of.
+        ratio: the share to save.
+        scores, influence: see `best_units`.
+
+    Raises:
+        UserError: so much cannot be saved.
+    """
+
+    def cut_to(parameters: int) -> tuple[Budget, Kept]:
+        budget = units_to_keep(
+            shape, target_parameters=parameters, structure=structure, allocation=allocation, round_to=round_to,
+            scores=scores,
+        )  # fmt: skip
+        return budget, best_units(budget, scores, allocation, influence)
+
+    def widths(parameters: int) -> Widths:
+        budget, kept = cut_to(parameters)
+        return widths_of(kept, budget)
+
+    return cut_to(parameters_for(shape, saving, ratio, structure, allocation, round_to, widths))
 
 
 def without_and_narrower(

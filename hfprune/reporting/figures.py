@@ -18,7 +18,7 @@ from matplotlib.transforms import ScaledTranslation
 from scipy.stats import rankdata
 
 from hfprune.models.units import UNITS
-from hfprune.pruning.methods import DENSE
+from hfprune.pruning.methods import DENSE, shares_of
 from hfprune.reporting import findings
 from hfprune.reporting.agreement import KEPT, between_criteria, correlation, layers
 from hfprune.reporting.deployment import by_file
@@ -178,8 +178,7 @@ def accuracy(metrics: pd.DataFrame) -> Figure:
 
 def _ranked_tasks(panels: dict[str, pd.DataFrame], ratio: float) -> Figure:
     """A panel for each task, a row for each model, in the order of the first panel's values, the highest on top."""
-    order = next(iter(panels.values())).sort_values("value")[MODEL].itertuples(index=False, name=None)
-    order = list(order)
+    order = next(iter(panels.values())).sort_values("value")[MODEL]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
@@ -187,11 +186,13 @@ def _ranked_tasks(panels: dict[str, pd.DataFrame], ratio: float) -> Figure:
         squeeze=False, layout="constrained",
     )  # fmt: skip
     for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
-        _ranked(axis, panel.set_index(MODEL).loc[order].reset_index(), scale=100)
+        in_order = list(order.itertuples(index=False, name=None))
+        _ranked(axis, panel.set_index(MODEL).loc[in_order].reset_index(), scale=100)
         axis.set_title(title)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.suptitle(f"Cut models: {ratio:.0%} of all parameters removed")
+    methods = order[order["method"] != DENSE]["method"]
+    figure.suptitle(f"Cut models: {ratio:.0%} {shares_of(methods)} removed")
     figure.supxlabel("Accuracy (%)")
     return figure
 
@@ -228,7 +229,7 @@ def kl(metrics: pd.DataFrame) -> Figure:
         _ranked(left, rows.sort_values("value", ascending=False))
         left.set_xlim(left=0)
         left.set_xlabel(KL_LABEL)
-        left.set_title(f"Cut models: {ratio:.0%} of all parameters removed")
+        left.set_title(f"Cut models: {ratio:.0%} {shares_of(pruned['method'])} removed")
     else:
         figure = _panels(models)
     figure.suptitle(title)
@@ -565,7 +566,8 @@ def pareto(metrics: pd.DataFrame, timings: pd.DataFrame) -> Figure:
     axes[0].set_ylabel(title.replace(", ", ",\n"))
     if len(sizes):
         elsewhere = ", unless marked" if sizes.nunique() > 1 else ""
-        figure.suptitle(f"Cut models: {common:.0%} of all parameters removed{elsewhere}")
+        of = shares_of(quality[quality["method"] != DENSE]["method"])
+        figure.suptitle(f"Cut models: {common:.0%} {of} removed{elsewhere}")
     handles = [
         plt.Line2D([], [], color=COLORS[n % len(COLORS)], marker=markers[n % len(markers)], ls="", label=label)
         for label, n in looks.items()
@@ -653,7 +655,7 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
                 f"{row['name']} {mark}", (row[speed], row[distance]), (1.06, place), textcoords="axes fraction",
                 fontsize=6, va="center", annotation_clip=False, arrowprops=line,
             )  # fmt: skip
-        title = f"{ratio:.0%} of all parameters removed"
+        title = f"{ratio:.0%} {shares_of(rows['name'])} removed"
         if len(known) < len(rows):
             title = fill(f"{title}; not timed: {'; '.join(rows[rows[speed].isna()]['name'])}", 60)
         axis.set_title(title, loc="left")

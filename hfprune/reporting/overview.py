@@ -15,7 +15,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from hfprune.models.units import UNITS
-from hfprune.pruning.methods import DENSE
+from hfprune.pruning.methods import DENSE, shares_of
 from hfprune.reporting import findings, interactive
 from hfprune.reporting.findings import ACCURACY_CHANGE, KL, MEAN, listed, named_models, whole_name
 from hfprune.reporting.labels import name_of
@@ -96,10 +96,10 @@ def _introduction(results: Results, models: pd.DataFrame) -> Iterator[str]:
     config = results.config
     cut = models[models["method"] != DENSE]
     methods, ratios = list(dict.fromkeys(cut["method"])), sorted(set(cut["ratio"]))
-    sizes = f"{listed([f'{100 * ratio:.3g}' for ratio in ratios])} %"
+    sizes = f"{listed([f'{100 * ratio:.3g}' for ratio in ratios])} % {shares_of(methods)}"
     yield (
         f"{models['model'].iloc[0]} has {models[PARAMETERS].max():.1f} million parameters. This experiment removes "
-        f"{sizes} of them by {listed(methods)}, and measures how far each smaller model is from the dense one."
+        f"{sizes} by {listed(methods)}, and measures how far each smaller model is from the dense one."
     )
     calibration, fidelity = config["calibration"], config["fidelity"]
     words = (

@@ -162,17 +162,20 @@ def _cut(step: Mapping[str, Any], is_repeated: bool) -> dict[str, str]:
     calibration = step["calibration"]
     sample = f"{calibration['samples']} x {calibration['length']} tokens"
     target, achieved = f"{step['ratio']:.4g}", f"{step['ratio_achieved']:.4f}"
+    saved = step.get("saved")
+    asked = f"Share of {saved['of']} to save" if saved else "Share of all parameters to remove"
     if is_repeated:
         shares = {
-            "Share to remove of the parameters before this step": target,
+            asked if saved else "Share to remove of the parameters before this step": target,
             "Share removed of the parameters before this step": f"{step['ratio_achieved_parent']:.4f}",
             "Share removed of the dense model": achieved,
             "Parameters": f"{step['parameters']:,} of {step['parameters_parent']:,}, of {step['parameters_dense']:,}",
         }
     else:
         shares = {
-            "Share of all parameters to remove": target,
-            "Share removed": achieved,
+            asked: target,
+            **({f"Share of {saved['of']} saved": f"{saved['share']:.4f}"} if saved else {}),
+            "Share of all parameters removed" if saved else "Share removed": achieved,
             "Parameters": f"{step['parameters']:,} of {step['parameters_dense']:,}",
         }
     return {

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from hfprune.errors import UserError
 from hfprune.models.units import DEPTH, MIXED, STRUCTURES, check_depth_share, check_experts_share
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS
 from hfprune.pruning.refit_names import IN_DEPTH, REFITS, RIDGE, SOLVED
+from hfprune.pruning.saving import SAVINGS, fault, read_latencies
 from hfprune.stages.declaration import (
     CHECKPOINTS,
     NOT_IN_RESULT,
@@ -22,9 +23,11 @@ from hfprune.stages.declaration import (
     Parameters,
     Section,
     Stage,
+    UserPath,
     outside_key,
 )
 from hfprune.stages.lineage import origin
+from hfprune.store.keys import file_sha256
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
@@ -37,6 +40,21 @@ RoundTo = Annotated[
     BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value),
 ]
 
+
+def _readable(path: Path) -> Path:
+    """Refuse a file that is no table of latencies."""
+    try:
+        read_latencies(path)
+    except UserError as error:
+        raise ValueError(str(error).removesuffix(".")) from None
+    return path
+
+
+RatioOf = Literal["all", "mlp", *SAVINGS]
+LatencyFile = Annotated[UserPath, AfterValidator(_readable)]
+Context = Annotated[int, Field(ge=1)]
+CONTEXT = "for ratio_of memory: tokens whose keys and values count, as in the cache of one sequence"
+LATENCIES = "for ratio_of latency: the table that `hfprune latency` wrote on the machine that counts"
 ROUND_TO = (
     "every MLP keeps a multiple of this many neurons (default: 64; 256 from hidden size 2048 on, 1 below hidden size "
     "256)"
@@ -46,9 +64,13 @@ ROUND_TO = (
 class Cut(Section):
     """Settings that all cuts of an experiment share."""
 
-    ratio_of: Literal["all", "mlp"] = Field(
-        "all", description="what the ratio counts: all parameters (tied embeddings once), or the MLPs' neurons"
+    ratio_of: RatioOf = Field(
+        "all",
+        description="what the ratio counts: all parameters (tied embeddings once), the MLPs' neurons, the memory of "
+        "weights and cache, or the time to decode a token",
     )
+    context: Context | None = Field(None, description=CONTEXT)
+    latencies: LatencyFile | None = Field(None, description=LATENCIES)
     round_to: RoundTo | None = Field(None, description=ROUND_TO)
     attention_share: float | None = Field(
         None,
@@ -121,12 +143,14 @@ class PruneParameters(Cut, Parameters):
         check_depth_share(self.depth_share, self.structure)
         check_experts_share(self.experts_share, self.structure)
         refuse_unread(self.structure, self.allocation, self.refit)
+        if reason := fault(self.ratio_of, self.structure, dict(self)):
+            raise ValueError(reason)
         return self
 
     @property
     def label(self) -> str:
         """The size of the cut, for display."""
-        share = "" if self.ratio_of == "all" else " of the MLPs"
+        share = {"all": "", "mlp": " of the MLPs"}.get(self.ratio_of, f" of {self.ratio_of}")
         return f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
 
     @property
@@ -138,11 +162,12 @@ class PruneParameters(Cut, Parameters):
         """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
         unread = NOT_IN_RESULT | ({"ratio_of"} if self.ratio is None else set())
         unread |= set() if self.refit in SOLVED else {"ridge"}
-        return self.model_dump(exclude=unread, exclude_none=True)
+        read = self.model_dump(exclude=unread, exclude_none=True)
+        return read | ({"latencies": file_sha256(self.latencies)} if self.latencies else {})
 
     def options(self) -> dict[str, Any]:
         """The parameters to write on the command line."""
-        return self.read() | {"memory": self.memory}
+        return self.read() | {"memory": self.memory} | ({"latencies": self.latencies} if self.latencies else {})
 
 
 def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
