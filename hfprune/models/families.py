@@ -390,8 +390,9 @@ FAMILIES = {
 
 # Families whose units cannot be removed: why, and what can be done instead.
 SHARED = (
-    "its last layers use the keys and values of others, and each layer mixes several streams: what a unit is worth to "
-    "one layer is not all that it is worth. Gemma 3 (gemma3_text) can be pruned."
+    "its last layers use the keys and values of others, each layer mixes several streams of hidden states (AltUp), "
+    "and its first MLPs let only neurons write that stand out among all of them (activation_sparsity_pattern), so that "
+    "fewer would change those that stay. Gemma 3 (gemma3_text) can be pruned."
 )
 LLAMA_4 = (
     "its experts take all tokens, weighted before they read them, and one key of the config holds the width of routed "
@@ -401,8 +402,9 @@ REFUSED = {
     "gemma3n_text": SHARED,
     "gemma3n": SHARED,
     "gemma4_text": (
-        "its layers add an input of their own and are scaled as a whole, its last ones use the keys and values of "
-        "others, and attention differs by kind of layer. Gemma 3 (gemma3_text) can be pruned."
+        "its layers add an embedding of their own (per-layer inputs) and are scaled as a whole (layer_scalar), its "
+        "last ones use the keys and values of others, and attention differs by kind of layer. Gemma 3 (gemma3_text) "
+        "can be pruned."
     ),
     "llama4_text": LLAMA_4,
     "llama4": LLAMA_4,
