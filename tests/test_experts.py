@@ -635,6 +635,11 @@ def test_a_group_keeps_as_many_experts_as_its_own_score_is_made_of():
         ),
         (
             "qwen3_moe",
+            {"ratio": 0.01, "structure": "mlp+experts"},
+            r"takes 860 .* can remove .*, and no fewer than 7,008",
+        ),
+        (
+            "qwen3_moe",
             {"ratio": 0.6, "structure": "mlp+experts", "experts_share": 0.9},
             r"sent to 3 of a layer\). The largest experts_share that allows is 0\.67",
         ),

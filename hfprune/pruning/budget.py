@@ -574,7 +574,7 @@ def _experts_budget(
     where = f"Structure {WITH_EXPERTS!r} with round_to {round_to}"
     if experts_share is None:
         rests = {gone: remove - gone * at_once for gone in range(most + 1)}
-        rests = {gone: rest for gone, rest in rests.items() if _gives(inside(gone), rest)}
+        rests = {gone: rest for gone, rest in rests.items() if _gives(inside(gone), rest, at_once if gone else 0)}
         if not rests:
             raise UserError(
                 f"{budget}: takes {remove:,.0f} parameters. {where} can remove {removable:,}, and no fewer than "
@@ -615,10 +615,17 @@ def _experts_budget(
     return Budget(remove / shape.total, keep, round_to, counts.groups)
 
 
-def _gives(neurons: Capacity, rest: float) -> bool:
-    """Whether neurons can make up so many parameters, to half of the fewest that can go."""
-    least = neurons.step * neurons.parameters / 2
-    return -least <= rest <= neurons.removable + neurons.parameters / 2
+def _gives(neurons: Capacity, rest: float, whole: int) -> bool:
+    """Whether neurons can make up so many parameters, to half of what can go at least.
+
+    Args:
+        neurons: inside the experts that stay.
+        rest: less than 0 if more have gone with whole experts than are to go.
+        whole: parameters of the experts that go at once; 0 if none go, so that some neurons have to.
+    """
+    least = neurons.step * neurons.parameters
+    lowest = -min(whole, least) / 2 if whole else least / 2
+    return lowest < rest <= neurons.removable + neurons.parameters / 2
 
 
 def _width(neurons: Capacity, rest: float, round_to: int) -> int:

@@ -434,8 +434,8 @@ class Streams:
     ) -> None:
         self._shape, self._batch = tuple(tokens.shape), max(1, TOKENS_PER_BATCH // tokens.shape[1])
         self._dtype, self._device, hidden = model.dtype, device_of(model), model.config.hidden_size
-        seen = sequential and not layout_of(model).mixture  # experts are repaired as they read
-        widest = max(part.width for name in PARTS for part in parts(model, name)) if seen else 0
+        keeps = sequential and not layout_of(model).mixture  # of experts no activations are kept
+        widest = max(part.width for name in PARTS for part in parts(model, name)) if keeps else 0
         size = tokens.numel() * (hidden * ((1 + sequential) * (1 + parallel) + carries + trains) + widest)
         size *= model.dtype.itemsize
         self._folder = folder if is_streamed(model) or size > free_bytes(self._device) / 2 else None
