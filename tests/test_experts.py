@@ -54,6 +54,10 @@ MIXTURES = {
     "deepseek_v3": {**ROUTED, **LATENT, **GROUPED},
     "glm4_moe": ROUTED,
     "gpt_oss": {"sliding_window": 8, **LOCAL},
+    "minimax": {
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"], "block_size": 8,
+        "linear_attn_alpha_factor": 1.5, "mlp_alpha_factor": 1.5, "mlp_beta_factor": 0.7, **LOCAL,
+    },
     "minimax_m2": LOCAL,
     "ernie4_5_moe": {
         "moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
@@ -408,7 +412,12 @@ def seen_by_experts(model, number):
 
 @pytest.mark.parametrize(
     ("name", "removed"),
-    [("qwen3_moe", ("experts", "mlp")), ("granitemoe", ("mlp",)), ("deepseek_v3", ("experts",))],
+    [
+        ("qwen3_moe", ("experts", "mlp")),
+        ("granitemoe", ("mlp",)),
+        ("minimax", ("mlp",)),
+        ("deepseek_v3", ("experts",)),
+    ],
 )
 def test_a_sequential_refit_of_experts_is_the_least_squares_behind_what_is_refitted_already(name, removed):
     """In float64, by the classes' own code: the dense model, and one whose lower layers are cut and refitted."""
@@ -417,7 +426,8 @@ def test_a_sequential_refit_of_experts_is_the_least_squares_behind_what_is_refit
     both = some_of_both(model)
     kept = both if len(removed) > 1 else {removed[0]: both["experts"] if "experts" in removed else some_neurons(model)}
     refit(model, kept, TEXT, "sequential", 0.1)
-    below, factor = copy.deepcopy(dense), getattr(dense.config, "residual_multiplier", 1.0)
+    factor = getattr(dense.config, "residual_multiplier", getattr(dense.config, "mlp_beta_factor", 1.0))
+    below = copy.deepcopy(dense)
     for number in range(3):
         if not (before := experts_in(dense, number)):
             continue
@@ -770,7 +780,7 @@ def test_layers_beside_the_model_do_not_count_for_a_budget(tmp_path):
     assert shape_on_disk(tmp_path) == shape_of(model)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_next", "minimax"])
 def test_a_forward_pass_keeps_no_more_than_is_estimated(name):
     model = mixture(name)
     tokens = torch.arange(8 * CHUNK).view(8, -1) % 320

@@ -262,6 +262,15 @@ QWEN_3_NEXT = _with(
     attention={"refused": GATED.format("experts or mlp")},
     mixture=Mixture(normalised="norm_topk_prob"),
 )
+MINIMAX = _with(
+    MIXTRAL,
+    attention={
+        "rows": (), "others": ("self_attn.out_proj",),
+        "refused": "most layers have linear attention instead, which norms all heads together. Cut experts or mlp.",
+    },
+    multiplier="mlp_beta_factor",
+    **HYBRID,
+)  # fmt: skip
 CONVOLVED = "most layers have a short convolution instead, which has no heads. Cut {}."
 LFM_2 = Layout(
     attention=Block(
@@ -374,6 +383,7 @@ FAMILIES = {
             mixture=Mixture(router="mlp.router", stored="mlp.router.weight", size="intermediate_size", biased=True),
         ),
     ),
+    "minimax": Family("MiniMax-Text-01, MiniMax-M1", MINIMAX),
     "minimax_m2": Family(
         "MiniMax-M2",
         _with(
@@ -408,10 +418,6 @@ REFUSED = {
     ),
     "llama4_text": LLAMA_4,
     "llama4": LLAMA_4,
-    "minimax": (
-        "every other layer has linear attention, whose states have no units that can go, and what a layer writes is "
-        "weighted by factors of its own. MiniMax-M2 (minimax_m2) can be pruned."
-    ),
 }
 
 
