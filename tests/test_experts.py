@@ -42,6 +42,7 @@ LATENT = {
 }  # fmt: skip
 NARROW = {"moe_intermediate_size": 24}
 ROUTED = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, **NARROW}
+EVERY_SECOND = {"mlp_layer_types": ["sparse", "dense", "sparse"], **ROUTED}
 GROUPED = {"n_group": 2, "topk_group": 1}
 LOCAL = {"num_local_experts": 8}
 MIXTURES = {
@@ -53,6 +54,10 @@ MIXTURES = {
     "deepseek_v2": {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5, **ROUTED, **LATENT, **GROUPED},
     "deepseek_v3": {**ROUTED, **LATENT, **GROUPED},
     "glm4_moe": ROUTED,
+    "glm4_moe_lite": {**EVERY_SECOND, **LATENT},
+    "dots1": {"norm_topk_prob": True, **ROUTED},
+    "solar_open": {"n_routed_experts": 8, "n_shared_experts": 1, **NARROW},
+    "exaone_moe": {"num_experts": 8, "num_shared_experts": 1, "sliding_window": 8, **NARROW, **GROUPED},
     "gpt_oss": {"sliding_window": 8, **LOCAL},
     "minimax": {
         "layer_types": ["full_attention", "linear_attention", "linear_attention"], "block_size": 8,

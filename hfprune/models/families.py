@@ -374,6 +374,10 @@ FAMILIES = {
     "deepseek_v2": Family("DeepSeek-V2", _deepseek_v2),
     "deepseek_v3": Family("DeepSeek-V3, R1, Moonlight", DEEPSEEK_3),
     "glm4_moe": Family("GLM-4.5, GLM-4.6", GLM_MOE),
+    "glm4_moe_lite": Family("GLM-4.7-Flash", DEEPSEEK_3),
+    "dots1": Family("dots.llm1", replace(GLM_MOE, masks_by_kind=True)),
+    "solar_open": Family("Solar Open", GLM_MOE),
+    "exaone_moe": Family("K-EXAONE", replace(GLM_MOE, masks_by_kind=True)),
     "gpt_oss": Family(
         "gpt-oss, its weights in bfloat16",
         _with(
