@@ -1,5 +1,6 @@
 """What is written loads: per-layer widths, padding, shards, and the proof that refuses what does not."""
 
+import copy
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from hfprune.store.artifacts import Store
 from hfprune.store.filenames import PRUNING, RESULTS
 from hfprune.store.keys import Recipe
 from tests.conftest import save_dense
+from tests.test_families import logits, make
 from tests.test_surgery import masked_logits, prune_into, random_scores, run_prune, write_scores
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -124,7 +126,7 @@ def test_configs_say_what_the_folders_hold(made):
         "AutoModel": "modeling_per_layer.PerLayerMistralModel",
         "AutoModelForCausalLM": "modeling_per_layer.PerLayerMistralForCausalLM",
     }
-    assert padded == dense | {"intermediate_size": max(WIDTHS)}
+    assert padded == dense | {"intermediate_size": max(WIDTHS), "rope_theta": 10000.0}
 
 
 def test_a_checkpoint_with_widths_per_layer_is_loaded_here_without_running_its_code(made, tmp_path):
@@ -213,7 +215,7 @@ def prune_to_widths(monkeypatch, model, folder, **options):
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_prune_writes_the_proof_beside_the_checkpoint(pad, made, tmp_path, monkeypatch):
+def test_prune_writes_the_proof_beside_the_checkpoint(pad, made, tmp_path, monkeypatch, capsys):
     out, done = prune_to_widths(monkeypatch, made["qwen2-tied"] / "dense", tmp_path, pad=pad)
     written = json.loads((out / PRUNING).read_text())
     reload = written["reload"]
@@ -224,6 +226,62 @@ def test_prune_writes_the_proof_beside_the_checkpoint(pad, made, tmp_path, monke
     assert (out / "modeling_per_layer.py").exists() is not pad
     assert written["padding"] == pad * (3 * 40 - sum(WIDTHS)) * 3 * 32
     assert [len(layer) for layer in written["kept"]["mlp"]] == list(WIDTHS)
+    zeros = f"`pad` stores all layers as wide as the widest, with {written['padding']} parameters of zeros"
+    assert (zeros in capsys.readouterr().err) is pad
+
+
+PLAIN, NEOX = ("rope_theta", "partial_rotary_factor"), ("rotary_emb_base", "rotary_pct")
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "stated"),
+    [
+        ("llama", {"rope_theta": 777.0}, {"rope_theta": 777.0}),
+        ("qwen3", {"rope_theta": 777.0, **LLAMA3}, {"rope_theta": 777.0, "rope_scaling": LLAMA3}),
+        (
+            "olmo2",
+            {"rope_theta": 777.0, **LINEAR},
+            {"rope_theta": 777.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        ),
+        (
+            "phi3",
+            {"rope_theta": 777.0, **LONG, "original_max_position_embeddings": 64},
+            {"rope_theta": 777.0, "rope_scaling": {"type": LONG["rope_type"], **dict([*LONG.items()][1:])}},
+        ),
+        ("glm", {"rope_theta": 777.0, "partial_rotary_factor": 0.5}, dict(zip(PLAIN, (777.0, 0.5), strict=True))),
+        ("gpt_neox", {"rope_theta": 777.0, "partial_rotary_factor": 0.5}, dict(zip(NEOX, (777.0, 0.5), strict=True))),
+        (
+            "gemma3_text",
+            {
+                "full_attention": {"rope_theta": 777.0, **LINEAR},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 55.0},
+            },
+            {"rope_theta": 777.0, "rope_local_base_freq": 55.0, "rope_scaling": LINEAR},
+        ),
+    ],
+)
+def test_rope_stands_in_the_config_as_transformers_4_reads_it_too(family, rope, stated, tmp_path):
+    """With these keys transformers 4.57.6 gave the logits of all families here that it knows; without, others."""
+    beside = {"original_max_position_embeddings": 64} if family == "phi3" else {}
+    model = make(family, rope_parameters=copy.deepcopy(rope), **beside)
+    before = logits(model)
+    checkpoint.write(model, tmp_path / "made", save_dense(tmp_path / "dense"))
+    config = written_config(tmp_path / "made")
+    every = {*PLAIN, *NEOX, "rope_scaling", "rope_local_base_freq"}
+    found = {key: config[key] for key in every & config.keys()}
+    assert found == stated | ({"partial_rotary_factor": 1.0} if family == "phi3" else {})
+    torch.testing.assert_close(logits(load_model(tmp_path / "made", "float32")), before)
+
+
+def test_a_model_with_learned_positions_has_no_rope_to_state(tmp_path):
+    checkpoint.write(make("gpt2"), tmp_path / "made", save_dense(tmp_path / "dense"))
+    assert not [key for key in written_config(tmp_path / "made") if "rope" in key or "rotary" in key]
 
 
 def test_large_checkpoints_are_in_shards_and_the_generation_config_stays_as_it_was(

@@ -91,7 +91,7 @@ def test_the_loss_falls_and_the_checkpoint_is_plain(tmp_path, pruned, instructio
     before, after = load_file(pruned / "model.safetensors"), load_file(tmp_path / "made" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in before.items()} == {name: each.shape for name, each in after.items()}
     configs = [json.loads((folder / "config.json").read_text()) for folder in (pruned, tmp_path / "made")]
-    assert configs[0] == configs[1]
+    assert configs[0] | {"rope_theta": 10000.0} == configs[1]  # stated a second time, for transformers 4
     changed = {name for name in before if not before[name].equal(after[name])}
     norms = {name for name in before if "norm" in name}
     embedding = "model.embed_tokens.weight"

@@ -26,6 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hfprune.errors import UserError
+from hfprune.models.config_json import state_rope_for_older_readers
 from hfprune.models.families import experts_key, head_size, heads_of, layout_of, queries_of
 from hfprune.models.files import model_files
 from hfprune.models.head import head_of
@@ -294,6 +295,7 @@ def _save(model: PreTrainedModel, folder: Path, source: Path, **options: Any) ->
     """Save a model with `options` of `save_pretrained`, and copy the companions of `source`."""
     model.generation_config = GenerationConfig()  # saving would check and rewrite the source's
     model.save_pretrained(folder, **options)
+    state_rope_for_older_readers(folder)
     (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
     for name in _companions(source):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -22,6 +22,10 @@ POSITIVE_IN_ROPE = (
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROPE = ("rope_parameters", "rope_scaling")  # transformers 5, and before
+OLDER = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}  # beside the scaling, before
+OLDER_OF = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+STRICT = ("olmo", "olmo2", "phi3")  # whose older classes take a scaling of its `type` and factors, and nothing else
+FACTORS = ("factor", "short_factor", "long_factor")
 
 
 def read_json(file: Path) -> Any:
@@ -39,6 +43,35 @@ def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if repeated := [key for key in keys if keys.count(key) > 1]:
         raise ValueError(f"key {repeated[0]!r} stands there twice")
     return dict(pairs)
+
+
+def state_rope_for_older_readers(folder: Path) -> None:
+    """Write RoPE into a folder's config.json a second time, under the keys that transformers 4 reads.
+
+    transformers 5 writes `rope_parameters` alone. Readers that know only the older keys then take a base of 10,000 and
+    no scaling, and compute another model without a word. transformers 5 reads both alike.
+    """
+    file = folder / "config.json"
+    values = read_json(file)
+    for part in (values, values.get("text_config") or {}):
+        part.update(_older_rope(part))
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _older_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4 calls the `rope_parameters` of a config."""
+    rope = values.get("rope_parameters") or {}
+    local = rope.get("sliding_attention")
+    rope = rope.get("full_attention", rope)  # of layers of two types: those that see the whole context
+    family = values.get("model_type")
+    found = {name: rope[key] for key, name in OLDER_OF.get(family, OLDER).items() if key in rope}
+    if local and local["rope_theta"] != rope["rope_theta"]:
+        found["rope_local_base_freq"] = local["rope_theta"]  # as Gemma 3 calls it
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        strict = {"type": kind} | {key: rope[key] for key in FACTORS if key in rope}
+        found["rope_scaling"] = strict if family in STRICT else {key: rope[key] for key in rope if key not in OLDER}
+    return found
 
 
 def check_values(values: Mapping[str, Any], where: str) -> None:

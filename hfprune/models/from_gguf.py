@@ -20,6 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_h
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hfprune.errors import UserError
+from hfprune.models.config_json import state_rope_for_older_readers
 from hfprune.models.integrity import first_few
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # GGUF stores a Mistral as a Llama
@@ -112,6 +113,7 @@ def _save(
     if hasattr(network.config, "quantization_config"):
         del network.config.quantization_config
     network.save_pretrained(folder)
+    state_rope_for_older_readers(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         if templates:

@@ -22,6 +22,7 @@ from transformers import (
 
 from hfprune.errors import UserError
 from hfprune.models.checkpoint import is_tied, probe
+from hfprune.models.config_json import state_rope_for_older_readers
 from hfprune.models.files import is_out_of_folder, model_files
 from hfprune.models.integrity import check_weights
 from hfprune.models.loading import LOCAL, check_family, model_class, unquantised
@@ -101,6 +102,7 @@ def _refuse_misfit(before: PreTrainedConfig, config: PreTrainedConfig) -> None:
 def unwrap(source: Path, folder: Path) -> None:
     """Write the language model of the model in `source` into `folder`, with its tokenizer."""
     take_out(load_whole(source)).save_pretrained(folder)
+    state_rope_for_older_readers(folder)
     _copy(source, folder, ())
 
 
@@ -134,6 +136,7 @@ def rewrap(source: Path, text: Path, folder: Path) -> float:
         expected = small(tokens).logits
     put_back(whole, small)
     whole.save_pretrained(folder)
+    state_rope_for_older_readers(folder)
     _copy(source, folder, PROCESSORS)
     with torch.no_grad():
         difference = (load_whole(folder)(input_ids=tokens).logits - expected).abs().max().item()

@@ -133,7 +133,7 @@ def prune(
     cut(final, kept)
     padding = checkpoint.pad(final) if pad else 0
     parameters, dense = count_parameters(final), dense_parameters(before, shape.total)
-    _tell_achieved(budget, 1 - parameters / shape.total, structure, ratio, further.get("saved"))
+    _tell_achieved(budget, 1 - parameters / shape.total, structure, ratio, further.get("saved"), padding)
     writer = checkpoint.LayerWriter(folder, network, final, model)
     refit_details = _cut_and_write(network, final, kept, writer, tokens if refit != "none" else None, refit, ridge)
     expected, memory = writer.finish(), memory_of(network)
@@ -178,19 +178,21 @@ def prune(
 
 
 def _tell_achieved(
-    budget: Budget, achieved: float, structure: str, ratio: float | None, saved: Mapping[str, Any] | None
+    budget: Budget, achieved: float, structure: str, ratio: float | None, saved: Mapping[str, Any] | None, padding: int
 ) -> None:
-    """Tell the share that was removed, if it is not the one asked for: steps keep it from that, or it is of others."""
+    """Tell the share that was removed, if it is not the one asked for: zeros or steps keep it from that, or it is of
+    others.
+    """
     if saved:
         share = f"{saved['share']:.4f} of {saved['of']}"
         print(f"removed {achieved:.4f} of all parameters, which saves {share}, asked {ratio}", file=sys.stderr)
     elif abs(achieved - budget.share) > NOTICED:
         widths = f"whole units and widths in multiples of {budget.round_to}"
         steps = f"whole {structure} in this order" if structure in DEPTH else widths
-        print(
-            f"removed {achieved:.4f} of all parameters, asked {budget.share:.4f}: the nearest that {steps} give",
-            file=sys.stderr,
-        )
+        reason = f"the nearest that {steps} give"
+        if padding:
+            reason = f"`pad` stores all layers as wide as the widest, with {padding} parameters of zeros"
+        print(f"removed {achieved:.4f} of all parameters, asked {budget.share:.4f}: {reason}", file=sys.stderr)
 
 
 def _cut_and_write(
