@@ -40,6 +40,7 @@ KL_LINEAR = 0.01  # nats: smaller values of KL stand on a linear axis
 KL_LABEL = "KL(dense || pruned), nats per token"
 FEWEST_RANKED = 3  # models, below which a rank correlation says nothing
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
+THREAD = {"arrowstyle": "-", "relpos": (0, 0.5), "patchA": None, "shrinkA": 1}  # to the left edge of a point's name
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 300,
@@ -651,10 +652,10 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
             known.iterrows(), spread([(y - low) / (high - low) for y in np.log(known[distance])], gap), strict=True
         ):
             mark = "*" if row["best"] else NOT_WORSE if row["tied"] else ""
-            line = {"arrowstyle": "-", "lw": 0.3, "color": "0.6", "relpos": (0, 0.5), "shrinkB": 0}
+            thread = THREAD | {"color": "0.6", "lw": 0.3, "shrinkB": 0}
             axis.annotate(
                 f"{row['name']} {mark}", (row[speed], row[distance]), (1.06, place), textcoords="axes fraction",
-                fontsize=6, va="center", annotation_clip=False, arrowprops=line,
+                fontsize=6, va="center", annotation_clip=False, arrowprops=thread,
             )  # fmt: skip
         title = f"{ratio:.0%} {shares_of(rows['name'])} removed"
         if len(known) < len(rows):
@@ -734,7 +735,7 @@ def _name_lines(axis: plt.Axes) -> None:
     ends = [known[line][-1] for line in lines]
     places = spread([in_axis.transform(end)[1] for end in ends], 1.35 * size / height)
     for line, end, place in zip(lines, ends, places, strict=True):
-        thread = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "shrinkA": 1, "shrinkB": 3}
+        thread = THREAD | {"color": line.get_color(), "lw": 0.5, "shrinkB": 3}
         axis.annotate(
             line.get_label(), end, (1.03, place), textcoords=axis.transAxes, va="center", fontsize=size,
             color=line.get_color(), arrowprops=thread, annotation_clip=False,
