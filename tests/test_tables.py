@@ -1,5 +1,6 @@
 """Tables and figures do not mix models that were made in different ways, and say what tells them apart."""
 
+import csv
 import json
 from itertools import product
 
@@ -358,6 +359,19 @@ def test_without_tasks_there_is_no_accuracy(tmp_path):
     write_tables(found, tmp_path)
     assert "Perplexity" in (tmp_path / "summary.md").read_text()
     assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}
+
+
+def test_the_mean_of_one_task_is_no_column_beside_it(tmp_path):
+    one = metrics(*WAYS)
+    two = pd.concat([one, one[one["group"] == "task"].assign(task="piqa")])
+    size, distance = ["Removed (%)", "Parameters (M)"], ["Perplexity", "KL (nats/token)", "Top-1 agreement"]
+    for found, tasks in ((one, ["BoolQ"]), (two, ["BoolQ", "PIQA", "Mean"])):
+        write_tables(found, tmp_path)
+        printed = (tmp_path / "summary.md").read_text().splitlines()[2]
+        titles = [title.strip() for title in printed.strip("|").split("|")]
+        assert titles == ["Model", "Method", *size, *tasks, *distance]
+        (head, *_) = csv.reader((tmp_path / "summary.csv").open())
+        assert ("Mean" in head) == ("Mean low" in head) == (len(tasks) > 1)
 
 
 def test_the_mean_of_one_task_is_not_drawn_beside_it():

@@ -12,9 +12,9 @@ from hfprune.reporting.agreement import KEPT, between_criteria, correlation
 from hfprune.reporting.deployment import by_file, instead
 from hfprune.reporting.labels import name_of
 from hfprune.reporting.statistics import MODEL, varying
-from hfprune.reporting.summary import summary
+from hfprune.reporting.summary import MEAN, summary
 
-KL, MEAN = "KL (nats/token)", "Mean"
+KL = "KL (nats/token)"
 ACCURACY_CHANGE = "Change of mean accuracy (points)"
 EVEN = 1  # points by which the layers' kept shares may differ because widths are whole numbers
 MOST_TOLD = 3
