@@ -28,7 +28,12 @@ rule index:
         rules.losses.output if plan.recoveries else [],
         missing(plan.needed),
     output:
-        RESULTS / "index.html",
+        report(
+            RESULTS / "index.html",
+            caption="../report/index.rst",
+            category="At a glance",
+            labels={"Title": "What came out"},
+        ),
     log:
         LOGS / "index.log",
     conda:
