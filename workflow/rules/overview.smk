@@ -46,8 +46,8 @@ rule index:
     message:
         "write the overview page"
     shell:
-        "python -m hfprune index --results {params.folder:q} --config /dev/stdin --output {output:q}"
-        " {params.artifacts:q} <<< {params.experiment:q} > {log:q} 2>&1"
+        "python -m hfprune index /dev/stdin {params.artifacts:q} --results {params.folder:q} --output {output:q}"
+        " <<< {params.experiment:q} > {log:q} 2>&1"
 
 
 # Timings take the machine for themselves, so this is not part of `all`.
@@ -72,5 +72,5 @@ rule leaderboard:
     message:
         "write the leaderboard"
     shell:
-        "python -m hfprune leaderboard --results {params.folder:q} --timings {input.timings:q} --config /dev/stdin"
-        " --output {params.folder:q} {params.artifacts:q} <<< {params.experiment:q} > {log:q} 2>&1"
+        "python -m hfprune leaderboard /dev/stdin {params.artifacts:q} --results {params.folder:q}"
+        " --timings {input.timings:q} --output {params.folder:q} <<< {params.experiment:q} > {log:q} 2>&1"
