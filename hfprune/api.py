@@ -35,7 +35,7 @@ from hfprune.models.loading import LINEAR, check_config
 from hfprune.models.units import DEPTH, MIXED, PARTS, STRUCTURES, UNITS, Kept, Part, Scores, parts
 from hfprune.pruning import surgery
 from hfprune.pruning.allocation import ALLOCATIONS
-from hfprune.pruning.budget import STEPS, shape_of, units_to_keep
+from hfprune.pruning.budget import STEPS, refuse_method, refuse_saving, shape_of, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, passes
 from hfprune.pruning.depth import order
 from hfprune.pruning.influence import layer_influence
@@ -97,8 +97,8 @@ def prune(
     """
     recipe = _recipe(method)
     check_model(model)
-    further = {"context": context, "latencies": latencies, "pad": pad, "attention_share": recipe.attention_share}
-    _check_saving(ratio, ratio_of, recipe.structure, further)
+    _check_budget(model, recipe, ratio, target_parameters, ratio_of, round_to, context, latencies, pad)
+    refuse_method(shape_of(model), recipe.structure, recipe.criterion, recipe.refit)
     small = copy.deepcopy(model).eval().requires_grad_(False)
     tokens = sample(small, tokenizer, texts, samples, length, seed)
     if recipe.structure in DEPTH:
@@ -139,7 +139,6 @@ def _without_sublayers(
     target_parameters: int | None,
 ) -> Kept:
     """All units but those of the sublayers or layers that a recipe removes."""
-    _check_budget(ratio, target_parameters)
     shape = shape_of(model)
     budget = units_to_keep(shape, ratio, target_parameters=target_parameters, structure=recipe.structure)
     with _as_scored(model):
@@ -152,7 +151,6 @@ def _without_and_narrower(
     target_parameters: int | None, round_to: int | None,
 ) -> Kept:  # fmt: skip
     """All units but those of whole sublayers or layers that a recipe removes, and of neurons beside them."""
-    _check_budget(ratio, target_parameters)
     shape, depth, measure = shape_of(model), MIXED[recipe.structure], ALLOCATIONS[recipe.allocation].influence
     with _as_scored(model):
         steps, _, _ = order(model, tokens, recipe.order_criterion, depth, recipe.refit, recipe.ridge)
@@ -164,20 +162,36 @@ def _without_and_narrower(
     return surgery.without_and_narrower(shape, budget, scores, recipe.allocation, influence)
 
 
-def _check_budget(ratio: float | None, target_parameters: int | None) -> None:
-    """Refuse two budgets or none, and a ratio that is no share."""
+def _check_budget(
+    model: PreTrainedModel, recipe: MethodRecipe, ratio: float | None, target_parameters: int | None, ratio_of: str,
+    round_to: int | None, context: int | None, latencies: str | Path | None, pad: bool = False,
+) -> None:  # fmt: skip
+    """Refuse a budget that is none, or that the model cannot meet, before anything is scored. See `prune`."""
+    structure, allocation = recipe.structure, recipe.allocation
     if (ratio is None) == (target_parameters is None):
         raise UserError(f"give one of ratio and target_parameters, not {'none' if ratio is None else 'both'}.")
     if ratio is not None and not 0 < ratio < 1:
         raise UserError(f"ratio {ratio}: expected a share between 0 and 1, such as 0.2.")
-
-
-def _check_saving(ratio: float | None, ratio_of: str, structure: str, settings: Mapping[str, Any]) -> None:
-    """Refuse what does not go with a ratio of memory or latency, and what goes only with one."""
+    if ratio_of not in ("all", "mlp", *SAVINGS) or (ratio_of == "mlp" and structure != "mlp"):
+        raise UserError(
+            f"ratio_of {ratio_of!r} with structure {structure!r}: expected 'all', {', '.join(map(repr, SAVINGS))}, or "
+            "'mlp' with 'mlp'."
+        )
     if ratio is None and ratio_of in SAVINGS:
         raise UserError(f"ratio_of {ratio_of!r} goes with a ratio, not with target_parameters.")
-    if reason := fault(ratio_of, structure, settings):
+    further = {"context": context, "latencies": latencies, "pad": pad, "attention_share": recipe.attention_share}
+    if reason := fault(ratio_of, structure, further):
         raise UserError(f"{reason}.")
+    if round_to not in (None, *STEPS):
+        raise UserError(f"round_to {round_to}: expected one of {', '.join(map(str, STEPS))}.")
+    shape = shape_of(model)
+    if saving := saving_of(shape, ratio_of, structure, model.config, context, latencies):
+        refuse_saving(shape, saving, ratio, structure, allocation, round_to)
+    else:
+        units_to_keep(
+            shape, ratio, ratio_of, target_parameters, structure, recipe.attention_share, allocation, round_to,
+            depth_share=recipe.depth_share, experts_share=recipe.experts_share,
+        )  # fmt: skip
 
 
 def sample(
@@ -256,7 +270,6 @@ def allocate(
     Raises:
         UserError: the budget cannot be met, or is given twice or not at all; the allocation needs `tokens`.
     """
-    _check_budget(ratio, target_parameters)
     check_model(model)
     if structure in (*DEPTH, *MIXED):
         depth = MIXED.get(structure, structure)
@@ -266,22 +279,7 @@ def allocate(
         | ({} if attention_share is None else {"attention_share": attention_share})
         | ({} if experts_share is None else {"experts_share": experts_share})
     )
-    if ratio_of not in ("all", "mlp", *SAVINGS) or (ratio_of == "mlp" and structure != "mlp"):
-        raise UserError(
-            f"ratio_of {ratio_of!r} with structure {structure!r}: expected 'all', {', '.join(map(repr, SAVINGS))}, or "
-            "'mlp' with 'mlp'."
-        )
-    further = {"context": context, "latencies": latencies, "pad": False, "attention_share": attention_share}
-    _check_saving(ratio, ratio_of, structure, further)
-    if round_to not in (None, *STEPS):
-        raise UserError(f"round_to {round_to}: expected one of {', '.join(map(str, STEPS))}.")
-    ranked = scores if all(name in scores for name in STRUCTURES[structure]) else None
-    shape, budget = shape_of(model), None
-    if not (saving := saving_of(shape, ratio_of, structure, model.config, context, latencies)):
-        budget = units_to_keep(
-            shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, ranked,
-            experts_share=experts_share,
-        )  # fmt: skip
+    _check_budget(model, recipe, ratio, target_parameters, ratio_of, round_to, context, latencies)
     if absent := [name for name in STRUCTURES[structure] if name not in scores]:
         raise UserError(
             f"structure {structure!r}: the scores do not rank its {UNITS[absent[0]]}. Take another criterion, see "
@@ -293,8 +291,13 @@ def allocate(
             raise UserError(f"allocation {allocation!r} measures the layers on text: give `tokens`, see `sample`.")
         with _as_scored(model):
             influence = layer_influence(model, tokens, measure)
-    if saving:
+    shape = shape_of(model)
+    if saving := saving_of(shape, ratio_of, structure, model.config, context, latencies):
         return surgery.units_within(shape, saving, ratio, structure, allocation, round_to, scores, influence)[1]
+    budget = units_to_keep(
+        shape, ratio, ratio_of, target_parameters, structure, attention_share, allocation, round_to, scores,
+        experts_share=experts_share,
+    )  # fmt: skip
     return surgery.best_units(budget, scores, recipe.allocation, influence)
 
 

@@ -157,6 +157,30 @@ def test_what_is_wrong_is_refused(changes, message):
         hfprune.prune(**asked, **SAMPLING)
 
 
+MIXED = {"criterion": "entropy", "structure": "mlp+layers", "depth_share": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"method": "HFPrune", "ratio": 0.99}, "largest ratio that allows"),
+        ({"method": "HFPrune", "target_parameters": 10**9}, "the target has to be smaller"),
+        ({"method": "HFPrune", "ratio": 0.2, "round_to": 16}, "round_to 16: expected one of"),
+        ({"method": "HFPrune", "ratio": 0.99, "ratio_of": "memory", "context": 8}, "largest ratio that allows"),
+        ({"method": "SLEB", "ratio": 0.99}, "largest ratio that allows"),
+        ({"method": "SLEB", "ratio": 0.2, "ratio_of": "mlp"}, "ratio_of 'mlp' with structure 'layers'"),
+        ({"method": MIXED, "ratio": 0.9}, "largest depth_share that allows"),
+        ({"method": MIXED | {"depth_share": 0.01}, "ratio": 0.2}, "Set a depth_share above"),
+        ({"method": "REAP", "ratio": 0.2}, "structure 'experts'"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_scored(asked, message, monkeypatch):
+    for name in ("sample", "score", "order", "layer_influence", "unit_scores"):
+        monkeypatch.setattr(api, name, lambda *_, name=name, **__: pytest.fail(f"{name} ran first"))
+    with pytest.raises(UserError, match=message):
+        hfprune.prune(make_model(), make_tokenizer(), TEXTS, **asked, **SAMPLING)
+
+
 def test_models_that_the_engine_would_get_wrong_are_refused():
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig

@@ -13,6 +13,8 @@ import yaml
 import hfprune
 from hfprune import cli
 from hfprune.experiment.schema import Experiment, parse, read
+from hfprune.models.families import FAMILIES
+from hfprune.pruning.saving import SAVINGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,6 +100,18 @@ def test_a_page_opens_with_its_question(page):
     title, question, *_ = page.read_text(encoding="utf-8").split("\n\n")
     assert title.startswith("# ")
     assert re.fullmatch(r"\*[^*]+\?\*", question)
+
+
+def test_the_start_page_says_how_many_families_there_are():
+    (count,) = re.findall(r"cuts more than (\d+) families", PAGES[0].read_text(encoding="utf-8"))
+    assert int(count) < len(FAMILIES) <= int(count) + 10
+
+
+def test_the_start_page_names_every_kind_of_ratio():
+    table = [line for line in PAGES[0].read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    for kind, setting in SAVINGS.items():
+        (row,) = [line for line in table if f"`ratio_of: {kind}`" in line]
+        assert f"`{setting}: " in row and "(docs/pruning.md#memory-and-latency)" in row
 
 
 def test_methods_in_a_config_are_ones_that_a_config_may_have():

@@ -274,7 +274,7 @@ def test_a_shape_that_is_none_is_refused(content, message, tmp_path, capsys):
     file = tmp_path / "shape.json"
     if content is not None:
         file.write_text(content)
-    assert main(["plan", "--config", str(REPOSITORY / "config.yaml"), "--shape", str(file)]) == 2
+    assert main(["plan", str(REPOSITORY / "config.yaml"), "--shape", str(file)]) == 2
     said = capsys.readouterr().err
     assert message in said and str(file) in said
     assert len(said.splitlines()) == 1
@@ -283,13 +283,14 @@ def test_a_shape_that_is_none_is_refused(content, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpu", "h1000"], "gpu h1000: not known. Known: h200, h100"),
-        (["--utilisation", "0"], "--utilisation 0.0: expected a share"),
-        (["--config", "/none.yaml"], "/none.yaml: no such file"),
+        (["config.yaml", "--gpu", "h1000"], "gpu h1000: not known. Known: h200, h100"),
+        (["config.yaml", "--utilisation", "0"], "--utilisation 0.0: expected a share"),
+        (["/none.yaml"], "/none.yaml: no such file"),
     ],
 )
-def test_a_wrong_option_is_one_line(words, message, capsys):
-    assert main(["plan", "--config", str(REPOSITORY / "config.yaml"), *words]) == 2
+def test_a_wrong_option_is_one_line(words, message, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["plan", *words]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 1

@@ -1,11 +1,12 @@
 """Sentences below figures say what was measured, whatever that was."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from hfprune.reporting import findings
-from hfprune.reporting.figures import draw, draw_headline
+from hfprune.reporting.figures import draw, draw_headline, losses
 from hfprune.reporting.findings import ACCURACY_CHANGE, KL, MEAN
 from hfprune.reporting.statistics import MODEL
 from tests.test_deploy import files_of
@@ -217,3 +218,33 @@ def test_a_figures_finding_lies_beside_it(tmp_path):
     assert "Training after the cut: lora takes entropy, 20% from KL 2.00 to" in told
     draw_headline(metrics(WAYS[0]), tmp_path)
     assert (tmp_path / "headline.txt").read_text() == told.partition(" Training")[0] + "\n"
+
+
+def test_what_was_not_compared_is_not_told_as_a_finding(tmp_path):
+    """A model whose KL is NaN, or a table of the dense model alone."""
+    told = "No cut model was compared with the dense one."
+    dense, unknown = models(ONE[0]), models(ONE[0], ("A", "pruned", 0.2, np.nan), ("A, lora", "recovered", 0.2, 1))
+    assert findings.fidelity(dense) == findings.fidelity(unknown[:2]) == told
+    assert findings.fidelity(models(*ONE, ("B", "pruned", 0.2, np.nan))).startswith("The more A removes")
+    assert findings.training(unknown) == ""
+    assert findings.accuracy_changes(pd.DataFrame(columns=["name", ACCURACY_CHANGE, "distinguishable"])) == told
+    board = pd.DataFrame({"name": ["dense", "A"], "ratio": [0, 0.2], "KL, text": [0, np.nan], "tied": False})
+    assert findings.best_of_board(board, "KL, text") == findings.best_of_board(board[:1], "KL, text") == told
+    bins = pd.DataFrame({"text": "quac", "metric": "kl", "stage": ["dense", "pruned"], "value": [0, np.nan]})
+    assert findings.profile(bins) == findings.profile(bins[:1]) == told
+    assert findings.files(files_of({("dense", 0.0, "f16"): (270, 0.0, 10)})) == told
+    measured = metrics(WAYS[0])
+    is_unknown = (measured["metric"] == "kl") & (measured["stage"] != "dense")
+    for table in (measured[measured["stage"] == "dense"], measured.assign(value=measured["value"].mask(is_unknown))):
+        draw(table, tmp_path)
+        assert (tmp_path / "kl.txt").read_text() == f"{told}\n"
+
+
+def test_a_line_that_ends_in_no_number_is_named_at_its_last_one(tmp_path):
+    curves = pd.DataFrame(
+        {"model": ["A", "A", "B"], "loss_name": "distillation", "tokens": [0, 1000, 0], "loss": [2, np.nan, np.nan]}
+    ).assign(learning_rate=0.1, tokens_per_second=9)
+    figure = losses(curves)
+    figure.savefig(tmp_path / "losses.png")
+    assert [(name.get_text(), *name.xy) for name in figure.axes[0].texts] == [("A", 0, 2)]
+    plt.close(figure)

@@ -94,7 +94,7 @@ def test_the_list_says_what_there_is_from_what_how_big_and_for_whom(shelf):
     first, second = shelf.config("first", 0.1), shelf.config("second", 0.2)
     for config in (first, second):
         shelf.make(config)
-    status, output = shelf("list", "--config", first, second)
+    status, output = shelf("list", first, second)
     assert status == 0
     (model,) = Plan(load(first)).jobs["model"]
     (cut,) = Plan(load(first)).jobs["prune"].values()
@@ -156,23 +156,23 @@ def test_prune_removes_what_no_named_experiment_uses_and_nothing_else(shelf):
     old = shelf.store.make(wheel_recipe("old==1"), write)
     unused = shelf.held() - needed | shards | {f"wheel/{old.key}"}
 
-    status, output = shelf("prune", "--config", first)
+    status, output = shelf("prune", first)
     assert status == 0
     assert {"/".join(line.split()[:2]) for line in output.splitlines()[1:-2]} == unused
     assert "Nothing is removed: no terminal to ask on. Give --yes" in output
     assert shelf.held() > needed
 
-    assert shelf("prune", "--yes", "--config", first)[0] == 0
+    assert shelf("prune", "--yes", first)[0] == 0
     assert shelf.held() == needed - shards
     assert not shelf.store.leftovers()
     assert (shelf.store.root / "my-notes" / "manifest.json").exists()
-    assert "0 artifacts, 0 leftovers" in shelf("prune", "--yes", "--config", first)[1]
+    assert "0 artifacts, 0 leftovers" in shelf("prune", "--yes", first)[1]
 
     (score,) = plan.jobs["score"].values()
     shelf.store.remove("score", score.key, shelf.store.folder(score.recipe))
     shelf.make(first)
     shelf.store.remove("score", score.key, shelf.store.folder(score.recipe))
-    shelf("prune", "--yes", "--config", first)
+    shelf("prune", "--yes", first)
     assert shelf.held() == needed - {f"score/{score.key}"}, "scores that are missing need their shards"
 
 
@@ -182,7 +182,7 @@ def test_prune_asks_where_there_is_somebody_to_ask(shelf, monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     for answer, left in (("y", {f"score/{made.key}"}), ("yes", set())):
         monkeypatch.setattr(builtins, "input", lambda question, answer=answer: answer)
-        assert shelf("prune", "--config", config)[0] == 0
+        assert shelf("prune", config)[0] == 0
         assert shelf.held() == left
 
 
@@ -190,10 +190,10 @@ def test_prune_refuses_experiments_that_have_other_stores(shelf):
     made = shelf.store.make(Recipe("score", {}), write)
     first, second = shelf.config("first", 0.1), shelf.config("second", 0.2)
     second.write_text(second.read_text().replace(str(shelf.store.root), "/elsewhere"))
-    status, output = shelf("prune", "--yes", "--config", first, second)
+    status, output = shelf("prune", "--yes", first, second)
     assert (status, "these experiments have 2 stores, /elsewhere, " in output) == (2, True)
     second.write_text("experiment: second\n")
-    assert shelf("prune", "--yes", "--config", first, second)[0] == 2
+    assert shelf("prune", "--yes", first, second)[0] == 2
     assert shelf.held() == {f"score/{made.key}"}
 
 
@@ -207,7 +207,7 @@ def test_prune_keeps_what_an_experiment_can_go_on_from_and_what_is_being_made(sh
 
     def at_work(folder):
         write(folder)
-        status, output = shelf("prune", "--yes", "--config", config)
+        status, output = shelf("prune", "--yes", config)
         assert status == 0
         assert f"score {Recipe('score', {}).key}: stays, a process is making it" in output
         assert (folder / "data.bin").exists()
@@ -228,5 +228,5 @@ def test_what_is_removed_is_never_half_there(shelf, monkeypatch):
     monkeypatch.undo()
     assert not made.folder.exists()
     assert [folder.name for *_, folder in shelf.store.leftovers()] == [f"score-{made.key}-removed"]
-    shelf("prune", "--yes", "--config", shelf.config("first", 0.1))
+    shelf("prune", "--yes", shelf.config("first", 0.1))
     assert not shelf.store.leftovers()

@@ -58,7 +58,7 @@ def runs(cluster, sharded, tmp_path_factory) -> dict:
     A job is killed in both. The first may not submit it again, the second goes on where the first ended.
     """
     root = tmp_path_factory.mktemp("slurm")
-    here, there = (Checkout(root / name, root / f"{name}-store", preloads=False) for name in ("here", "there"))
+    here, there = (Checkout(root / name, root / f"{name}-store") for name in ("here", "there"))
     run = there.start(sharded, *OPTIONS, "--retries=0")
     cancel(run, "shard")
     here.snakemake(sharded, "collect")  # while the other jobs go on

@@ -1,10 +1,13 @@
 """Tables and figures do not mix models that were made in different ways, and say what tells them apart."""
 
+import csv
 import json
 from itertools import product
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.text import Text
 
 from hfprune.reporting import figures
 from hfprune.reporting.identity import recovery_names
@@ -81,6 +84,24 @@ def test_figures_draw_a_line_for_each_way_of_pruning():
         assert lines[1] == labels
         assert [line.get_xdata().tolist() for line in lines[0]] == [[10, 20]] * len(labels), "measured nowhere else"
         assert [text.get_text() for text in figure.axes[0].texts] == labels, "beside the lines"
+        plt.close(figure)
+
+
+def test_a_thread_from_a_point_ends_at_the_left_edge_of_its_name():
+    """Also where names stand far above or below their points, because these lie close together."""
+    close = metrics(*WAYS)
+    close.loc[close["metric"] == "kl", "value"] = 0.2 + close["value"] / 1000
+    board = pd.DataFrame({"name": list("abc"), "ratio": 0.2, "speed": [5, 5, 6], "KL": [0.5, 0.5001, 0.5002]})
+    board = board.assign(structure="mlp", allocation="uniform", best=False, tied=False)
+    for figure in (figures.kl(close), figures.leaderboard(board, "speed", "KL")):
+        figure.canvas.draw()
+        names = [text for text in figure.axes[0].texts if text.arrow_patch]
+        assert len(names) == 3
+        for name in names:
+            text = Text.get_window_extent(name)  # without the thread
+            ends = name.arrow_patch.get_transform().transform_path(name.arrow_patch.get_path()).vertices
+            assert np.hypot(*(ends[0] - (text.x0, (text.y0 + text.y1) / 2))) < 3  # pixels
+            assert (ends[:, 0] <= text.x0).all()
         plt.close(figure)
 
 
@@ -338,6 +359,19 @@ def test_without_tasks_there_is_no_accuracy(tmp_path):
     write_tables(found, tmp_path)
     assert "Perplexity" in (tmp_path / "summary.md").read_text()
     assert {path.stem for path in figures.draw(found, tmp_path)} == {"kl"}
+
+
+def test_the_mean_of_one_task_is_no_column_beside_it(tmp_path):
+    one = metrics(*WAYS)
+    two = pd.concat([one, one[one["group"] == "task"].assign(task="piqa")])
+    size, distance = ["Removed (%)", "Parameters (M)"], ["Perplexity", "KL (nats/token)", "Top-1 agreement"]
+    for found, tasks in ((one, ["BoolQ"]), (two, ["BoolQ", "PIQA", "Mean"])):
+        write_tables(found, tmp_path)
+        printed = (tmp_path / "summary.md").read_text().splitlines()[2]
+        titles = [title.strip() for title in printed.strip("|").split("|")]
+        assert titles == ["Model", "Method", *size, *tasks, *distance]
+        (head, *_) = csv.reader((tmp_path / "summary.csv").open())
+        assert ("Mean" in head) == ("Mean low" in head) == (len(tasks) > 1)
 
 
 def test_the_mean_of_one_task_is_not_drawn_beside_it():

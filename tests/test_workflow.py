@@ -1,5 +1,6 @@
 """The whole DAG on the tiny model, run as a user runs it, and what must and must not run again."""
 
+import html
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from base64 import b64decode
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,6 +88,19 @@ def test_the_graph_in_a_report_has_the_stages_that_were_there(checkout, report):
     assert set(model_stages(checkout.first)) <= set(re.findall(r'"rule": "(\w+)"', graph))
 
 
+def test_a_report_begins_with_a_link_to_the_overview_page(report):
+    text = report.read_text()
+    results, description = (
+        json.loads(re.search(rf'<script id="{name}">\s+var \w+ = (.*);\n', text)[1])
+        for name in ("results", "workflow-desc")
+    )
+    page = "results/tiny/index.html"
+    data = results[page]["data_uri"].partition("base64,")[2]
+    assert b64decode(data) == (report.parent / "index.html").read_bytes()
+    (link,) = re.findall(r'href="(javascript:app.setView[^"]*)"', description)
+    assert html.unescape(link) == f'javascript:app.setView({{content:"html",contentPath:results["{page}"].data_uri}})'
+
+
 @pytest.mark.parametrize("width", [1400, 420])
 def test_the_overview_page_fits_wide_and_narrow_windows(checkout, tmp_path, width):
     if (program := browser.find()) is None:
@@ -139,6 +154,9 @@ def test_a_report_stands_in_a_browser_without_a_network(report, tmp_path):
         assert "High-fidelity pruning: tiny" in landing
         assert "ratios: [0.1, 0.2]" in landing
         page.screenshot(tmp_path / "landing.png")
+        page.run("document.querySelector('a[href^=\"javascript:app.setView\"]').click()")
+        page.wait_inside("document.querySelector('#chart-kl svg') !== null")
+        page.screenshot(tmp_path / "index.png")
         for kind, names in shown.items():
             page.click(kind.capitalize())
             listed = "[...document.querySelectorAll('nav tbody tr')]"
@@ -154,7 +172,7 @@ def test_a_report_stands_in_a_browser_without_a_network(report, tmp_path):
             page.click("Results")
         assert page.asked == [alone.as_uri()]
         assert page.faults == []
-    assert len({file.read_bytes() for file in tmp_path.glob("*.png")}) == 1 + sum(map(len, shown.values()))
+    assert len({file.read_bytes() for file in tmp_path.glob("*.png")}) == 2 + sum(map(len, shown.values()))
 
 
 def edit(file: Path, old: str, new: str) -> None:

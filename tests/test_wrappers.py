@@ -188,6 +188,36 @@ def test_a_language_model_takes_the_type_of_the_whole(both, capsys):
     assert f"{both / 'text'}: holds numbers beyond those of float16, the type of {both / 'whole'}" in error
 
 
+def test_a_cut_made_by_the_stages_is_known_as_the_wholes(taken_out, tmp_path, data, command, capsys):
+    model = command("download", "model", "--path", taken_out / "text")
+    text = command("download", "text", "--path", data / "calibration.jsonl")
+    scores = command("score", "--model", model, "--text", text, "--samples", 6, "--length", 32)
+    pruned = command("prune", "--model", model, "--scores", scores, "--ratio", 0.2)
+    again = tmp_path / "again"
+    assert main(["rewrap", "--model", f"{taken_out}/whole", "--text", str(pruned), "--output", str(again)]) == 0
+    assert "taken_out_of" in (pruned / "config.json").read_text()
+    assert "taken_out_of" not in (again / "config.json").read_text(), "it is whole"
+
+
+def test_another_whole_of_the_same_shape_does_not_take_the_language_model(both, capsys):
+    """One weight of the part that reads images differs; or nobody knows whose language model it is."""
+
+    def turn_one(weight):
+        weight[3, 5] *= -1
+        return weight
+
+    changed_tensor(both / "whole", "fc1.weight", turn_one)
+    assert rewrapped(both) == 2
+    told = f"{both}/text: not a language model that `hfprune unwrap` took out of {both}/whole: "
+    assert f"{told}came from another model. Name the model" in capsys.readouterr().err
+    config = json.loads((both / "text" / "config.json").read_text())
+    del config["taken_out_of"]
+    (both / "text" / "config.json").write_text(json.dumps(config))
+    assert rewrapped(both) == 2
+    assert f"{told}config.json has no 'taken_out_of'. Name the model" in capsys.readouterr().err
+    assert not (both / "again").exists()
+
+
 def test_a_larger_language_model_is_no_cut(both, capsys):
     config = json.loads((both / "text" / "config.json").read_text())
     (both / "text" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))

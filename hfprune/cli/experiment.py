@@ -108,8 +108,8 @@ class Plan(Command):
     """Estimate an experiment's jobs, operations, hours, memory and disk, before anything is downloaded."""
 
     words = ("plan",)
-    examples = ("hfprune plan --config configs/llama-2-7b.yaml --gpu h100",)
-    config: Path = Field(Path("config.yaml"), description="the experiment's config file")
+    examples = ("hfprune plan configs/llama-2-7b.yaml --gpu h100",)
+    config: Annotated[Path, POSITIONAL] = Field(Path("config.yaml"), description="the experiment's config file")
     gpu: str = Field("h100", description="GPU to count hours for, such as h100, a100 or rtx4090; or cpu: this machine")
     utilisation: float = Field(0.4, description="share of the peak speed that jobs reach")
     shape: Path | None = Field(None, description="config.json of a model of the same shape, to work without the hub")

@@ -90,11 +90,11 @@ class Index(Command):
 
     words = ("index",)
     examples = (
-        "hfprune index --results results/default --config config.yaml \\\n"
-        "    --output results/default/index.html store/*/*/manifest.json",
+        "hfprune index config.yaml store/*/*/manifest.json \\\n"
+        "    --results results/default --output results/default/index.html",
     )
     results: Path = Field(description="the experiment's folder, with metrics.csv and tables/")
-    config: Path = Field(description="the experiment's config")
+    config: Annotated[Path, POSITIONAL] = Field(description="the experiment's config file")
     output: Path = Field(description="HTML file to write")
     manifests: Annotated[list[Path], POSITIONAL] = Field(description="manifests or folders of the artifacts behind it")
 
@@ -134,8 +134,8 @@ class Leaderboard(Index):
 
     words = ("leaderboard",)
     examples = (
-        "hfprune leaderboard --results results/default --config config.yaml \\\n"
-        "    --timings results/default/efficiency.csv --output results/default store/*/*/manifest.json",
+        "hfprune leaderboard config.yaml store/*/*/manifest.json \\\n"
+        "    --results results/default --timings results/default/efficiency.csv --output results/default",
     )
     timings: Path | None = Field(None, description="csv from `hfprune efficiency`; without it, no speeds and no figure")
     output: Path = Field(description="folder for leaderboard.html, tables/ and figures/")

@@ -12,6 +12,8 @@ from hfprune.experiment.plan import Plan, store_root
 from hfprune.experiment.schema import load
 from hfprune.store.artifacts import Store
 
+CONFIGS = Option(is_positional=True, metavar="config")
+
 
 class ManageStore(Command):
     """A command on a store, which `--store` or the experiments' configs name."""
@@ -25,9 +27,7 @@ class ManageStore(Command):
         plans = [Plan(load(file)) for file in configs]
         roots = {self.store} if self.store else {plan.store.root for plan in plans} or {store_root(Path("store"))}
         if len(roots) > 1:
-            raise UserError(
-                f"--config: these experiments have {len(roots)} stores, {', '.join(sorted(map(str, roots)))}."
-            )
+            raise UserError(f"these experiments have {len(roots)} stores, {', '.join(sorted(map(str, roots)))}.")
         return Store(roots.pop()), plans
 
 
@@ -35,14 +35,14 @@ class List(ManageStore):
     """List every artifact with its inputs, its size and the experiments that use it."""
 
     words = ("store", "list")
-    examples = ("hfprune store list --config config.yaml configs/llama-2-7b.yaml",)
-    config: list[Path] = Field([], description="the experiments' config files")
+    examples = ("hfprune store list config.yaml configs/llama-2-7b.yaml",)
+    configs: Annotated[list[Path], CONFIGS] = Field([], description="the experiments' config files")
 
     def run(self) -> None:
         """Print the list."""
         from hfprune.experiment import inventory
 
-        store, plans = self.opened(self.config)
+        store, plans = self.opened(self.configs)
         print(inventory.listing(inventory.entries(store), inventory.users(plans, store)))
 
 
@@ -80,15 +80,15 @@ class Prune(ManageStore):
     """List the artifacts that none of these experiments uses, and remove them after you confirm."""
 
     words = ("store", "prune")
-    examples = ("hfprune store prune --config config.yaml configs/llama-2-7b.yaml",)
+    examples = ("hfprune store prune config.yaml configs/llama-2-7b.yaml",)
     yes: bool = Field(False, description="remove without asking")
-    config: list[Path] = Field(description="the experiments' config files")
+    configs: Annotated[list[Path], CONFIGS] = Field(description="the experiments' config files")
 
     def run(self) -> None:
         """Ask, then remove."""
         from hfprune.experiment import inventory
 
-        store, plans = self.opened(self.config)
+        store, plans = self.opened(self.configs)
         used = inventory.users(plans, store)
         unused = inventory.unused(inventory.entries(store), used)
         print(inventory.listing(unused, used))

@@ -13,7 +13,7 @@ import hfprune
 from hfprune.runtime.memory import available_bytes
 
 GIB = 2**30
-# Bytes in use for each byte of weights. `hfprune plan --config configs/llama-2-7b.yaml` counts these for Llama-2-7B.
+# Bytes in use for each byte of weights. `hfprune plan configs/llama-2-7b.yaml` counts these for Llama-2-7B.
 SCORING, TRAINING = 1.65, 2.45
 SIZES = (0.1, 0.5, 1, 3, 8, 14, 32, 70)  # billion parameters
 HUB_SECONDS = 5  # to wait for an answer
@@ -78,7 +78,7 @@ def examination(store: Path) -> str:
     ]
     lines += [
         "",
-        "A rule of thumb, for all weights on this device; `hfprune plan --config FILE` counts for one experiment.",
+        "A rule of thumb, for all weights on this device; `hfprune plan FILE` counts for one experiment.",
     ]
     return "\n".join(lines)
 

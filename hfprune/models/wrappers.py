@@ -8,8 +8,10 @@ What is beside the language model is not touched.
 """
 
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -31,6 +33,7 @@ from hfprune.store.filenames import is_companion
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # of images
 SAME = ("model_type", "hidden_size", "vocab_size")  # keys of the text's config that pruning does not change
+ORIGIN = "taken_out_of"  # key of the text's config: `identity` of the whole model
 TOLERANCE = 1e-4  # of logits, beside two units in the last place of the largest: sums may have another order
 
 
@@ -59,6 +62,15 @@ def load_whole(folder: Path) -> PreTrainedModel:
     check_weights(folder, config, AutoModelForImageTextToText, str(folder))
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", **LOCAL)
     return model.eval().requires_grad_(False)
+
+
+def identity(whole: PreTrainedModel) -> str:
+    """Digest of the names, shapes and signs of a model's weights. Signs are the same in every type of numbers."""
+    digest = sha256()
+    for name, weight in sorted(whole.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        digest.update(np.packbits(weight.signbit().numpy()))
+    return digest.hexdigest()
 
 
 def take_out(whole: PreTrainedModel) -> PreTrainedModel:
@@ -100,8 +112,11 @@ def _refuse_misfit(before: PreTrainedConfig, config: PreTrainedConfig) -> None:
 
 
 def unwrap(source: Path, folder: Path) -> None:
-    """Write the language model of the model in `source` into `folder`, with its tokenizer."""
-    take_out(load_whole(source)).save_pretrained(folder)
+    """Write the language model of that in `source`, and its tokenizer, into `folder`; its config says whose it is."""
+    whole = load_whole(source)
+    text = take_out(whole)
+    setattr(text.config, ORIGIN, identity(whole))
+    text.save_pretrained(folder)
     state_rope_for_older_readers(folder)
     _copy(source, folder, ())
 
@@ -115,16 +130,23 @@ def rewrap(source: Path, text: Path, folder: Path) -> float:
         The largest difference between the logits of the language model alone and of the reloaded model.
 
     Raises:
-        UserError: see `put_back` and `load_whole`; the weights in `text` are not whole, or beyond the numbers of that
-            type; or the difference is larger than rounding.
+        UserError: see `put_back` and `load_whole`; `text` was taken out of another model; its weights are not whole,
+            or beyond the numbers of that type; or the difference is larger than rounding.
     """
     config, whole = check_family(text), load_whole(source)
     try:
         _refuse_misfit(whole.config.get_text_config(), config)
     except UserError as error:
         raise UserError(f"{text}: {error}") from None
+    if (origin := getattr(config, ORIGIN, None)) != identity(whole):
+        known = "came from another model" if origin else f"config.json has no {ORIGIN!r}"
+        raise UserError(
+            f"{text}: not a language model that `hfprune unwrap` took out of {source}: {known}. Name the model that it "
+            "was taken out of; of one with other weights, unwrap and prune its own."
+        )
     check_weights(text, config, model_class(config), str(text))
     small = AutoModelForCausalLM.from_pretrained(text, dtype=whole.dtype, **LOCAL).eval()
+    delattr(small.config, ORIGIN)
     if not all(bool(parameter.isfinite().all()) for parameter in small.parameters()):
         kind = str(whole.dtype).removeprefix("torch.")
         raise UserError(

@@ -40,6 +40,7 @@ KL_LINEAR = 0.01  # nats: smaller values of KL stand on a linear axis
 KL_LABEL = "KL(dense || pruned), nats per token"
 FEWEST_RANKED = 3  # models, below which a rank correlation says nothing
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
+THREAD = {"arrowstyle": "-", "relpos": (0, 0.5), "patchA": None, "shrinkA": 1}  # to the left edge of a point's name
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 300,
@@ -205,13 +206,13 @@ def kl(metrics: pd.DataFrame) -> Figure:
     many lines: several panels.
     """
     heldout = on_headline_text(metrics)
-    models = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout)
+    models = with_sizes(estimates(heldout[heldout["metric"] == "kl"]), heldout).dropna(subset="value")
     title = f"Held-out text: {', '.join(dict.fromkeys(models['task']))}"
     pruned = models[models["method"] != DENSE]
     lines = pruned.groupby(["method", *BESIDE_METHOD])["ratio"]
     several = pruned[lines.transform("nunique") > 1]
     if lines.ngroups <= MOST_LINES and _one_size(models) is None:
-        longest = max(len(name_of(model, varying(models))) for _, model in pruned.iterrows())
+        longest = max((len(name_of(model, varying(models))) for _, model in pruned.iterrows()), default=0)
         figure, axis = plt.subplots(figsize=(PAGE if longest > LONG else COLUMN, 2.5), layout="constrained")
         _against_ratio(axis, models)
     elif several.groupby(["method", *BESIDE_METHOD]).ngroups <= MOST_LINES:
@@ -473,7 +474,7 @@ def kept_widths(widths: pd.DataFrame) -> Figure:
 
 
 def before_and_after(metrics: pd.DataFrame) -> pd.DataFrame:
-    """KL on the headline text of every cut model that was also trained, before and after.
+    """KL on the headline text of every cut model that was also trained, before and after; both are numbers.
 
     Args:
         metrics: rows of metrics.csv.
@@ -486,7 +487,8 @@ def before_and_after(metrics: pd.DataFrame) -> pd.DataFrame:
     cut = [name for name in MODEL if name not in ("stage", "recovery")]
     before, after = (kl[kl["stage"] == stage] for stage in ("pruned", "recovered"))
     before = before[before["recovery"] == "none"].rename(columns={"value": "before"})[[*cut, "before"]]
-    return after.rename(columns={"value": "after"})[[*MODEL, "after"]].merge(before, on=cut)
+    pairs = after.rename(columns={"value": "after"})[[*MODEL, "after"]].merge(before, on=cut)
+    return pairs.dropna(subset=["before", "after"])
 
 
 def after_against_before(metrics: pd.DataFrame) -> Figure:
@@ -650,10 +652,10 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
             known.iterrows(), spread([(y - low) / (high - low) for y in np.log(known[distance])], gap), strict=True
         ):
             mark = "*" if row["best"] else NOT_WORSE if row["tied"] else ""
-            line = {"arrowstyle": "-", "lw": 0.3, "color": "0.6", "relpos": (0, 0.5), "shrinkB": 0}
+            thread = THREAD | {"color": "0.6", "lw": 0.3, "shrinkB": 0}
             axis.annotate(
                 f"{row['name']} {mark}", (row[speed], row[distance]), (1.06, place), textcoords="axes fraction",
-                fontsize=6, va="center", annotation_clip=False, arrowprops=line,
+                fontsize=6, va="center", annotation_clip=False, arrowprops=thread,
             )  # fmt: skip
         title = f"{ratio:.0%} {shares_of(rows['name'])} removed"
         if len(known) < len(rows):
@@ -722,19 +724,21 @@ def _line(
 
 
 def _name_lines(axis: plt.Axes) -> None:
-    """Write the names of an axis's lines right of it, at their last points; none meets another."""
-    lines, names = axis.get_legend_handles_labels()
+    """Write the names of an axis's lines right of it, at their last points that are numbers; none meets another."""
+    points = {line: line.get_xydata() for line in axis.get_legend_handles_labels()[0]}
+    known = {line: place[np.isfinite(place).all(axis=1)] for line, place in points.items()}
+    lines = [line for line, place in known.items() if len(place)]
     axis.autoscale_view()
     size = 7  # points
     height = 72 * axis.figure.get_size_inches()[1] * axis.get_position().height
     in_axis = axis.transData + axis.transAxes.inverted()
-    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    ends = [known[line][-1] for line in lines]
     places = spread([in_axis.transform(end)[1] for end in ends], 1.35 * size / height)
-    for line, name, end, place in zip(lines, names, ends, places, strict=True):
-        thread = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "shrinkA": 1, "shrinkB": 3}
+    for line, end, place in zip(lines, ends, places, strict=True):
+        thread = THREAD | {"color": line.get_color(), "lw": 0.5, "shrinkB": 3}
         axis.annotate(
-            name, end, (1.03, place), textcoords=axis.transAxes, va="center", fontsize=size, color=line.get_color(),
-            arrowprops=thread, annotation_clip=False,
+            line.get_label(), end, (1.03, place), textcoords=axis.transAxes, va="center", fontsize=size,
+            color=line.get_color(), arrowprops=thread, annotation_clip=False,
         )  # fmt: skip
 
 

@@ -12,12 +12,13 @@ from hfprune.reporting.agreement import KEPT, between_criteria, correlation
 from hfprune.reporting.deployment import by_file, instead
 from hfprune.reporting.labels import name_of
 from hfprune.reporting.statistics import MODEL, varying
-from hfprune.reporting.summary import summary
+from hfprune.reporting.summary import MEAN, summary
 
-KL, MEAN = "KL (nats/token)", "Mean"
+KL = "KL (nats/token)"
 ACCURACY_CHANGE = "Change of mean accuracy (points)"
 EVEN = 1  # points by which the layers' kept shares may differ because widths are whole numbers
 MOST_TOLD = 3
+NOT_COMPARED = "No cut model was compared with the dense one."
 
 
 def named_models(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -56,9 +57,11 @@ def fidelity(models: pd.DataFrame) -> str:
     """How far the cut models are from the dense one: before any training, unless all were trained.
 
     Args:
-        models: see `named_models`.
+        models: see `named_models`. One whose KL is NaN was not compared.
     """
-    cut = models[models["method"] != DENSE]
+    cut = models[(models["method"] != DENSE) & models[KL].notna()]
+    if cut.empty:
+        return NOT_COMPARED
     if (cut["stage"] == "pruned").any():
         cut = cut[cut["stage"] == "pruned"]
     ratio = cut["ratio"].mode().iloc[-1]
@@ -86,7 +89,7 @@ def training(models: pd.DataFrame) -> str:
     Args:
         models: see `named_models`.
     """
-    cut = models[models["method"] != DENSE]
+    cut = models[(models["method"] != DENSE) & models[KL].notna()]
     changes = []
     for _, after in cut[cut["stage"] == "recovered"].iterrows():
         alike = (cut[["method", "ratio", "parent"]] == after[["method", "ratio", "parent"]]).all(axis=1)
@@ -124,6 +127,8 @@ def accuracy_changes(changes: pd.DataFrame) -> str:
     Args:
         changes: paired differences from the dense model: `name`, `ACCURACY_CHANGE`, `distinguishable`.
     """
+    if changes.empty:
+        return NOT_COMPARED
     held = changes[changes["distinguishable"]]
     told = [f"{row['name']} ({row[ACCURACY_CHANGE]:+.1f} points)" for _, row in held.iterrows()]
     corrected = "after correction for many tests"
@@ -183,7 +188,9 @@ def profile(bins: pd.DataFrame) -> str:
         bins: see `samples.read_profiles`.
     """
     text = bins["text"].iloc[0]
-    kl = bins[(bins["metric"] == "kl") & (bins["stage"] != "dense") & (bins["text"] == text)]
+    kl = bins[(bins["metric"] == "kl") & (bins["stage"] != "dense") & (bins["text"] == text)].dropna(subset="value")
+    if kl.empty:
+        return NOT_COMPARED
     told = []
     for by, where in (("entropy", "an entropy of {:.1f} to {:.1f} nats"), ("position", "tokens {:.0f} to {:.0f}")):
         means = kl[kl["by"] == by].groupby(["low", "high"])["value"].mean()
@@ -290,11 +297,11 @@ def best_of_board(board: pd.DataFrame, distance: str) -> str:
         distance: the column of KL.
     """
     told = []
-    for ratio, rows in board[board["ratio"] > 0].groupby("ratio"):
+    for ratio, rows in board[board["ratio"] > 0].dropna(subset=distance).groupby("ratio"):
         best, tied = rows.loc[rows[distance].idxmin()], int(rows["tied"].sum())
         others = f" ({tied} cannot be told from it)" if tied else ""
         told.append(f"at {ratio:.0%} {best['name']}, {best[distance]:.2f} nats per token{others}")
-    return f"Nearest to the dense model is {listed(told)}."
+    return f"Nearest to the dense model is {listed(told)}." if told else NOT_COMPARED
 
 
 def files(table: pd.DataFrame) -> str:
@@ -305,6 +312,8 @@ def files(table: pd.DataFrame) -> str:
     """
     by_model = by_file(table)
     pruned = by_model[by_model["stage"] != "dense"]
+    if pruned.empty:
+        return NOT_COMPARED
     verdicts = [instead(file, by_model) for _, file in pruned.iterrows()]
     if not any(verdicts):
         return "There is no dense file to compare a pruned one with."

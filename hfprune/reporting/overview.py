@@ -22,7 +22,7 @@ from hfprune.reporting.labels import name_of
 from hfprune.reporting.leaderboard import FIDELITY, PREFILL, SPEED_AND_COST, first_kl
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text
 from hfprune.reporting.statistics import MODEL, note, varying, with_ends
-from hfprune.reporting.summary import COST_NOTE, DIGITS, PARAMETERS, REMOVED, SCALES, cost
+from hfprune.reporting.summary import COST_NOTE, DIGITS, PARAMETERS, REMOVED, SCALES, cost, without_mean_of_one
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MEASURES = {"kl": KL, "perplexity": "Perplexity", "top1_agreement": "Top-1 agreement", "accuracy": "Mean accuracy (%)"}
@@ -220,9 +220,8 @@ def _text(value: str, link: str | None = None) -> tuple:
 
 
 def _models_table(models: pd.DataFrame) -> Table:
+    models = without_mean_of_one(models)
     measured = [column for column in models if f"{column} low" in models]
-    if len(measured) == len(MEASURES_FIRST) + 2:  # one task, which is its own mean
-        measured.remove(MEAN)
     values = [*MEASURES_FIRST, *(column for column in measured if column not in MEASURES_FIRST)]
     rows = []
     for place, (_, model) in enumerate(models.iterrows()):

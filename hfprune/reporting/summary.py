@@ -9,6 +9,7 @@ from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, o
 from hfprune.reporting.statistics import MODEL, estimates, mean_accuracy, note, varying, with_ends, with_sizes
 from hfprune.reporting.typeset import Cell, Row, Sheet
 
+MEAN = "Mean"  # of the tasks' accuracies
 REMOVED, PARAMETERS = "Removed (%)", "Parameters (M)"
 SCALES = {REMOVED: 100, PARAMETERS: 1e-6}
 DIGITS = {"KL (nats/token)": 3, "Top-1 agreement": 3}
@@ -59,7 +60,7 @@ def _accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
     accuracy = estimates(rows)
     if len(rows):
         accuracy["task"] = accuracy["task"].map(lambda name: TASK_TITLES.get(name, name))
-        accuracy = pd.concat([accuracy, mean_accuracy(rows).assign(task="Mean")])
+        accuracy = pd.concat([accuracy, mean_accuracy(rows).assign(task=MEAN)])
         accuracy[["value", "low", "high"]] *= 100
     return accuracy
 
@@ -86,8 +87,14 @@ def cost(metrics: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
+def without_mean_of_one(table: pd.DataFrame) -> pd.DataFrame:
+    """A `summary` for people: one task is its own mean."""
+    measured = [name for name in table if f"{name} low" in table]
+    return table.drop(columns=with_ends(MEAN)) if measured[1:2] == [MEAN] else table
+
+
 def _sheet(caption: str, table: pd.DataFrame, *notes: str) -> Sheet:
-    differing = varying(table)
+    table, differing = without_mean_of_one(table), varying(table)
     ends = {name for column in table for name in with_ends(column)[1:]}
     columns = [name for name in table if name not in (*MODEL, "seeds", *ends)]
     rows = []

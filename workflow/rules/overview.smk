@@ -28,7 +28,12 @@ rule index:
         rules.losses.output if plan.recoveries else [],
         missing(plan.needed),
     output:
-        RESULTS / "index.html",
+        report(
+            RESULTS / "index.html",
+            caption="../report/index.rst",
+            category="At a glance",
+            labels={"Title": "What came out"},
+        ),
     log:
         LOGS / "index.log",
     conda:
@@ -41,8 +46,8 @@ rule index:
     message:
         "write the overview page"
     shell:
-        "python -m hfprune index --results {params.folder:q} --config /dev/stdin --output {output:q}"
-        " {params.artifacts:q} <<< {params.experiment:q} > {log:q} 2>&1"
+        "python -m hfprune index /dev/stdin {params.artifacts:q} --results {params.folder:q} --output {output:q}"
+        " <<< {params.experiment:q} > {log:q} 2>&1"
 
 
 # Timings take the machine for themselves, so this is not part of `all`.
@@ -67,5 +72,5 @@ rule leaderboard:
     message:
         "write the leaderboard"
     shell:
-        "python -m hfprune leaderboard --results {params.folder:q} --timings {input.timings:q} --config /dev/stdin"
-        " --output {params.folder:q} {params.artifacts:q} <<< {params.experiment:q} > {log:q} 2>&1"
+        "python -m hfprune leaderboard /dev/stdin {params.artifacts:q} --results {params.folder:q}"
+        " --timings {input.timings:q} --output {params.folder:q} <<< {params.experiment:q} > {log:q} 2>&1"
