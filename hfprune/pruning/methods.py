@@ -122,13 +122,13 @@ class MethodRecipe(BaseModel):
     @property
     def _needs_of_order(self) -> list[str]:
         needs = ["order: 1 forward pass over the calibration text"]
-        if self.order_criterion == "greedy_kl":
+        if self.order_criterion in order.SEARCHES:
             needs = [
                 "order: for each removal, a forward pass over some of the text for every candidate, from its layer on"
             ]
         if self.refit != "none":
             times = "2 forward passes" if self.refit == "sequential" else "1 forward pass"
-            each = "; in the search, after each removal" if self.criterion == "greedy_kl" else ""
+            each = "; in the search, after each removal" if self.criterion in order.SEARCHES else ""
             needs.append(f"refit: {times} over the same text, a layer at a time{each}")
         return [*needs, f"checkpoint: {'stock class' if self.structure == 'layers' else 'widths per layer'}"]
 

@@ -19,9 +19,12 @@ if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
 Step = tuple[Sublayer, ...]
 CRITERIA = {  # what orders steps, and where it comes from
     "block_influence": "1 - cosine of what enters and what leaves: ShortGPT, arXiv 2403.03853",
-    "greedy_kl": "KL to the dense model, measured anew after each step: after SLEB, arXiv 2402.09025, and FinerCut, "
-    "arXiv 2405.18218",
+    "greedy_kl": "KL to the dense model for each parameter freed, measured anew after each step: after FinerCut, arXiv "
+    "2405.18218",
+    "greedy_perplexity": "perplexity of the text, measured anew after each step: SLEB, arXiv 2402.09025; BlockPruner, "
+    "arXiv 2406.10594",
 }
+SEARCHES = ("greedy_kl", "greedy_perplexity")  # those that measure
 BESIDE_NEURONS = "greedy_kl"  # what orders those that go first where neurons make up the rest
 
 
