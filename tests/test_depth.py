@@ -175,7 +175,7 @@ SEARCHES += [("cohere", "sublayers", "none", KL)]
 SEARCHES += [("gemma2", "sublayers", "least_squares", KL), ("phi", "sublayers", "sequential", KL)]
 SEARCHES += [("gpt2", "layers", "least_squares", KL), ("mpt", "layers", "sequential", KL)]
 SEARCHES += [("bloom", "sublayers", "sequential", KL), ("llama", "layers", "none", LOSS)]
-SEARCHES += [("gemma2", "sublayers", "sequential", LOSS)]
+SEARCHES += [("gemma2", "sublayers", "sequential", LOSS), ("llama", "attention_sublayers", "none", LOSS)]
 
 
 @pytest.mark.parametrize(("name", "structure", "method", "criterion"), SEARCHES)
@@ -186,7 +186,7 @@ def test_a_search_finds_what_measuring_every_cut_finds(name, structure, method, 
     steps, measures, _ = depth.order(model, TEXT, criterion, structure, method)
     assert all(torch.equal(values, before[key]) for key, values in model.state_dict().items())
     shape, remaining, gone, last = shape_of(model), steps_of(shape_of(model).units, structure), [], 0.0
-    assert len(steps) == {"layers": 2, "sublayers": 4}[structure]
+    assert len(steps) == {"layers": 2, "sublayers": 4, "attention_sublayers": 2}[structure]
     for step, measure in zip(steps, measures, strict=True):
         refitted = copy.deepcopy(model)
         if gone and method != "none":
@@ -443,10 +443,10 @@ def test_an_experiment_of_layers_runs_and_its_cost_is_that_recorded(experiment, 
     monkeypatch.setattr("hfprune.models.checkpoint.prove", lambda *_: reload)
     deep = {"criterion": "greedy_kl", "structure": "sublayers", "refit": "sequential"}
     methods = ["ShortGPT", {"mine": deep}, {"mine too": deep | {"criterion": "block_influence"}}]
-    methods.append({"both": {"criterion": "wanda", "refit": "sequential", **MIXED_CUT}})
+    methods += ["2SSP", {"both": {"criterion": "wanda", "refit": "sequential", **MIXED_CUT}}]
     asked = experiment | {"store": str(tmp_path / "store"), "methods": methods, "ratios": [0.2, 0.3]}
     plan = Plan(parse(Experiment, asked, "test"))
-    assert len(plan.scores) == 1 and len(plan.jobs["order"]) == 3, "a mixed cut reads the same order"
+    assert len(plan.scores) == 2 and len(plan.jobs["order"]) == 4, "a mixed cut reads the same order"
     costs = estimate(plan, plan.experiment)
     for job in plan.jobs["prune"].values():
         cost, manifest = costs.cost(job), make_job(plan, job)
@@ -582,7 +582,7 @@ def test_what_layers_and_neurons_cannot_give_together_is_refused(asked, message)
         units_to_keep(shape_of(make_model()), structure="mlp+layers", **asked)
 
 
-@pytest.mark.parametrize("depth", ["layers", "sublayers"])
+@pytest.mark.parametrize("depth", ["layers", "sublayers", "attention_sublayers"])
 def test_the_only_layer_stays(depth):
     shape = shape_of(make_model(num_hidden_layers=1))
     for structure, share in ((depth, None), (f"mlp+{depth}", 0.5)):

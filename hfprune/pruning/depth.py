@@ -89,7 +89,7 @@ def order(
         model: the intact model, in memory or streamed. It is the same afterwards.
         tokens: (sequences, length) int64 calibration tokens.
         criterion: a name in `order.CRITERIA`.
-        structure: "sublayers" or "layers".
+        structure: a name in `units.DEPTH`.
         refit, ridge: what makes up for the removals during a search, see `refit.refit`.
         folder: for hidden states that do not fit into memory; by default the system's temporary folder.
         resume: folder in which a search keeps the order so far, to go on after a kill.
@@ -369,18 +369,18 @@ def sequences(length: int) -> int:
     return max(1, SEARCH_TOKENS // length)
 
 
-def cost(model: PreTrainedModel, tokens: tuple[int, int], structure: str, refit: str) -> int:
+def cost(model: PreTrainedModel, tokens: tuple[int, int], criterion: str, structure: str, refit: str) -> int:
     """Floating-point operations of a search, if the last sublayers or layers go first.
 
     Args:
         model: the dense model; its shapes are enough.
         tokens: (sequences, length) of the calibration.
-        structure, refit: see `order`.
+        criterion, structure, refit: see `order`.
     """
     units = shape_of(model).units
     remaining, gone = steps_of(units, structure), []
     walked = (min(tokens[0], sequences(tokens[1])), tokens[1])
-    flops = walked[0] * walked[1] * flops_per_token(model, tokens[1])  # the dense model
+    flops = walked[0] * walked[1] * flops_per_token(model, tokens[1]) if criterion == "greedy_kl" else 0  # dense model
     while candidates := [step for step in remaining if may_go(step, remaining)]:
         flops += flops_of_walk(model, walked, {sublayer for step in gone for sublayer in step}, candidates)
         if gone and refit != "none":

@@ -69,7 +69,7 @@ def _cost(job: Any, estimate: Any) -> Any:
     streams = tokens * dense.config.hidden_size
     if settings.criterion in SEARCHES:
         sampled = (settings.samples, settings.length)
-        flops = depth.cost(dense, sampled, settings.structure, settings.refit)
+        flops = depth.cost(dense, sampled, settings.criterion, settings.structure, settings.refit)
         walked = min(settings.samples, depth.sequences(settings.length)) * settings.length
         candidates = len(depth.steps_of(estimate.models.shape.units, settings.structure))
         memory += candidates * walked * dense.config.hidden_size * dense.dtype.itemsize
