@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from hfprune.models.units import save_scores
-from hfprune.reporting.agreement import KEPT, between_criteria, compare, overlap
+from hfprune.reporting.agreement import (
+    KEPT,
+    between_criteria,
+    compare,
+    correlation,
+    correlation_in_words,
+    correlation_interval,
+    overlap,
+)
 from hfprune.reporting.figures import importance
 from hfprune.store.artifacts import Artifact
 from hfprune.store.filenames import SCORES
@@ -22,6 +30,23 @@ def test_overlap_counts_the_shared_kept_neurons():
     assert overlap(one, one) == 1
     assert overlap(one, one[::-1]) == pytest.approx((2 * KEPT - 1) / KEPT)
     assert overlap(np.zeros(9), np.zeros(9)) == 1  # ties are broken alike
+
+
+@pytest.mark.parametrize("normal", [0.0, 0.5, 0.85])
+def test_nineteen_of_twenty_intervals_hold_the_rank_correlation_that_pairs_were_drawn_from(normal):
+    """Of normal pairs with correlation r it is 6 / pi asin(r / 2)."""
+    random, true, count = np.random.default_rng(0), 6 / np.pi * np.arcsin(normal / 2), 24
+    pairs = random.multivariate_normal([0, 0], [[1, normal], [normal, 1]], (1500, count))
+    intervals = np.array([correlation_interval(correlation(*sample.T), count) for sample in pairs])
+    held = (intervals[:, 0] <= true) & (true <= intervals[:, 1])
+    assert held.mean() == pytest.approx(0.95, abs=0.02)
+
+
+def test_ranks_that_say_too_little_have_no_interval():
+    up = np.arange(5.0)
+    assert correlation_in_words(up[:3], up[[0, 2, 1]]) == "0.50"
+    assert correlation_in_words(up, -up) == "-1.00"
+    assert correlation_in_words(up, np.ones(5)) == ""
 
 
 def test_pairs_layers_and_the_mean_over_layers(tmp_path):

@@ -224,12 +224,22 @@ def cfsp(layer, kind, h):
     return per_weight.mean(0) * 32 / 3 * np.sqrt(len(h))
 
 
+LENGTH = 25  # tokens of a sequence
+
+
+def sequence_norms(kind, h):
+    """The norm of each unit over each sequence, its columns and tokens in one row."""
+    sequences = np.split(h, len(h) // LENGTH)
+    return sum(np.array([np.linalg.norm(rows[:, unit]) for unit in blocks(kind)]) for rows in sequences)
+
+
 FORMULAS = {
     "contribution": contribution,
     "obs": obs,
     "leverage": leverage,
     "spectral": spectral,
     "activation_norm": cfsp,
+    "sequence_norms": lambda _layer, kind, h: sequence_norms(kind, h),
     "wanda": lambda layer, kind, h: per_unit(np.linalg.norm(h, axis=0) * written(layer, kind, 1), kind),
     "flap": lambda layer, kind, h: per_unit(h.var(axis=0, ddof=1) * written(layer, kind) ** 2, kind),
     "flap_standardized": flap_standardized,
@@ -244,7 +254,7 @@ def test_static_scores_equal_their_formulas(name, kind):
     model = make_model()
     layer, part = model.model.layers[1], parts(model, kind)[1]
     h = np.random.default_rng(0).normal(0.3, 1, (200, 48 if kind == "mlp" else 32))
-    moments = Moments(200, *map(torch.tensor, (h.sum(0), (h**2).sum(0), h.T @ h)))
+    moments = Moments(200, *map(torch.tensor, (h.sum(0), (h**2).sum(0), h.T @ h, sequence_norms(kind, h))))
     found = CRITERIA[name].score(part, moments, torch.Generator())
     np.testing.assert_allclose(found.numpy(), FORMULAS[name](layer, kind, h), rtol=1e-5)
 

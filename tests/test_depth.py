@@ -81,6 +81,12 @@ def divergence(dense, model, tokens=TEXT):
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
+def loss(model, tokens=TEXT):
+    """The mean loss on next tokens, in float64."""
+    predictions = logits(model, tokens).double()[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(predictions, tokens[:, 1:].flatten()).item()
+
+
 def assert_generates_alike_with_a_cache(model):
     greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
     cached, whole = (
@@ -163,31 +169,36 @@ def test_layers_that_have_to_stay_are_refused_with_what_can_be_cut(name, message
             refuse_method(shape, structure, "greedy_kl", "none")
 
 
-SEARCHES = [("llama", "layers", "none"), ("llama", "sublayers", "sequential"), ("gemma2", "sublayers", "least_squares")]
-SEARCHES += [("phi", "sublayers", "sequential"), ("gpt2", "layers", "least_squares"), ("cohere", "sublayers", "none")]
-SEARCHES += [("mpt", "layers", "sequential"), ("bloom", "sublayers", "sequential")]
+KL, LOSS = "greedy_kl", "greedy_perplexity"
+SEARCHES = [("llama", "layers", "none", KL), ("llama", "sublayers", "sequential", KL)]
+SEARCHES += [("cohere", "sublayers", "none", KL)]
+SEARCHES += [("gemma2", "sublayers", "least_squares", KL), ("phi", "sublayers", "sequential", KL)]
+SEARCHES += [("gpt2", "layers", "least_squares", KL), ("mpt", "layers", "sequential", KL)]
+SEARCHES += [("bloom", "sublayers", "sequential", KL), ("llama", "layers", "none", LOSS)]
+SEARCHES += [("gemma2", "sublayers", "sequential", LOSS), ("llama", "attention_sublayers", "none", LOSS)]
 
 
-@pytest.mark.parametrize(("name", "structure", "method"), SEARCHES)
-def test_a_search_finds_what_measuring_every_cut_finds(name, structure, method):
+@pytest.mark.parametrize(("name", "structure", "method", "criterion"), SEARCHES)
+def test_a_search_finds_what_measuring_every_cut_finds(name, structure, method, criterion):
     """Every candidate cut for real, from a dense model refitted for what went before."""
     model = make(name)
     before = {key: values.clone() for key, values in model.state_dict().items()}
-    steps, measures, _ = depth.order(model, TEXT, "greedy_kl", structure, method)
+    steps, measures, _ = depth.order(model, TEXT, criterion, structure, method)
     assert all(torch.equal(values, before[key]) for key, values in model.state_dict().items())
     shape, remaining, gone, last = shape_of(model), steps_of(shape_of(model).units, structure), [], 0.0
-    assert len(steps) == {"layers": 2, "sublayers": 4}[structure]
+    assert len(steps) == {"layers": 2, "sublayers": 4, "attention_sublayers": 2}[structure]
     for step, measure in zip(steps, measures, strict=True):
         refitted = copy.deepcopy(model)
         if gone and method != "none":
             refit(refitted, kept_without(shape.units, gone), TEXT, method, RIDGE)
-        kl = {
-            candidate: divergence(model, without(refitted, [*gone, candidate]))
-            for candidate in remaining
-            if may_go(candidate, remaining)
-        }
-        assert step == min(kl, key=lambda candidate: (kl[candidate] - last) / size_of(shape, candidate))
-        assert measure == pytest.approx(kl[step], rel=1e-4, abs=1e-6)
+        small = {each: without(refitted, [*gone, each]) for each in remaining if may_go(each, remaining)}
+        if criterion == KL:
+            found = {candidate: divergence(model, cut_model) for candidate, cut_model in small.items()}
+            costs = {candidate: (kl - last) / size_of(shape, candidate) for candidate, kl in found.items()}
+        else:
+            found = costs = {candidate: loss(cut_model) for candidate, cut_model in small.items()}
+        assert step == min(costs, key=costs.get)
+        assert measure == pytest.approx(found[step], rel=1e-4, abs=1e-6)
         last = measure
         gone.append(step)
         remaining.remove(step)
@@ -432,10 +443,10 @@ def test_an_experiment_of_layers_runs_and_its_cost_is_that_recorded(experiment, 
     monkeypatch.setattr("hfprune.models.checkpoint.prove", lambda *_: reload)
     deep = {"criterion": "greedy_kl", "structure": "sublayers", "refit": "sequential"}
     methods = ["ShortGPT", {"mine": deep}, {"mine too": deep | {"criterion": "block_influence"}}]
-    methods.append({"both": {"criterion": "wanda", "refit": "sequential", **MIXED_CUT}})
+    methods += ["2SSP", {"both": {"criterion": "wanda", "refit": "sequential", **MIXED_CUT}}]
     asked = experiment | {"store": str(tmp_path / "store"), "methods": methods, "ratios": [0.2, 0.3]}
     plan = Plan(parse(Experiment, asked, "test"))
-    assert len(plan.scores) == 1 and len(plan.jobs["order"]) == 3, "a mixed cut reads the same order"
+    assert len(plan.scores) == 2 and len(plan.jobs["order"]) == 4, "a mixed cut reads the same order"
     costs = estimate(plan, plan.experiment)
     for job in plan.jobs["prune"].values():
         cost, manifest = costs.cost(job), make_job(plan, job)
@@ -571,7 +582,7 @@ def test_what_layers_and_neurons_cannot_give_together_is_refused(asked, message)
         units_to_keep(shape_of(make_model()), structure="mlp+layers", **asked)
 
 
-@pytest.mark.parametrize("depth", ["layers", "sublayers"])
+@pytest.mark.parametrize("depth", ["layers", "sublayers", "attention_sublayers"])
 def test_the_only_layer_stays(depth):
     shape = shape_of(make_model(num_hidden_layers=1))
     for structure, share in ((depth, None), (f"mlp+{depth}", 0.5)):

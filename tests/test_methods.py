@@ -51,7 +51,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest(capsys):
     assert main(["methods", "hfprune"]) == 2
     assert "no method is called 'hfprune'. Did you mean 'HFPrune'?" in capsys.readouterr().err
     assert main(["methods", "x"]) == 2
-    assert "Known: Adapt-Pruner, CFSP, Expert frequency, FASP, FLAP, " in capsys.readouterr().err
+    assert "Known: 2SSP, Adapt-Pruner, BlockPruner, CFSP, " in capsys.readouterr().err
 
 
 def test_names_presets_and_own_methods_stand_in_one_list(experiment):

@@ -1,11 +1,17 @@
 """Presets of published methods keep what the published procedure keeps, computed here without the package's parts."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from hfprune import api
+from hfprune.models.units import MIXED
+from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.depth import order
 from hfprune.pruning.methods import presets
+from hfprune.pruning.surgery import cut, without_and_narrower
 from tests.conftest import make_model
 
 
@@ -118,3 +124,45 @@ def test_modegpt_and_slimgpt_choose_neurons_by_what_their_papers_say():
         saliency = (weight**2).sum(0) / np.diag(inverse)
         assert obs["mlp"][number].argmin() == saliency.argmin()
         assert obs["mlp"][number].min().item() == pytest.approx(saliency.min(), rel=1e-4)
+
+
+def loss_without(model, sequences, gone):
+    """The mean loss on next tokens of the model in which the attention of these layers writes nothing, in float64."""
+    silent = copy.deepcopy(model).double()
+    for number in gone:
+        silent.model.layers[number].self_attn.o_proj.weight.zero_()
+    predictions = silent(sequences).logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(predictions, sequences[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize(("ratio", "attentions"), [(0.05, 0), (0.2, 1), (0.3, 2)])
+def test_2ssp_splits_the_budget_as_published_and_keeps_what_its_two_stages_keep(ratio, attentions):
+    model, sequences, count = make_model(num_hidden_layers=4), tokens(), 4
+    parts = {"attention": 2 * 32 * 32 + 2 * 32 * 16, "mlp": 3 * 32 * 48}
+    remove = ratio * model.num_parameters()
+    share = remove / (count * (sum(parts.values()) + 2 * 32))
+    assert round(count * share ** (parts["mlp"] / parts["attention"] / 1.5)) == attentions
+    gone = []
+    for _ in range(attentions):
+        left = [number for number in range(count) if number not in gone]
+        gone.append(min(left, key=lambda number: loss_without(model, sequences, [*gone, number])))
+    width = round(48 - (remove - attentions * parts["attention"]) / (3 * 32) / count)
+    small = prune_by_2ssp(model, sequences, ratio)
+    for number, h in enumerate(activations(model, sequences, "mlp")):
+        norms = np.linalg.norm(h.reshape(len(sequences), -1, 48), axis=1).mean(0)
+        best = sorted(np.argsort(-norms)[:width].tolist())
+        layer, before = small.model.layers[number], model.model.layers[number]
+        assert torch.equal(layer.mlp.down_proj.weight, before.mlp.down_proj.weight[:, best])
+        assert (layer.self_attn.o_proj.weight.shape[1] == 0) == (number in gone)
+
+
+def prune_by_2ssp(model, sequences, ratio):
+    """The model that the preset makes on these tokens."""
+    recipe = presets()["2SSP"].recipe
+    steps, _, _ = order(model, sequences, recipe.order_criterion, MIXED[recipe.structure])
+    shape, scores = shape_of(model), api.score(model, sequences, recipe.criterion)
+    budget = units_to_keep(shape, ratio, structure=recipe.structure, round_to=1, order=steps)
+    kept = without_and_narrower(shape, budget, scores, recipe.allocation)
+    small = copy.deepcopy(model)
+    cut(small, kept)
+    return small

@@ -229,8 +229,11 @@ def test_static_scores_rest_on_the_activations_of_the_intact_model(kind):
     model(tokens())
     hook.remove()
     norms = seen[0].flatten(0, 1).norm(dim=0) * output.weight.abs().sum(0)
-    expected = norms if kind == "mlp" else norms.view(2, 16).sum(1)
-    torch.testing.assert_close(unit_scores(model, tokens(), ["wanda"])["wanda"][kind][2], expected, rtol=1e-5, atol=0)
+    expected = {"wanda": norms if kind == "mlp" else norms.view(2, 16).sum(1)}
+    by_unit = seen[0].double().unflatten(-1, (-1, 1 if kind == "mlp" else 16))  # (sequences, length, units, columns)
+    expected["sequence_norms"] = by_unit.norm(dim=(1, 3)).sum(0).float()
+    for name, scores in unit_scores(model, tokens(), [*expected], batch=4).items():
+        torch.testing.assert_close(scores[kind][2], expected[name], rtol=1e-5, atol=0)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN on this machine")

@@ -293,7 +293,7 @@ class Plan:
                 ranking = self._order(dense, calibration, criterion, cut, seed) if is_deep else scores[criterion]
                 inputs = {"model": dense, "scores": ranking}
                 if cut.structure in MIXED:
-                    inputs["order"] = self._order(dense, calibration, BESIDE_NEURONS, cut, seed)
+                    inputs["order"] = self._order(dense, calibration, BESIDE_NEURONS[cut.structure], cut, seed)
                 if cut.reads_text:
                     inputs["text"] = calibration
                 label = f"{cut.label} by {method}, seed {seed}"

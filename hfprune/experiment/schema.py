@@ -25,7 +25,7 @@ from pydantic import (
 
 from hfprune.data.readers import decoded
 from hfprune.errors import UserError
-from hfprune.models.units import DEPTH
+from hfprune.models.units import DEPTH, DEPTH_SHARE
 from hfprune.pruning.methods import (
     DENSE,
     AllocationName,
@@ -112,9 +112,7 @@ class MethodSettings(Section):
         le=1,
         description="attention's share of what is removed (default: from one ranking of all units)",
     )
-    depth_share: float | None = Field(
-        None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
-    )
+    depth_share: float | None = Field(None, gt=0, lt=1, description=DEPTH_SHARE)
     experts_share: float | None = Field(
         None, gt=0, lt=1, description="of what mlp+experts removes, the share of whole experts (default: from scores)"
     )

@@ -163,7 +163,7 @@ class Layout:
         return self.mlp if name == "mlp" else self.attention
 
     def depth_refused(self, structure: str) -> str | None:
-        """Why whole "sublayers" or "layers" cannot be removed, and what can be instead; None if they can."""
+        """Why a structure in `units.DEPTH` cannot be removed, and what can be instead; None if it can."""
         if self.mixture:
             return "whole layers of a mixture of experts, and parts of them, have to stay. Cut experts or mlp."
         if self.attention.others:

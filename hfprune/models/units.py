@@ -32,17 +32,17 @@ if TYPE_CHECKING:  # the config imports the structures' names from here and must
 
 PARTS = ("mlp", "attention")  # scoring covers them all
 IN_TURN = ("attention", "mlp")  # as a layer computes them
-DEPTH = ("sublayers", "layers")  # structures whose parts go with all of their units
+DEPTH = ("sublayers", "attention_sublayers", "layers")  # structures whose parts go with all of their units
 WITH_EXPERTS = "mlp+experts"  # whole experts go, and neurons inside those that stay
 MIXED = {f"mlp+{name}": name for name in DEPTH}  # first some of these go, then neurons of the MLPs that stay
+TWO_STAGES = "mlp+attention_sublayers"  # of 2SSP, which says how many go
 STRUCTURES = {
     "mlp": ("mlp",),
     "attention": ("attention",),
     "mlp+attention": PARTS,
     "experts": ("experts",),
     WITH_EXPERTS: ("experts", "mlp"),  # in this order: neurons inside the experts that stay
-    "sublayers": PARTS,
-    "layers": PARTS,
+    **dict.fromkeys(DEPTH, PARTS),
     **dict.fromkeys(MIXED, ("mlp",)),  # what is scored
 }
 UNITS = {"mlp": "neurons", "attention": "key-value groups", "experts": "experts"}  # names in messages and tables
@@ -197,6 +197,12 @@ def columns_per_unit(config: Any, layout: Layout, name: str, width: int) -> int:
     return 1 if name == "mlp" else queries_of(config, layout) * head_size(config)
 
 
+DEPTH_SHARE = (
+    "of what neurons and whole layers or sublayers give together, the share of the whole ones; null goes with "
+    f"{TWO_STAGES} alone, which then splits as 2SSP does"
+)
+
+
 def check_depth_share(share: float | None, structure: str) -> None:
     """Refuse a share of whole sublayers or layers without a structure that has both, and such a structure without it.
 
@@ -205,7 +211,7 @@ def check_depth_share(share: float | None, structure: str) -> None:
     """
     if share is not None and structure not in MIXED:
         raise ValueError(f"'depth_share' goes with structure {' or '.join(MIXED)}, not {structure}")
-    if share is None and structure in MIXED:
+    if share is None and structure in MIXED and structure != TWO_STAGES:
         raise ValueError(
             f"structure {structure} needs 'depth_share': the share of the removed parameters that whole "
             f"{MIXED[structure]} give, such as 0.5"

@@ -54,7 +54,10 @@ PARAMETERS = (
     ".weight", ".bias", ".alpha_p", ".alpha_n",
     ".sinks", ".gate_up_proj", ".down_proj", "_proj_bias", ".moe_statics.e_score_correction_bias", ".A_log", ".dt_bias",
 )  # fmt: skip
-STAYS = {"layers": "a layer", "sublayers": "an attention and an MLP"}  # what these structures leave at least
+STAYS = {  # what these structures leave at least
+    "layers": "a layer", "sublayers": "an attention and an MLP", "attention_sublayers": "an attention",
+}  # fmt: skip
+BALANCE = 1.5  # of 2SSP, its alpha: the larger, the more attention goes
 STEPS = (1, 8, 32, 64, 128, 256)  # what MLP widths may be multiples of
 DEFAULT_STEPS = ((2048, 256), (256, 64), (0, 1))  # from this hidden size on: this step
 BUDGET = (  # the settings of a cut that say how much goes
@@ -299,6 +302,7 @@ def units_to_keep(
         scores: needed where two parts are cut without a share of one. Without them all removed parameters come from the
             neurons as far as possible, which is enough to see whether the budget can be met.
         depth_share: with `units.MIXED`, the share of the removed parameters that comes from whole sublayers or layers.
+            None: with `units.TWO_STAGES`, 2SSP's split.
         order: of these, the first to go first; None: the last layers go first, which is enough to see the same.
         experts_share: with `units.WITH_EXPERTS`, the share of the removed parameters that comes from whole experts.
             None: that with which the scores of all that goes have the lowest sum.
@@ -503,7 +507,7 @@ def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_para
 
 def _mixed_budget(
     shape: Shape, structure: str, ratio: float | None, target_parameters: int | None, allocation: str,
-    round_to: int | None, depth_share: float, order: Sequence[Step] | None,
+    round_to: int | None, depth_share: float | None, order: Sequence[Step] | None,
 ) -> Budget:  # fmt: skip
     """The budget where some sublayers or layers go, and neurons of the MLPs that stay make up the rest.
 
@@ -516,16 +520,17 @@ def _mixed_budget(
     sizes = removable_sizes(shape, depth)
     removable, smallest = sum(sizes), min(sizes, default=0)
     budget, remove, _ = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
-    of_depth = depth_share * remove
-    asked = f"{budget} with depth_share {depth_share}: {depth} take {of_depth:,.0f} of {remove:,.0f} parameters"
     if not sizes:
         raise UserError(f"{budget}: structure {structure!r} leaves at least {STAYS[depth]}: none can go. Cut mlp.")
+    of_depth = depth_share * remove if depth_share else attention_of_two_stages(shape, remove)
+    asked = f"{budget} with {f'depth_share {depth_share}' if depth_share else 'the split of 2SSP'}: "
+    asked += f"{depth} take {of_depth:,.0f} of {remove:,.0f} parameters"
     if of_depth > removable + smallest / 2:
         raise UserError(
             f"{asked}, of which {removable:,} can be removed where at least {STAYS[depth]} stays. The largest "
             f"depth_share that allows is {math.floor(removable / remove * 10_000) / 10_000}."
         )
-    if of_depth <= smallest / 2:
+    if depth_share and of_depth <= smallest / 2:
         larger = math.ceil(smallest / 2 / remove * 10_000) / 10_000
         remedy = f"Set a depth_share above {larger}" if smallest < remove else "Remove more, or cut mlp"
         raise UserError(
@@ -548,6 +553,18 @@ def _mixed_budget(
         )
     keep = {"mlp": sum(capacity.units) - rest / capacity.parameters}
     return Budget(remove / shape.total, keep, round_to, gone=tuple(gone))
+
+
+def attention_of_two_stages(shape: Shape, remove: float) -> int:
+    """2SSP's split: the parameters of the attention sublayers that go, of those to remove.
+
+    With s the share of the layers' parameters to remove, round(L s**((P_mlp / P_attention) / `BALANCE`)) of the L
+    attention sublayers go: few if the share is small or MLPs are large. At least one stays.
+    """
+    sizes = [size for size in shape.sublayers["attention"] if size]
+    share = min(1.0, remove / sum(shape.layers))
+    count = round(len(sizes) * share ** (sum(shape.sublayers["mlp"]) / sum(shape.sublayers["attention"]) / BALANCE))
+    return min(count, len(sizes) - 1) * max(sizes)
 
 
 def _experts_budget(

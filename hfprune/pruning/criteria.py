@@ -76,12 +76,14 @@ class Moments:
         total: (columns,) float64, sum of h.
         squares: (columns,) float64, sum of h**2. Norms of weights are taken in its type, without a copy of weights.
         products: (columns, columns) float64, sum of h h^T, for criteria that read it.
+        norms: (units,) float64, sum over sequences of the l2 norm of a unit's h, for criteria that read it.
     """
 
     count: int
     total: Tensor
     squares: Tensor
     products: Tensor | None = None
+    norms: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,14 @@ def activation_norm(part: Part, moments: Moments, _generator: Generator) -> Tens
     return part.per_unit(moments.squares).sqrt()
 
 
+def sequence_norms(_part: Part, moments: Moments, _generator: Generator) -> Tensor:
+    """The l2 norm of a unit's activations over one sequence, summed over sequences.
+
+    2SSP's first stage, which takes the mean: all units have as many sequences, so that it ranks the same.
+    """
+    return moments.norms
+
+
 def ppm_activation(part: Part, moments: Moments, _generator: Generator) -> Tensor:
     """Ranges of a unit's weights, each matrix's divided by the layer's largest, times the norm of the activation.
 
@@ -331,6 +341,9 @@ CRITERIA: dict[str, GradientCriterion | StaticCriterion | ExpertCriterion] = {
     "flap": StaticCriterion(flap, "FLAP, arXiv 2312.11983"),
     "flap_standardized": StaticCriterion(flap_standardized, "FLAP's AL-AM, arXiv 2312.11983"),
     "activation_norm": StaticCriterion(activation_norm, "CFSP's fine score, arXiv 2409.13199"),
+    "sequence_norms": StaticCriterion(
+        sequence_norms, "2SSP's first stage, arXiv 2501.17771", ("total", "squares", "norms")
+    ),
     "ppm_activation": StaticCriterion(ppm_activation, "optipfair 0.4.2, arXiv 2512.22671"),
     "contribution": StaticCriterion(contribution, "ModelOpt's iterative channel contribution", WITH_PRODUCTS),
     "obs": StaticCriterion(obs, "ZipLM, arXiv 2302.04089; OSSCAR; SlimGPT, arXiv 2412.18110", WITH_PRODUCTS),
@@ -341,6 +354,7 @@ CRITERIA: dict[str, GradientCriterion | StaticCriterion | ExpertCriterion] = {
     "reap": ExpertCriterion(reap, "REAP, arXiv 2510.13999"),
     "expert_frequency": ExpertCriterion(expert_frequency, "how often the router chooses an expert"),
 }
+BESIDE_EXPERTS = {"products", "norms"}  # moments that are not taken inside experts
 BY_NEURON = ("absolute", "square", "square_of_sum")  # products that keep a number for each unit
 
 
@@ -348,7 +362,7 @@ def ranks(name: str, part: str, mixture: bool) -> bool:
     """Whether a criterion ranks the units of a part.
 
     Inside an expert, only criteria that keep a few numbers for each neuron do; not those that need all pairs of
-    neurons, or every weight.
+    neurons, every weight, or the sequences, of which an expert reads single tokens.
 
     Args:
         name: of the criterion.
@@ -362,7 +376,7 @@ def ranks(name: str, part: str, mixture: bool) -> bool:
     if part == "experts":
         return criterion.products in (*BY_NEURON, "pairs") if is_gradient else criterion.ranks_experts
     if part == "mlp" and mixture:
-        return criterion.products in BY_NEURON if is_gradient else "products" not in criterion.moments
+        return criterion.products in BY_NEURON if is_gradient else not BESIDE_EXPERTS & {*criterion.moments}
     return True
 
 

@@ -1,9 +1,9 @@
 """The search for the sublayers or layers to remove: a greedy one by what their removal costs, measured.
 
 What one removal costs alone says little of what several cost together. So after each removal, and its refit where the
-method has one, the cost of every further removal is measured anew: the KL divergence from the dense model's
-predictions to those of the model without it. A search goes on until a single one of each kind is left. Every budget
-reads as much of the same order as it needs.
+method has one, what every further removal would leave is measured anew: the KL divergence from the dense model's
+predictions, or the loss on the text. A search goes on until a single one of each kind is left. Every budget reads as
+much of the same order as it needs.
 
 Each removal takes one walk over the layers, in which all candidates ride along. A candidate leaves the current model's
 hidden states at its own layer, so only the layers behind it are computed again. The walk reads each layer's weights
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,16 @@ from transformers import PreTrainedModel
 from hfprune.data.sampling import sample_sequences
 from hfprune.models.checkpoint import refuse_moved_layers
 from hfprune.models.families import layout_of
-from hfprune.models.head import head_of
+from hfprune.models.head import Head, head_of
 from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
 from hfprune.models.run_part import run_part
 from hfprune.models.streamed import device_of, in_memory, is_streamed, memory_of
 from hfprune.models.units import IN_TURN, PARTS, Sublayer, layers_of, part_of
 from hfprune.models.walk import enter, entrance, exit_norm, final_states, layers_in_turn
 from hfprune.pruning.budget import refuse_method, shape_of
-from hfprune.pruning.head import LOGITS_PER_CHUNK
+from hfprune.pruning.head import LOGITS_PER_CHUNK, following
 from hfprune.pruning.influence import layer_influence, part_influence
-from hfprune.pruning.order import Step, kept_without, may_go, read_order, save_order, size_of, steps_of
+from hfprune.pruning.order import SEARCHES, Step, kept_without, may_go, read_order, save_order, size_of, steps_of
 from hfprune.pruning.refit import TOKENS_PER_BATCH, flops_of_refit
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.refit_names import RIDGE
@@ -89,14 +89,14 @@ def order(
         model: the intact model, in memory or streamed. It is the same afterwards.
         tokens: (sequences, length) int64 calibration tokens.
         criterion: a name in `order.CRITERIA`.
-        structure: "sublayers" or "layers".
-        refit, ridge: what makes up for the removals while `greedy_kl` searches, see `refit.refit`.
+        structure: a name in `units.DEPTH`.
+        refit, ridge: what makes up for the removals during a search, see `refit.refit`.
         folder: for hidden states that do not fit into memory; by default the system's temporary folder.
         resume: folder in which a search keeps the order so far, to go on after a kill.
 
     Returns:
-        The steps; for each its influence, or the KL of the model after it, in nats per token; and `tokens` and `flops`
-        for the record.
+        The steps; for each its influence, or the KL or the loss of the model after it, in nats per token; and `tokens`
+        and `flops` for the record.
 
     Raises:
         UserError: layers cannot go without a change of others; or see `refit.refit`.
@@ -104,8 +104,8 @@ def order(
     refuse_method(shape_of(model), structure, criterion, refit)
     if structure == "layers":
         refuse_moved_layers(model.config)
-    if criterion == "greedy_kl":
-        search = Search(model, tokens, structure, refit, ridge, folder)
+    if criterion in SEARCHES:
+        search = Search(model, tokens, criterion, structure, refit, ridge, folder)
         steps, measures = search.run(resume)
         return steps, measures, {"tokens": search.searched.numel(), "flops": search.flops}
     steps, measures = by_influence(model, tokens, structure, folder)
@@ -135,19 +135,21 @@ class Search:
     """A greedy search.
 
     Args:
-        model, tokens, structure, refit, ridge, folder: see `order`.
+        model, tokens, criterion, structure, refit, ridge, folder: see `order`.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokens: Tensor,
+        criterion: str,
         structure: str,
         refit: str = "none",
         ridge: float = RIDGE,
         folder: Path | None = None,
     ) -> None:
         self.model, self.tokens, self.shape = model, tokens, shape_of(model)
+        self.measures_kl = criterion == "greedy_kl"
         self.refit, self.ridge = refit, ridge
         self.remaining = steps_of(self.shape.units, structure)
         self.searched = tokens[: sequences(tokens.shape[1])]
@@ -160,9 +162,11 @@ class Search:
 
     @torch.no_grad()
     def run(self, resume: Path | None = None) -> tuple[list[Step], list[float]]:
-        """The order and the KL after each step."""
+        """The order and the KL, or the loss, after each step."""
         chosen, costs = self._before(resume)
-        dense = torch.cat([states[0].cpu() for states in final_states(self.model, self.searched, 8, "dense model")])
+        dense = None
+        if self.measures_kl:
+            dense = torch.cat([states[0].cpu() for states in final_states(self.model, self.searched, 8, "dense model")])
         last = costs[-1] if costs else 0.0
         started, done = time.monotonic(), 0
         with ExitStack() as stack:
@@ -171,7 +175,10 @@ class Search:
                 removals = len(chosen) + len(self._removals())
                 what = f"removal {len(chosen) + 1} of {removals}"
                 measured = self._measure(chosen, candidates, dense, what)
-                best = min(candidates, key=lambda step: (measured[step] - last) / size_of(self.shape, step))
+                if self.measures_kl:
+                    best = min(candidates, key=lambda step: (measured[step] - last) / size_of(self.shape, step))
+                else:
+                    best = min(candidates, key=measured.__getitem__)
                 last = measured[best]
                 chosen.append(best)
                 costs.append(last)
@@ -179,8 +186,8 @@ class Search:
                 done += len(candidates) ** 2
                 seconds = (time.monotonic() - started) / done * sum(count**2 for count in self._removals())
                 print(
-                    f"{' and '.join(name for name, _ in best)} of layer {best[0][1]} goes: KL {last:.4g}; about "
-                    f"{seconds / 60:.0f} min left",
+                    f"{' and '.join(name for name, _ in best)} of layer {best[0][1]} goes: "
+                    f"{'KL' if self.measures_kl else 'loss'} {last:.4g}; about {seconds / 60:.0f} min left",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -211,13 +218,15 @@ class Search:
             remaining.remove(candidates[-1])
         return counts
 
-    def _measure(self, gone: Sequence[Step], candidates: Sequence[Step], dense: Tensor, what: str) -> dict[Step, float]:
-        """The KL of the model without the steps `gone` and each candidate, in nats per token.
+    def _measure(
+        self, gone: Sequence[Step], candidates: Sequence[Step], dense: Tensor | None, what: str
+    ) -> dict[Step, float]:
+        """The KL, or the loss, of the model without the steps `gone` and each candidate, in nats per token.
 
         Args:
             gone: steps that went before; a refit makes up for them.
             candidates: in the order of the model.
-            dense: (tokens, hidden) final hidden states of the dense model.
+            dense: (tokens, hidden) final hidden states of the dense model, for the KL.
             what: name of the work, for its progress.
         """
         walk = Walk(self.model, self.searched, gone, candidates)
@@ -236,7 +245,7 @@ class Search:
         else:
             for number in layers_in_turn(self.model, what):
                 finish(number)
-        return walk.divergences(dense)
+        return walk.losses() if dense is None else walk.divergences(dense)
 
 
 class Walk:
@@ -296,18 +305,44 @@ class Walk:
         Args:
             dense: (tokens, hidden) final hidden states of the dense model.
         """
+
+        def divergence(chunk: slice, head: Head) -> Callable[[Tensor], Tensor]:
+            log_p = head.logits(dense[chunk].to(head.weight.device)).log_softmax(-1)
+            p = log_p.exp()
+            return lambda log_q: (p * (log_p - log_q)).sum()
+
+        return self._totals(divergence, len(dense))
+
+    def losses(self) -> dict[Step, float]:
+        """The mean -log p(next token) over the tokens that have a next one, by candidate: the log of the perplexity."""
+        labels = following(self.tokens)
+        known = labels >= 0
+
+        def loss(chunk: slice, head: Head) -> Callable[[Tensor], Tensor]:
+            rows, place = known[chunk].nonzero()[:, 0], head.weight.device
+            columns = labels[chunk][rows].to(place)
+            return lambda log_q: -log_q[rows.to(place), columns].sum()
+
+        return self._totals(loss, int(known.sum()))
+
+    def _totals(self, measure: Callable[[slice, Head], Callable[[Tensor], Tensor]], count: int) -> dict[Step, float]:
+        """A measure of the candidates' predictions, by candidate: its sum over tokens, divided by `count`.
+
+        Args:
+            measure: of some of the tokens, a function of log q, (tokens, vocabulary), the candidate's predictions.
+            count: number of tokens that have the measure.
+        """
         norm, totals = exit_norm(self.model), torch.zeros(len(self.candidates), dtype=torch.float64)
         with in_memory(norm), head_of(self.model) as head:
             place = head.weight.device
             size = max(1, LOGITS_PER_CHUNK[place.type] // head.vocabulary)
-            for first in range(0, len(dense), size):
+            for first in range(0, self.tokens.numel(), size):
                 chunk = slice(first, first + size)
-                log_p = head.logits(dense[chunk].to(place)).log_softmax(-1)
-                p = log_p.exp()
+                of_chunk = measure(chunk, head)
                 for number, states in enumerate(self.riders.flatten(1, 2)):
                     hidden = norm(states[chunk].to(self.device)).to(place)
-                    totals[number] += (p * (log_p - head.logits(hidden).log_softmax(-1))).sum().double().cpu()
-        return dict(zip(self.candidates, (totals / len(dense)).tolist(), strict=True))
+                    totals[number] += of_chunk(head.logits(hidden).log_softmax(-1)).double().cpu()
+        return dict(zip(self.candidates, (totals / count).tolist(), strict=True))
 
 
 def flops_of_walk(
@@ -334,18 +369,18 @@ def sequences(length: int) -> int:
     return max(1, SEARCH_TOKENS // length)
 
 
-def cost(model: PreTrainedModel, tokens: tuple[int, int], structure: str, refit: str) -> int:
+def cost(model: PreTrainedModel, tokens: tuple[int, int], criterion: str, structure: str, refit: str) -> int:
     """Floating-point operations of a search, if the last sublayers or layers go first.
 
     Args:
         model: the dense model; its shapes are enough.
         tokens: (sequences, length) of the calibration.
-        structure, refit: see `order`.
+        criterion, structure, refit: see `order`.
     """
     units = shape_of(model).units
     remaining, gone = steps_of(units, structure), []
     walked = (min(tokens[0], sequences(tokens[1])), tokens[1])
-    flops = walked[0] * walked[1] * flops_per_token(model, tokens[1])  # the dense model
+    flops = walked[0] * walked[1] * flops_per_token(model, tokens[1]) if criterion == "greedy_kl" else 0  # dense model
     while candidates := [step for step in remaining if may_go(step, remaining)]:
         flops += flops_of_walk(model, walked, {sublayer for step in gone for sublayer in step}, candidates)
         if gone and refit != "none":

@@ -27,12 +27,15 @@ def positions_of(tokens: Tensor, first: int, seed: int, draw: int, device: torch
 
     The random numbers of a sequence depend on its number, not on its batch.
     """
-    ends = torch.full((len(tokens), 1), -1)
-    following = torch.cat([tokens[:, 1:], ends], dim=1).flatten()
     uniforms = [
         torch.rand(tokens.shape[1], generator=generator(seed, draw, first + number)) for number in range(len(tokens))
     ]
-    return Positions(_sent(following, device), _sent(torch.cat(uniforms), device))
+    return Positions(_sent(following(tokens), device), _sent(torch.cat(uniforms), device))
+
+
+def following(tokens: Tensor) -> Tensor:
+    """(batch * length,) the next token of each of (batch, length) `tokens`; -1 at the end of a sequence."""
+    return torch.cat([tokens[:, 1:], torch.full((len(tokens), 1), -1)], dim=1).flatten()
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:

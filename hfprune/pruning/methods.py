@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from hfprune.errors import UserError
 from hfprune.models.units import (
     DEPTH,
+    DEPTH_SHARE,
     MIXED,
     STRUCTURES,
     WITH_EXPERTS,
@@ -48,9 +49,7 @@ class MethodRecipe(BaseModel):
     attention_share: float | None = Field(
         None, ge=0, le=1, description="of what mlp+attention removes; null: what one ranking of all units gives"
     )
-    depth_share: float | None = Field(
-        None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
-    )
+    depth_share: float | None = Field(None, gt=0, lt=1, description=DEPTH_SHARE)
     experts_share: float | None = Field(
         None, gt=0, lt=1, description="of what mlp+experts removes, the share of whole ones; null: what scores give"
     )
@@ -92,7 +91,7 @@ class MethodRecipe(BaseModel):
     @property
     def order_criterion(self) -> str:
         """What orders whole sublayers and layers: next to neurons it is always measured."""
-        return order.BESIDE_NEURONS if self.structure in MIXED else self.criterion
+        return order.BESIDE_NEURONS.get(self.structure, self.criterion)
 
     @property
     def needs(self) -> list[str]:
@@ -122,13 +121,13 @@ class MethodRecipe(BaseModel):
     @property
     def _needs_of_order(self) -> list[str]:
         needs = ["order: 1 forward pass over the calibration text"]
-        if self.order_criterion == "greedy_kl":
+        if self.order_criterion in order.SEARCHES:
             needs = [
                 "order: for each removal, a forward pass over some of the text for every candidate, from its layer on"
             ]
         if self.refit != "none":
             times = "2 forward passes" if self.refit == "sequential" else "1 forward pass"
-            each = "; in the search, after each removal" if self.criterion == "greedy_kl" else ""
+            each = "; in the search, after each removal" if self.criterion in order.SEARCHES else ""
             needs.append(f"refit: {times} over the same text, a layer at a time{each}")
         return [*needs, f"checkpoint: {'stock class' if self.structure == 'layers' else 'widths per layer'}"]
 

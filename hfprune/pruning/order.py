@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfprune.models.units import IN_TURN, PARTS, Kept, Sublayer
+from hfprune.models.units import IN_TURN, MIXED, PARTS, TWO_STAGES, Kept, Sublayer
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from hfprune.pruning.budget import Shape
@@ -19,10 +19,13 @@ if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
 Step = tuple[Sublayer, ...]
 CRITERIA = {  # what orders steps, and where it comes from
     "block_influence": "1 - cosine of what enters and what leaves: ShortGPT, arXiv 2403.03853",
-    "greedy_kl": "KL to the dense model, measured anew after each step: after SLEB, arXiv 2402.09025, and FinerCut, "
-    "arXiv 2405.18218",
+    "greedy_kl": "KL to the dense model for each parameter freed, measured anew after each step: after FinerCut, arXiv "
+    "2405.18218",
+    "greedy_perplexity": "perplexity of the text, measured anew after each step: SLEB, arXiv 2402.09025; BlockPruner, "
+    "arXiv 2406.10594",
 }
-BESIDE_NEURONS = "greedy_kl"  # what orders those that go first where neurons make up the rest
+SEARCHES = ("greedy_kl", "greedy_perplexity")  # those that measure
+BESIDE_NEURONS = dict.fromkeys(MIXED, "greedy_kl") | {TWO_STAGES: "greedy_perplexity"}  # orders what goes whole
 
 
 def steps_of(units: dict[str, list[int]], structure: str) -> list[Step]:
@@ -30,9 +33,10 @@ def steps_of(units: dict[str, list[int]], structure: str) -> list[Step]:
 
     Args:
         units: by part, those of each layer. A sublayer without units is gone already.
-        structure: "sublayers" or "layers".
+        structure: a name in `units.DEPTH`.
     """
-    layers = [[(name, number) for name in IN_TURN if units[name][number]] for number in range(len(units["mlp"]))]
+    names = ("attention",) if structure == "attention_sublayers" else IN_TURN
+    layers = [[(name, number) for name in names if units[name][number]] for number in range(len(units["mlp"]))]
     if structure == "layers":
         return [tuple(layer) for layer in layers if layer]
     return [(sublayer,) for layer in layers for sublayer in layer]

@@ -85,8 +85,8 @@ def bytes_of_sums(model: PreTrainedModel, criteria: Sequence[str]) -> int:
             names = {name for criterion in criteria for name in names_of_sums(criterion, kind, True)}
             numbers += len(names) * part.rows * part.units
             continue
-        columns = part.width
-        numbers += sum(columns**2 if name == "products" else columns for name in moments_of(criteria))
+        lengths = {"products": part.width**2, "norms": part.units}
+        numbers += sum(lengths.get(name, part.width) for name in moments_of(criteria))
         for name in criteria:
             if reads_weights(name):
                 numbers += sum(sizes(part, name))
@@ -306,6 +306,9 @@ class UnitRecorder:
         if "products" in self.moments:
             flat = values.flatten(0, 1).float()
             self.sums.add(f"products.{location}", flat.T @ flat)
+        if "norms" in self.moments:
+            squares = vector_norm(values, dim=1, dtype=torch.float32).square()  # (sequences, columns)
+            self.sums.add(f"norms.{location}", part.per_unit(squares).sqrt().double().sum(0))
 
         kept = None if self.recompute else values
 

@@ -1,13 +1,15 @@
 """How far criteria, and calibration seeds, agree on which neurons matter."""
 
+import math
 from collections.abc import Container
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import norm, rankdata, spearmanr
 
 from hfprune.models.units import UNITS, read_scores
+from hfprune.reporting.statistics import LEVEL
 from hfprune.store.artifacts import Artifact
 from hfprune.store.filenames import SCORES
 
@@ -62,6 +64,27 @@ def layers(artifact: Artifact, parts: Container[str] = UNITS) -> dict[int, np.nd
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's rank correlation of the scores of one layer; NaN if all are equal by one of them."""
     return float("nan") if np.ptp(one) == 0 or np.ptp(other) == 0 else float(spearmanr(one, other).statistic)
+
+
+def correlation_interval(value: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of Spearman's rank correlation of `count` independent pairs, by Fisher's z; NaN if it has none.
+
+    atanh of it has a variance near (1 + value**2 / 2) / (count - 3): Bonett and Wright, Psychometrika 65, 2000. Three
+    pairs, or ranks that are all the same or all reversed, leave it open.
+    """
+    if count <= 3 or not abs(value) < 1 - 1e-9:
+        return float("nan"), float("nan")
+    half = norm.ppf(0.5 + LEVEL / 2) * math.sqrt((1 + value**2 / 2) / (count - 3))
+    return math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half)
+
+
+def correlation_in_words(one: np.ndarray, other: np.ndarray) -> str:
+    """Spearman's rank correlation with its interval, where it has one; empty if there is no correlation."""
+    value = correlation(one, other)
+    if not np.isfinite(value):
+        return ""
+    low, high = correlation_interval(value, len(one))
+    return f"{value:.2f}" + (f" ({low:.2f} to {high:.2f})" if np.isfinite(low) else "")
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:

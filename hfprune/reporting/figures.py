@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE, shares_of
 from hfprune.reporting import findings
-from hfprune.reporting.agreement import KEPT, between_criteria, correlation, layers
+from hfprune.reporting.agreement import KEPT, between_criteria, correlation, correlation_in_words, layers
 from hfprune.reporting.deployment import by_file
 from hfprune.reporting.labels import name_of, spread
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
@@ -494,15 +494,15 @@ def before_and_after(metrics: pd.DataFrame) -> pd.DataFrame:
 def after_against_before(metrics: pd.DataFrame) -> Figure:
     """Does KL before training predict KL after it? A point for each cut model, a look for each training.
 
-    The legend has Spearman's rank correlation between the cuts of each training. On the diagonal training changed
-    nothing.
+    The legend has Spearman's rank correlation between the cuts of each training, with its 95 % interval. On the
+    diagonal training changed nothing.
     """
     pairs = before_and_after(metrics)
     figure, axis = plt.subplots(figsize=(COLUMN, COLUMN), layout="constrained")
     for number, (recovery, cuts) in enumerate(pairs.groupby("recovery", sort=False)):
         label = recovery
         if len(cuts) >= FEWEST_RANKED:
-            label += f": rank correlation {correlation(cuts['before'], cuts['after']):.2f}, {len(cuts)} models"
+            label += f": rank correlation {correlation_in_words(cuts['before'], cuts['after'])}, {len(cuts)} models"
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axis.plot("before", "after", data=cuts, ls="", markersize=5, label=label, **look)
     axis.set_xscale("log")

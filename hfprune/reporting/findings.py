@@ -8,7 +8,7 @@ import pandas as pd
 
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE
-from hfprune.reporting.agreement import KEPT, between_criteria, correlation
+from hfprune.reporting.agreement import KEPT, between_criteria, correlation_in_words
 from hfprune.reporting.deployment import by_file, instead
 from hfprune.reporting.labels import name_of
 from hfprune.reporting.statistics import MODEL, varying
@@ -265,10 +265,10 @@ def before_after(pairs: pd.DataFrame) -> str:
     told = []
     for recovery, cuts in pairs.groupby("recovery", sort=False):
         nearer = int((cuts["after"] < cuts["before"]).sum())
-        rank = correlation(cuts["before"], cuts["after"]) if len(cuts) > 2 else np.nan
+        rank = correlation_in_words(cuts["before"], cuts["after"]) if len(cuts) > 2 else ""
         told.append(f"{recovery} brings {nearer} of {len(cuts)} models nearer to the dense one")
-        if np.isfinite(rank):
-            told[-1] += f", and their ranks correlate by {rank:.2f}"
+        if rank:
+            told[-1] += f", and their ranks correlate by {rank}"
     return f"{'; '.join(told)}."
 
 

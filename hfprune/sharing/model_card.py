@@ -258,7 +258,7 @@ def _loading(history: CheckpointHistory, address: str) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{address}", dtype="auto"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{address}")\n```\n\n'
     )
-    if trust and any(step.get("structure") == "sublayers" for step in history.steps):
+    if trust and any(step.get("structure", "").endswith("sublayers") for step in history.steps):
         text += (
             "Some of its layers lack their attention or their MLP, which no stock class builds; "
             "`modeling_per_layer.py`, in this folder, does.\n\n"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from hfprune.models.units import DEPTH
-from hfprune.pruning.order import CRITERIA
+from hfprune.pruning.order import CRITERIA, SEARCHES
 from hfprune.pruning.refit_names import IN_DEPTH, RIDGE
 from hfprune.stages.declaration import (
     CHECKPOINTS,
@@ -30,7 +30,7 @@ class OrderParameters(Sampling, Parameters):
     criterion: Literal[tuple(CRITERIA)] = Field("greedy_kl", description="what orders the sublayers or layers")
     structure: Literal[DEPTH] = Field("layers", description="what goes: attention or MLP of a layer, or whole layers")
     refit: Literal["none", *IN_DEPTH] = Field(
-        "none", description="what makes up for each removal before the next is measured; for greedy_kl"
+        "none", description="what makes up for each removal before the next is measured; for a search"
     )
     ridge: float = Field(
         RIDGE, ge=0, allow_inf_nan=False, description="how strongly a refit stays near the old weights"
@@ -41,7 +41,7 @@ class OrderParameters(Sampling, Parameters):
 
     def read(self) -> dict[str, Any]:
         """The parameters that affect the order: a refit only where it is measured, `ridge` only if it solves."""
-        unread = {"refit", "ridge"} if self.criterion != "greedy_kl" else {"ridge"} if self.refit == "none" else set()
+        unread = {"refit", "ridge"} if self.criterion not in SEARCHES else {"ridge"} if self.refit == "none" else set()
         return self.model_dump(exclude=NOT_IN_RESULT | unread)
 
     def options(self) -> dict[str, Any]:
@@ -67,9 +67,9 @@ def _cost(job: Any, estimate: Any) -> Any:
     tokens, streamed = settings.samples * settings.length, estimate.is_streamed(job, dense)
     memory = estimate.device.process + (streamed_bytes(dense) if streamed else weight_bytes(dense))
     streams = tokens * dense.config.hidden_size
-    if settings.criterion == "greedy_kl":
+    if settings.criterion in SEARCHES:
         sampled = (settings.samples, settings.length)
-        flops = depth.cost(dense, sampled, settings.structure, settings.refit)
+        flops = depth.cost(dense, sampled, settings.criterion, settings.structure, settings.refit)
         walked = min(settings.samples, depth.sequences(settings.length)) * settings.length
         candidates = len(depth.steps_of(estimate.models.shape.units, settings.structure))
         memory += candidates * walked * dense.config.hidden_size * dense.dtype.itemsize
@@ -77,7 +77,7 @@ def _cost(job: Any, estimate: Any) -> Any:
     else:
         flops = tokens * flops_per_token(dense, settings.length)
     scratch = 0
-    if settings.refit != "none" and settings.criterion == "greedy_kl":
+    if settings.refit != "none" and settings.criterion in SEARCHES:
         solving, streams = refit_cost(dense, settings.refit, tokens, carries=True)
         memory += solving + (0 if streamed else weight_bytes(dense) // 2)
     if streamed:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.models.units import DEPTH, MIXED, STRUCTURES, check_depth_share, check_experts_share
+from hfprune.models.units import DEPTH, DEPTH_SHARE, MIXED, STRUCTURES, check_depth_share, check_experts_share
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS
 from hfprune.pruning.refit_names import IN_DEPTH, REFITS, RIDGE, SOLVED
@@ -78,9 +78,7 @@ class Cut(Section):
         le=1,
         description="attention's share of what mlp+attention removes (default: one ranking of all units decides)",
     )
-    depth_share: float | None = Field(
-        None, gt=0, lt=1, description="of what mlp+layers or mlp+sublayers removes, the share of whole ones"
-    )
+    depth_share: float | None = Field(None, gt=0, lt=1, description=DEPTH_SHARE)
     experts_share: float | None = Field(
         None,
         gt=0,
@@ -109,7 +107,7 @@ def fits_structures(cut: Cut, structures: Sequence[str], key: str) -> None:
     """Refuse settings that do not fit the structures to cut."""
     if cut.ratio_of == "mlp" and set(structures) != {"mlp"}:
         raise ValueError(f"'ratio_of: mlp' goes with {key} mlp alone, not {', '.join(structures)}")
-    if cut.pad and {"sublayers", "mlp+sublayers"} & set(structures):
+    if cut.pad and any(structure.endswith("sublayers") for structure in structures):
         raise ValueError(f"'pad' does not go with {key} sublayers: what is gone cannot be padded")
     if cut.attention_share is not None and "mlp+attention" not in structures:
         raise ValueError(f"'attention_share' goes with {key} mlp+attention, not {', '.join(structures)}")
@@ -282,7 +280,9 @@ PRUNE = Stage(
             "order`",
         ),
         "order": Input(
-            ("order",), description="for mlp+layers and mlp+sublayers: what goes first of them", optional=True
+            ("order",),
+            description="for mlp+layers and mlp+sublayers of both kinds: what goes first of them",
+            optional=True,
         ),
         "text": Input(
             ("text",), description="for a refit and some allocations: the text that the scores come from", optional=True
