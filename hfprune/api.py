@@ -45,6 +45,8 @@ from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.refit_names import RIDGE
 from hfprune.pruning.saving import SAVINGS, fault, saving_of
 from hfprune.pruning.scoring import unit_scores
+from hfprune.pruning.searched import SEARCHED
+from hfprune.pruning.width_search import search
 
 SAMPLES, LENGTH = 32, 256  # an experiment's defaults
 
@@ -106,6 +108,15 @@ def prune(
     elif recipe.structure in MIXED:
         scores = score(small, tokens, recipe.criterion, seed, draws)
         kept = _without_and_narrower(small, tokens, scores, recipe, ratio, target_parameters, round_to)
+    elif recipe.allocation == SEARCHED:
+        _check_budget(ratio, target_parameters)
+        scores = score(small, tokens, recipe.criterion, seed, draws)
+        found, _ = search(
+            small, scores, tokens, recipe.structure, recipe.ridge, recipe.rounds, ratio=ratio, ratio_of=ratio_of,
+            target_parameters=target_parameters, round_to=round_to, attention_share=recipe.attention_share,
+            context=context, latencies=latencies,
+        )  # fmt: skip
+        kept = surgery.of_widths(scores, found[-1][0])
     else:
         scores = score(small, tokens, recipe.criterion, seed, draws)
         kept = allocate(
@@ -274,6 +285,8 @@ def allocate(
     if structure in (*DEPTH, *MIXED):
         depth = MIXED.get(structure, structure)
         raise UserError(f"structure {structure!r}: no scores choose {depth}. Use `hfprune.prune`, which searches.")
+    if allocation == SEARCHED:
+        raise UserError(f"allocation {SEARCHED!r}: no scores give its widths. Use `hfprune.prune`, which searches.")
     recipe = _recipe(
         {"criterion": "entropy", "structure": structure, "allocation": allocation}
         | ({} if attention_share is None else {"attention_share": attention_share})

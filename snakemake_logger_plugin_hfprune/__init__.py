@@ -16,11 +16,11 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 TARGETS = ("all", "paper")  # rules that only name what to make
-# Seconds of a job in the default experiment on two cores. A rule counts in this proportion until one of its jobs has
-# finished. Other rules draw or write.
+# Seconds of a job on the model of the default experiment, on two cores. A rule counts in this proportion until one of
+# its jobs has finished. Other rules draw or write.
 SECONDS = {
-    "score": 60, "first_score": 60, "shard": 60, "first_shard": 60, "prune": 30, "recover": 200, "reference": 30,
-    "measure": 30, "evaluate": 50, "evaluate_task": 50, "efficiency": 300, "scoring_cost": 300,
+    "score": 60, "first_score": 60, "shard": 60, "first_shard": 60, "search": 600, "prune": 30, "recover": 200,
+    "reference": 30, "measure": 30, "evaluate": 50, "evaluate_task": 50, "efficiency": 300, "scoring_cost": 300,
 }  # fmt: skip
 OTHER_SECONDS = 8
 PAGES = ("index.html", "report.html")

@@ -17,7 +17,7 @@ PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune", "results/publis
 LOG = "Commands and details: "  # on the screen, before the path of Snakemake's log
 # What is drawn of the tiny experiment.
 DRAWN = ("accuracy", "headline", "kl", "fidelity_profile", "importance", "widths")
-MODEL_STAGES = ("download", "score", "shard", "order", "prune", "recover", "reference", "measure", "evaluate")
+MODEL_STAGES = ("download", "score", "shard", "order", "search", "prune", "recover", "reference", "measure", "evaluate")
 
 
 class Run(subprocess.Popen):

@@ -9,8 +9,8 @@ import pytest
 from hfprune.cli import main
 
 STAGES = (
-    "score", "shard", "order", "prune", "gguf", "reference", "measure", "evaluate", "collect", "tables", "figures",
-    "compare", "config", "overlap", "page", "index", "artifacts", "provenance",
+    "score", "shard", "order", "search", "prune", "gguf", "reference", "measure", "evaluate", "collect", "tables",
+    "figures", "compare", "config", "overlap", "page", "index", "artifacts", "provenance",
 )  # fmt: skip
 OTHERS = ("efficiency", "latency", "scoring-cost", "plan", "export", "push")
 BELOW = {"download": ("model", "text", "task"), "store": ("list", "verify", "prune")}

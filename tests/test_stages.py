@@ -150,9 +150,12 @@ TASKS = {"evaluate", "evaluate-task"}
         ("stages/order", {"order"}),
         ("stages/prune", {"prune"}),
         ("stages/recover", {"recover"}),
-        ("pruning/refit", {"prune", "order"}),
+        ("stages/search", {"search"}),
+        ("stages/budget", {"search", "prune"}),
+        ("pruning/width_search", {"search"}),
+        ("pruning/refit", {"prune", "order", "search"}),
         ("evaluation/fidelity", FIDELITY),
-        ("data/sampling", {*SCORING, *FIDELITY, *TASKS, "order", "prune", "recover"}),
+        ("data/sampling", {*SCORING, *FIDELITY, *TASKS, "order", "search", "prune", "recover"}),
         ("stages/declaration", set(STAGES)),
     ],
 )
@@ -168,12 +171,12 @@ def test_what_makes_an_artifact_is_in_its_key_and_what_explains_it_is_not(before
     text = file.read_text()
     assert (
         text.count("from `hfprune score`")
-        == text.count("share to remove")
+        == text.count("part of each layer to cut")
         == text.count("calibration = scores.para")
         == 1
     )
     file.write_text(
-        text.replace("from `hfprune score`", "by `hfprune score`").replace("share to remove", "part to remove")
+        text.replace("from `hfprune score`", "by `hfprune score`").replace("part of each layer", "some of each layer")
     )
     assert digests() == before
     file.write_text(text.replace("calibration = scores.para", "calibration = dict() or scores.para"))

@@ -9,8 +9,8 @@ from hfprune.cli.results import WithMethods
 from hfprune.errors import UserError
 from hfprune.experiment.schema import parse
 from hfprune.pruning.criteria import CRITERIA
+from hfprune.stages.budget import ROUND_TO, RoundTo
 from hfprune.stages.declaration import CHECKPOINTS, DType, Products, Sampling, Seed
-from hfprune.stages.prune import ROUND_TO, RoundTo
 from hfprune.stages.run import open_artifact
 from hfprune.stages.score import DRAWS, ScoreParameters
 from hfprune.store.artifacts import Store

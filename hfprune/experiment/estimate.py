@@ -43,7 +43,9 @@ from hfprune.pruning.head import LOGITS_PER_CHUNK
 from hfprune.pruning.order import best_steps, kept_without, steps_of
 from hfprune.pruning.recorder import bytes_of_sums
 from hfprune.pruning.saving import SAVINGS, saving_of
+from hfprune.pruning.searched import held_out
 from hfprune.pruning.surgery import best_units, cut, units_within, without_and_narrower
+from hfprune.pruning.width_search import most_operations
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
 from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
@@ -423,6 +425,18 @@ class Estimate:
             )
         return lines
 
+    def searches(self) -> list[str]:
+        """A line for each search of widths that is not in the store: what it takes at most, in forward passes."""
+        lines = []
+        for job in self.plan.jobs["search"].values():
+            drawn, settings = job.inputs["scores"].settings, job.settings
+            shape = (drawn.samples, drawn.length)
+            if not self.plan.has(job):
+                most = most_operations(self.models.dense, shape, settings.structure, settings.rounds)
+                passes, part = most["forward_passes"], f"{held_out(*shape)} of {drawn.samples} calibration sequences"
+                lines.append(f"search {job.label}: at most {passes:,.0f} forward passes over {part}")
+        return lines
+
     def stages(self) -> list[dict[str, Any]]:
         """A row for each stage: its name, its jobs, how many are in the store, and the cost of the others.
 
@@ -604,6 +618,7 @@ def report(experiment: Experiment, gpu: str, utilisation: float, shape: Path | N
         lines.append(f"more than the {device.memory / GIB:.3g} GiB of {device.name}: {', '.join(large)}")
     if scratch := max(row["scratch_bytes"] for row in rows[:-1]):
         lines.append(f"weights are read layer by layer: up to {scratch / GIB:.3g} GiB more disk while a job runs")
+    lines += costs.searches()
     lines += costs.trainings_without_room()
     if costs.assumptions:
         lines += ["assumed:", *(f"  {assumption}" for assumption in sorted(costs.assumptions))]

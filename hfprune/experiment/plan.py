@@ -15,6 +15,7 @@ from hfprune.pruning.budget import BUDGET, check
 from hfprune.pruning.criteria import passes
 from hfprune.pruning.methods import named
 from hfprune.pruning.order import BESIDE_NEURONS
+from hfprune.pruning.searched import SEARCHED
 from hfprune.reporting.paper_tables import Setting
 from hfprune.runtime.paths import expanded
 from hfprune.sharing import quantizer
@@ -23,6 +24,7 @@ from hfprune.stages.prune import PruneParameters
 from hfprune.stages.registry import STAGES
 from hfprune.stages.run import recipe
 from hfprune.stages.score import ScoreParameters
+from hfprune.stages.search import SearchParameters
 from hfprune.stages.sources import Source
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import MANIFEST
@@ -33,7 +35,7 @@ DESCRIBING = {
     "evaluate": ("model",),
     "gguf": ("model",),
     "measure": ("model", "reference"),
-    "prune": ("model", "scores", "order"),
+    "prune": ("model", "scores", "order", "widths"),
     "recover": ("model", "text"),
     "reference": ("text",),
     "score": ("light_cut",),
@@ -294,6 +296,10 @@ class Plan:
                 inputs = {"model": dense, "scores": ranking}
                 if cut.structure in MIXED:
                     inputs["order"] = self._order(dense, calibration, BESIDE_NEURONS[cut.structure], cut, seed)
+                if cut.allocation == SEARCHED:
+                    inputs["widths"] = self._search(
+                        dense, scores[criterion], calibration, cut, f"{method}, seed {seed}"
+                    )
                 if cut.reads_text:
                     inputs["text"] = calibration
                 label = f"{cut.label} by {method}, seed {seed}"
@@ -379,6 +385,12 @@ class Plan:
         parameters |= {"criterion": criterion, "structure": structure, "refit": cut.refit, "ridge": cut.ridge}
         label = f"{structure} by {criterion}, seed {seed}"
         return self.add("order", parameters, {"model": model, "text": text}, label)
+
+    def _search(self, model: Job, scores: Job, text: Job, cut: PruneParameters, label: str) -> Job:
+        """The job that searches the widths of a cut."""
+        parameters = {name: getattr(cut, name) for name in SearchParameters.model_fields}
+        inputs = {"model": model, "scores": scores, "text": text}
+        return self.add("search", parameters, inputs, f"{cut.label} by {label}")
 
     def _pass(
         self, stage: str, asked: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Job], label: str

@@ -38,21 +38,22 @@ from hfprune.pruning.methods import (
 )
 from hfprune.pruning.refit_names import RIDGE
 from hfprune.pruning.saving import SAVINGS
+from hfprune.pruning.searched import ROUNDS, SEARCHED, too_few
 from hfprune.sharing.quantizer import FileType
-from hfprune.stages.declaration import DType, Memory, Name, Products, Sampling, Section, Seed, UserPath
-from hfprune.stages.evaluate import BATCHING, Batching, check_batching
-from hfprune.stages.prune import (
+from hfprune.stages.budget import (
     CONTEXT,
     LATENCIES,
     ROUND_TO,
     Context,
     Count,
     LatencyFile,
-    PruneParameters,
     Ratio,
     RatioOf,
     RoundTo,
 )
+from hfprune.stages.declaration import DType, Memory, Name, Products, Sampling, Section, Seed, UserPath
+from hfprune.stages.evaluate import BATCHING, Batching, check_batching
+from hfprune.stages.prune import PruneParameters
 from hfprune.stages.recover import Training
 from hfprune.stages.score import DRAWS
 from hfprune.stages.sources import Source
@@ -121,6 +122,9 @@ class MethodSettings(Section):
         ge=0,
         allow_inf_nan=False,
         description=f"how strongly a refit is held to the old weights (default: {RIDGE})",
+    )
+    rounds: int | None = Field(
+        None, ge=1, description=f"with allocation searched, how often all widths are measured (default: {ROUNDS})"
     )
     ratios: list[Ratio] | None = Field(None, min_length=1, description="replaces the experiment's `ratios`")
     target_parameters: list[Count] | None = Field(
@@ -449,6 +453,20 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _batching(self) -> Experiment:
         check_batching(self.evaluation.batching, self.model.memory)
+        return self
+
+    @model_validator(mode="after")
+    def _searches(self) -> Experiment:
+        searched = next((cut.method for cut in self.cuts() if cut.cut.allocation == SEARCHED), None)
+        if searched is None:
+            return self
+        if reason := too_few(self.calibration.samples):
+            raise ValueError(f"calibration.samples = {self.calibration.samples} with method {searched!r}: {reason}")
+        if self.model.memory == "streamed":
+            raise ValueError(
+                f"model.memory = 'streamed' with method {searched!r}: allocation {SEARCHED} changes and reads all "
+                "weights many times. Write `memory: auto`, or take a method of another allocation, such as hfprune-best"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ To add one: write its function and a line in `ALLOCATIONS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -205,6 +205,10 @@ ALLOCATIONS = {
     "entropic": Allocation(by_shares(entropic), 0.0, "MoDeGPT, arXiv 2408.09632", influence="cosine"),
     "pq_index": Allocation(by_shares(pq_index), 0.0, "PQ index, arXiv 2302.05601"),
     "logarithmic": Allocation(by_shares(logarithmic), 0.0, "SlimGPT, arXiv 2412.18110"),
+    # What the search starts from, and the floor that it keeps to, see `width_search.py`.
+    "searched": Allocation(
+        ranked_together, 0.1, "after EvoPress, arXiv 2410.14649, and Týr-the-Pruner, arXiv 2503.09657"
+    ),
 }
 
 
@@ -245,6 +249,11 @@ def allocate(
     assert abs(sum(widths) - target) <= step * len(scores), (
         f"allocation {allocation!r} keeps {sum(widths)} units of {target:.1f}: a fault of the allocation"
     )
+    return best(scores, widths)
+
+
+def best(scores: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
+    """The units with the highest scores, so many of each layer: see `allocate`."""
     return [
         layer.sort(dim=-1, descending=True, stable=True).indices[..., :width].sort().values
         for layer, width in zip(scores, widths, strict=True)

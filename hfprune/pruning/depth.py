@@ -5,17 +5,14 @@ method has one, what every further removal would leave is measured anew: the KL 
 predictions, or the loss on the text. A search goes on until a single one of each kind is left. Every budget reads as
 much of the same order as it needs.
 
-Each removal takes one walk over the layers, in which all candidates ride along. A candidate leaves the current model's
-hidden states at its own layer, so only the layers behind it are computed again. The walk reads each layer's weights
-once, so they may be streamed.
+Each removal takes one walk over the layers, in which all candidates ride along, see `candidates.py`.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,21 +24,19 @@ from transformers import PreTrainedModel
 from hfprune.data.sampling import sample_sequences
 from hfprune.models.checkpoint import refuse_moved_layers
 from hfprune.models.families import layout_of
-from hfprune.models.head import Head, head_of
 from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
 from hfprune.models.run_part import run_part
-from hfprune.models.streamed import device_of, in_memory, is_streamed, memory_of
+from hfprune.models.streamed import device_of, is_streamed, memory_of
 from hfprune.models.units import IN_TURN, PARTS, Sublayer, layers_of, part_of
-from hfprune.models.walk import enter, entrance, exit_norm, final_states, layers_in_turn
+from hfprune.models.walk import Arguments, layers_in_turn
 from hfprune.pruning.budget import refuse_method, shape_of
-from hfprune.pruning.head import LOGITS_PER_CHUNK, following
+from hfprune.pruning.candidates import Walk, dense_states, divergences, flops_of_parts, flops_of_walk, losses
 from hfprune.pruning.influence import layer_influence, part_influence
 from hfprune.pruning.order import SEARCHES, Step, kept_without, may_go, read_order, save_order, size_of, steps_of
-from hfprune.pruning.refit import TOKENS_PER_BATCH, flops_of_refit
+from hfprune.pruning.refit import flops_of_refit
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.refit_names import RIDGE
 from hfprune.runtime.matmul import fast_products
-from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.signals import Stopped, sigterm_deferred
 from hfprune.store.filenames import ORDER, RESUME
 
@@ -164,9 +159,7 @@ class Search:
     def run(self, resume: Path | None = None) -> tuple[list[Step], list[float]]:
         """The order and the KL, or the loss, after each step."""
         chosen, costs = self._before(resume)
-        dense = None
-        if self.measures_kl:
-            dense = torch.cat([states[0].cpu() for states in final_states(self.model, self.searched, 8, "dense model")])
+        dense = dense_states(self.model, self.searched) if self.measures_kl else None
         last = costs[-1] if costs else 0.0
         started, done = time.monotonic(), 0
         with ExitStack() as stack:
@@ -229,8 +222,14 @@ class Search:
             dense: (tokens, hidden) final hidden states of the dense model, for the KL.
             what: name of the work, for its progress.
         """
-        walk = Walk(self.model, self.searched, gone, candidates)
-        self.flops += walk.flops
+        absent = {sublayer for step in gone for sublayer in step}
+
+        def passed(number: int, states: Tensor, candidate: int | None) -> Tensor:
+            without = absent if candidate is None else absent | {*candidates[candidate]}
+            return self._passed(number, states, without, walk.arguments[number])
+
+        walk = Walk(self.model, self.searched, [step[0][1] for step in candidates], passed)
+        self.flops += flops_without(self.model, tuple(self.searched.shape), gone, candidates)
 
         def finish(number: int) -> None:
             walk.advance(number)
@@ -245,123 +244,31 @@ class Search:
         else:
             for number in layers_in_turn(self.model, what):
                 finish(number)
-        return walk.losses() if dense is None else walk.divergences(dense)
+        if dense is None:
+            found = losses(self.model, self.searched, walk.riders)
+        else:
+            found = divergences(self.model, dense, walk.riders)
+        return dict(zip(candidates, found, strict=True))
 
-
-class Walk:
-    """One walk over the layers: the current model, and what becomes of it without each candidate.
-
-    Args:
-        model: streamed or in memory.
-        tokens: (sequences, length) int64.
-        gone: steps that went before.
-        candidates: steps to measure, in the order of the model.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokens: Tensor, gone: Sequence[Step], candidates: Sequence[Step]
-    ) -> None:
-        self.model, self.layout, self.device = model, layout_of(model), device_of(model)
-        self.tokens, self.candidates = tokens, candidates
-        self.gone = {sublayer for step in gone for sublayer in step}
-        with in_memory(*entrance(model)):
-            _, self.arguments = enter(model, tokens[:1])
-            self.states = enter(model, tokens)[0]
-        shape = (len(candidates), *self.states.shape)
-        fits = math.prod(shape) * model.dtype.itemsize < free_bytes(self.device) / 2
-        self.riders = torch.empty(shape, dtype=model.dtype, device=self.device if fits else "cpu")
-        self.riding = 0  # how many of the candidates' layers are behind
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of the walk and of the logits behind it."""
-        return flops_of_walk(self.model, tuple(self.tokens.shape), self.gone, self.candidates)
-
-    def advance(self, number: int) -> None:
-        """Pass a layer, whose weights are in memory."""
-        riding = self.riders[: self.riding].flatten(0, 1)
-        with fast_products(self.device):
-            for rows in riding.split(max(1, TOKENS_PER_BATCH // self.tokens.shape[1])) if self.riding else ():
-                rows.copy_(self._passed(number, rows.to(self.device), self.gone))
-            while self.riding < len(self.candidates) and self.candidates[self.riding][0][1] == number:
-                without = self.gone | {*self.candidates[self.riding]}
-                self.riders[self.riding].copy_(self._passed(number, self.states, without))
-                self.riding += 1
-            self.states = self._passed(number, self.states, self.gone)
-
-    def _passed(self, number: int, states: Tensor, gone: set[Sublayer]) -> Tensor:
-        """(sequences, length, hidden) behind a layer without the sublayers that are gone."""
-        layer, entered = layers_of(self.model)[number], states
+    def _passed(self, number: int, states: Tensor, absent: set[Sublayer], arguments: Arguments) -> Tensor:
+        """(sequences, length, hidden) behind a layer without the sublayers that are absent."""
+        layout, layer, entered = layout_of(self.model), layers_of(self.model)[number], states
         for name in IN_TURN:
-            if (name, number) not in gone:
-                read = entered if self.layout.parallel else states
-                passed = run_part(self.layout, self.model.config, layer, name, self.arguments[number], read)
-                states = states + passed.written
+            if (name, number) not in absent:
+                read = entered if layout.parallel else states
+                states = states + run_part(layout, self.model.config, layer, name, arguments, read).written
         return states
 
-    def divergences(self, dense: Tensor) -> dict[Step, float]:
-        """The mean KL(dense || candidate) over all tokens, by candidate.
 
-        Args:
-            dense: (tokens, hidden) final hidden states of the dense model.
-        """
-
-        def divergence(chunk: slice, head: Head) -> Callable[[Tensor], Tensor]:
-            log_p = head.logits(dense[chunk].to(head.weight.device)).log_softmax(-1)
-            p = log_p.exp()
-            return lambda log_q: (p * (log_p - log_q)).sum()
-
-        return self._totals(divergence, len(dense))
-
-    def losses(self) -> dict[Step, float]:
-        """The mean -log p(next token) over the tokens that have a next one, by candidate: the log of the perplexity."""
-        labels = following(self.tokens)
-        known = labels >= 0
-
-        def loss(chunk: slice, head: Head) -> Callable[[Tensor], Tensor]:
-            rows, place = known[chunk].nonzero()[:, 0], head.weight.device
-            columns = labels[chunk][rows].to(place)
-            return lambda log_q: -log_q[rows.to(place), columns].sum()
-
-        return self._totals(loss, int(known.sum()))
-
-    def _totals(self, measure: Callable[[slice, Head], Callable[[Tensor], Tensor]], count: int) -> dict[Step, float]:
-        """A measure of the candidates' predictions, by candidate: its sum over tokens, divided by `count`.
-
-        Args:
-            measure: of some of the tokens, a function of log q, (tokens, vocabulary), the candidate's predictions.
-            count: number of tokens that have the measure.
-        """
-        norm, totals = exit_norm(self.model), torch.zeros(len(self.candidates), dtype=torch.float64)
-        with in_memory(norm), head_of(self.model) as head:
-            place = head.weight.device
-            size = max(1, LOGITS_PER_CHUNK[place.type] // head.vocabulary)
-            for first in range(0, self.tokens.numel(), size):
-                chunk = slice(first, first + size)
-                of_chunk = measure(chunk, head)
-                for number, states in enumerate(self.riders.flatten(1, 2)):
-                    hidden = norm(states[chunk].to(self.device)).to(place)
-                    totals[number] += of_chunk(head.logits(hidden).log_softmax(-1)).double().cpu()
-        return dict(zip(self.candidates, (totals / count).tolist(), strict=True))
-
-
-def flops_of_walk(
-    model: PreTrainedModel, shape: tuple[int, int], gone: set[Sublayer], candidates: Sequence[Step]
+def flops_without(
+    model: PreTrainedModel, shape: tuple[int, int], gone: Sequence[Step], candidates: Sequence[Step]
 ) -> int:
     """Floating-point operations of a walk over (sequences, length) tokens and of the logits behind it."""
-    sequences, length = shape
-    cost: dict[Sublayer, int] = {}
-    for number in range(len(layers_of(model))):
-        for name in IN_TURN:
-            part = part_of(model, name, number)
-            products = sum(2 * linear.weight.numel() for linear in part.linears)
-            cost[name, number] = products + (4 * part.width * length if part.attends else 0)
-    cost |= dict.fromkeys(gone, 0)
-    layers = [cost["attention", number] + cost["mlp", number] for number in range(len(cost) // 2)]
-    behind = [sum(layers[number:]) for number in range(len(layers))]
-    total = behind[0] + sum(behind[step[0][1]] - sum(cost[sublayer] for sublayer in step) for step in candidates)
-    logits = 2 * model.get_output_embeddings().weight.numel() * (1 + len(candidates))
-    return sequences * length * (total + logits)
+    tokens = shape[0] * shape[1]
+    absent = dict.fromkeys((sublayer for step in gone for sublayer in step), 0)
+    parts = flops_of_parts(model, shape[1]) | absent
+    less = sum(parts[sublayer] for step in candidates for sublayer in step)
+    return flops_of_walk(model, tokens, parts, [step[0][1] for step in candidates]) - tokens * less
 
 
 def sequences(length: int) -> int:
@@ -382,7 +289,7 @@ def cost(model: PreTrainedModel, tokens: tuple[int, int], criterion: str, struct
     walked = (min(tokens[0], sequences(tokens[1])), tokens[1])
     flops = walked[0] * walked[1] * flops_per_token(model, tokens[1]) if criterion == "greedy_kl" else 0  # dense model
     while candidates := [step for step in remaining if may_go(step, remaining)]:
-        flops += flops_of_walk(model, walked, {sublayer for step in gone for sublayer in step}, candidates)
+        flops += flops_without(model, walked, gone, candidates)
         if gone and refit != "none":
             flops += flops_of_refit(model, kept_without(units, gone), tokens, refit)
         gone.append(candidates[-1])

@@ -28,6 +28,7 @@ from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion, passes, rankers
 from hfprune.pruning.refit_names import IN_EXPERTS, REFITS, RIDGE, SEQUENTIAL, SOLVED
 from hfprune.pruning.saving import SAVINGS
+from hfprune.pruning.searched import ONE_IN, ROUNDS, SEARCHED, check_searched
 
 CriterionName = Literal[tuple(CRITERIA | order.CRITERIA)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
@@ -57,6 +58,10 @@ class MethodRecipe(BaseModel):
         RIDGE, ge=0, allow_inf_nan=False, description="how strongly refits keep to the old weights, see docs/pruning.md"
     )
 
+    rounds: int = Field(
+        ROUNDS, ge=1, description="with allocation searched, how often all widths are measured a step further"
+    )
+
     @model_validator(mode="after")
     def _share(self) -> "MethodRecipe":
         if self.attention_share is not None and self.structure != "mlp+attention":
@@ -81,11 +86,13 @@ class MethodRecipe(BaseModel):
                 f"structure {self.structure} goes with allocation uniform and refit {' or '.join(refits)}, not "
                 f"{self.allocation} and {self.refit}"
             )
+        check_searched(self.allocation, self.structure, self.refit)
         return self
 
     def read(self) -> dict[str, Any]:
         """The parts that decide what comes out: equal for two recipes that make the same models."""
         unread = {"ridge"} if self.refit not in SOLVED else set()
+        unread |= {"rounds"} if self.allocation != SEARCHED else set()
         return self.model_dump(exclude=unread, exclude_none=True)
 
     @property
@@ -113,6 +120,11 @@ class MethodRecipe(BaseModel):
             needs.append(f"refit: {times} over the same text, a layer at a time")
         if self.refit == "trained":
             needs.append("training of every cut MLP by itself, on the same text: at most 9 forward passes' worth")
+        if self.allocation == SEARCHED:
+            needs.append(
+                f"search: in each of {self.rounds} rounds at most, a forward pass for every width a step narrower and "
+                f"wider, from its layer on, over one in {ONE_IN} calibration sequences; all weights in memory"
+            )
         if ALLOCATIONS[self.allocation].influence:
             needs.append("allocation: 1 forward pass over the same text")
         stock = self.structure in ("mlp", "experts", WITH_EXPERTS) and self.allocation == "uniform"
@@ -190,12 +202,13 @@ def method_name(parts: Mapping[str, Any]) -> str:
     """What results call a cut that no experiment has named: the preset of that recipe, or a name made of its parts.
 
     Args:
-        parts: `criterion`, `structure`, `allocation`, `refit`; where it has them `ridge`, the shares, `round_to`,
-            `pad` and `ratio_of`. Criteria and ways that are no longer known are taken as they are.
+        parts: `criterion`, `structure`, `allocation`, `refit`; where it has them `ridge`, `rounds`, the shares,
+            `round_to`, `pad` and `ratio_of`. Criteria and ways that are no longer known are taken as they are.
     """
     usual = {name: field.default for name, field in MethodRecipe.model_fields.items()}
     recipe = {name: parts[name] for name in ("criterion", "structure", "allocation", "refit")}
     recipe |= {"ridge": parts.get("ridge", usual["ridge"])} if recipe["refit"] in SOLVED else {}
+    recipe |= {"rounds": parts.get("rounds", usual["rounds"])} if recipe["allocation"] == SEARCHED else {}
     shares = ("attention_share", "depth_share", "experts_share")
     recipe |= {name: parts[name] for name in shares if parts.get(name) is not None}
     known = [preset.name for preset in presets().values() if preset.recipe.read() == recipe]

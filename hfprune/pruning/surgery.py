@@ -38,7 +38,7 @@ from hfprune.models.units import (
     part_of,
     read_scores,
 )
-from hfprune.pruning.allocation import ALLOCATIONS, allocate
+from hfprune.pruning.allocation import ALLOCATIONS, allocate, best
 from hfprune.pruning.budget import (
     Budget,
     Shape,
@@ -52,8 +52,9 @@ from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.order import best_steps, kept_without, read_order
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.saving import Latency, Memory, Widths, saving_of
+from hfprune.pruning.searched import read_widths
 from hfprune.runtime.matmul import fast_products
-from hfprune.store.filenames import ORDER, PRUNING, SCORES
+from hfprune.store.filenames import ORDER, PRUNING, SCORES, WIDTHS
 
 NOTICED = 5e-4  # difference of a share from the one asked for that is told
 
@@ -64,6 +65,7 @@ def prune(
     round_to: int | None, structure: str, attention_share: float | None, allocation: str, refit: str, ridge: float,
     pad: bool, dtype: str, memory: str = "auto", depth_share: float | None = None, order: Path | None = None,
     experts_share: float | None = None, context: int | None = None, latencies: Path | None = None,
+    widths: Path | None = None, rounds: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `prune`: write the pruned checkpoint and its `pruning.json` into `folder`.
 
@@ -88,6 +90,7 @@ def prune(
         memory: "resident", "streamed" or "auto", see `loading.load_model`.
         order: with `units.MIXED`, folder of the order in which sublayers or layers go; None else.
         context, latencies: for a ratio of memory or latency, see `saving.saving_of`.
+        widths, rounds: with allocation `searched`, folder of the widths that a search found, and its most rounds.
 
     Raises:
         UserError: the budget cannot be met, the model cannot be refitted, or the checkpoint does not reload as it was
@@ -98,6 +101,7 @@ def prune(
     ranked = None if structure in DEPTH else read_scores(scores / SCORES)
     shape = shape_of(network)
     refuse_method(shape, structure, calibration["criterion"], refit)
+    searched = read_widths(widths / WIDTHS) if widths else None
     in_order = read_order((order or scores) / ORDER)[0] if order or not ranked else None
     if saving := saving_of(shape, ratio_of, structure, network.config, context, latencies):
         refuse_saving(shape, saving, ratio, structure, allocation, round_to)
@@ -117,7 +121,10 @@ def prune(
         further = {"influence": influence.tolist(), "allocation_flops": flops}
     if saving:
         budget, kept = units_within(shape, saving, ratio, structure, allocation, round_to, ranked, influence)
+        kept = of_widths(ranked, searched) if searched else kept
         further["saved"] = {"share": 1 - saving.share(widths_of(kept, budget)), **saving.record}
+    elif searched:
+        kept = of_widths(ranked, searched)
     elif structure in MIXED:
         kept = without_and_narrower(shape, budget, ranked, allocation, influence)
     elif ranked:
@@ -144,6 +151,7 @@ def prune(
         "structure": structure,
         "allocation": allocation,
         **further,
+        **({"rounds": rounds} if searched else {}),
         "refit": refit,
         **refit_details,
         # Shares are of all parameters, however the budget was given: what was asked, of the model that is cut here,
@@ -250,6 +258,16 @@ def best_units(budget: Budget, scores: Scores, allocation: str, influence: Tenso
             units = [(each + first * layer.shape[1]).flatten() for each, layer in zip(units, layers, strict=True)]
         kept[name] = units
     return kept
+
+
+def of_widths(scores: Scores, widths: Widths) -> Kept:
+    """The units with the best scores, so many of each layer.
+
+    Args:
+        scores: by part, (units,) per layer.
+        widths: by part that is cut, of each layer.
+    """
+    return {name: best(scores[name], layers) for name, layers in widths.items()}
 
 
 def widths_of(kept: Kept, budget: Budget) -> Widths:

@@ -34,8 +34,8 @@ NO_NAMES = Names()
 def lineage(key: str, store: Store) -> list[dict[str, Any]]:
     """The manifests of a model and of its ancestors, the oldest first.
 
-    The first is that of a download. The others are of `prune`, each after that of its `score` or `order` (after both,
-    if it has both, the order first), and of `recover`.
+    The first is that of a download. The others are of `prune`, each after those of its `search`, `order` and `score`,
+    as far as it has them, the last of them what its units or layers were ranked by; and of `recover`.
 
     Raises:
         UserError: the store lacks one of them.
@@ -45,13 +45,15 @@ def lineage(key: str, store: Store) -> list[dict[str, Any]]:
     if stage == "model":
         return [manifest]
     inputs = manifest["inputs"]
-    ranked = [_scores(inputs[name], store) for name in ("order", "scores") if name in inputs and stage == "prune"]
+    ranked = [
+        _scores(inputs[name], store) for name in ("widths", "order", "scores") if name in inputs and stage == "prune"
+    ]
     return [*lineage(inputs["model"], store), *ranked, manifest]
 
 
 def _scores(key: str, store: Store) -> dict[str, Any]:
-    """The manifest of what a cut was ranked by."""
-    return store.manifest("order" if store.has("order", key) else "score", key)
+    """The manifest of what a cut was ranked by, or of the search for its widths."""
+    return store.manifest(next(stage for stage in ("search", "order", "score") if store.has(stage, key)), key)
 
 
 def described(keys: Sequence[str], store: Store, methods: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:

@@ -68,14 +68,19 @@ def _accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
 def cost(metrics: pd.DataFrame) -> pd.DataFrame:
     """One row per model: what it took to make, beside its fidelity.
 
-    Seconds of scoring (with the scores that its criterion needs first), of cutting with its refit, and of training; the
-    FLOPs counted for the passes of all three (see docs/recovery.md); the peak memory of the largest of them.
+    Seconds of scoring (with the scores that its criterion needs first, and a search for an order or for widths), of
+    cutting with its refit, and of training; the FLOPs counted for the passes of all three (see docs/recovery.md); the
+    peak memory of the largest of them.
     """
     rows = metrics[metrics["group"] == "cost"]
     by = [*MODEL, "seed"]
     columns = [REMOVED, PARAMETERS, "seeds", *with_ends("KL (nats/token)")]
     table = summary(metrics).set_index(MODEL)[columns]
-    stages = {"Scoring (s)": ["light_cut", "score", "order"], "Cutting (s)": ["prune"], "Training (s)": ["recover"]}
+    stages = {
+        "Scoring (s)": ["light_cut", "score", "order", "search"],
+        "Cutting (s)": ["prune"],
+        "Training (s)": ["recover"],
+    }
     costs = {
         title: rows[rows["task"].isin(names) & (rows["metric"] == "seconds")].groupby(by, dropna=False)["value"].sum()
         for title, names in stages.items()

@@ -61,6 +61,7 @@ def _produce(folder: Path, inputs: Any, parameters: OrderParameters, run: Any) -
 def _cost(job: Any, estimate: Any) -> Any:
     from hfprune.models.loading import flops_per_token
     from hfprune.pruning import depth
+    from hfprune.pruning.candidates import bytes_of_walk
     from hfprune.stages.costs import Cost, refit_cost, streamed_bytes, weight_bytes
 
     settings, dense = job.settings, estimate.models.dense
@@ -72,8 +73,7 @@ def _cost(job: Any, estimate: Any) -> Any:
         flops = depth.cost(dense, sampled, settings.criterion, settings.structure, settings.refit)
         walked = min(settings.samples, depth.sequences(settings.length)) * settings.length
         candidates = len(depth.steps_of(estimate.models.shape.units, settings.structure))
-        memory += candidates * walked * dense.config.hidden_size * dense.dtype.itemsize
-        memory += 3 * 4 * min(walked * dense.config.vocab_size, depth.LOGITS_PER_CHUNK[estimate.kind])
+        memory += bytes_of_walk(dense, walked, candidates, estimate.kind)
     else:
         flops = tokens * flops_per_token(dense, settings.length)
     scratch = 0

@@ -2,82 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from hfprune.errors import UserError
 from hfprune.models.units import DEPTH, DEPTH_SHARE, MIXED, STRUCTURES, check_depth_share, check_experts_share
 from hfprune.pruning.allocation import ALLOCATIONS
-from hfprune.pruning.budget import STEPS
 from hfprune.pruning.refit_names import IN_DEPTH, REFITS, RIDGE, SOLVED
-from hfprune.pruning.saving import SAVINGS, fault, read_latencies
-from hfprune.stages.declaration import (
-    CHECKPOINTS,
-    NOT_IN_RESULT,
-    DType,
-    Input,
-    Memory,
-    Parameters,
-    Section,
-    Stage,
-    UserPath,
-    outside_key,
-)
+from hfprune.pruning.searched import SEARCHED, check_searched
+from hfprune.stages.budget import ROUNDS_OF_SEARCH, Budget
+from hfprune.stages.declaration import CHECKPOINTS, Input, Stage, outside_key
 from hfprune.stages.lineage import origin
-from hfprune.store.keys import file_sha256
 
-Ratio = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(gt=0)]
 AllocationName = Literal[tuple(ALLOCATIONS)]
 StructureName = Literal[tuple(STRUCTURES)]
 RefitName = Literal[REFITS]
-# A command line's numbers are words, which a Literal does not take.
-RoundTo = Annotated[
-    Literal[STEPS],
-    BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value),
-]
 
 
-def _readable(path: Path) -> Path:
-    """Refuse a file that is no table of latencies."""
-    try:
-        read_latencies(path)
-    except UserError as error:
-        raise ValueError(str(error).removesuffix(".")) from None
-    return path
+def refuse_unread(structure: str, allocation: str, refit: str) -> None:
+    """Refuse what does not go with whole sublayers and layers."""
+    if structure in DEPTH and allocation != "uniform":
+        raise ValueError(f"'allocation' does not go with structure {structure}: its order says what goes")
+    if structure in (*DEPTH, *MIXED) and refit not in ("none", *IN_DEPTH):
+        raise ValueError(f"refit {refit!r} does not go with structure {structure}. Use 'least_squares' or 'sequential'")
 
 
-RatioOf = Literal["all", "mlp", *SAVINGS]
-LatencyFile = Annotated[UserPath, AfterValidator(_readable)]
-Context = Annotated[int, Field(ge=1)]
-CONTEXT = "for ratio_of memory: tokens whose keys and values count, as in the cache of one sequence"
-LATENCIES = "for ratio_of latency: the table that `hfprune latency` wrote on the machine that counts"
-ROUND_TO = (
-    "every MLP keeps a multiple of this many neurons (default: 64; 256 from hidden size 2048 on, 1 below hidden size "
-    "256)"
-)
+class PruneParameters(Budget):
+    """Parameters of stage `prune`."""
 
-
-class Cut(Section):
-    """Settings that all cuts of an experiment share."""
-
-    ratio_of: RatioOf = Field(
-        "all",
-        description="what the ratio counts: all parameters (tied embeddings once), the MLPs' neurons, the memory of "
-        "weights and cache, or the time to decode a token",
-    )
-    context: Context | None = Field(None, description=CONTEXT)
-    latencies: LatencyFile | None = Field(None, description=LATENCIES)
-    round_to: RoundTo | None = Field(None, description=ROUND_TO)
-    attention_share: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="attention's share of what mlp+attention removes (default: one ranking of all units decides)",
-    )
     depth_share: float | None = Field(None, gt=0, lt=1, description=DEPTH_SHARE)
     experts_share: float | None = Field(
         None,
@@ -91,65 +45,24 @@ class Cut(Section):
         allow_inf_nan=False,
         description="how strongly a refit stays near the old weights, see docs/pruning.md",
     )
+    rounds: int = ROUNDS_OF_SEARCH
     pad: bool = Field(False, description="pad all layers to one width with zeros; the padding costs space and time")
-
-
-def one_budget(cut: Cut, ratio: str, target: str) -> None:
-    """Refuse a cut that has both kinds of budget, or none."""
-    budgets = [name for name in (ratio, target) if getattr(cut, name) is not None]
-    if len(budgets) != 1:
-        raise ValueError(f"give exactly one of {ratio} and {target}, not {'both' if budgets else 'none'}")
-    if budgets == [target] and cut.ratio_of != "all":
-        raise ValueError(f"'ratio_of' does not go with {target!r}, which counts all parameters")
-
-
-def fits_structures(cut: Cut, structures: Sequence[str], key: str) -> None:
-    """Refuse settings that do not fit the structures to cut."""
-    if cut.ratio_of == "mlp" and set(structures) != {"mlp"}:
-        raise ValueError(f"'ratio_of: mlp' goes with {key} mlp alone, not {', '.join(structures)}")
-    if cut.pad and any(structure.endswith("sublayers") for structure in structures):
-        raise ValueError(f"'pad' does not go with {key} sublayers: what is gone cannot be padded")
-    if cut.attention_share is not None and "mlp+attention" not in structures:
-        raise ValueError(f"'attention_share' goes with {key} mlp+attention, not {', '.join(structures)}")
-
-
-def refuse_unread(structure: str, allocation: str, refit: str) -> None:
-    """Refuse what does not go with whole sublayers and layers."""
-    if structure in DEPTH and allocation != "uniform":
-        raise ValueError(f"'allocation' does not go with structure {structure}: its order says what goes")
-    if structure in (*DEPTH, *MIXED) and refit not in ("none", *IN_DEPTH):
-        raise ValueError(f"refit {refit!r} does not go with structure {structure}. Use 'least_squares' or 'sequential'")
-
-
-class PruneParameters(Cut, Parameters):
-    """Parameters of stage `prune`."""
-
-    ratio: Ratio | None = Field(None, description="share to remove, between 0 and 1")
-    target_parameters: Count | None = Field(None, description="instead of a ratio: number of parameters to keep in all")
     structure: StructureName = Field("mlp", description="part of each layer to cut")
     allocation: AllocationName = Field("uniform", description="how to share the budget among the layers")
     refit: RefitName = Field(
         "none", description="how to adjust the remaining weights to the cut; all but none need --text"
     )
-    dtype: DType = "auto"
-    memory: Memory = "auto"
 
     @model_validator(mode="after")
     def _budget(self) -> PruneParameters:
-        one_budget(self, "ratio", "target_parameters")
-        fits_structures(self, [self.structure], "structure")
+        self.check_budget(self.structure)
+        if self.pad and self.structure.endswith("sublayers"):
+            raise ValueError("'pad' does not go with structure sublayers: what is gone cannot be padded")
         check_depth_share(self.depth_share, self.structure)
         check_experts_share(self.experts_share, self.structure)
         refuse_unread(self.structure, self.allocation, self.refit)
-        if reason := fault(self.ratio_of, self.structure, dict(self)):
-            raise ValueError(reason)
+        check_searched(self.allocation, self.structure, self.refit)
         return self
-
-    @property
-    def label(self) -> str:
-        """The size of the cut, for display."""
-        share = {"all": "", "mlp": " of the MLPs"}.get(self.ratio_of, f" of {self.ratio_of}")
-        return f"to {self.target_parameters:,} parameters" if self.ratio is None else f"{self.ratio:.4g}{share}"
 
     @property
     def reads_text(self) -> bool:
@@ -157,15 +70,10 @@ class PruneParameters(Cut, Parameters):
         return self.refit != "none" or ALLOCATIONS[self.allocation].influence is not None
 
     def read(self) -> dict[str, Any]:
-        """The parameters that affect this cut: one budget; `ridge` only if the refit solves for weights."""
-        unread = NOT_IN_RESULT | ({"ratio_of"} if self.ratio is None else set())
-        unread |= set() if self.refit in SOLVED else {"ridge"}
-        read = self.model_dump(exclude=unread, exclude_none=True)
-        return read | ({"latencies": file_sha256(self.latencies)} if self.latencies else {})
-
-    def options(self) -> dict[str, Any]:
-        """The parameters to write on the command line."""
-        return self.read() | {"memory": self.memory} | ({"latencies": self.latencies} if self.latencies else {})
+        """The parameters that affect this cut: `ridge` only if the refit solves for weights, `rounds` of a search."""
+        unread = {"ridge"} if self.refit not in SOLVED else set()
+        unread |= {"rounds"} if self.allocation != SEARCHED else set()
+        return {name: value for name, value in super().read().items() if name not in unread}
 
 
 def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
@@ -179,6 +87,7 @@ def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
             else f"{both} reads the calibration text: give --text, the one that the scores were made on."
         )
     _check_order(parameters, scores, inputs["order"])
+    _check_widths(parameters, scores, inputs["widths"])
     if scores.manifest["inputs"]["model"] != model.key:
         raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
     if text and scores.manifest["inputs"]["text"] != text.key:
@@ -202,6 +111,23 @@ def _check_order(parameters: PruneParameters, scores: Any, order: Any) -> None:
         _check_same(parameters, scores, structure)
 
 
+def _check_widths(parameters: PruneParameters, scores: Any, widths: Any) -> None:
+    """Refuse widths where none are searched, none where they are, and those of a search for another cut."""
+    if (widths is not None) != (parameters.allocation == SEARCHED):
+        asked = "leave out --widths" if widths else "give --widths, those of `hfprune search`"
+        raise UserError(f"allocation {parameters.allocation!r} takes {'no widths' if widths else 'widths'}: {asked}.")
+    if widths is None:
+        return
+    if widths.manifest["inputs"]["scores"] != scores.key:
+        raise UserError(f"{widths.folder}: a search by scores {widths.manifest['inputs']['scores']}, not {scores.key}.")
+    asked, searched = parameters.read(), widths.parameters
+    for name in (*Budget.model_fields, "structure", "ridge", "rounds"):
+        if asked.get(name) != searched.get(name):
+            raise UserError(
+                f"{widths.folder}: a search with {name} {searched.get(name)!r}; this cut has {asked.get(name)!r}."
+            )
+
+
 def _check_same(parameters: PruneParameters, order: Any, structure: str) -> None:
     """Refuse an order of another structure or refit."""
     for name, value in (("structure", structure), ("refit", parameters.refit), ("ridge", parameters.ridge)):
@@ -223,7 +149,7 @@ def _produce(folder: Path, inputs: Any, parameters: PruneParameters, run: Any) -
 
     model, scores = inputs["model"], inputs["scores"]
     calibration = scores.parameters | {"text": scores.manifest["details"]["text"]}
-    paths = {name: inputs[name] and inputs[name].folder for name in ("text", "order")}
+    paths = {name: inputs[name] and inputs[name].folder for name in ("text", "order", "widths")}
     details = prune(
         folder, model.folder, scores.folder, source=origin(model), calibration=calibration, **paths,
         **parameters.model_dump(),
@@ -284,6 +210,7 @@ PRUNE = Stage(
             description="for mlp+layers and mlp+sublayers of both kinds: what goes first of them",
             optional=True,
         ),
+        "widths": Input(("search",), description="for allocation searched: what `hfprune search` found", optional=True),
         "text": Input(
             ("text",), description="for a refit and some allocations: the text that the scores come from", optional=True
         ),

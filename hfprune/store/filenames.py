@@ -11,6 +11,7 @@ DOCUMENTS = "documents.jsonl"  # download: a text's or a task's, one JSON object
 FEWSHOT = "fewshot.jsonl"  # download: few-shot examples of a task, if it has any
 SCORES = "scores.safetensors"  # score: see `units.save_scores`
 ORDER = "order.json"  # order: see `order.save_order`
+WIDTHS = "widths.json"  # search: see `searched.save_widths`
 SUMS = "sums.safetensors"  # shard: float64 per layer and part, the sums that one criterion reads
 PRUNING = "pruning.json"  # prune: what was cut from which model, and how it reloaded
 CARD = "README.md"  # prune, recover: the model card
