@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -226,14 +225,20 @@ class Compare(Command):
     scores: Annotated[list[Path], POSITIONAL] = Field(description="artifacts of score, all of one model")
 
     def run(self) -> None:
-        """Write the table and its figure."""
-        from hfprune.reporting.agreement import compare
+        """Write the tables and the figure."""
+        from hfprune.reporting.agreement import compare, convergence
         from hfprune.reporting.figures import draw_scores
 
         scores = [open_artifact(path, "score") for path in self.scores]
         if len(models := {score.manifest["inputs"]["model"] for score in scores}) > 1:
             raise UserError(f"scores of {len(models)} models ({', '.join(sorted(models))}); compare those of one.")
-        write_and_draw(self.output, "agreement", compare(scores), partial(draw_scores, scores), scores)
+        agreements, converged = compare(scores), convergence(scores)
+        with results(scores) as aside:
+            tables = aside.folder(self.output / "tables")
+            agreements.to_csv(tables / "agreement.csv", index=False)
+            if len(converged):
+                converged.to_csv(tables / "convergence.csv", index=False)
+            draw_scores(scores, agreements, aside.folder(self.output / "figures"))
 
 
 class Table(WithTexts):

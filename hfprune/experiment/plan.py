@@ -356,6 +356,8 @@ class Plan:
         calibration, criteria = self.experiment.calibration, self.experiment.criteria
         sampling = calibration.model_dump(include={"samples", "length", "draws", "products"})
         sampling |= {"seed": seed} | self.experiment.model.model_dump(include={"dtype", "memory"})
+        if calibration.until is not None:
+            sampling |= {"until": calibration.until, "until_ratio": self.experiment.until_ratio}
         scores: dict[str, Job] = {}
         for cut, together in passes(criteria):
             inputs = {"model": model, "text": text} | ({"light_cut": scores[cut]} if cut else {})

@@ -26,6 +26,7 @@ from pydantic import (
 from hfprune.data.readers import decoded
 from hfprune.errors import UserError
 from hfprune.models.units import DEPTH, DEPTH_SHARE
+from hfprune.pruning.convergence import check_until
 from hfprune.pruning.methods import (
     DENSE,
     AllocationName,
@@ -55,7 +56,7 @@ from hfprune.stages.declaration import DType, Memory, Name, Products, Sampling, 
 from hfprune.stages.evaluate import BATCHING, Batching, check_batching
 from hfprune.stages.prune import PruneParameters
 from hfprune.stages.recover import Training
-from hfprune.stages.score import DRAWS
+from hfprune.stages.score import DRAWS, UNTIL
 from hfprune.stages.sources import Source
 from hfprune.stages.task import TaskSource
 from hfprune.stages.text import TextSource
@@ -91,11 +92,18 @@ class Calibration(Sampling):
     draws: int = DRAWS
     shards: int = Field(1, ge=1, description="jobs that share the scoring; scores do not depend on it")
     products: Products = "auto"
+    until: float | None = UNTIL
 
     @model_validator(mode="after")
     def _shards(self) -> Calibration:
         if self.shards > self.samples:
             raise ValueError(f"shards = {self.shards}: there are only {self.samples} samples to share out")
+        check_until(self.until, self.samples)
+        if self.until is not None and self.shards > 1:
+            raise ValueError(
+                f"until = {self.until} with shards = {self.shards}: shards sum all samples, so none can stop early. "
+                "Write `shards: 1`, or leave out until"
+            )
         return self
 
 
@@ -329,6 +337,13 @@ class Experiment(Section):
         """The criteria that score units, of all methods, without repeats."""
         return list(dict.fromkeys(cut.criterion for cut in self.cuts() if cut.cut.structure not in DEPTH))
 
+    @property
+    def until_ratio(self) -> float | None:
+        """The largest ratio of the cuts that read scores, at which halves of the calibration text agree least."""
+        return max(
+            (cut.cut.ratio for cut in self.cuts() if cut.cut.ratio and cut.cut.structure not in DEPTH), default=None
+        )
+
     def cuts(self) -> dict[MethodCut, list[str]]:
         """Every method at each of its budgets, with its trainings after the cut; without repeats."""
         recoveries: dict[MethodCut, dict[str, None]] = {}
@@ -387,6 +402,15 @@ class Experiment(Section):
         for of, name in SAVINGS.items():
             if getattr(self, name) is not None and not any(cut.cut.ratio_of == of for cut in self.cuts()):
                 raise ValueError(f"{name!r} goes with 'ratio_of: {of}' alone, which no method has")
+        return self
+
+    @model_validator(mode="after")
+    def _until(self) -> Experiment:
+        if self.calibration.until is not None and self.criteria and self.until_ratio is None:
+            raise ValueError(
+                f"calibration.until = {self.calibration.until}: halves of the text are compared at the largest of "
+                "`ratios`, and there are only target_parameters. Write ratios, or leave out calibration.until"
+            )
         return self
 
     @model_validator(mode="after")

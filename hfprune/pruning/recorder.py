@@ -121,6 +121,12 @@ class Sums:
             self.tensors[name] = value.new_zeros((rows, *value.shape), dtype=torch.float64)
         self.tensors[name][row] += value
 
+    def merge(self, other: Sums) -> None:
+        """Add the sums over other sequences."""
+        self.sequences += other.sequences
+        for name, value in other.tensors.items():
+            self.add(name, value)
+
     def of(self, criterion: str) -> Sums:
         """The sums that one criterion needs."""
         entry = CRITERIA[criterion]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -32,6 +33,7 @@ from hfprune.models.norms import fused_norms
 from hfprune.models.streamed import device_of, is_streamed, memory_of
 from hfprune.models.units import AnyPart, Part, Scores, kinds_of, layers_of, parts, read_scores
 from hfprune.pruning import layerwise
+from hfprune.pruning.convergence import agreement, rounds
 from hfprune.pruning.criteria import (
     CRITERIA,
     LIGHT_CUT,
@@ -50,6 +52,7 @@ from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.progress import progress
 from hfprune.runtime.signals import Stopped, sigterm_deferred
 from hfprune.store.filenames import RESUME, SCORES, SUMS
+from hfprune.store.keys import canonical, sha256
 
 TOKENS_PER_BATCH = 1024  # on a CPU, and in a unit of which shards hold whole numbers
 TOKENS_ON_GPU, TOKENS_STREAMED = 32768, 4096  # at most, on a GPU
@@ -59,6 +62,7 @@ SECONDS_BETWEEN_SAVES = 120
 def score(
     folder: Path, model: Path, text: Path, criteria: Sequence[str], samples: int, length: int, seed: int, draws: int,
     dtype: str, memory: str = "auto", products: str = "auto", light_cut: Path | None = None,
+    until: float | None = None, until_ratio: float | None = None,
 ) -> tuple[dict[str, Scores], dict[str, dict[str, Any]]]:  # fmt: skip
     """Stage `score`: the scores of every criterion in `criteria`, by one pass over the calibration text.
 
@@ -67,7 +71,7 @@ def score(
         model: folder of the checkpoint.
         text: folder of the calibration text.
         criteria: names in `CRITERIA`, all with the same `light_cut`.
-        samples: number of sequences, see `sampling.sample_sequences`.
+        samples: number of sequences, see `sampling.sample_sequences`; with `until` the most that are scored.
         length: tokens of each sequence.
         seed: draws the sequences, the labels of sampled criteria, and `random`.
         draws: labels per position for sampled criteria.
@@ -75,15 +79,21 @@ def score(
         memory: "resident", "streamed" or "auto", see `loading.load_model`. It does not change the scores.
         products: see `matmul.product_dtype`.
         light_cut: folder of the scores by which neurons are silenced first, for criteria that need it.
+        until, until_ratio: see `scores_until`; by default all sequences are scored.
 
     Returns:
-        The scores by criterion, on the CPU; and what each of them cost, see `costs`.
+        The scores by criterion, on the CPU; and what each of them cost, see `costs`. With `until` also `samples_used`,
+        and `convergence`: the agreement at each comparison.
     """
     network, tokens = _model_and_tokens(model, text, samples, length, seed, dtype, memory)
-    scores = unit_scores(
-        network, tokens, criteria, seed, draws, _light_cut(light_cut), resume=folder / RESUME, products=products
-    )
-    return scores, costs(network, tokens.shape, criteria, draws, light_cut is not None, products)
+    arguments = (network, tokens, criteria, seed, draws, _light_cut(light_cut), folder / RESUME, products)
+    if until is None:
+        passes, records = [(samples, criteria)], {}
+        scores = unit_scores(*arguments)
+    else:
+        scores, passes, records = scores_until(*arguments, until, until_ratio)
+    by_criterion = costs(network, length, passes, draws, light_cut is not None, products)
+    return scores, {name: by_criterion[name] | records.get(name, {}) for name in criteria}
 
 
 def shard(
@@ -100,7 +110,7 @@ def shard(
     share = shard_range(samples, length, shard, shards)
     cut = _light_cut(light_cut)
     sums = add_up(network, tokens, criteria, seed, draws, cut, folder / RESUME, share, products=products)
-    share_costs = costs(network, (len(share), length), criteria, draws, light_cut is not None, products)
+    share_costs = costs(network, length, [(len(share), criteria)], draws, light_cut is not None, products)
     return {name: sums.of(name) for name in criteria}, share_costs
 
 
@@ -130,14 +140,34 @@ def scratch_bytes(
 
 
 def costs(
-    model: PreTrainedModel, shape: Sequence[int], criteria: Sequence[str], draws: int, light_cut: bool, products: str
+    model: PreTrainedModel,
+    length: int,
+    passes: Sequence[tuple[int, Sequence[str]]],
+    draws: int,
+    light_cut: bool,
+    products: str,
 ) -> dict[str, dict[str, Any]]:
-    """By criterion, its `cost` alone; `flops_together` of the pass in which all were scored, and how it computed."""
-    streamed = is_streamed(model)
-    common = {"flops_together": cost(model, shape, criteria, draws, light_cut, streamed)["flops"]}
+    """What scoring cost, and how it computed.
+
+    Args:
+        model: that was scored.
+        length: tokens of each sequence.
+        passes: for each pass its number of sequences, and the criteria that it scored.
+        draws, light_cut, products: of all passes.
+
+    Returns:
+        By criterion, its `cost` if it had been scored alone, and `flops_together` of all passes.
+    """
+
+    def flops_and_tokens(sequences: int, names: Sequence[str]) -> dict[str, int]:
+        return cost(model, (sequences, length), names, draws, light_cut, is_streamed(model))
+
+    common = {"flops_together": sum(flops_and_tokens(*each)["flops"] for each in passes)}
     dtype = product_dtype(products, model.dtype, device_of(model))
     common |= {"memory": memory_of(model), "products": str(dtype).removeprefix("torch.")}
-    return {name: cost(model, shape, [name], draws, light_cut, streamed) | common for name in criteria}
+    _, criteria = passes[0]
+    own = {name: sum(sequences for sequences, names in passes if name in names) for name in criteria}
+    return {name: flops_and_tokens(sequences, [name]) | common for name, sequences in own.items()}
 
 
 def _backward_passes(criteria: Sequence[str], draws: int) -> list[tuple[list[str], LogitGradient, int]]:
@@ -183,9 +213,9 @@ def unit_scores(
     seed: int = 0,
     draws: int = 1,
     light_cut: list[Tensor] | None = None,
-    batch: int | None = None,
     resume: Path | None = None,
     products: str = "float32",
+    batch: int | None = None,
 ) -> dict[str, Scores]:
     """The importance of every unit of every part by each criterion.
 
@@ -201,9 +231,9 @@ def unit_scores(
         draws: labels per position for sampled criteria.
         light_cut: (neurons,) scores per layer. The lowest `LIGHT_CUT` of the MLPs' neurons are silenced and score 0.
             The intact model then runs as well, which costs one more forward pass.
-        batch: sequences per batch; by default see `tokens_per_batch`. It does not change the scores.
         resume: folder for partial sums, which are saved every few minutes and read at the start.
         products: see `matmul.product_dtype`. bfloat16 changes the scores a little, not the sums' precision.
+        batch: sequences per batch; by default see `tokens_per_batch`. It does not change the scores.
 
     Returns:
         The scores by criterion, on the CPU.
@@ -213,6 +243,73 @@ def unit_scores(
     """
     sums = add_up(model, tokens, criteria, seed, draws, light_cut, resume, batch=batch, products=products)
     return {name: finish(name, sums, tokens.numel(), seed, draws, model) for name in criteria}
+
+
+def scores_until(
+    model: PreTrainedModel, tokens: Tensor, criteria: Sequence[str], seed: int, draws: int,
+    light_cut: list[Tensor] | None, resume: Path | None, products: str, until: float, ratio: float,
+) -> tuple[dict[str, Scores], list[tuple[int, list[str]]], dict[str, dict[str, Any]]]:  # fmt: skip
+    """As `unit_scores`, of as many sequences as each criterion needs to settle.
+
+    After a few sequences, and each time that their number has doubled, the sequences so far and the new ones rank the
+    units apart. A criterion is scored no further when the share of units that both would keep reaches `until`. What it
+    gets does not depend on which others are scored with it. A finished round is read again after a kill.
+
+    Args:
+        model, tokens, criteria, seed, draws, light_cut, products: see `unit_scores`.
+        resume: folder for the sums of each round, and for the partial sums of the round that runs.
+        until: share between 0 and 1, see `convergence.agreement`.
+        ratio: share of every layer's units that both remove.
+
+    Returns:
+        The scores by criterion; the `costs` passes; by criterion its `samples_used` and `convergence`.
+    """
+    length, passes = tokens.shape[1], []
+    sums, scores = {name: Sums() for name in criteria}, {}
+    records: dict[str, dict[str, Any]] = {name: {"samples_used": 0, "convergence": []} for name in criteria}
+
+    def finished(name: str, some: Sums) -> Scores:
+        return finish(name, some, some.sequences * length, seed, draws, model)
+
+    with sigterm_deferred() as sigterm:
+        for share in rounds(len(tokens)):
+            pending = [name for name in criteria if name not in scores]
+            if not pending:
+                break
+            new = _round(model, tokens, pending, seed, draws, light_cut, resume, share, products)
+            if sigterm.received:  # in the last batch, after which the round went on to its end
+                raise Stopped(f"the sums over {share.stop} of {len(tokens)} sequences are kept")
+            passes.append((len(share), pending))
+            for name in pending:
+                added, agreed = new.of(name), 0.0
+                if share.start:
+                    agreed = agreement(finished(name, sums[name]), finished(name, added), ratio)
+                    records[name]["convergence"].append({"samples": share.stop, "agreement": round(agreed, 6)})
+                    print(f"{name}: two halves of {share.stop} sequences keep {agreed:.2%} in common", flush=True)
+                sums[name].merge(added)
+                if agreed >= until or share.stop == len(tokens):
+                    scores[name], records[name]["samples_used"] = finished(name, sums[name]), share.stop
+    return scores, passes, records
+
+
+def _round(
+    model: PreTrainedModel, tokens: Tensor, criteria: Sequence[str], seed: int, draws: int,
+    light_cut: list[Tensor] | None, resume: Path | None, share: range, products: str,
+) -> Sums:  # fmt: skip
+    """The sums of `add_up`, kept in `resume` until the artifact is finished, and read if they are there."""
+    if resume is None:
+        return add_up(model, tokens, criteria, seed, draws, light_cut, None, share, products=products)
+    folder = resume / f"round-{share.start}-{sha256(canonical([*criteria, draws]))[:16]}"
+    file = folder.with_suffix(".safetensors")
+    if file.exists():
+        sums = Sums()
+        sums.load(file)
+        return sums
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = add_up(model, tokens, criteria, seed, draws, light_cut, folder, share, products=products)
+    sums.save(file)
+    shutil.rmtree(folder)  # partial sums, and hidden states of streamed weights
+    return sums
 
 
 def finish(name: str, sums: Sums, count: int, seed: int, draws: int, model: PreTrainedModel | None) -> Scores:

@@ -51,6 +51,20 @@ def compare(artifacts: list[Artifact]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def convergence(artifacts: list[Artifact]) -> pd.DataFrame:
+    """How far two halves of the calibration text agreed whenever they were compared, see `pruning.convergence`.
+
+    Returns:
+        Columns `criterion`, `seed`, `samples`, `agreement`; no rows of scores that took all samples unasked.
+    """
+    rows = [
+        {name: artifact.parameters[name] for name in ("criterion", "seed")} | comparison
+        for artifact in artifacts
+        for comparison in artifact.manifest["details"].get("convergence", [])
+    ]
+    return pd.DataFrame(rows, columns=["criterion", "seed", "samples", "agreement"])
+
+
 def layers(artifact: Artifact, parts: Container[str] = UNITS) -> dict[int, np.ndarray]:
     """The scores of the units of the first of these parts that an artifact ranks, neurons if it can.
 

@@ -102,9 +102,10 @@ def _introduction(results: Results, models: pd.DataFrame) -> Iterator[str]:
         f"{sizes} by {listed(methods)}, and measures how far each smaller model is from the dense one."
     )
     calibration, fidelity = config["calibration"], config["fidelity"]
+    most = "at most " if calibration.get("until") else ""
     words = (
-        f"What may go was decided on {calibration['samples']} sequences of {calibration['length']} tokens of the text "
-        f"{calibration['text']}. Fidelity and perplexity are measured on {fidelity['samples']} sequences of "
+        f"What may go was decided on {most}{calibration['samples']} sequences of {calibration['length']} tokens of the "
+        f"text {calibration['text']}. Fidelity and perplexity are measured on {fidelity['samples']} sequences of "
         f"{fidelity['length']} tokens of the text {fidelity['texts'][0]}"
     )
     tasks = [TASK_TITLES.get(name, name) for name in config["evaluation"].get("tasks", {})]

@@ -29,7 +29,10 @@ class Sigterm:
 
 @contextmanager
 def sigterm_deferred() -> Iterator[Sigterm]:
-    """A context in which SIGTERM only sets `received`. The work looks at it whenever it can stop."""
+    """A context in which SIGTERM only sets `received`. The work looks at it whenever it can stop.
+
+    A context around this one is told when this one ends.
+    """
     sigterm = Sigterm()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield sigterm
@@ -43,3 +46,5 @@ def sigterm_deferred() -> Iterator[Sigterm]:
         yield sigterm
     finally:
         signal.signal(signal.SIGTERM, previous)
+        if sigterm.received and callable(previous):
+            previous(signal.SIGTERM, None)

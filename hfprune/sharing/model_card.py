@@ -160,7 +160,8 @@ def process(history: CheckpointHistory) -> str:
 def _cut(step: Mapping[str, Any], is_repeated: bool) -> dict[str, str]:
     """Rows about a pruning; `is_repeated` if the model had been pruned before."""
     calibration = step["calibration"]
-    sample = f"{calibration['samples']} x {calibration['length']} tokens"
+    most = "at most " if "until" in calibration else ""
+    sample = f"{most}{calibration['samples']} x {calibration['length']} tokens"
     target, achieved = f"{step['ratio']:.4g}", f"{step['ratio_achieved']:.4f}"
     saved = step.get("saved")
     asked = f"Share of {saved['of']} to save" if saved else "Share of all parameters to remove"

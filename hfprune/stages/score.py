@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hfprune.errors import UserError
+from hfprune.pruning.convergence import check_until
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.stages.declaration import (
     CHECKPOINTS,
@@ -30,8 +31,17 @@ CriterionName = Literal[tuple(CRITERIA)]
 DRAWS: Any = Field(1, ge=1, description="labels drawn at each position; only for criteria that sample (fisher_*)")
 
 
-class ScoreParameters(Sampling, Parameters):
-    """Parameters of stage `score`."""
+UNTIL: Any = Field(
+    None,
+    gt=0,
+    le=1,
+    description="stop before all samples are scored, when this share of the kept units is the same for two halves of "
+    "those so far",
+)
+
+
+class PassParameters(Sampling, Parameters):
+    """Parameters of a pass over the calibration text."""
 
     criterion: CriterionName = Field("entropy", description="criterion that ranks the neurons")
     seed: Seed = Field(0, description="seed for the sequences, labels and random scores")
@@ -42,10 +52,27 @@ class ScoreParameters(Sampling, Parameters):
 
     def read(self) -> dict[str, Any]:
         """The parameters that affect the scores: `draws` only if the criterion samples labels."""
-        return self.model_dump(exclude=NOT_IN_RESULT | (set() if CRITERIA[self.criterion].sampled else {"draws"}))
+        unread = NOT_IN_RESULT | (set() if CRITERIA[self.criterion].sampled else {"draws"})
+        return self.model_dump(exclude=unread, exclude_none=True)
 
 
-class ShardParameters(ScoreParameters):
+class ScoreParameters(PassParameters):
+    """Parameters of stage `score`."""
+
+    until: float | None = UNTIL
+    until_ratio: float | None = Field(
+        None, gt=0, lt=1, description="with --until: share of every layer's units that the halves do not keep"
+    )
+
+    @model_validator(mode="after")
+    def _until(self) -> ScoreParameters:
+        if (self.until is None) != (self.until_ratio is None):
+            raise ValueError("until and until_ratio go together: give both, or neither")
+        check_until(self.until, self.samples)
+        return self
+
+
+class ShardParameters(PassParameters):
     """Parameters of stage `shard`."""
 
     shard: int = Field(ge=0, description="number of this shard of the sequences, from 0")
@@ -67,7 +94,7 @@ INPUTS = {
 }
 
 
-def _check(parameters: ScoreParameters, inputs: Any, run: Any) -> None:
+def _check(parameters: PassParameters, inputs: Any, run: Any) -> None:
     """Refuse light-cut scores of another model or criterion than needed."""
     scores, model, light_cut = inputs["light_cut"], inputs["model"], None
     if scores:
@@ -83,7 +110,7 @@ def _check(parameters: ScoreParameters, inputs: Any, run: Any) -> None:
         raise UserError(f"criterion {parameters.criterion} takes {expected}; given: {actual}.")
 
 
-def _one_pass(folder: Path, inputs: Any, parameters: ScoreParameters, run: Any) -> dict[str, Any]:
+def _one_pass(folder: Path, inputs: Any, parameters: PassParameters, run: Any) -> dict[str, Any]:
     """Score in one pass. Write this criterion's artifact here, and those of the others in `together` to the store."""
     from hfprune.models.units import save_scores
     from hfprune.pruning import scoring
@@ -133,12 +160,15 @@ def _merge(folder: Path, inputs: Any, parameters: ScoreParameters, run: Any) -> 
 def _shard_keys(parameters: ScoreParameters, inputs: Any, run: Any) -> list[str]:
     """The keys of the shards of these scores, in order."""
     shards = len(inputs["shards"])
-    common, sources = parameters.model_dump(), {name: inputs[name] for name in INPUTS}
+    common = parameters.model_dump(include={*PassParameters.model_fields})
+    sources = {name: inputs[name] for name in INPUTS}
     return [run.key(SHARD, ShardParameters(**common, shard=number, shards=shards), sources) for number in range(shards)]
 
 
 def _check_shards(parameters: ScoreParameters, inputs: Any, run: Any) -> None:
     _check(parameters, inputs, run)
+    if inputs["shards"] and parameters.until is not None:
+        raise UserError("--until does not go with --shards: all sequences are summed before they are compared.")
     if inputs["shards"] and {shard.key for shard in inputs["shards"]} != {*_shard_keys(parameters, inputs, run)}:
         raise UserError(
             f"--shards: not the {len(inputs['shards'])} parts of these scores. Give every shard of this criterion, "
@@ -154,6 +184,7 @@ def _score(folder: Path, inputs: Any, parameters: ScoreParameters, run: Any) -> 
 def _pass_cost(job: Any, estimate: Any, sequences: int, disk: int) -> Any:
     """The cost of a pass over `sequences`, which scores one or more criteria; `disk` is one criterion's artifact."""
     from hfprune.pruning import scoring
+    from hfprune.pruning.recorder import bytes_of_sums
     from hfprune.stages.costs import Cost
 
     criteria, shape = [job.settings.criterion, *job.together], (sequences, job.settings.length)
@@ -161,6 +192,9 @@ def _pass_cost(job: Any, estimate: Any, sequences: int, disk: int) -> Any:
     light_cut = "light_cut" in job.inputs
     flops = scoring.cost(dense, shape, criteria, job.settings.draws, light_cut, streamed)["flops"]
     memory = estimate.device.process + estimate.scoring_memory(criteria, job.settings.length, streamed)
+    if getattr(job.settings, "until", None):
+        memory += bytes_of_sums(dense, criteria)  # of the sequences so far, beside those of a round
+        estimate.assumptions[f"{job.label}: all {sequences:,} samples; `until` may need fewer"] = None
     scratch = scoring.scratch_bytes(dense, shape, criteria, job.settings.draws, light_cut) if streamed else 0
     return Cost(0 if job.after else flops, memory, disk, scratch)
 

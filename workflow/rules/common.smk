@@ -161,6 +161,11 @@ def manifests(jobs):
     return [plan.manifest(job) for job in jobs]
 
 
+def tables_of_scores(experiment):
+    """Names of the tables of an experiment's scores."""
+    return ["agreement", *(["convergence"] if experiment.calibration.until else [])]
+
+
 def drawn_of_scores(experiment):
     """Names of the figures of an experiment's scores."""
     several = len(experiment.criteria) * len(experiment.calibration.seeds) > 1

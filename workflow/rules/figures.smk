@@ -143,7 +143,7 @@ rule agreement:
         missing(plan.scores),
         VERDICT,
     output:
-        RESULTS / "tables" / "agreement.csv",
+        [RESULTS / "tables" / f"{name}.csv" for name in tables_of_scores(plan.experiment)],
         drawn(*drawn_of_scores(plan.experiment)),
     log:
         LOGS / "agreement.log",
