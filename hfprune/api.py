@@ -109,7 +109,6 @@ def prune(
         scores = score(small, tokens, recipe.criterion, seed, draws)
         kept = _without_and_narrower(small, tokens, scores, recipe, ratio, target_parameters, round_to)
     elif recipe.allocation == SEARCHED:
-        _check_budget(ratio, target_parameters)
         scores = score(small, tokens, recipe.criterion, seed, draws)
         found, _ = search(
             small, scores, tokens, recipe.structure, recipe.ridge, recipe.rounds, ratio=ratio, ratio_of=ratio_of,
