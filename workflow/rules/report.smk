@@ -55,7 +55,7 @@ rule artifacts:
 rule report:
     """Put all pages into one HTML file, by `snakemake --report` on the same experiment."""
     input:
-        rules.index.output,
+        start=rules.index.output[0],
         pages=[RESULTS / "report" / kind / f"{name}.html" for kind, name in SHOWN],
         config=rules.config.output[0],
         style=workflow.source_path("../report/style.css"),
@@ -72,6 +72,6 @@ rule report:
         "put all pages into one file"
     shell:
         "aside=$(mktemp -d {params.folder:q}/.report-XXXXXX); trap 'rm -rf $aside' EXIT; "
-        "snakemake {input[0]:q} {input.pages:q} --snakefile {params.snakefile:q} --configfile {input.config:q} --cores 1 --nolock"
+        "snakemake {input.start:q} {input.pages:q} --snakefile {params.snakefile:q} --configfile {input.config:q} --cores 1 --nolock"
         " --report $aside/report.html --report-stylesheet {input.style:q} > {log:q} 2>&1; "
         "mv $aside/report.html {output:q}"
