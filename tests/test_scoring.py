@@ -586,3 +586,39 @@ def test_a_gpu_takes_as_many_tokens_as_half_of_its_free_memory_holds(free, expec
     assert tokens_per_batch(model) == expected
     model.config._attn_implementation = "eager"
     assert tokens_per_batch(model) == 1024
+
+
+@pytest.mark.parametrize("saves", [0, 120], ids=["saved", "not saved"])
+@pytest.mark.parametrize("memory", ["resident", "streamed"])
+def test_a_batch_that_does_not_fit_is_halved(memory, saves, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hfprune.pruning.scoring.SECONDS_BETWEEN_SAVES", saves)
+    model = load_model(save_dense(tmp_path / "model"), "float32", memory)
+    whole = unit_scores(model, tokens(11), INTACT, draws=2)
+    rows = []
+
+    def run_out(module, inputs):
+        rows.append(inputs[0].shape[0])
+        if rows[-1] > 3 and len(rows) > 1:  # the first batch of the model in memory has added all its sums
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.model.layers[1].mlp.register_forward_pre_hook(run_out)
+    capsys.readouterr()
+    some = unit_scores(model, tokens(11), INTACT, draws=2, batch=4, resume=tmp_path / "resume")
+    assert capsys.readouterr().out.count("out of memory: again, with 2 sequences at a time") == 1
+    assert max(rows[2:]) == 2
+    for name in INTACT:
+        assert_close(some[name], flat(whole[name]), 1e-4)  # FLAP standardises what nearly cancels
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("a fault")])
+def test_one_sequence_that_does_not_fit_and_any_other_error_end_the_pass(error):
+    model, rows = make_model(), []
+
+    def fail(_module, inputs):
+        rows.append(inputs[0].shape[0])
+        raise error
+
+    model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(type(error), match=str(error)):
+        unit_scores(model, tokens(), ["entropy"])
+    assert rows == ([6, 3, 1] if isinstance(error, torch.OutOfMemoryError) else [6])

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from hfprune.pruning.head import LogitGradient, generator
 from hfprune.pruning.recorder import CalibrationPass, Sums, UnitRecorder, flops_of_sums, moments_of, names_of_sums
 from hfprune.pruning.weight_recorder import reads_weights, sum_name
 from hfprune.runtime.matmul import fast_products, product_dtype
-from hfprune.runtime.memory import free_bytes
+from hfprune.runtime.memory import empty_cache, free_bytes, is_out_of_memory
 from hfprune.runtime.progress import progress
 from hfprune.runtime.signals import Stopped, sigterm_deferred
 from hfprune.store.filenames import RESUME, SCORES, SUMS
@@ -422,7 +423,7 @@ def add_up(
     )
     if not share:
         return Sums()
-    sums = (layerwise.add_up if is_streamed(model) else _add_up_resident)(model, one_pass, resume)
+    sums = _in_batches_that_fit(model, one_pass, resume)
     for kind in kinds_of(model):
         for layer, part in enumerate(parts(model, kind)):
             linears = len(part.linears) if isinstance(part, Part) else 1
@@ -432,6 +433,25 @@ def add_up(
                 elif f"{name}.{kind}.{layer}" not in sums.tensors:
                     raise UserError(f"layer {layer}, {kind}: nothing reached it, neither activations nor gradients.")
     return sums
+
+
+def _in_batches_that_fit(model: PreTrainedModel, one_pass: CalibrationPass, resume: Path | None) -> Sums:
+    """The sums of a pass. A batch that does not fit in memory is halved, as often as it takes.
+
+    What it has added to the sums by then is not known, so the pass goes on from the sums that `resume` holds.
+    """
+    compute = layerwise.add_up if is_streamed(model) else _add_up_resident
+    size = min(one_pass.batch, len(one_pass.tokens))
+    while True:
+        try:
+            return compute(model, replace(one_pass, batch=size), resume)
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        # Here the error and the tensors that its frames hold are gone.
+        empty_cache(device_of(model))
+        print(f"out of memory: again, with {size // 2} sequences at a time", flush=True)
+        size //= 2
 
 
 def _add_up_resident(model: PreTrainedModel, one_pass: CalibrationPass, resume: Path | None) -> Sums:
