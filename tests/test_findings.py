@@ -163,6 +163,8 @@ def test_criteria_that_agree_most_and_least_are_told():
         "a and c rank neurons most alike by 0.90 and have 95% of the kept ones in common (by chance 67%); b and c "
         "least, by -0.10; a agrees with itself at another seed by 0.99."
     )
+    chance = agreements(("a", 0, "b", 0, 0.4, 0.75), ("a", 0, "c", 0, -0.001, 0.67), ("b", 0, "c", 0, 0.1, 0.7))
+    assert "a and c least, by 0.00" in findings.agreement(chance)  # not -0.00
     assert findings.agreement(agreements()) == "No two of these scores rank the same units."
 
 

@@ -683,7 +683,7 @@ def agreement(agreements: pd.DataFrame) -> Figure:
         for (row, column), value in np.ndenumerate(table.to_numpy()):
             if np.isfinite(value):
                 color = "black" if image.norm(value) > 0.6 else "white"
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+                axis.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=7, color=color)
         axis.set_xticks(range(count), table.columns, rotation=45, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(count), table.index)
         axis.set_title(title)

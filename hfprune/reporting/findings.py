@@ -239,7 +239,7 @@ def agreement(agreements: pd.DataFrame) -> str:
             f"{shared:.0%} of the kept ones in common (by chance {KEPT:.0%})"
         )
         if len(pairs) > 1:
-            told.append(f"{two} and {three} least, by {least:.2f}")
+            told.append(f"{two} and {three} least, by {least:z.2f}")
     if alone:
         steady, shaky = max(alone, key=alone.get), min(alone, key=alone.get)
         told.append(f"{steady} agrees with itself at another seed by {alone[steady]:.2f}")
