@@ -502,7 +502,8 @@ def after_against_before(metrics: pd.DataFrame) -> Figure:
     for number, (recovery, cuts) in enumerate(pairs.groupby("recovery", sort=False)):
         label = recovery
         if len(cuts) >= FEWEST_RANKED:
-            label += f": rank correlation {correlation_in_words(cuts['before'], cuts['after'])}, {len(cuts)} models"
+            rank = correlation_in_words(cuts["before"], cuts["after"])
+            label += f": {f'rank correlation {rank}, ' if rank else ''}{len(cuts)} models"
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axis.plot("before", "after", data=cuts, ls="", markersize=5, label=label, **look)
     axis.set_xscale("log")

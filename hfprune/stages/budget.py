@@ -1,4 +1,4 @@
-"""The budget of a cut: what the stages that read one share."""
+"""The budget of a cut, and the scores that it is met by: what the stages that read them share."""
 
 from __future__ import annotations
 
@@ -104,3 +104,16 @@ class Budget(Parameters):
     def options(self) -> dict[str, Any]:
         """The parameters to write on the command line."""
         return self.read() | {"memory": self.memory} | ({"latencies": self.latencies} if self.latencies else {})
+
+
+def refuse_other_scores(scores: Any, model: Any, text: Any) -> None:
+    """Refuse scores of another model, or on another text where one is given.
+
+    Raises:
+        UserError: it is so.
+    """
+    inputs = scores.manifest["inputs"]
+    if inputs["model"] != model.key:
+        raise UserError(f"{scores.folder}: scores of model {inputs['model']}, not of {model.key}.")
+    if text and inputs["text"] != text.key:
+        raise UserError(f"{scores.folder}: scores on text {inputs['text']}, not on {text.key}.")

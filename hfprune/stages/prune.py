@@ -12,7 +12,7 @@ from hfprune.models.units import DEPTH, DEPTH_SHARE, MIXED, STRUCTURES, check_de
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.refit_names import IN_DEPTH, REFITS, RIDGE, SOLVED
 from hfprune.pruning.searched import SEARCHED, check_searched
-from hfprune.stages.budget import ROUNDS_OF_SEARCH, Budget
+from hfprune.stages.budget import ROUNDS_OF_SEARCH, Budget, refuse_other_scores
 from hfprune.stages.declaration import CHECKPOINTS, Input, Stage, outside_key
 from hfprune.stages.lineage import origin
 
@@ -88,10 +88,7 @@ def _check(parameters: PruneParameters, inputs: Any, run: Any) -> None:
         )
     _check_order(parameters, scores, inputs["order"])
     _check_widths(parameters, scores, inputs["widths"])
-    if scores.manifest["inputs"]["model"] != model.key:
-        raise UserError(f"{scores.folder}: scores of model {scores.manifest['inputs']['model']}, not of {model.key}.")
-    if text and scores.manifest["inputs"]["text"] != text.key:
-        raise UserError(f"{scores.folder}: scores on text {scores.manifest['inputs']['text']}, not on {text.key}.")
+    refuse_other_scores(scores, model, text)
 
 
 def _check_order(parameters: PruneParameters, scores: Any, order: Any) -> None:

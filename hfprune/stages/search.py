@@ -11,7 +11,7 @@ from hfprune.errors import UserError
 from hfprune.models.units import STRUCTURES as PARTS_OF
 from hfprune.pruning.refit_names import RIDGE
 from hfprune.pruning.searched import STRUCTURES, held_out, too_few
-from hfprune.stages.budget import ROUNDS_OF_SEARCH, Budget
+from hfprune.stages.budget import ROUNDS_OF_SEARCH, Budget, refuse_other_scores
 from hfprune.stages.declaration import CHECKPOINTS, Input, Stage, outside_key
 
 
@@ -32,10 +32,8 @@ class SearchParameters(Budget):
 
 def _check(parameters: SearchParameters, inputs: Any, run: Any) -> None:
     """Refuse scores of another model or on another text, and too few sequences to hold some out."""
-    model, scores, text = inputs["model"], inputs["scores"], inputs["text"]
-    for name, artifact in (("model", model), ("text", text)):
-        if (other := scores.manifest["inputs"][name]) != artifact.key:
-            raise UserError(f"{scores.folder}: scores with {name} {other}, not {artifact.key}.")
+    scores = inputs["scores"]
+    refuse_other_scores(scores, inputs["model"], inputs["text"])
     if reason := too_few(scores.parameters["samples"]):
         raise UserError(f"{scores.folder}: samples = {scores.parameters['samples']}: {reason}.")
 
