@@ -13,6 +13,7 @@ from hfprune.pruning.criteria import (
     Positions,
     StaticCriterion,
     fisher_gradient,
+    race_times,
 )
 from tests.conftest import make_model
 
@@ -24,14 +25,9 @@ POSITIONS = Positions(
 
 
 def sampled_labels(logits):
-    """Labels by the inverse of the cumulative distribution, in numpy."""
-    below = torch.softmax(logits.detach(), -1).numpy().cumsum(-1)
-    return torch.tensor(
-        [
-            int(np.searchsorted(row, u * row[-1], "right"))
-            for row, u in zip(below, POSITIONS.uniforms.tolist(), strict=True)
-        ]
-    )
+    """The labels that win a race: at each position the first of exponential clocks with rates p, by numpy."""
+    p = torch.softmax(logits.detach(), -1).numpy()
+    return torch.tensor((race_times(POSITIONS.uniforms, VOCABULARY).numpy() / p).argmin(-1))
 
 
 def entropy(logits):
@@ -113,6 +109,27 @@ def test_labels_are_drawn_from_the_models_own_output():
     drawn = (fisher_gradient(logits.clone(), positions) + p).round()
     assert torch.equal(drawn.sum(-1), torch.ones(20_000))
     torch.testing.assert_close(drawn.mean(0), p[0], rtol=0, atol=0.012)
+
+
+def test_every_position_draws_from_numbers_of_its_own_that_are_exponential():
+    torch.manual_seed(4)
+    times = race_times(torch.rand(500), 1000).double()
+    assert times.shape == (500, 1000) and times.min() > 0
+    for moment, expected in ((1, 1), (2, 2), (3, 6)):
+        assert times.pow(moment).mean().item() == pytest.approx(expected, rel=0.03)
+    assert torch.corrcoef(times).fill_diagonal_(0).abs().max() < 0.2  # 0.16 is what chance gives
+    ends = race_times(torch.tensor([0.0, 1 - 2**-24]), 1000)  # the first window and the last
+    assert torch.isfinite(ends).all()
+
+
+def test_labels_hardly_depend_on_the_type_of_the_logits():
+    torch.manual_seed(5)
+    logits = 3 * torch.randn(400, 5000)
+    positions = Positions(torch.full((400,), -1), torch.rand(400))
+    exact, rounded = (
+        fisher_gradient(each, positions).argmax(-1) for each in (logits.clone(), logits.bfloat16().float())
+    )
+    assert (exact != rounded).float().mean() < 0.03
 
 
 def weights(layer, kind):

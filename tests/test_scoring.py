@@ -15,7 +15,7 @@ from hfprune.models.head import Head
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.models.norms import fused_norms
 from hfprune.models.units import PARTS
-from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion, ranks
+from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion, race_times, ranks
 from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
 from hfprune.pruning.recorder import Sums, times
@@ -46,8 +46,8 @@ def loss(name, logits, sequence, number, seed, dense=None):
     if name == "self_distillation":
         divergence = torch.nn.functional.kl_div(log_p, torch.softmax(dense / 0.2, -1), reduction="sum")
         return 0.6 * -log_p[:-1].gather(-1, sequence[1:, None]).sum() + 0.4 * divergence
-    uniforms = torch.rand(len(sequence), generator=generator(seed, 0, number)).double()
-    labels = torch.searchsorted(log_p.detach().exp().cumsum(-1), uniforms[:, None], right=True)
+    uniforms = torch.rand(len(sequence), generator=generator(seed, 0, number))
+    labels = (log_p.detach() - race_times(uniforms, log_p.shape[-1]).log()).argmax(-1, keepdim=True)
     return log_p.gather(-1, labels).sum()
 
 

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hfprune.models.units import matrix
 
 if TYPE_CHECKING:  # the config reads the names of the criteria without paying for torch
+    import torch
     from torch import Generator, Tensor
 
     from hfprune.models.units import Part
@@ -173,9 +175,29 @@ def fisher_gradient(logits: Tensor, positions: Positions) -> Tensor:
     cut, the expectation over y of the squared derivative of log p(y).
     """
     p = logits.softmax(-1)
-    below = p.cumsum(-1)
-    drawn = (below <= positions.uniforms[:, None] * below[:, -1:]).sum(-1, keepdim=True)
-    return p.neg_().scatter_add_(-1, drawn.clamp(max=p.shape[-1] - 1), logits.new_ones(drawn.shape))
+    drawn = (p / race_times(positions.uniforms, p.shape[-1])).argmax(-1, keepdim=True)
+    return p.neg_().scatter_add_(-1, drawn, logits.new_ones(drawn.shape))
+
+
+def race_times(uniforms: Tensor, vocabulary: int) -> Tensor:
+    """(tokens, vocabulary) float32 exponential times E. The label with the largest p / E is a draw from p.
+
+    Each position reads the window of one table that its number in `uniforms` says. A little noise in p, as that of
+    bfloat16, changes a label only where two are about level; the inverse of the cumulative distribution would change
+    many, since there the noise of all labels adds up.
+    """
+    table = _exponentials(uniforms.device)
+    starts = (uniforms.double() * (len(table) - vocabulary + 1)).long()
+    return table.unfold(0, vocabulary, 1)[starts]
+
+
+@cache
+def _exponentials(device: torch.device) -> Tensor:
+    """(4,194,304,) float32 numbers of the exponential distribution, the same on every machine, never 0."""
+    import torch
+
+    drawn = torch.rand(2**22, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (-torch.log1p(-drawn)).clamp(min=1e-30).float().to(device)
 
 
 def wanda(part: Part, moments: Moments, _generator: Generator) -> Tensor:
