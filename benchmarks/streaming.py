@@ -1,9 +1,11 @@
 """Streamed weights: memory of scoring, cutting and measuring layer by layer, and speed beside a model in memory.
 
     python benchmarks/streaming.py
+    python benchmarks/streaming.py --shape llama-2-7b --steps score cut measure
 
 A checkpoint of random bfloat16 weights, a file for each layer. Each step runs in a process of its own. For the speed a
-small model scores the same tokens in turn with streamed weights and in memory.
+small model scores the same tokens in turn with streamed weights and in memory. A limit of memory comes from outside, as
+the cgroup of the shell that starts this; it is recorded.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import multiprocessing
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,10 @@ from hfprune.models.loading import device, load_model, shape_only, weight_bytes
 from hfprune.models.units import save_scores
 from hfprune.pruning import surgery
 from hfprune.pruning.scoring import unit_scores
+from hfprune.runtime.memory import available_bytes
 from hfprune.store.filenames import SCORES
+
+TOKENIZER = "tokenizer.json"  # what `write_checkpoint` writes last
 
 SECONDS = 3600  # a step that takes longer, or whose process has died, ends the run
 CUT = {
@@ -124,40 +130,52 @@ def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tinyllama-1.1b")
+    parser.add_argument("--steps", nargs="+", choices=("speed", *STEPS), default=("speed", *STEPS))
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", choices=sorted(SHAPES), default="smollm2-135m", help="the model that fits")
     parser.add_argument("--gpu-bytes", type=int, help="of a GPU's memory, take no more")
-    parser.add_argument("--folder", type=Path, help="for the checkpoint (default: the system's temporary folder)")
+    parser.add_argument("--folder", type=Path, help="keeps the checkpoint for other runs (default: temporary)")
     args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
     figures: dict[str, Any] = {"shape": args.shape, "tokens": args.samples * args.length}
-    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        large, small = Path(scratch, "large"), Path(scratch, "small")
-        shape = SHAPES[args.small]
-        write_checkpoint(small, shape | {"num_hidden_layers": min(8, shape["num_hidden_layers"])}, torch.float32)
-        tokens = torch.randint(0, shape["vocab_size"], (4, 512))
-        networks = {memory: load_model(small, "auto", memory) for memory in ("resident", "streamed")}
-        work = {name: partial(unit_scores, network, tokens, ["entropy"]) for name, network in networks.items()}
-        seconds = alternate(work, args.rounds)
-        figures |= {f"tokens_per_second_{name}": tokens.numel() / median for name, median in seconds.items()}
-        figures["speed_streamed_over_resident"] = seconds["resident"] / seconds["streamed"]
-        print(figures, flush=True)
-        write_checkpoint(large, SHAPES[args.shape], torch.bfloat16)
-        figures["weight_bytes"] = weight_bytes(large)
-        for step in STEPS:
-            results = context.Queue()
-            process = context.Process(
-                target=peak, args=(step, large, args.length, args.samples, args.gpu_bytes, results)
-            )
-            process.start()
-            names = ("seconds", "peak_gpu_bytes", "peak_bytes_without_files", "peak_bytes", "peak_bytes_of_reload")
-            values = results.get(timeout=SECONDS)
-            figures |= {f"{step}_{name}": value for name, value in zip(names, values, strict=True)}
-            process.join()
+    figures["free_bytes"] = available_bytes()
+    with ExitStack() as stack:
+        scratch = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if "speed" in args.steps:
+            figures |= speeds(scratch / "small", SHAPES[args.small], args.rounds)
             print(figures, flush=True)
-    record("streaming", figures)
+        large = scratch / args.shape
+        if not (large / TOKENIZER).exists():
+            write_checkpoint(large, SHAPES[args.shape], torch.bfloat16)
+        figures["weight_bytes"] = weight_bytes(large)
+        for step in (step for step in STEPS if step in args.steps):
+            figures |= in_its_own_process(step, large, args.length, args.samples, args.gpu_bytes)
+            print(figures, flush=True)
+    record(f"streaming-{args.shape}", figures)
+
+
+def speeds(folder: Path, shape: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Tokens per second of scoring eight layers of that shape with streamed weights and in memory."""
+    write_checkpoint(folder, shape | {"num_hidden_layers": min(8, shape["num_hidden_layers"])}, torch.float32)
+    tokens = torch.randint(0, shape["vocab_size"], (4, 512))
+    networks = {memory: load_model(folder, "auto", memory) for memory in ("resident", "streamed")}
+    work = {name: partial(unit_scores, network, tokens, ["entropy"]) for name, network in networks.items()}
+    seconds = alternate(work, rounds)
+    figures = {f"tokens_per_second_{name}": tokens.numel() / median for name, median in seconds.items()}
+    return figures | {"speed_streamed_over_resident": seconds["resident"] / seconds["streamed"]}
+
+
+def in_its_own_process(step: str, *arguments: Any) -> dict[str, float]:
+    """Seconds and peaks of a step, see `peak`."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=peak, args=(step, *arguments, results))
+    process.start()
+    names = ("seconds", "peak_gpu_bytes", "peak_bytes_without_files", "peak_bytes", "peak_bytes_of_reload")
+    values = results.get(timeout=SECONDS)
+    process.join()
+    return {f"{step}_{name}": value for name, value in zip(names, values, strict=True)}
 
 
 if __name__ == "__main__":
