@@ -255,11 +255,13 @@ def test_a_budget_is_the_same_from_the_files_as_from_the_model(name, tmp_path):
 def test_scores_of_experts_are_the_change_of_the_entropy_by_brute_force(name):
     """In float64, by autograd: what the experts write with each expert's router row gone, by the class's own code."""
     grouped = {"topk_group": 2} if "n_group" in MIXTURES[name] else {}  # groups do not restrict the choice
-    ours = unit_scores(mixture(name, **grouped), TOKENS, ["entropy", "fisher_sequence", "reap", "expert_frequency"])
+    ours = unit_scores(
+        mixture(name, **grouped), TOKENS, ["entropy", "fisher_sequence", "reap", "easy_ep", "expert_frequency"]
+    )
     model = mixture(name, **grouped).double()
     model.config._experts_implementation = "eager"
     model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
-    seen, hooks = {}, []
+    seen, normed, hooks = {}, {}, []
     for number in range(3):
         if experts := experts_in(model, number):
 
@@ -267,7 +269,12 @@ def test_scores_of_experts_are_the_change_of_the_entropy_by_brute_force(name):
                 output.retain_grad()
                 seen.setdefault(number, []).append((module, inputs, output))
 
+            def remember_norm(_module, inputs, output, number=number):
+                normed.setdefault(number, []).append((inputs[0][0].detach(), output[0].detach()))
+
             hooks.append(experts.experts.register_forward_hook(remember))
+            *_, norm = (child for kind, child in layers_of(model)[number].named_children() if "norm" in kind)
+            hooks.append(norm.register_forward_hook(remember_norm))
     for row in TOKENS:
         log_p = model(row[None]).logits.log_softmax(-1)
         (-(log_p.exp() * log_p).sum()).backward()
@@ -275,7 +282,14 @@ def test_scores_of_experts_are_the_change_of_the_entropy_by_brute_force(name):
         hook.remove()
     for number, passed in seen.items():
         experts, totals, routed, written = experts_in(model, number), [0.0] * 8, torch.zeros(8), [0.0] * 8
-        for module, (states, chosen, weights), output in passed:
+        turned = [0.0] * 8
+        for (module, (states, chosen, weights), output), (before, after_norm) in zip(
+            passed, normed[number], strict=True
+        ):
+            factor = getattr(model.config, "residual_multiplier", 1)
+            if name == "minimax":
+                before, factor = 1.5 * after_norm, 0.7
+            turns = 1 - torch.nn.functional.cosine_similarity(before, before + factor * output.detach(), dim=1)
             states, weights = states.detach(), weights.detach()
             for expert in range(8):
                 other = copy.deepcopy(experts)
@@ -289,11 +303,14 @@ def test_scores_of_experts_are_the_change_of_the_entropy_by_brute_force(name):
                 totals[expert] += (change * output.grad).sum(1).abs().sum().item() / TOKENS.numel()
                 routed[expert] += mine.sum()
                 alone = module(states, torch.full_like(chosen[:, :1], expert), torch.ones_like(weights[:, :1]))
-                written[expert] += ((weights * mine).sum(1) * alone.norm(dim=1)).sum().item()
+                norms = (weights * mine).sum(1) * alone.norm(dim=1)
+                written[expert] += norms.sum().item()
+                turned[expert] += (norms * turns).sum().item()
         torch.testing.assert_close(ours["entropy"]["experts"][number], torch.tensor(totals), rtol=1e-3, atol=1e-6)
         assert torch.equal(ours["expert_frequency"]["experts"][number], routed)
         reap = torch.tensor(written) / routed.clamp(min=1)
         torch.testing.assert_close(ours["reap"]["experts"][number], reap, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours["easy_ep"]["experts"][number], torch.tensor(turned), rtol=1e-3, atol=1e-6)
     assert set(ours["reap"]) == {"experts"}
     assert {len(layer) for layer in ours["fisher_sequence"]["experts"]} <= {0, 8}
 
@@ -740,6 +757,7 @@ def test_a_cut_goes_the_whole_way_and_its_files_are_those_of_the_authors(
     scores = unit_scores(load_model(tmp_path / "dense", "float32"), TOKENS, [criterion])[criterion]
     calibration = {"criterion": criterion, "samples": 6, "length": 32, "seed": 0, "text": "words"}
     asked = {"ratio": 0.2, "structure": structure, "refit": method}
+    asked |= {"experts_share": 0.5} if structure == "mlp+experts" else {}
     out, done = run_prune(tmp_path / "dense", tmp_path, texts, scores, calibration=calibration, **asked)
     written = json.loads((out / "pruning.json").read_text())
     assert written["reload"]["max_difference"] < 1e-4

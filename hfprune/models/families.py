@@ -269,6 +269,7 @@ MINIMAX = _with(
         "refused": "most layers have linear attention instead, which norms all heads together. Cut experts or mlp.",
     },
     multiplier="mlp_beta_factor",
+    carried="mlp_alpha_factor",
     **HYBRID,
 )  # fmt: skip
 CONVOLVED = "most layers have a short convolution instead, which has no heads. Cut {}."

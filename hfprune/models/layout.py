@@ -131,6 +131,8 @@ class Layout:
         final_norm: path of the norm after the last layer, below the base model.
         parallel: whether the MLP reads the same hidden states as attention.
         multiplier: key of the config with m, by which what a block writes is multiplied; None for 1.
+        carried: key of the config with a factor, where the MLP's normed input times that factor is what its output is
+            added to, in place of the hidden states themselves; None elsewhere.
         logit_scale, logit_divisor: key of the config with the factor or divisor of the logits; None for 1.
         logit_cap: key of the config with c in c * tanh(logits / c); None, there or here, if logits are not capped.
         masks_by_kind: whether the base model takes a dictionary of attention masks, by kind of layer.
@@ -148,6 +150,7 @@ class Layout:
     final_norm: str = "norm"
     parallel: bool = False
     multiplier: str | None = None
+    carried: str | None = None
     logit_scale: str | None = None
     logit_divisor: str | None = None
     logit_cap: str | None = None

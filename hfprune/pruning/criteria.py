@@ -112,14 +112,15 @@ class ExpertCriterion:
     """A score of whole experts alone, from a forward pass.
 
     Attributes:
-        score: maps (experts,) float64 numbers of tokens that are sent to each expert, and the sum over these tokens of
-            weight * ||output||, to (experts,) scores. The weight is the router's.
+        score: maps (experts,) float64 sums over the tokens that are sent to each expert to (experts,) scores.
         source: the publication.
+        moments: the sums, as `score` takes them: `routed` 1, `written` weight * ||output||, `turned` the same times
+            1 - cosine between the hidden states before and after all routed experts. The weight is the router's.
     """
 
-    score: Callable[[Tensor, Tensor], Tensor]
+    score: Callable[..., Tensor]
     source: str
-    moments: ClassVar[tuple[str, ...]] = ("routed", "written")
+    moments: tuple[str, ...]
     sampled: ClassVar[bool] = False
     light_cut: ClassVar[None] = None
 
@@ -332,9 +333,14 @@ def reap(routed: Tensor, written: Tensor) -> Tensor:
     return written / routed.clamp(min=1)
 
 
-def expert_frequency(routed: Tensor, _written: Tensor) -> Tensor:
+def expert_frequency(routed: Tensor) -> Tensor:
     """How many tokens are sent to an expert."""
     return routed
+
+
+def easy_ep(turned: Tensor) -> Tensor:
+    """EASY-EP: sum over tokens of weight * ||output|| * (1 - cosine of the states before and after all experts)."""
+    return turned
 
 
 WITH_PRODUCTS = ("total", "squares", "products")
@@ -373,8 +379,9 @@ CRITERIA: dict[str, GradientCriterion | StaticCriterion | ExpertCriterion] = {
     "magnitude": StaticCriterion(magnitude, "weights alone", ranks_experts=True),
     "spectral": StaticCriterion(spectral, "weights alone, after PruneNet, arXiv 2501.15296"),
     "random": StaticCriterion(random, "none", ranks_experts=True),
-    "reap": ExpertCriterion(reap, "REAP, arXiv 2510.13999"),
-    "expert_frequency": ExpertCriterion(expert_frequency, "how often the router chooses an expert"),
+    "reap": ExpertCriterion(reap, "REAP, arXiv 2510.13999", ("routed", "written")),
+    "easy_ep": ExpertCriterion(easy_ep, "EASY-EP, arXiv 2504.06792", ("turned",)),
+    "expert_frequency": ExpertCriterion(expert_frequency, "how often the router chooses an expert", ("routed",)),
 }
 BESIDE_EXPERTS = {"products", "norms"}  # moments that are not taken inside experts
 BY_NEURON = ("absolute", "square", "square_of_sum")  # products that keep a number for each unit

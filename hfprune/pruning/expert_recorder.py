@@ -22,9 +22,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
+from torch.nn.functional import cosine_similarity
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
+from hfprune.models.families import layout_of, setting
 from hfprune.models.loading import weights_in_memory
 from hfprune.models.mixtures import Experts
+from hfprune.models.run_part import factor
+from hfprune.models.units import layers_of
 from hfprune.pruning.criteria import CRITERIA, ranks
 
 if TYPE_CHECKING:
@@ -77,19 +83,24 @@ class ExpertRecorder:
     def __init__(self, recorder: UnitRecorder, layer: int, experts: Experts) -> None:
         self.recorder, self.layer, self.experts = recorder, layer, experts
         self.logits: Tensor | None = None  # of the router, for the tokens that pass
+        self.before: Tensor | None = None  # (tokens, hidden), the hidden states that the experts' output is added to
+        self.factor = 1.0  # of that output
         self.gradients: dict[str, Tensor] = {}  # dS/dy, until what was written can be read
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self, model: PreTrainedModel) -> Iterator[None]:
         """A context in which the experts run one after another, and are read."""
         module = self.experts.experts
         intact, own = module.forward, module.__dict__.get("forward")
-        hook = self.experts.router.register_forward_hook(self._remember)
+        hooks = [self.experts.router.register_forward_hook(self._remember)]
+        if "turned" in self.recorder.moments:
+            hooks.append(self._remember_states(model))
         module.forward = lambda *inputs: self._forward(intact, *inputs)
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             if own is None:
                 del module.forward
             else:
@@ -97,6 +108,19 @@ class ExpertRecorder:
 
     def _remember(self, _module: nn.Module, _inputs: tuple, output: tuple[Tensor, ...]) -> None:
         self.logits = output[0].detach()
+
+    def _remember_states(self, model: PreTrainedModel) -> RemovableHandle:
+        """Keep the hidden states that pass the norm in front of the experts."""
+        layout, config = layout_of(model), model.config
+        carried = layout.carried and setting(config, layout.carried)
+        self.factor = factor(layout, config)
+
+        def remember(_module: nn.Module, inputs: tuple[Tensor], normed: Tensor) -> None:
+            before = inputs[0] if carried is None else normed * carried
+            self.before = before.detach().flatten(0, 1)
+
+        assert layout.mlp.norm is not None  # of no known mixture
+        return layers_of(model)[self.layer].get_submodule(layout.mlp.norm).register_forward_hook(remember)
 
     def _forward(self, intact: Callable, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """What the experts write: (tokens, hidden), and the (tokens, chosen) experts and weights of each token."""
@@ -108,7 +132,7 @@ class ExpertRecorder:
             outputs = self._run(states, tokens, chosen.flatten(), self._observe)
             written = (outputs.unflatten(0, (-1, count)) * weights[..., None]).sum(1).to(states.dtype)
             if recorder.phase == "scored" and recorder.moments:
-                self._add_moments(chosen, weights.detach(), outputs.detach())
+                self._add_moments(chosen, weights.detach(), outputs.detach(), written.detach())
             if recorder.differentiate:
                 self._differentiate(states.detach(), tokens, outputs, written, chosen, weights.detach())
         return written
@@ -158,17 +182,22 @@ class ExpertRecorder:
             activations.register_hook(add)
         return activations
 
-    def _add_moments(self, chosen: Tensor, weights: Tensor, outputs: Tensor) -> None:
-        """Add how many tokens each expert reads, and the sum over them of weight * ||output||."""
+    def _add_moments(self, chosen: Tensor, weights: Tensor, outputs: Tensor, written: Tensor) -> None:
+        """Add the sums over the tokens of each expert that `criteria.ExpertCriterion` lists."""
         sums, experts = self.recorder.sums, chosen.flatten()
         routed = torch.bincount(experts, minlength=self.experts.count)
         sums.add(f"routed.experts.{self.layer}", routed)
         if "total" in self.recorder.moments:
             sums.add(f"routed.mlp.{self.layer}", routed)
+        none = torch.zeros(self.experts.count, dtype=torch.float64, device=outputs.device)
         norms = weights.flatten().double() * vector_norm(outputs.float(), dim=1).double()
-        written = norms.new_zeros(self.experts.count).index_add(0, experts, norms)
         if "written" in self.recorder.moments:
-            sums.add(f"written.experts.{self.layer}", written)
+            sums.add(f"written.experts.{self.layer}", none.index_add(0, experts, norms))
+        if "turned" in self.recorder.moments:
+            after = self.before + self.factor * written
+            turn = (1 - cosine_similarity(self.before.float(), after.float(), dim=1)).clamp(min=0).double()
+            turned = norms * turn.repeat_interleave(chosen.shape[1])
+            sums.add(f"turned.experts.{self.layer}", none.index_add(0, experts, turned))
 
     def _differentiate(
         self, states: Tensor, tokens: Tensor, outputs: Tensor, written: Tensor, chosen: Tensor, weights: Tensor

@@ -274,7 +274,7 @@ class UnitRecorder:
         dense = {kind: part for kind, part in by_kind.items() if isinstance(part, Part)}
         with ExitStack() as stack:
             if isinstance(neurons := by_kind["mlp"], ExpertNeurons):
-                stack.enter_context(ExpertRecorder(self, layer, neurons.experts).attached())
+                stack.enter_context(ExpertRecorder(self, layer, neurons.experts).attached(model))
             hooks = [
                 part.output.register_forward_pre_hook(self._hook(kind, layer, part)) for kind, part in dense.items()
             ]

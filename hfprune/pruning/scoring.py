@@ -343,7 +343,7 @@ def _scores(
     by_layer = zip(*(sums.layers(moment, kind) for moment in names), strict=True)
     of_layers = [dict(zip(names, values, strict=True)) for values in by_layer]
     if isinstance(criterion, ExpertCriterion):
-        return [criterion.score(values["routed"], values["written"]).float() for values in of_layers]
+        return [criterion.score(*values.values()).float() for values in of_layers]
     assert model is not None
     return [
         _static(criterion, part, count, values, generator(seed, name, kind, layer))
