@@ -152,7 +152,8 @@ def main() -> None:
         for step in (step for step in STEPS if step in args.steps):
             figures |= in_its_own_process(step, large, args.length, args.samples, args.gpu_bytes)
             print(figures, flush=True)
-    record(f"streaming-{args.shape}", figures)
+    some = args.steps if len(args.steps) < len(STEPS) + 1 else ()
+    record("-".join(["streaming", args.shape, *some]), figures)
 
 
 def speeds(folder: Path, shape: dict[str, Any], rounds: int) -> dict[str, float]:
