@@ -576,16 +576,23 @@ def test_products_of_half_precision_have_the_range_of_float32():
 
 
 @pytest.mark.parametrize(
-    ("free", "expected"), [(0, 1024), (8000, 4000), (2**40, 32768)], ids=["little", "some", "much"]
+    ("free", "expected", "of_layer"),
+    [(0, 1024, 1024), (2400, 1200, 3600), (8000, 4000, 4096), (2**40, 32768, 4096)],
+    ids=["none", "little", "some", "much"],
 )
-def test_a_gpu_takes_as_many_tokens_as_half_of_its_free_memory_holds(free, expected, monkeypatch):
+@pytest.mark.parametrize("criteria", [["entropy"], ["obs", "fisher_pairs"]], ids=["small sums", "large sums"])
+def test_a_gpu_takes_as_many_tokens_as_half_of_what_its_memory_leaves(free, expected, of_layer, criteria, monkeypatch):
     model = make_model()
-    assert tokens_per_batch(model) == 1024, "a CPU is no faster with more"
+    assert tokens_per_batch(model, criteria) == 1024, "a CPU is no faster with more"
+    sums = sum(each.nbytes for each in add_up(model, tokens(), criteria, 0, 1, None, None).tensors.values())
     monkeypatch.setattr("hfprune.pruning.scoring.device_of", lambda _model: torch.device("cuda"))
-    monkeypatch.setattr("hfprune.pruning.scoring.free_bytes", lambda _device: free * graph_bytes(model, 1))
-    assert tokens_per_batch(model) == expected
+    monkeypatch.setattr("hfprune.pruning.scoring.free_bytes", lambda _device: free * graph_bytes(model, 1) + sums)
+    assert tokens_per_batch(model, criteria) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr("hfprune.pruning.scoring.is_streamed", lambda _model: True)
+        assert tokens_per_batch(model, criteria) == of_layer, "each of its three layers for itself"
     model.config._attn_implementation = "eager"
-    assert tokens_per_batch(model) == 1024
+    assert tokens_per_batch(model, criteria) == 1024
 
 
 @pytest.mark.parametrize("saves", [0, 120], ids=["saved", "not saved"])
