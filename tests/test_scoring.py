@@ -14,8 +14,8 @@ from hfprune.models.activations import graph_bytes
 from hfprune.models.head import Head
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.models.norms import fused_norms
-from hfprune.models.units import PARTS
-from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion, ranks
+from hfprune.models.units import PARTS, parts
+from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion, Moments, ranks
 from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
 from hfprune.pruning.recorder import Sums, times
@@ -565,6 +565,24 @@ def test_a_norm_that_is_another_function_stays_as_it_is():
             assert not any("forward" in module.__dict__ for module in model.modules())
     finally:
         type(module).forward = plain
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "flap", "flap_standardized", "spectral", "ppm_activation"])
+def test_criteria_make_no_float64_copy_of_a_matrix(name, monkeypatch):
+    model = make_model(intermediate_size=512)
+    (part, *_), criterion = parts(model, "mlp"), CRITERIA[name]
+    moments = Moments(9, torch.rand(512).double(), 9 + torch.rand(512).double())
+
+    def score_and_largest():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            scores = criterion.score(part, moments, None)
+        return scores, max(event.self_cpu_memory_usage for event in profiler.events())
+
+    whole, _ = score_and_largest()
+    monkeypatch.setattr("hfprune.pruning.criteria.VALUES_PER_CHUNK", 32 * 30)
+    scores, largest = score_and_largest()
+    torch.testing.assert_close(scores, whole)
+    assert 0 < largest < 8 * 512 * 32 / 4
 
 
 def test_products_of_half_precision_have_the_range_of_float32():
