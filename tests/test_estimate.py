@@ -6,13 +6,16 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
+import torch
 
 from hfprune.cli import main
 from hfprune.errors import UserError
 from hfprune.experiment.estimate import GPUS, HOST_PROCESS_BYTES, Estimate, Models, config_of, device_of, report
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, load, parse
+from hfprune.models.activations import graph_bytes, is_short
 from hfprune.models.loading import check_family, flops_per_token
+from hfprune.pruning import scoring
 from hfprune.store.artifacts import Store
 from tests.conftest import REPOSITORY, by_criteria, make_model, make_tokenizer, run_hfprune, sentences, write_lines
 from tests.hub import serve
@@ -169,7 +172,8 @@ def test_of_a_pass_whose_first_scores_are_there_the_first_that_is_missing_makes_
 
 
 def test_where_a_gpu_is_small_layers_are_computed_anew(experiment, tmp_path):
-    asked = parse(Experiment, experiment | {"store": str(tmp_path)}, "test")
+    calibration = experiment["calibration"] | {"samples": 8, "length": 1024}
+    asked = parse(Experiment, experiment | {"store": str(tmp_path), "calibration": calibration}, "test")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
     models = Models(check_family(tmp_path), "bfloat16")
     plan = Plan(asked)
@@ -177,6 +181,42 @@ def test_where_a_gpu_is_small_layers_are_computed_anew(experiment, tmp_path):
     large, small = (Estimate(plan, models, GPUS[name]).cost(job) for name in ("h100", "rtx4090"))
     assert small.memory_bytes < large.memory_bytes - 5e9
     assert small.flops == large.flops
+
+
+@pytest.mark.parametrize("criteria", [["entropy"], ["entropy", "obs"]], ids=["small sums", "large sums"])
+@pytest.mark.parametrize(
+    ("room", "tokens", "anew"), [(2040, 1024, True), (5000, 2304, False), (10**6, 4096, False)],
+    ids=["little", "some", "much"],
+)  # fmt: skip
+def test_a_gpu_is_planned_for_the_batch_that_scoring_takes(
+    room, tokens, anew, criteria, experiment, tmp_path, monkeypatch
+):
+    """`room`: how many tokens' activations fit beside the weights and the sums."""
+    asked = parse(Experiment, experiment | {"store": str(tmp_path)}, "test")
+    model = make_model(tie_word_embeddings=True)
+    sample = torch.randint(0, 300, (16, 256), generator=torch.Generator().manual_seed(0))
+    sums = sum(each.nbytes for each in scoring.add_up(model, sample, criteria, 0, 1, None, None).tensors.values())
+    weights = sum(each.nbytes for each in model.parameters())
+    free = room * graph_bytes(model, 1) + sums
+    seen = []
+
+    def noted(*arguments):
+        seen.append((arguments[1], is_short(*arguments)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(scoring, "device_of", lambda _model: torch.device("cuda"))
+    for module in ("pruning.scoring", "runtime.memory"):
+        monkeypatch.setattr(f"hfprune.{module}.free_bytes", lambda _device: free)
+    monkeypatch.setattr(scoring, "is_short", noted)
+    scoring.add_up(model, sample, criteria, 0, 1, None, None)
+    assert seen == [(tokens, anew)]
+
+    device = replace(device_of("h100"), memory=weights + free)
+    said = Estimate(Plan(asked), Models(check_family(asked.model.path), "float32"), device)
+    kept = graph_bytes(model, tokens)
+    if anew:
+        kept = kept // 3 + 3 * tokens * 32 * 4  # of one layer, and what enters each of three: 32 numbers a token
+    assert said.scoring_memory(criteria, (16, 256), False) == weights + sums + 3 * 4 * tokens * 320 + kept
 
 
 def test_what_is_asked_of_a_cluster(experiment, tmp_path):

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from hfprune.data.packing import Packed, read_examples
 from hfprune.errors import UserError
+from hfprune.models.activations import graph_bytes
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.pruning.surgery import cut
 from hfprune.recovery import training
-from hfprune.recovery.training import METHODS, recover
+from hfprune.recovery.training import METHODS, bytes_beside_graph, recover
 from hfprune.runtime.signals import Stopped
 from hfprune.stages.recover import RecoverParameters
 from hfprune.store import artifacts
@@ -194,6 +195,36 @@ def test_half_precision_trains_in_float32_and_is_saved_as_it_was(tmp_path, instr
         assert {tensor.dtype for tensor in tensors} == {getattr(torch, dtype)}
         optimizer = torch.load(next((tmp_path / method / ".resume").glob("checkpoint-*/optimizer.pt")))
         assert {each["exp_avg"].dtype for each in optimizer["state"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_adapters_and_half_precision_keep_for_the_backward_pass_is_counted(dtype):
+    model, rows = make_model(hidden_size=128, intermediate_size=344).to(dtype), torch.arange(512).view(2, 256) % 300
+    trained, _ = METHODS["lora"](model, "", 2, 16, 0.05, SEVEN)
+    weights, kept = {weight.untyped_storage().data_ptr() for weight in trained.parameters()}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        trained.train()(input_ids=rows, logits_to_keep=1, use_cache=False)
+    size = sum(each.untyped_storage().nbytes() for place, each in kept.items() if place not in weights)
+    states = 12 * sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
+    bound = graph_bytes(model, rows.numel())
+    assert bound < size < bound + bytes_beside_graph(trained, model, rows.numel()) - states
+
+
+def test_memory_that_adapters_alone_make_short_is_short(tmp_path, pruned, instructions, monkeypatch, capsys):
+    model = load_model(pruned, "float32")
+    graph = graph_bytes(model, 384)
+    trained, _ = METHODS["lora"](model, "", 4, 16, 0.05, SEVEN)
+    states = 12 * sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
+    inputs = 3 * 384 * 8 * (6 * 32 + 40)  # each of three layers has six matrices that read 32 numbers, and one of 40
+    for spare, short in ((inputs, False), (inputs - 8, True)):
+        monkeypatch.setattr("hfprune.runtime.memory.free_bytes", lambda _device, s=spare: 2 * graph + states + s)
+        train(tmp_path / str(short), pruned, instructions)
+        assert ("memory is short" in capsys.readouterr().out) == short
 
 
 def test_short_memory_changes_no_step(tmp_path, pruned, instructions, monkeypatch):

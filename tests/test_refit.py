@@ -301,6 +301,19 @@ def test_a_neuron_that_is_always_silent_keeps_its_column():
     assert torch.equal(model.model.layers[1].mlp.down_proj.weight[:, 3], before)
 
 
+@pytest.mark.parametrize("method", ["least_squares", "sequential", "trained"])
+def test_hidden_states_that_would_take_half_of_the_memory_stand_in_files(method, tmp_path, monkeypatch):
+    models, files = [make_model() for _ in range(2)], []
+    refit(models[0], {"mlp": some()}, tokens(8), method, 0.1)
+    monkeypatch.setattr("hfprune.pruning.refit.free_bytes", lambda _device: 1)
+    listed = lambda _layer: files.append({file.name for file in tmp_path.rglob("*") if file.is_file()})  # noqa: E731
+    refit(models[1], {"mlp": some()}, tokens(8), method, 0.1, tmp_path, listed)
+    expected = {"states"} if method == "least_squares" else {"states", "dense", "activations"}
+    assert files == [expected | ({"targets"} if method == "trained" else set())] * 3
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_half_precision_is_refitted_in_float32():
     exact, kept, sequences = make_model(), some(), tokens(40)
     half = copy.deepcopy(exact).bfloat16()

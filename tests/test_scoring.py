@@ -14,8 +14,8 @@ from hfprune.models.activations import graph_bytes
 from hfprune.models.head import Head
 from hfprune.models.loading import load_model, load_tokenizer
 from hfprune.models.norms import fused_norms
-from hfprune.models.units import PARTS
-from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion, race_times, ranks
+from hfprune.models.units import PARTS, parts
+from hfprune.pruning.criteria import CRITERIA, TOP_K, GradientCriterion, Moments, race_times, ranks
 from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LOGITS_PER_CHUNK, generator, hidden_gradient, positions_of
 from hfprune.pruning.recorder import Sums, times
@@ -567,6 +567,24 @@ def test_a_norm_that_is_another_function_stays_as_it_is():
         type(module).forward = plain
 
 
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "flap", "flap_standardized", "spectral", "ppm_activation"])
+def test_criteria_make_no_float64_copy_of_a_matrix(name, monkeypatch):
+    model = make_model(intermediate_size=512)
+    (part, *_), criterion = parts(model, "mlp"), CRITERIA[name]
+    moments = Moments(9, torch.rand(512).double(), 9 + torch.rand(512).double())
+
+    def score_and_largest():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            scores = criterion.score(part, moments, None)
+        return scores, max(event.self_cpu_memory_usage for event in profiler.events())
+
+    whole, _ = score_and_largest()
+    monkeypatch.setattr("hfprune.pruning.criteria.VALUES_PER_CHUNK", 32 * 30)
+    scores, largest = score_and_largest()
+    torch.testing.assert_close(scores, whole)
+    assert 0 < largest < 8 * 512 * 32 / 4
+
+
 def test_products_of_half_precision_have_the_range_of_float32():
     large = torch.full((1, 2, 3), 60000.0)
     assert times(large.half(), large.half()).isfinite().all()
@@ -576,16 +594,23 @@ def test_products_of_half_precision_have_the_range_of_float32():
 
 
 @pytest.mark.parametrize(
-    ("free", "expected"), [(0, 1024), (8000, 4000), (2**40, 32768)], ids=["little", "some", "much"]
+    ("free", "expected", "of_layer"),
+    [(0, 1024, 1024), (2400, 1200, 3600), (8000, 4000, 4096), (2**40, 32768, 4096)],
+    ids=["none", "little", "some", "much"],
 )
-def test_a_gpu_takes_as_many_tokens_as_half_of_its_free_memory_holds(free, expected, monkeypatch):
+@pytest.mark.parametrize("criteria", [["entropy"], ["obs", "fisher_pairs"]], ids=["small sums", "large sums"])
+def test_a_gpu_takes_as_many_tokens_as_half_of_what_its_memory_leaves(free, expected, of_layer, criteria, monkeypatch):
     model = make_model()
-    assert tokens_per_batch(model) == 1024, "a CPU is no faster with more"
+    assert tokens_per_batch(model, criteria) == 1024, "a CPU is no faster with more"
+    sums = sum(each.nbytes for each in add_up(model, tokens(), criteria, 0, 1, None, None).tensors.values())
     monkeypatch.setattr("hfprune.pruning.scoring.device_of", lambda _model: torch.device("cuda"))
-    monkeypatch.setattr("hfprune.pruning.scoring.free_bytes", lambda _device: free * graph_bytes(model, 1))
-    assert tokens_per_batch(model) == expected
+    monkeypatch.setattr("hfprune.pruning.scoring.free_bytes", lambda _device: free * graph_bytes(model, 1) + sums)
+    assert tokens_per_batch(model, criteria) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr("hfprune.pruning.scoring.is_streamed", lambda _model: True)
+        assert tokens_per_batch(model, criteria) == of_layer, "each of its three layers for itself"
     model.config._attn_implementation = "eager"
-    assert tokens_per_batch(model) == 1024
+    assert tokens_per_batch(model, criteria) == 1024
 
 
 @pytest.mark.parametrize("saves", [0, 120], ids=["saved", "not saved"])

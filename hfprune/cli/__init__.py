@@ -67,7 +67,8 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(
             f"out of memory: {str(error).partition('.')[0] or 'the system gave none'}. What is finished is kept. Free "
             "some, or take a device with more memory, several "
-            f"(`snakemake --resources gpu=2 --set-resources {args.command}:gpu=2`), or `dtype: bfloat16`."
+            f"(`snakemake --resources gpu=2 --set-resources {args.command}:gpu=2`), `dtype: bfloat16`, or `memory: "
+            "streamed`, which reads weights layer by layer (no training does)."
         ) from None
 
 

@@ -22,7 +22,7 @@ from hfprune.models.context import check_checkpoint
 from hfprune.models.loading import PREFILL, device, load_model, load_tokenizer, weight_bytes
 from hfprune.models.units import read_scores
 from hfprune.pruning.criteria import CRITERIA
-from hfprune.pruning.scoring import cost, tokens_per_batch, unit_scores
+from hfprune.pruning.scoring import batch_size, cost, tokens_per_batch, unit_scores
 from hfprune.runtime.memory import empty_cache, free_bytes, is_offloaded
 from hfprune.store.artifacts import device_name, peak_memory
 from hfprune.store.filenames import SCORES
@@ -136,14 +136,14 @@ def time_scoring(
             if number:
                 seconds[name].append(_now() - started)
     costs = {name: cost(network, tokens.shape, [name], draws, cut is not None, False) for name, cut in cuts.items()}
-    batch = tokens[: max(1, tokens_per_batch(network) // length)]
+    batches = {name: tokens[: batch_size(length, tokens_per_batch(network, [name]))] for name in criteria}
     device = network.device
     del network
     empty_cache(device)  # the process below chooses its batch by what is free
     rows = []
     with _fresh_process() as pool:
         for name, cut in cuts.items():
-            peak = pool.submit(peak_of_scoring, model, dtype, products, batch, name, seed, draws, cut).result()
+            peak = pool.submit(peak_of_scoring, model, dtype, products, batches[name], name, seed, draws, cut).result()
             values = {"seconds": statistics.median(seconds[name]), "peak_bytes": peak, **costs[name], "n": rounds}
             rows.append({"criterion": name, "light_cut": CRITERIA[name].light_cut or "none", **values})
     return rows

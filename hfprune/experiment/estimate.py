@@ -370,7 +370,7 @@ class Estimate:
         dense, shape, draws = self.models.dense, (calibration.samples, calibration.length), calibration.draws
         costs = [scoring.cost(dense, shape, [name], draws, bool(CRITERIA[name].light_cut), False) for name in criteria]
         seconds = self.seconds(SCORED_ROUNDS * sum(cost["flops"] for cost in costs), SLOW_SHARE)
-        memory = max((self.scoring_memory([name], calibration.length, False) for name in criteria), default=0)
+        memory = max((self.scoring_memory([name], shape, False) for name in criteria), default=0)
         return self._timing(memory, weight_bytes(dense), len(criteria), seconds)
 
     def files(self, threads: int) -> Request:
@@ -467,18 +467,19 @@ class Estimate:
         too_large = weight_bytes(model) + BYTES_BESIDE_WEIGHTS > self.device.memory
         return job.settings.memory == "streamed" or (job.settings.memory == "auto" and too_large)
 
-    def scoring_memory(self, criteria: list[str], length: int, streamed: bool) -> int:
-        """Bytes that scoring by these criteria in one pass computes in."""
-        dense, batch = self.models.dense, max(scoring.TOKENS_PER_BATCH, length)
-        logits = min(batch * dense.config.vocab_size, LOGITS_PER_CHUNK[self.kind])
+    def scoring_memory(self, criteria: list[str], shape: tuple[int, int], streamed: bool) -> int:
+        """Bytes that scoring `shape` (sequences, length) tokens by these criteria in one pass computes in."""
+        dense, (sequences, length) = self.models.dense, shape
+        held = bytes_of_sums(dense, criteria) + (0 if streamed else weight_bytes(dense))
+        free = self.device.memory - self.device.process - held
+        at_once = scoring.tokens_at_once(dense, self.kind, streamed, free)
+        batch = length * min(sequences, scoring.batch_size(length, at_once))
+        logits = 3 * 4 * min(batch * dense.config.vocab_size, LOGITS_PER_CHUNK[self.kind])
         layer = graph_bytes(dense, batch) // dense.config.num_hidden_layers
-        sums = bytes_of_sums(dense, criteria)
         if streamed:
-            return streamed_bytes(dense) + sums + max(3 * 4 * logits, layer)
-        memory = weight_bytes(dense) + sums + 3 * 4 * logits
-        if any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria):
-            return memory + self.graph(dense, batch, reserved=memory)
-        return memory + layer
+            return streamed_bytes(dense) + held + max(logits, layer)
+        has_gradient = any(isinstance(CRITERIA[name], GradientCriterion) for name in criteria)
+        return held + logits + (self.graph(dense, batch, reserved=held) if has_gradient else layer)
 
     def is_short(self, model: PreTrainedModel, tokens: int, reserved: int) -> bool:
         """Whether the backward pass will compute each layer again, as `memory.is_short` decides in the run."""

@@ -17,7 +17,7 @@ To add one: write its function and a line in `CRITERIA`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -76,7 +76,7 @@ class Moments:
     Attributes:
         count: number of tokens.
         total: (columns,) float64, sum of h.
-        squares: (columns,) float64, sum of h**2. Norms of weights are taken in its type, without a copy of weights.
+        squares: (columns,) float64, sum of h**2.
         products: (columns, columns) float64, sum of h h^T, for criteria that read it.
         norms: (units,) float64, sum over sequences of the l2 norm of a unit's h, for criteria that read it.
     """
@@ -151,6 +151,7 @@ def cross_entropy_gradient(logits: Tensor, positions: Positions) -> Tensor:
     return logits.softmax(-1).mul_(known).scatter_add_(-1, labels, -known)
 
 
+VALUES_PER_CHUNK = 2**22  # of a matrix that is read in float64: 32 MiB
 RIDGE = 0.01  # of `leverage` and `obs`, as in DarwinLM's version of ZipLM
 LIGHT_CUT = 0.025  # share of a layer's neurons: SDMPrune keeps 3.9 of 4.0 times the hidden size of Llama-3.2-1B
 # SDMPrune's settings for 20 %; the temperature is the teacher's.
@@ -201,18 +202,38 @@ def _exponentials(device: torch.device) -> Tensor:
     return (-torch.log1p(-drawn)).clamp(min=1e-30).float().to(device)
 
 
+def _of_rows(weights: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of each row of a matrix, from rows in float64: (rows, columns) -> (rows,).
+
+    Some rows at a time, since a copy of all in float64 is four times a matrix in bfloat16.
+    """
+    from torch import cat
+
+    return cat([function(rows) for rows in _in_float64(weights)])
+
+
+def _in_float64(weights: Tensor) -> Iterator[Tensor]:
+    """The rows of a matrix, some at a time."""
+    return (rows.double() for rows in weights.split(max(1, VALUES_PER_CHUNK // weights.shape[1])))
+
+
+def _norms(weights: Tensor, order: int = 2) -> Tensor:
+    """(rows,) float64 norms of the rows of a matrix. With a `dtype`, torch's own norm copies the whole matrix."""
+    return _of_rows(weights, lambda rows: rows.norm(order, dim=1))
+
+
 def wanda(part: Part, moments: Moments, _generator: Generator) -> Tensor:
     """Norm of the activation times the l1 norm of the weights that it meets, ||h|| * sum_j |W[j, i]|, over columns.
 
     Wanda's |W[j, i]| * ||h_i||, summed over all weights that a unit writes through.
     """
-    return part.per_unit(moments.squares.sqrt() * matrix(part.output).norm(1, dim=0, dtype=moments.squares.dtype))
+    return part.per_unit(moments.squares.sqrt() * _norms(matrix(part.output).T, 1))
 
 
 def _fluctuation(part: Part, moments: Moments) -> Tensor:
     """(columns,) FLAP's WIFV: the variance of the activation times the squared l2 norm of the column."""
     variance = (moments.squares - moments.total**2 / moments.count) / (moments.count - 1)
-    return variance.clamp(min=0) * matrix(part.output).norm(dim=0, dtype=moments.squares.dtype) ** 2
+    return variance.clamp(min=0) * _norms(matrix(part.output).T) ** 2
 
 
 def flap(part: Part, moments: Moments, _generator: Generator) -> Tensor:
@@ -262,9 +283,9 @@ def ppm_activation(part: Part, moments: Moments, _generator: Generator) -> Tenso
     return sum(per_matrix / (per_matrix.max() or 1) for per_matrix in ranges) * part.per_unit(moments.squares).sqrt()
 
 
-def magnitude(part: Part, moments: Moments, _generator: Generator) -> Tensor:
+def magnitude(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
     """The l2 norm of all the weights of a unit."""
-    return sum(weights.norm(dim=1, dtype=moments.squares.dtype).square() for weights in part.matrices()).sqrt()
+    return sum(_norms(weights).square() for weights in part.matrices()).sqrt()
 
 
 def spectral(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
@@ -274,10 +295,11 @@ def spectral(part: Part, _moments: Moments, _generator: Generator) -> Tensor:
     the unit contributes to the row space. (PruneNet, arXiv 2501.15296, compares spectra of such matrices to train a
     policy; this is the closed form nearest to its idea.)
     """
-    rows = part.matrices()[0].double().reshape(-1, matrix(part.inputs[0]).shape[1])
-    squares = rows.T @ rows
+    weights = part.matrices()[0].reshape(-1, matrix(part.inputs[0]).shape[1])
+    squares = sum(rows.T @ rows for rows in _in_float64(weights))
     squares.diagonal().add_(squares.diagonal().mean())
-    of_rows = (rows @ squares.inverse() * rows).sum(1)
+    inverse = squares.inverse()
+    of_rows = _of_rows(weights, lambda rows: (rows @ inverse * rows).sum(1))
     return of_rows.unflatten(0, (part.units, -1)).sum(1)
 
 

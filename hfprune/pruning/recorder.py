@@ -188,8 +188,8 @@ class CalibrationPass:
         tokens: (sequences, length) int64.
         first: number of the first sequence in the whole sample.
         seed: draws sampled labels.
+        criteria: what the sums are for.
         passes: for each backward pass the criteria that it serves, its gradient, and the number of its draw.
-        moments: the names of the moments that static criteria read.
         silent: per layer, 0 for the neurons that are silenced and 1 for the others, (neurons,); None if all are intact.
         batch: sequences that run through the model, or a layer, at once.
         products: type of the inputs of the backward pass's matrix products, see `matmul.product_dtype`.
@@ -198,11 +198,16 @@ class CalibrationPass:
     tokens: Tensor
     first: int
     seed: int
+    criteria: Sequence[str]
     passes: list[tuple[list[str], LogitGradient, int]]
-    moments: tuple[str, ...]
     silent: list[Tensor] | None
     batch: int
     products: torch.dtype
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The names of the moments that criteria without a gradient read."""
+        return moments_of(self.criteria)
 
     @property
     def weights(self) -> bool:

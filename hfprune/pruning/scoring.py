@@ -46,7 +46,7 @@ from hfprune.pruning.criteria import (
 )
 from hfprune.pruning.greedy import one_by_one
 from hfprune.pruning.head import LogitGradient, generator
-from hfprune.pruning.recorder import CalibrationPass, Sums, UnitRecorder, flops_of_sums, moments_of, names_of_sums
+from hfprune.pruning.recorder import CalibrationPass, Sums, UnitRecorder, bytes_of_sums, flops_of_sums, names_of_sums
 from hfprune.pruning.weight_recorder import reads_weights, sum_name
 from hfprune.runtime.matmul import fast_products, product_dtype
 from hfprune.runtime.memory import empty_cache, free_bytes, is_out_of_memory
@@ -200,7 +200,7 @@ def merge(
 
 def shard_range(samples: int, length: int, shard: int, shards: int) -> range:
     """The sequences of one shard. Whole batches if there are enough, so that the sums equal those of a single job."""
-    unit = _batch_size(length, TOKENS_PER_BATCH)
+    unit = batch_size(length, TOKENS_PER_BATCH)
     if -(-samples // unit) < shards:
         unit = 1
     units = -(-samples // unit)
@@ -415,10 +415,10 @@ def add_up(
         tokens[share.start : share.stop],
         share.start,
         seed,
+        criteria,
         _backward_passes(criteria, draws),
-        moments_of(criteria),
         silenced(light_cut) if light_cut else None,
-        batch or _batch_size(tokens.shape[1], tokens_per_batch(model)),
+        batch or batch_size(tokens.shape[1], tokens_per_batch(model, criteria)),
         product_dtype(products, model.dtype, device_of(model)),
     )
     if not share:
@@ -461,7 +461,7 @@ def _add_up_resident(model: PreTrainedModel, one_pass: CalibrationPass, resume: 
     if state and state.exists():
         sums.load(state)
     size, passes, length = one_pass.batch, one_pass.passes, one_pass.tokens.shape[1]
-    recompute = bool(passes) and is_short(model, size * length)
+    recompute = bool(passes) and is_short(model, size * length, bytes_of_sums(model, one_pass.criteria))
     recorder = UnitRecorder(sums, length, one_pass.moments, bool(passes), one_pass.silent, recompute, one_pass.weights)
     remaining = one_pass.tokens[sums.sequences :].to(model.device)
     saved = time.monotonic()
@@ -510,21 +510,34 @@ def silenced(scores: list[Tensor]) -> list[Tensor]:
     return masks
 
 
-def tokens_per_batch(model: PreTrainedModel) -> int:
-    """Tokens that pass the model, or a layer of a streamed one, at once.
+def tokens_per_batch(model: PreTrainedModel, criteria: Sequence[str]) -> int:
+    """Tokens that pass the model, or a layer of a streamed one, at once: see `tokens_at_once`."""
+    device = device_of(model)
+    free = free_bytes(device) - bytes_of_sums(model, criteria)
+    return tokens_at_once(model, device.type, is_streamed(model), free)
+
+
+def tokens_at_once(model: PreTrainedModel, device_type: str, streamed: bool, free: int) -> int:
+    """Tokens that pass the model, or a layer of a streamed one, at once, where so much memory is free for them.
 
     A CPU is no faster with more than `TOKENS_PER_BATCH`. A GPU is, so it takes as many as half of its free memory
     holds. Those of a mixture of experts, and "eager" attention, need more than is known here.
+
+    Args:
+        model: the model, or its shape on the meta device.
+        device_type: "cpu" or "cuda", where it computes.
+        streamed: whether the weights are streamed.
+        free: bytes, without those of the weights and of the sums.
     """
-    device, eager = device_of(model), model.config._attn_implementation == "eager"
-    if device.type == "cpu" or eager or "experts" in kinds_of(model):
+    if device_type == "cpu" or model.config._attn_implementation == "eager" or "experts" in kinds_of(model):
         return TOKENS_PER_BATCH
-    of_token = graph_bytes(model, 1) // (len(layers_of(model)) if is_streamed(model) else 1)
-    most = TOKENS_STREAMED if is_streamed(model) else TOKENS_ON_GPU
-    return min(most, max(TOKENS_PER_BATCH, free_bytes(device) // 2 // of_token))
+    of_token = graph_bytes(model, 1) // (len(layers_of(model)) if streamed else 1)
+    most = TOKENS_STREAMED if streamed else TOKENS_ON_GPU
+    return min(most, max(TOKENS_PER_BATCH, free // 2 // of_token))
 
 
-def _batch_size(length: int, count: int) -> int:
+def batch_size(length: int, count: int) -> int:
+    """Sequences of `length` tokens that pass together where `count` tokens do: at least one."""
     return max(1, count // length)
 
 

@@ -139,7 +139,9 @@ def recover(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise one process would use all GPUs, by DataParallel
     dense = load_model(teacher, dtype, spread=False).to(arguments.device) if teacher else None
     trainable = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
-    short = is_short(network, micro_batch * length, reserved=BYTES_PER_TRAINED * trainable)
+    trained.to(arguments.device)  # as the Trainer will: what is free there counts
+    tokens = micro_batch * length
+    short = is_short(network, tokens, reserved=bytes_beside_graph(trained, network, tokens))
     flops = training_flops(trained, method, per_token, short, flops_per_token(dense, length) if dense else 0)
     trainer = RecoveryTrainer(
         model=trained,
@@ -253,6 +255,24 @@ def distribute(make: Callable[[Callable[[Path], dict]], object], train: Callable
         (folder,) = broadcast_object_list([None])
         if folder is not None:
             train(folder)
+
+
+def bytes_beside_graph(trained: nn.Module, network: PreTrainedModel, tokens: int) -> int:
+    """The most that training takes beside the weights, the logits and `activations.graph_bytes` of so many tokens.
+
+    For each trained weight that is its gradient and AdamW's moments. Adapters keep their inputs in float32, before and
+    after dropout. A float16 model computes in bfloat16, and the backward pass needs its frozen matrices in that type.
+
+    Args:
+        trained: the model as prepared by a method of `METHODS`.
+        network: the model inside it.
+        tokens: of a micro-batch.
+    """
+    trainable = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
+    inputs = sum(module.in_features for module in trained.modules() if hasattr(module, "lora_A"))
+    frozen = sum(weight.numel() for weight in _matrices(network.base_model) if not weight.requires_grad)
+    copies = 2 * frozen if network.dtype == torch.float16 else 0
+    return BYTES_PER_TRAINED * trainable + 8 * tokens * inputs + copies
 
 
 def training_flops(trained: nn.Module, method: str, forward: int, short: bool, teacher: int) -> int:

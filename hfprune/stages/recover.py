@@ -141,7 +141,7 @@ def _cost(job: Any, estimate: Any) -> Any:
     from hfprune.models.activations import graph_bytes
     from hfprune.models.loading import flops_per_token
     from hfprune.recovery.losses import LOGITS_PER_CHUNK
-    from hfprune.recovery.training import BYTES_PER_TRAINED, METHODS, training_flops
+    from hfprune.recovery.training import METHODS, bytes_beside_graph, training_flops
     from hfprune.stages.costs import Cost, weight_bytes
 
     settings, dense = job.settings, estimate.models.dense
@@ -150,16 +150,13 @@ def _cost(job: Any, estimate: Any) -> Any:
     adapters = {name: getattr(settings, name) for name in ("rank", "alpha", "dropout", "targets")}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # raised by transformers for adapters
         trained, _ = METHODS[settings.method](network, base="", **(adapters if settings.method == "lora" else {}))
-    trainable = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
-    memory = weight_bytes(trained) + BYTES_PER_TRAINED * trainable
     batch = settings.micro_batch * settings.length
+    memory = weight_bytes(trained) + bytes_beside_graph(trained, network, batch)
     memory += 4 * 4 * min(batch * network.config.vocab_size, LOGITS_PER_CHUNK[estimate.kind])
     teacher = 0
     if "teacher" in job.inputs:
         teacher = flops_per_token(dense, settings.length)
         memory += weight_bytes(dense)
-    if settings.method == "lora":  # the adapters' inputs after dropout
-        memory += 8 * batch * sum(module.in_features for module in network.modules() if hasattr(module, "lora_A"))
     graph, short = graph_bytes(network, batch), estimate.is_short(network, batch, memory)
     memory += estimate.graph(network, batch, memory) if short else graph
     rows = estimate.rows(job.inputs["text"], settings.length, settings.epochs)

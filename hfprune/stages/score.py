@@ -191,7 +191,7 @@ def _pass_cost(job: Any, estimate: Any, sequences: int, disk: int) -> Any:
     dense, streamed = estimate.models.dense, estimate.is_streamed(job, estimate.models.dense)
     light_cut = "light_cut" in job.inputs
     flops = scoring.cost(dense, shape, criteria, job.settings.draws, light_cut, streamed)["flops"]
-    memory = estimate.device.process + estimate.scoring_memory(criteria, job.settings.length, streamed)
+    memory = estimate.device.process + estimate.scoring_memory(criteria, shape, streamed)
     if getattr(job.settings, "until", None):
         memory += bytes_of_sums(dense, criteria)  # of the sequences so far, beside those of a round
         estimate.assumptions[f"{job.label}: all {sequences:,} samples; `until` may need fewer"] = None
