@@ -153,7 +153,7 @@ def _without_sublayers(
     budget = units_to_keep(shape, ratio, target_parameters=target_parameters, structure=recipe.structure)
     with _as_scored(model):
         steps, _, _ = order(model, tokens, recipe.criterion, recipe.structure, recipe.refit, recipe.ridge)
-    return kept_without(shape.units, best_steps(shape, steps, budget.share * shape.total))
+    return kept_without(shape, best_steps(shape, steps, budget.share * shape.total))
 
 
 def _without_and_narrower(

@@ -27,6 +27,7 @@ from hfprune.models.families import (
 from hfprune.models.layout import Block, Layout
 from hfprune.models.units import (
     DEPTH,
+    IN_TURN,
     MIXED,
     PARTS,
     STRUCTURES,
@@ -40,7 +41,7 @@ from hfprune.models.units import (
 )
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 from hfprune.pruning.criteria import rankers, ranks
-from hfprune.pruning.order import Step, best_steps, removable_sizes, removed_by, steps_of
+from hfprune.pruning.order import Step, best_steps, removable_sizes, removed_by, steps_of, those_that_go
 from hfprune.pruning.refit_names import IN_EXPERTS
 from hfprune.pruning.saving import SAVINGS, Latency, Memory, Widths, largest_within, saving_of
 
@@ -67,8 +68,8 @@ BUDGET = (  # the settings of a cut that say how much goes
 METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
 NO_REFIT = (
     "refit {refit!r}: of a mixture of experts, 'least_squares' and 'sequential' refit what loses neurons (structures "
-    "mlp and mlp+experts), and 'sequential' the experts that stay (structure experts). No other refit goes with one. "
-    "Set it to one of these, or to 'none'."
+    "mlp and mlp+experts), and 'sequential' the experts that stay (structures experts and layers). No other refit goes "
+    "with one. Set it to one of these, or to 'none'."
 )
 OTHER_CACHE = "attention of this family keeps more, or less, than a key and a value for each head. Set it to 'all'."
 EXPERT_STEPS = ((256, 64), (0, 8))  # inside experts, which are a few hundred neurons wide
@@ -98,6 +99,7 @@ class Shape:
         mixture: what more counts if it is a mixture of experts, or else None.
         sublayers: by part, the parameters of the whole part in each layer, without norms of hidden states.
         layers: parameters of each layer.
+        caches: of each layer, whether its attention keeps keys and values; in a hybrid not all do.
     """
 
     total: int
@@ -108,6 +110,15 @@ class Shape:
     mixture: ExpertCounts | None = None
     sublayers: dict[str, list[int]] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)
+    caches: list[bool] = field(default_factory=list)
+
+    @property
+    def whole(self) -> dict[str, list[int]]:
+        """By part that goes as a whole, in turn: how many units each layer has, of experts in all groups together."""
+        if self.mixture is None:
+            return {name: self.units[name] for name in IN_TURN}
+        experts = [count * self.mixture.groups for count in self.units["experts"]]
+        return {"attention": self.units["attention"], "experts": experts}
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         _expert_counts(model.config, layout),
         {} if layout.mixture else {name: [part.whole for part in layers] for name, layers in parts_by_name.items()},
         [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model)],
+        [part.attends for part in parts_by_name["attention"]],
     )
 
 
@@ -221,9 +233,11 @@ def shape_on_disk(folder: Path) -> Shape:
         units["experts"] = [experts.count // experts.groups * sparse for sparse in is_sparse]
         parameters["experts"] = experts.groups * expert_parameters(config, mixture)
     layers = [sum(size for key, size in sizes.items() if key.startswith(f"{before}{number}.")) for number in numbers]
+    attends = [f"{before}{number}.{layout.attention.output}.weight" in sizes for number in numbers]
     return Shape(
-        sum(sizes.values()), units, parameters, hidden, refusals(layout), experts, {} if mixture else sublayers, layers
-    )
+        sum(sizes.values()), units, parameters, hidden, refusals(layout), experts, {} if mixture else sublayers, layers,
+        attends,
+    )  # fmt: skip
 
 
 def _output_on_disk(block: Block, layer: str, sizes: Mapping[str, int]) -> str:
@@ -314,7 +328,7 @@ def units_to_keep(
         _refuse_depth(shape, structure)
         return _depth_budget(shape, structure, ratio, target_parameters)
     if structure in MIXED:
-        _refuse_depth(shape, MIXED[structure])
+        _refuse_depth(shape, structure)
         return _mixed_budget(shape, structure, ratio, target_parameters, allocation, round_to, depth_share, order)
     round_to, capacities = _capacities(shape, structure, allocation, round_to)
     if structure == WITH_EXPERTS:
@@ -419,12 +433,10 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
         UserError: there is one.
     """
     mixture = shape.mixture is not None
-    if structure in DEPTH:
+    if structure in (*DEPTH, *MIXED):
         _refuse_depth(shape, structure)
-        return
-    if structure in MIXED:
-        _refuse_depth(shape, MIXED[structure])
-    if unranked := [part for part in STRUCTURES[structure] if not ranks(criterion, part, mixture)]:
+    ranked = () if structure in DEPTH else STRUCTURES[structure]
+    if unranked := [part for part in ranked if not ranks(criterion, part, mixture)]:
         where = " inside experts" if mixture and unranked == ["mlp"] else ""
         raise UserError(
             f"criterion {criterion!r} does not rank {UNITS[unranked[0]]}{where}, which structure {structure!r} cuts. "
@@ -435,9 +447,12 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
 
 
 def _refuse_depth(shape: Shape, structure: str) -> None:
-    """Refuse to remove whole sublayers or layers where they have to stay."""
-    if structure in shape.refusals:
-        raise UserError(f"structure {structure!r}: {shape.refusals[structure]}")
+    """Refuse to remove whole sublayers or layers where they have to stay, or go alone."""
+    reason = shape.refusals.get(MIXED.get(structure, structure))
+    if shape.mixture and structure in MIXED and not reason:
+        reason = "whole layers of a mixture of experts go alone. Set it to 'layers'."
+    if reason:
+        raise UserError(f"structure {structure!r}: {reason}")
 
 
 def _refuse_widths(structure: str, allocation: str, round_to: int | None) -> None:
@@ -489,7 +504,7 @@ def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_para
     sizes = removable_sizes(shape, structure)
     removable, smallest = sum(sizes), min(sizes, default=0)
     budget, remove, possible = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
-    stays = STAYS[structure]
+    stays = _stays(shape, structure)
     if not sizes:
         raise UserError(f"{budget}: structure {structure!r} leaves at least {stays}, and there is no more. Cut mlp.")
     if remove > removable + smallest / 2:
@@ -505,6 +520,12 @@ def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_para
     return Budget(remove / shape.total, {}, 1)
 
 
+def _stays(shape: Shape, structure: str) -> str:
+    """What a structure in `units.DEPTH` leaves at least, in words."""
+    kinds = ["attention"] * (not all(shape.caches)) + ["experts"] * (shape.mixture is not None)
+    return STAYS[structure] + (f" with {' and one with '.join(kinds)}" if kinds else "")
+
+
 def _mixed_budget(
     shape: Shape, structure: str, ratio: float | None, target_parameters: int | None, allocation: str,
     round_to: int | None, depth_share: float | None, order: Sequence[Step] | None,
@@ -517,17 +538,17 @@ def _mixed_budget(
     if "mlp" in shape.refusals:
         raise UserError(f"structure {structure!r}: {shape.refusals['mlp']}")
     depth, round_to = MIXED[structure], round_to or default_step(shape.hidden)
-    sizes = removable_sizes(shape, depth)
+    sizes, stays = removable_sizes(shape, depth), _stays(shape, depth)
     removable, smallest = sum(sizes), min(sizes, default=0)
     budget, remove, _ = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
     if not sizes:
-        raise UserError(f"{budget}: structure {structure!r} leaves at least {STAYS[depth]}: none can go. Cut mlp.")
+        raise UserError(f"{budget}: structure {structure!r} leaves at least {stays}: none can go. Cut mlp.")
     of_depth = depth_share * remove if depth_share else attention_of_two_stages(shape, remove)
     asked = f"{budget} with {f'depth_share {depth_share}' if depth_share else 'the split of 2SSP'}: "
     asked += f"{depth} take {of_depth:,.0f} of {remove:,.0f} parameters"
     if of_depth > removable + smallest / 2:
         raise UserError(
-            f"{asked}, of which {removable:,} can be removed where at least {STAYS[depth]} stays. The largest "
+            f"{asked}, of which {removable:,} can be removed where at least {stays} stays. The largest "
             f"depth_share that allows is {math.floor(removable / remove * 10_000) / 10_000}."
         )
     if depth_share and of_depth <= smallest / 2:
@@ -536,7 +557,7 @@ def _mixed_budget(
         raise UserError(
             f"{asked}, less than half of the smallest of them, which has {smallest:,}: none would go. {remedy}."
         )
-    gone = best_steps(shape, order or steps_of(shape.units, depth)[:0:-1], of_depth)
+    gone = best_steps(shape, order or those_that_go(shape, steps_of(shape, depth)[::-1]), of_depth)
     capacity, rest = capacity_of(without(shape, gone), "mlp", allocation, round_to), remove - removed_by(shape, gone)
     asked += f", and {remove - rest:,.0f} go with whole ones"
     least = capacity.step * capacity.parameters
