@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -332,8 +333,8 @@ def units_to_keep(
         return _mixed_budget(shape, structure, ratio, target_parameters, allocation, round_to, depth_share, order)
     round_to, capacities = _capacities(shape, structure, allocation, round_to)
     if structure == WITH_EXPERTS:
-        return _experts_budget(shape, ratio, target_parameters, round_to, experts_share, scores)
-    total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
+        return _experts_budget(shape, ratio, target_parameters, round_to, experts_share, capacities, scores)
+    total, removable = shape.total, _removable(shape, structure, capacities, round_to)
     of = total if ratio_of == "all" else sum(capacities["mlp"].units) * capacities["mlp"].parameters
     budget, remove, possible = _to_remove(total, removable, ratio, ratio_of, of, target_parameters)
     half_a_unit = min(capacity.parameters for capacity in capacities.values()) / 2
@@ -386,6 +387,15 @@ def _smallest(capacities: Mapping[str, Capacity]) -> int:
     return min(capacity.step * capacity.parameters for capacity in capacities.values())
 
 
+def _removable(shape: Shape, structure: str, capacities: Mapping[str, Capacity], round_to: int) -> int:
+    """The most parameters that can be removed."""
+    if structure == WITH_EXPERTS:
+        whole = capacities["experts"]
+        most = whole.removable // (whole.step * whole.parameters)
+        return whole.removable + _inside(shape, most, round_to).removable
+    return sum(capacity.removable for capacity in capacities.values())
+
+
 def refuse_saving(
     shape: Shape, saving: Memory | Latency, ratio: float, structure: str, allocation: str, round_to: int | None
 ) -> None:
@@ -420,8 +430,8 @@ def parameters_for(
         UserError: there is none.
     """
     refuse_saving(shape, saving, ratio, structure, allocation, round_to)
-    _, capacities = _capacities(shape, structure, allocation, round_to)
-    fewest = shape.total - sum(capacity.removable for capacity in capacities.values())
+    round_to, capacities = _capacities(shape, structure, allocation, round_to)
+    fewest = shape.total - _removable(shape, structure, capacities, round_to)
     most = shape.total - _smallest(capacities) // 2 - 1
     return largest_within(1 - ratio, fewest, most, lambda target: saving.share(widths(target)))
 
@@ -590,24 +600,17 @@ def attention_of_two_stages(shape: Shape, remove: float) -> int:
 
 def _experts_budget(
     shape: Shape, ratio: float | None, target_parameters: int | None, round_to: int, experts_share: float | None,
-    scores: Scores | None,
+    capacities: Mapping[str, Capacity], scores: Scores | None,
 ) -> Budget:  # fmt: skip
     """The budget where some experts go, and neurons inside those that stay make up the rest.
 
     Raises:
         UserError: one of the two cannot give its share, or both together do not hold that much.
     """
-    counts, whole = shape.mixture, capacity_of(shape, "experts", "uniform", round_to)
+    counts, whole = shape.mixture, capacities["experts"]
     at_once = whole.step * whole.parameters  # an expert of every group of every layer
-    most = whole.removable // at_once
-
-    def inside(gone: int) -> Capacity:
-        """The neurons inside the experts that stay where so many of every group go."""
-        neuron = shape.parameters["mlp"] // counts.count * (counts.count - gone * counts.groups)
-        left = replace(shape, parameters=shape.parameters | {"mlp": neuron})
-        return capacity_of(left, "mlp", "uniform", round_to)
-
-    removable = most * at_once + inside(most).removable
+    most, inside = whole.removable // at_once, partial(_inside, shape, round_to=round_to)
+    removable = _removable(shape, WITH_EXPERTS, capacities, round_to)
     budget, remove, possible = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
     where = f"Structure {WITH_EXPERTS!r} with round_to {round_to}"
     if experts_share is None:
@@ -651,6 +654,14 @@ def _experts_budget(
     neurons, rest = inside(gone), max(0, remove - gone * at_once)
     keep = {"experts": sum(whole.units) - gone * whole.step, "mlp": sum(neurons.units) - rest / neurons.parameters}
     return Budget(remove / shape.total, keep, round_to, counts.groups)
+
+
+def _inside(shape: Shape, gone: int, round_to: int) -> Capacity:
+    """The neurons inside the experts that stay where so many of every group go."""
+    counts = shape.mixture
+    neuron = shape.parameters["mlp"] // counts.count * (counts.count - gone * counts.groups)
+    left = replace(shape, parameters=shape.parameters | {"mlp": neuron})
+    return capacity_of(left, "mlp", "uniform", round_to)
 
 
 def _gives(neurons: Capacity, rest: float, whole: int) -> bool:
