@@ -2,7 +2,9 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +21,8 @@ from hfprune.pruning import depth
 from hfprune.pruning.budget import check, shape_of, shape_on_disk, units_to_keep
 from hfprune.pruning.order import kept_without, may_go, save_order, size_of, steps_of, those_that_go
 from hfprune.pruning.refit import refit
-from hfprune.pruning.surgery import cut
+from hfprune.pruning.surgery import cut, without_and_narrower
+from hfprune.reporting import curves
 from hfprune.sharing.model_card import _sublayers
 from hfprune.store.filenames import ORDER, PRUNING
 from tests import test_experts
@@ -27,7 +30,7 @@ from tests.conftest import make_tokenizer
 from tests.test_depth import TEXT, assert_finds_the_best, assert_generates_alike_with_a_cache, divergence, without
 from tests.test_experts import MIXTURES, mixture, seen_by_experts
 from tests.test_families import DENSE, logits, make
-from tests.test_surgery import prune_into
+from tests.test_surgery import masked, prune_into
 
 HYBRIDS = [name for name in DENSE if layout_for({"model_type": name, **ANY}).attention.others]
 DEEP = [name for name in (*HYBRIDS, *MIXTURES) if not layout_for({"model_type": name, **ANY}).numbered]
@@ -196,7 +199,10 @@ def test_streamed_weights_give_the_same_order_at_the_estimated_cost(name, method
     ("name", "method", "memories"),
     [("deepseek_v3", "sequential", ["resident", "streamed"]), ("qwen3_next", "none", ["streamed"])],
 )
-def test_the_checkpoint_is_the_cut_model_and_reloads_in_a_fresh_process(name, method, memories, texts, tmp_path):
+def test_the_checkpoint_is_the_cut_model_and_reloads_in_a_fresh_process(
+    name, method, memories, texts, tmp_path, monkeypatch
+):  # fmt: skip
+    monkeypatch.setattr(curves, "described", lambda *_: pd.DataFrame({"method": ["a"], "ratio": [0.3], "seed": [0]}))
     model = mixture(name)
     model.save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
@@ -213,6 +219,8 @@ def test_the_checkpoint_is_the_cut_model_and_reloads_in_a_fresh_process(name, me
         assert report["reload"]["max_difference"] < 1e-4 and not report["reload"]["trust_remote_code"]
         assert report["ratio_achieved"] == pytest.approx(asked["ratio"])
         assert _sublayers(report["kept"]) == {"Layers": "2 of 3", "Layers gone": "0, counted from 0 before this step"}
+        rows = curves.kept_widths([SimpleNamespace(folder=out, key="a key")], None, {})
+        assert rows[["part", "kept", "dense"]].values.tolist() == [["attention", kept, 1] for kept in (0, 1, 1)]
         assert {name: sum(map(len, layers)) for name, layers in report["kept"].items()} == report["units"]
         assert report["units_dense"] == {name: sum(layers) for name, layers in shape.whole.items()}
         written.append(((out / "config.json").read_text(), load_file(out / "model.safetensors")))
@@ -261,11 +269,18 @@ def test_what_cannot_go_is_refused_before_anything_is_measured(name, keys, asked
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_neurons_of_a_hybrid_make_up_the_rest_of_a_budget(name):
-    shape = shape_of(make(name))
-    budget = units_to_keep(shape, 0.3, structure="mlp+layers", depth_share=0.8)
-    assert len(budget.gone) == 1 and budget.gone[0][0][1] == 2, "the last one, without scores"
-    assert 0 < budget.keep["mlp"] < 2 * shape.units["mlp"][0]
+def test_neurons_of_a_hybrid_make_up_the_rest_of_a_budget(name, tmp_path):
+    model = make(name)
+    shape, scores = shape_of(model), {"mlp": [torch.rand(units) for units in shape_of(model).units["mlp"]]}
+    budget = units_to_keep(shape, 0.3, structure="mlp+layers", depth_share=0.8, round_to=1, scores=scores)
+    assert [step[0][1] for step in budget.gone] == [2], "the last one, without an order"
+    kept = without_and_narrower(shape, budget, scores, "global")
+    small, expected = copy.deepcopy(model), logits(masked(model, kept))
+    cut(small, kept)
+    torch.testing.assert_close(logits(small), expected, rtol=1e-4, atol=1e-4)
+    assert count_parameters(small) == pytest.approx(0.7 * shape.total, rel=0.01)
+    small.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path, "float32")), logits(small))
 
 
 def test_every_family_whose_layers_are_of_several_kinds_is_tested():
