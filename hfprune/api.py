@@ -153,7 +153,7 @@ def _without_sublayers(
     budget = units_to_keep(shape, ratio, target_parameters=target_parameters, structure=recipe.structure)
     with _as_scored(model):
         steps, _, _ = order(model, tokens, recipe.criterion, recipe.structure, recipe.refit, recipe.ridge)
-    return kept_without(shape.units, best_steps(shape, steps, budget.share * shape.total))
+    return kept_without(shape, best_steps(shape, steps, budget.share * shape.total))
 
 
 def _without_and_narrower(
@@ -189,7 +189,8 @@ def _check_budget(
         )
     if ratio is None and ratio_of in SAVINGS:
         raise UserError(f"ratio_of {ratio_of!r} goes with a ratio, not with target_parameters.")
-    further = {"context": context, "latencies": latencies, "pad": pad, "attention_share": recipe.attention_share}
+    further = {"context": context, "latencies": latencies, "pad": pad}
+    further |= {name: getattr(recipe, name) for name in ("attention_share", "experts_share")}
     if reason := fault(ratio_of, structure, further):
         raise UserError(f"{reason}.")
     if round_to not in (None, *STEPS):

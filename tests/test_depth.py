@@ -15,14 +15,14 @@ from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, parse
-from hfprune.models.checkpoint import LISTS, refuse_moved_layers
-from hfprune.models.families import layout_for, layout_of
+from hfprune.models.families import FAMILIES, layout_for, layout_of
+from hfprune.models.fewer_layers import LISTS, NUMBERS, refuse_moved_layers
 from hfprune.models.loading import count_parameters, load_model, load_tokenizer
 from hfprune.models.run_part import run_part
 from hfprune.models.units import layers_of, part_of
 from hfprune.models.walk import enter
 from hfprune.pruning import depth
-from hfprune.pruning.budget import refuse_method, shape_of, units_to_keep
+from hfprune.pruning.budget import shape_of, units_to_keep
 from hfprune.pruning.order import (
     best_steps,
     kept_without,
@@ -45,14 +45,11 @@ from tests.test_estimate import make as make_job
 from tests.test_families import CASES, IDS, TOKENS, logits, make
 from tests.test_surgery import masked, prune_into, random_scores, write_scores
 
-DEEP = {  # families of which such parts can go
-    structure: [
-        pytest.param(name, keys, id=case)
-        for case, (name, keys) in zip(IDS, CASES, strict=True)
-        if not layout_for({"model_type": name, **ANY, **keys}).depth_refused(structure)
-    ]
-    for structure in ("layers", "sublayers")
-}
+DEEP = [  # dense families; of mixtures of experts and hybrids see test_layers.py
+    pytest.param(name, keys, id=case)
+    for case, (name, keys) in zip(IDS, CASES, strict=True)
+    if not layout_for({"model_type": name, **ANY, **keys}).attention.others
+]
 LAYER_0, LAYER_1, LAYER_2 = ((("attention", number), ("mlp", number)) for number in range(3))
 SUBLAYERS = ((("attention", 0),), (("mlp", 2),))
 TEXT = torch.randint(320, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -72,7 +69,7 @@ def silent(model, steps):
 def without(model, steps):
     """A copy of the model without the steps."""
     small = copy.deepcopy(model)
-    cut(small, kept_without(shape_of(model).units, steps))
+    cut(small, kept_without(shape_of(model), steps))
     return small
 
 
@@ -100,7 +97,7 @@ def assert_generates_alike_with_a_cache(model):
 
 
 @pytest.mark.parametrize("gone", [(LAYER_0,), (LAYER_1,)], ids=["first", "middle"])
-@pytest.mark.parametrize(("name", "keys"), DEEP["layers"])
+@pytest.mark.parametrize(("name", "keys"), DEEP)
 def test_a_model_without_a_layer_is_one_of_the_stock_class_that_computes_the_rest(name, keys, gone, tmp_path):
     model = make(name, **keys)
     refuse_moved_layers(model.config)
@@ -114,7 +111,7 @@ def test_a_model_without_a_layer_is_one_of_the_stock_class_that_computes_the_res
     assert_generates_alike_with_a_cache(again)
 
 
-@pytest.mark.parametrize(("name", "keys"), DEEP["sublayers"])
+@pytest.mark.parametrize(("name", "keys"), DEEP)
 def test_a_model_without_an_attention_and_an_mlp_computes_the_rest(name, keys, tmp_path):
     model = make(name, **keys)
     small = without(model, SUBLAYERS)
@@ -156,19 +153,6 @@ def test_a_class_that_counts_its_layers_is_refused_by_name():
     assert depth.order(model, TEXT, "block_influence", "sublayers")[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("mixtral", r"of a mixture of experts, .* Cut experts or mlp\."), ("lfm2", r"of a hybrid .* Cut mlp\.")],
-)
-def test_layers_that_have_to_stay_are_refused_with_what_can_be_cut(name, message):
-    shape = shape_of(make(name))
-    for structure in ("layers", "sublayers"):
-        with pytest.raises(UserError, match=f"structure '{structure}': .*{message}"):
-            units_to_keep(shape, 0.2, structure=structure)
-        with pytest.raises(UserError, match=message):
-            refuse_method(shape, structure, "greedy_kl", "none")
-
-
 KL, LOSS = "greedy_kl", "greedy_perplexity"
 SEARCHES = [("llama", "layers", "none", KL), ("llama", "sublayers", "sequential", KL)]
 SEARCHES += [("cohere", "sublayers", "none", KL)]
@@ -180,18 +164,20 @@ SEARCHES += [("gemma2", "sublayers", "sequential", LOSS), ("llama", "attention_s
 
 @pytest.mark.parametrize(("name", "structure", "method", "criterion"), SEARCHES)
 def test_a_search_finds_what_measuring_every_cut_finds(name, structure, method, criterion):
-    """Every candidate cut for real, from a dense model refitted for what went before."""
-    model = make(name)
+    assert_finds_the_best(make(name), structure, method, criterion)
+
+
+def assert_finds_the_best(model, structure, method, criterion):
+    """A search finds what it should: every candidate cut for real, from a dense model refitted for what went before."""
     before = {key: values.clone() for key, values in model.state_dict().items()}
     steps, measures, _ = depth.order(model, TEXT, criterion, structure, method)
     assert all(torch.equal(values, before[key]) for key, values in model.state_dict().items())
-    shape, remaining, gone, last = shape_of(model), steps_of(shape_of(model).units, structure), [], 0.0
-    assert len(steps) == {"layers": 2, "sublayers": 4, "attention_sublayers": 2}[structure]
+    shape, remaining, gone, last = shape_of(model), steps_of(shape_of(model), structure), [], 0.0
     for step, measure in zip(steps, measures, strict=True):
         refitted = copy.deepcopy(model)
         if gone and method != "none":
-            refit(refitted, kept_without(shape.units, gone), TEXT, method, RIDGE)
-        small = {each: without(refitted, [*gone, each]) for each in remaining if may_go(each, remaining)}
+            refit(refitted, kept_without(shape, gone), TEXT, method, RIDGE)
+        small = {each: without(refitted, [*gone, each]) for each in remaining if may_go(shape, each, remaining)}
         if criterion == KL:
             found = {candidate: divergence(model, cut_model) for candidate, cut_model in small.items()}
             costs = {candidate: (kl - last) / size_of(shape, candidate) for candidate, kl in found.items()}
@@ -202,6 +188,7 @@ def test_a_search_finds_what_measuring_every_cut_finds(name, structure, method, 
         last = measure
         gone.append(step)
         remaining.remove(step)
+    assert not any(may_go(shape, each, remaining) for each in remaining)
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere", "olmo2"])
@@ -214,7 +201,7 @@ def test_influence_is_one_minus_the_cosine_in_float64(name):
     exact(TEXT)
     expected = {
         step: 1 - torch.cosine_similarity(*states[step[0][1] : step[0][1] + 2], dim=-1).mean().item()
-        for step in steps_of(shape_of(model).units, "layers")
+        for step in steps_of(shape_of(model), "layers")
     }
     steps, measures, _ = depth.order(model, TEXT, "block_influence", "layers")
     assert steps == sorted(expected, key=expected.get)[:-1]
@@ -253,7 +240,7 @@ def test_a_refit_lets_what_follows_make_up_for_a_layer(name, method):
     kl = []
     for refitted in (False, True):
         small = copy.deepcopy(model)
-        kept = kept_without(shape_of(model).units, [LAYER_1])
+        kept = kept_without(shape_of(model), [LAYER_1])
         if refitted:
             refit(small, kept, text, method, 0.1)
             assert torch.equal(part_of(small, "mlp", 0).output.weight, part_of(model, "mlp", 0).output.weight)
@@ -278,7 +265,7 @@ def test_the_part_that_follows_is_fitted_to_what_went():
     gram.diagonal().mul_(1.1)
     expected = part_of(model, "attention", 1).output.weight + torch.linalg.solve(gram, h.T @ wanted).T
     small = make("llama")
-    refit(small, kept_without(shape_of(small).units, [(("mlp", 0),)]), TEXT, "least_squares", 0.1)
+    refit(small, kept_without(shape_of(small), [(("mlp", 0),)]), TEXT, "least_squares", 0.1)
     torch.testing.assert_close(part_of(small, "attention", 1).output.weight.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -286,13 +273,13 @@ def test_the_part_that_follows_is_fitted_to_what_went():
 def test_a_budget_is_met_to_half_of_the_smallest_sublayer(ratio):
     shape = shape_of(make("llama", num_hidden_layers=6))
     remove = units_to_keep(shape, ratio, structure="sublayers").share * shape.total
-    order = [step for step in steps_of(shape.units, "sublayers")[::-1] if step[0][1]]
+    order = [step for step in steps_of(shape, "sublayers")[::-1] if step[0][1]]
     taken = best_steps(shape, order, remove)
     smallest = min(size_of(shape, step) for step in order)
     assert abs(sum(size_of(shape, step) for step in taken) - remove) <= smallest / 2
     assert len(taken) == len(set(taken))
-    layers = best_steps(shape, steps_of(shape.units, "layers")[1:], remove)
-    assert layers == steps_of(shape.units, "layers")[1 : 1 + round(remove / shape.layers[0])]
+    layers = best_steps(shape, steps_of(shape, "layers")[1:], remove)
+    assert layers == steps_of(shape, "layers")[1 : 1 + round(remove / shape.layers[0])]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +308,7 @@ def test_the_last_budget_that_is_allowed_leaves_one_layer():
         units_to_keep(shape, target_parameters=9, structure="layers")
     smallest = int(str(refused.value).split()[-1].rstrip("."))
     share = units_to_keep(shape, target_parameters=smallest, structure="layers").share
-    steps = best_steps(shape, steps_of(shape.units, "layers")[1:], share * shape.total)
+    steps = best_steps(shape, steps_of(shape, "layers")[1:], share * shape.total)
     assert steps == [LAYER_1, LAYER_2]
 
 
@@ -371,7 +358,7 @@ def test_the_checkpoint_is_the_cut_model_and_reloads_in_a_fresh_process(structur
     assert report["reload"]["max_difference"] == 0 and report["reload"]["generated"] == 8
     assert report["reload"]["trust_remote_code"] == (structure == "sublayers")
     assert details["ratio_achieved"] == pytest.approx(ratio)
-    kept = kept_without(shape.units, gone)
+    kept = kept_without(shape, gone)
     assert report["kept"] == {name: [units.tolist() for units in layers] for name, layers in kept.items()}
     tokens = sample_sequences(load_tokenizer(dense), model.config, texts, 6, 32, 0)
     if method != "none":
@@ -491,10 +478,10 @@ def test_an_order_of_another_structure_is_refused(experiment, tmp_path, monkeypa
 
 def test_a_config_of_a_family_names_no_other_list_per_layer():
     """A list that nobody cuts would be of the wrong length."""
-    for name in ("gemma3_text", "qwen2", "olmo3", "cohere2", "smollm3", "exaone4"):
+    for name in FAMILIES:
         config = AutoConfig.for_model(name, num_hidden_layers=7)
-        lists = {key for key, value in config.to_dict().items() if isinstance(value, list) and len(value) == 7}
-        assert lists <= set(LISTS)
+        lists = {key for key, value in config.to_dict().items() if isinstance(value, list)}
+        assert lists <= {*LISTS, *NUMBERS, "eos_token_id"}
 
 
 MIXED_CUT = {"structure": "mlp+sublayers", "depth_share": 0.5}
@@ -594,7 +581,7 @@ def test_a_model_without_some_sublayers_is_scored_and_cut_again():
     """Those that are gone have no scores; others go, and neurons of the MLPs that are left."""
     model = make_model(num_hidden_layers=4)
     gone = SUBLAYERS
-    cut(model, kept_without(shape_of(model).units, gone))
+    cut(model, kept_without(shape_of(model), gone))
     shape = shape_of(model)
     by_criterion = unit_scores(model, torch.arange(64).view(2, 32), ["entropy", "wanda"], 0, 1)
     for scores in by_criterion.values():

@@ -781,7 +781,8 @@ def test_a_plan_counts_the_experts_that_a_token_is_sent_to(experiment, tmp_path)
     make_tokenizer().save_pretrained(tmp_path / "dense")
     asked = experiment | {"store": str(tmp_path / "store"), "model": {"path": str(tmp_path / "dense")}, "ratios": [0.2]}
     methods = ["REAP", "Expert frequency", {"mine": {"criterion": "flap", "refit": "least_squares"}}]
-    methods += ["hfprune-best-stock"]
+    methods += ["hfprune-best-stock", "ShortGPT"]
+    methods += [{"deep": {"criterion": "greedy_kl", "structure": "layers", "refit": "sequential"}}]
     lines = report(parse(Experiment, asked | {"methods": methods}, "test"), "cpu", 0.4, None)
     idle = 3 * 5 * 3 * 32 * 24  # layers, experts that a token is not sent to, matrices
     total = count_parameters(model)

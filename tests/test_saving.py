@@ -1,5 +1,6 @@
 """Ratios of memory and of latency: the widths that save as much, as counted and as a table of times has it."""
 
+import copy
 import json
 import os
 from itertools import pairwise
@@ -26,10 +27,14 @@ from hfprune.pruning.surgery import cut, units_within, widths_of
 from hfprune.reporting.saved import saved_latency
 from hfprune.store.artifacts import read
 from tests.conftest import make_model, make_tokenizer, sentences
+from tests.test_experts import mixture
 from tests.test_families import make
 
 # Seconds of a token by width; from 48 to 40 neurons nothing is won, as on a GPU whose blocks are larger than a step.
 TIMES = {"mlp": {48: 0.010, 40: 0.010, 24: 0.008, 8: 0.005}, "attention": {2: 0.010, 1: 0.009}}
+
+
+SHARED = {"criterion": "entropy", "structure": "mlp+experts", "experts_share": 0.5}
 
 
 def table(folder: Path, parameters: int, times=TIMES) -> Path:
@@ -57,6 +62,7 @@ def random_scores(shape, parts) -> dict:
         ("ministral", "mlp+attention", 5),  # within its window of 8 tokens
         ("qwen3_moe", "mlp", 20),
         ("qwen3_moe", "experts", 20),
+        ("qwen3_moe", "mlp+experts", 20),
     ],
 )
 def test_memory_is_that_of_the_weights_and_of_the_cache_that_transformers_keeps(family, structure, context):
@@ -124,6 +130,31 @@ def test_neurons_and_groups_together_save_the_share(allocation, ratio_of, tmp_pa
         shares.append(saving.share(widths_of(kept, budget)))
         assert 1 - ratio - 0.05 < shares[-1] <= 1 - ratio
     assert all(more > less for more, less in pairwise(shares))
+
+
+@pytest.mark.parametrize("worth", [0.1, 100.0])
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral"])
+def test_experts_and_the_neurons_inside_them_together_save_the_share(name, worth):
+    """Where experts are worth little, and where they are worth much; one layer of the first model is dense."""
+    model = mixture(name)
+    shape, context = shape_of(model), 50
+    saving = saving_of(shape, "memory", "mlp+experts", model.config, context, None)
+    scores = random_scores(shape, ["mlp", "experts"])
+    scores["experts"] = [worth * layer for layer in scores["experts"]]
+    held = 3 * context * 2 * 2 * 8  # layers, tokens, keys and values, heads, columns
+    step = 8 * shape.parameters["mlp"] * sum(map(bool, shape.units["mlp"])) / (shape.total + held)
+    for ratio in (0.1, 0.2, 0.3):
+        budget, kept = units_within(shape, saving, ratio, "mlp+experts", "uniform", None, scores)
+        small = copy.deepcopy(model)
+        cut(small, kept)
+        share = (count_parameters(small) + held) / (shape.total + held)
+        assert saving.share(widths_of(kept, budget)) == pytest.approx(share, abs=1e-12)
+        assert 1 - ratio - step < share <= 1 - ratio
+    with pytest.raises(UserError, match="largest ratio that allows is") as refused:
+        refuse_saving(shape, saving, 0.9, "mlp+experts", "uniform", None)
+    largest = float(str(refused.value).split()[-1].rstrip("."))
+    _, kept = units_within(shape, saving, largest, "mlp+experts", "uniform", None, scores)
+    assert {layer.shape for layer in kept["mlp"] if layer.numel()} == {(3, 8)}
 
 
 def test_a_latency_is_the_mean_over_layers_of_what_the_table_has_and_interpolates(tmp_path):
@@ -196,7 +227,7 @@ MINE = {"criterion": "entropy"}
         ({"ratio_of": "latency", "latencies": "/none.csv"}, r"latencies: /none.csv: cannot be read as a table"),
         (
             {"ratio_of": "memory", "context": 9, "methods": ["ShortGPT"]},
-            r"'ratio_of: memory' goes with structure mlp, attention, mlp\+attention, experts, not layers",
+            r"'ratio_of: memory' goes with structure mlp, attention, mlp\+attention, experts, mlp\+experts, not layers",
         ),
         ({"ratio_of": "memory", "context": 9, "pad": True}, "'pad' does not go with 'ratio_of: memory'"),
         (
@@ -276,6 +307,10 @@ def test_in_python(tmp_path):
         ({"ratio_of": "memory"}, "needs 'context'"),
         ({"ratio_of": "memory", "context": 64, "pad": True}, "'pad' does not go with"),
         ({"ratio_of": "memory", "context": 64, "ratio": None, "target_parameters": 9}, "not with target_parameters"),
+        (
+            {"ratio_of": "memory", "context": 64, "method": SHARED},
+            "'experts_share' does not go with 'ratio_of: memory'",
+        ),
         ({"ratio_of": "latency", "latencies": latencies, "method": "ShortGPT"}, "goes with structure mlp, attention"),
     ):
         with pytest.raises(UserError, match=message):

@@ -28,7 +28,8 @@ def table() -> str:
             layout = layout_for({"model_type": name, **ANY, **keys})
             mixture = layout.mixture
             cells = (_cell(mixture or layout.mlp), _cell(layout.attention), "yes" if mixture else "")
-            cells += tuple("no" if layout.depth_refused(each) else can for each, can in DEPTH.items())
+            refused = {each: layout.depth_refused(each) for each in DEPTH}
+            cells += tuple(f"no: {refused[each]}" if refused[each] else can for each, can in DEPTH.items())
             rows.append((f"`{name}`", models, *cells))
     rows += [(f"`{name}`", "", f"no: {reason}", *["no"] * 4) for name, reason in REFUSED.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

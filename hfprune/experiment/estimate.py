@@ -40,7 +40,7 @@ from hfprune.pruning import scoring
 from hfprune.pruning.budget import BUDGET, refuse_method, shape_of, units_shapes, units_to_keep
 from hfprune.pruning.criteria import CRITERIA, GradientCriterion
 from hfprune.pruning.head import LOGITS_PER_CHUNK
-from hfprune.pruning.order import best_steps, kept_without, steps_of
+from hfprune.pruning.order import best_steps, kept_without, steps_of, those_that_go
 from hfprune.pruning.recorder import bytes_of_sums
 from hfprune.pruning.saving import SAVINGS, saving_of
 from hfprune.pruning.searched import held_out
@@ -295,8 +295,8 @@ class Models:
             return units_within(self.shape, saving, **of_these, scores=scores, influence=alike)[1]
         whole = units_to_keep(self.shape, **budget)
         if structure in DEPTH:
-            last_first = steps_of(self.shape.units, structure)[:0:-1]
-            return kept_without(self.shape.units, best_steps(self.shape, last_first, whole.share * self.shape.total))
+            last_first = those_that_go(self.shape, steps_of(self.shape, structure)[::-1])
+            return kept_without(self.shape, best_steps(self.shape, last_first, whole.share * self.shape.total))
         if structure in MIXED:
             return without_and_narrower(self.shape, whole, scores, allocation, alike)
         return best_units(whole, scores, allocation, alike)

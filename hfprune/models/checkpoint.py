@@ -4,7 +4,6 @@ If all layers have the same width, the checkpoint is of the family's stock class
 `modeling_per_layer`, and that file is saved with it; `pad` makes the widths equal again with zeros.
 """
 
-import copy
 import gc
 import json
 import os
@@ -30,7 +29,7 @@ from hfprune.models.config_json import state_rope_for_older_readers
 from hfprune.models.families import experts_key, head_size, heads_of, layout_of, queries_of
 from hfprune.models.files import model_files
 from hfprune.models.head import head_of
-from hfprune.models.loading import count_parameters, set_linear, shape_only
+from hfprune.models.loading import count_parameters, set_linear
 from hfprune.models.mixtures import all_experts
 from hfprune.models.modeling_per_layer import count_heads, per_layer
 from hfprune.models.streamed import device_of, in_memory, is_streamed
@@ -143,55 +142,6 @@ def declare_widths(model: PreTrainedModel) -> None:
         model.__class__ = per_layer(stock)  # differs from the stock class in its constructor, not in state
         base = per_layer(type(model.base_model))
         config.auto_map = {"AutoModel": f"modeling_per_layer.{base.__name__}"}  # saving adds AutoModelForCausalLM
-
-
-LISTS = ("layer_types", "no_rope_layers")  # keys of configs with a value for each layer
-
-
-def keep_layers(model: PreTrainedModel, numbers: list[int]) -> None:
-    """Remove all layers of `model` but these, in place, and what its config says of them. Widths are to be declared."""
-    layers, config = layers_of(model), model.config
-    if len(numbers) == len(layers):
-        return
-    forget_widths(config)
-    stay = [layers[number] for number in numbers]
-    for name in LISTS:
-        if getattr(config, name, None):
-            setattr(config, name, [getattr(config, name)[number] for number in numbers])
-    config.num_hidden_layers = len(numbers)
-    del layers[:]
-    layers.extend(stay)
-    for place, layer in enumerate(layers):
-        for module in layer.modules():
-            if getattr(module, "layer_idx", None) is not None:
-                module.layer_idx = place
-
-
-def refuse_moved_layers(config: PreTrainedConfig) -> None:
-    """Refuse a model whose class computes a layer differently where other layers before it are gone.
-
-    It is built with a layer less, and each layer compared with the one that it would come from.
-
-    Args:
-        config: of the dense model.
-
-    Raises:
-        UserError: it is such a model.
-    """
-    config = copy.deepcopy(config)
-    forget_widths(config)  # they do not depend on the number of a layer
-    fewer = shape_only(config, torch.float32)
-    keep_layers(fewer, list(range(1, len(layers_of(fewer)))))
-    rebuilt = shape_only(fewer.config, torch.float32)
-    for moved, built in zip(layers_of(fewer), layers_of(rebuilt), strict=True):
-        for (path, one), other in zip(moved.named_modules(), built.modules(), strict=True):
-            for name, value in vars(one).items():
-                if isinstance(value, bool | int | float | str | None) and value != getattr(other, name):
-                    raise UserError(
-                        f"layers of this {config.model_type} model cannot go: {path}.{name} depends on the number of "
-                        "the layer, and the layers behind would compute something else. Cut sublayers, mlp or "
-                        "attention."
-                    )
 
 
 def _declare_experts(model: PreTrainedModel) -> None:

@@ -217,7 +217,13 @@ def _deepseek_v2(config: Any) -> Layout:
 def _ernie_moe(config: Any) -> Layout:
     refused = ONE_WIDTH if setting(config, "moe_num_shared_experts", 2) else None
     correction = "mlp.gate.moe_statics.e_score_correction_bias"
-    return replace(LLAMA, mixture=Mixture(correction=correction, counts=True, refused=refused))
+    every = setting(config, "moe_layer_interval", 1)
+    numbered = f"moe_layer_interval = {every}: its config says by the number of a layer whether it has experts."
+    return replace(
+        LLAMA,
+        mixture=Mixture(correction=correction, counts=True, refused=refused),
+        numbered=numbered if every > 1 else None,
+    )
 
 
 SLOPES = (
@@ -270,6 +276,7 @@ MINIMAX = _with(
     },
     multiplier="mlp_beta_factor",
     carried="mlp_alpha_factor",
+    numbered="how fast its linear attention forgets follows from the number of the layer.",
     **HYBRID,
 )  # fmt: skip
 CONVOLVED = "most layers have a short convolution instead, which has no heads. Cut {}."

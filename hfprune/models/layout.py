@@ -141,6 +141,7 @@ class Layout:
         keeps_documents_apart: whether documents in one row do not see one another when positions begin anew.
         queries: query heads to a key-value head; None: as the config's numbers of heads say.
         repeated: keyword of a layer's argument that has rows for every sequence of a batch; None if none has.
+        numbered: why layers cannot go: what a layer computes follows from its number; None if they can.
     """
 
     attention: Block
@@ -160,6 +161,7 @@ class Layout:
     keeps_documents_apart: bool = True
     queries: int | None = None
     repeated: str | None = None
+    numbered: str | None = None
 
     def block(self, name: str) -> Block:
         """The block of a part, by its name in `units.PARTS`."""
@@ -167,11 +169,22 @@ class Layout:
 
     def depth_refused(self, structure: str) -> str | None:
         """Why a structure in `units.DEPTH` cannot be removed, and what can be instead; None if it can."""
-        if self.mixture:
-            return "whole layers of a mixture of experts, and parts of them, have to stay. Cut experts or mlp."
-        if self.attention.others:
-            return "the layers of a hybrid are of several kinds, of which a cache needs some. Cut mlp."
-        return None
+        reason = None
+        if structure == "layers":
+            reason = self.numbered
+        elif self.mixture or self.attention.others:
+            reason = "neither its class nor one of hfprune's knows a layer without one of its parts."
+        return reason and f"{reason} Cut {self._others_than(structure)}."
+
+    def _others_than(self, structure: str) -> str:
+        """What can be cut if this structure in `units.DEPTH` cannot, in words."""
+        can = {
+            "layers": structure != "layers" and not self.numbered,
+            "experts": self.mixture is not None,
+            "mlp": not (self.mixture or self.mlp).refused,
+        }
+        *names, last = [name for name, is_free in can.items() if is_free]
+        return f"{', '.join(names)} or {last}" if names else last
 
     @property
     def norms(self) -> Iterator[str]:

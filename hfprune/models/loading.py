@@ -28,10 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from hfprune.errors import UserError
 from hfprune.models.config_json import check_values, read_json
 from hfprune.models.families import EXPERTS, FAMILIES, layout_for, layout_of, refusal
-from hfprune.models.mixtures import all_experts
+from hfprune.models.mixtures import all_experts, experts_in
 from hfprune.models.modeling_per_layer import per_layer
 from hfprune.models.streamed import device_of, in_memory, place_in_files, refuse_overflow, weight_files
-from hfprune.models.units import Part, parts
+from hfprune.models.units import Part, layers_of, part_of
 from hfprune.models.widths import check_overrides, read_config
 from hfprune.runtime.memory import available_bytes
 from hfprune.store.keys import versions
@@ -314,10 +314,24 @@ def flops_per_token(model: PreTrainedModel, length: int) -> int:
     Norms, activations, softmax and embedding lookups do not count. `torch.utils.flop_counter` counts the same. Of a
     mixture of experts, those count that a token is sent to; of linear attention and convolutions the linear layers.
     """
-    linear = sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, LINEAR))
-    linear += sum(2 * experts.active_parameters for experts in all_experts(model))
-    attending = [part for part in parts(model, "attention") if part.attends]
-    return linear + 2 * sum(part.width + _scored(model, part) for part in attending) * length
+    inside = sum(map(_linear_flops, layers_of(model)))
+    return _linear_flops(model) - inside + sum(flops_of_layers(model, length))
+
+
+def flops_of_layers(model: PreTrainedModel, length: int) -> list[int]:
+    """Of each layer, its share of `flops_per_token`."""
+    flops = []
+    for number, layer in enumerate(layers_of(model)):
+        experts, attention = experts_in(model, number), part_of(model, "attention", number)
+        routed = 2 * experts.active_parameters if experts else 0
+        attending = 2 * (attention.width + _scored(model, attention)) * length if attention.attends else 0
+        flops.append(_linear_flops(layer) + routed + attending)
+    return flops
+
+
+def _linear_flops(module: nn.Module) -> int:
+    """Floating-point operations for one token of the linear layers in a module."""
+    return sum(2 * linear.weight.numel() for linear in module.modules() if isinstance(linear, LINEAR))
 
 
 def _scored(model: PreTrainedModel, part: Part) -> int:

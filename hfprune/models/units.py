@@ -13,7 +13,8 @@ Which rows and columns these are in a family says its layout (`layout.py`). A pa
 nothing, and a layer that loses both of its parts is gone: so whole *sublayers* and *layers* can be pruned, too.
 
 In a mixture of experts, a unit of `mlp` is a neuron inside an expert, and whole experts are units of a third part,
-`experts`; see `mixtures.py`. Its dense layers and shared experts have no units: they stay as they are.
+`experts`; see `mixtures.py`. Its dense layers and shared experts have no units: they stay as they are, or go with
+their layer.
 """
 
 from __future__ import annotations
@@ -228,9 +229,14 @@ def check_experts_share(share: float | None, structure: str) -> None:
         raise ValueError(f"'experts_share' goes with structure {WITH_EXPERTS}, not {structure}")
 
 
+def is_depth(kept: Kept) -> bool:
+    """Whether whole sublayers or layers go, perhaps: then `kept` has all that makes up a layer."""
+    return "attention" in kept and len(kept) > 1
+
+
 def layers_that_stay(kept: Kept) -> list[int]:
     """The numbers of the layers that stay: those that keep a unit."""
-    if set(kept) != set(PARTS):
+    if not is_depth(kept):
         return list(range(len(next(iter(kept.values()), []))))
     return [number for number, units in enumerate(zip(*kept.values(), strict=True)) if any(map(len, units))]
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from hfprune.models.families import (
 from hfprune.models.layout import Block, Layout
 from hfprune.models.units import (
     DEPTH,
+    IN_TURN,
     MIXED,
     PARTS,
     STRUCTURES,
@@ -40,7 +42,7 @@ from hfprune.models.units import (
 )
 from hfprune.pruning.allocation import ALLOCATIONS, fewest_kept
 from hfprune.pruning.criteria import rankers, ranks
-from hfprune.pruning.order import Step, best_steps, removable_sizes, removed_by, steps_of
+from hfprune.pruning.order import Step, best_steps, removable_sizes, removed_by, steps_of, those_that_go
 from hfprune.pruning.refit_names import IN_EXPERTS
 from hfprune.pruning.saving import SAVINGS, Latency, Memory, Widths, largest_within, saving_of
 
@@ -67,8 +69,8 @@ BUDGET = (  # the settings of a cut that say how much goes
 METHOD = ("criterion", "refit")  # what `check` is told of a cut beside its budget
 NO_REFIT = (
     "refit {refit!r}: of a mixture of experts, 'least_squares' and 'sequential' refit what loses neurons (structures "
-    "mlp and mlp+experts), and 'sequential' the experts that stay (structure experts). No other refit goes with one. "
-    "Set it to one of these, or to 'none'."
+    "mlp and mlp+experts), and 'sequential' the experts that stay (structures experts and layers). No other refit goes "
+    "with one. Set it to one of these, or to 'none'."
 )
 OTHER_CACHE = "attention of this family keeps more, or less, than a key and a value for each head. Set it to 'all'."
 EXPERT_STEPS = ((256, 64), (0, 8))  # inside experts, which are a few hundred neurons wide
@@ -98,6 +100,7 @@ class Shape:
         mixture: what more counts if it is a mixture of experts, or else None.
         sublayers: by part, the parameters of the whole part in each layer, without norms of hidden states.
         layers: parameters of each layer.
+        caches: of each layer, whether its attention keeps keys and values; in a hybrid not all do.
     """
 
     total: int
@@ -108,6 +111,15 @@ class Shape:
     mixture: ExpertCounts | None = None
     sublayers: dict[str, list[int]] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)
+    caches: list[bool] = field(default_factory=list)
+
+    @property
+    def whole(self) -> dict[str, list[int]]:
+        """By part that goes as a whole, in turn: how many units each layer has, of experts in all groups together."""
+        if self.mixture is None:
+            return {name: self.units[name] for name in IN_TURN}
+        experts = [count * self.mixture.groups for count in self.units["experts"]]
+        return {"attention": self.units["attention"], "experts": experts}
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         _expert_counts(model.config, layout),
         {} if layout.mixture else {name: [part.whole for part in layers] for name, layers in parts_by_name.items()},
         [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model)],
+        [part.attends for part in parts_by_name["attention"]],
     )
 
 
@@ -221,9 +234,11 @@ def shape_on_disk(folder: Path) -> Shape:
         units["experts"] = [experts.count // experts.groups * sparse for sparse in is_sparse]
         parameters["experts"] = experts.groups * expert_parameters(config, mixture)
     layers = [sum(size for key, size in sizes.items() if key.startswith(f"{before}{number}.")) for number in numbers]
+    attends = [f"{before}{number}.{layout.attention.output}.weight" in sizes for number in numbers]
     return Shape(
-        sum(sizes.values()), units, parameters, hidden, refusals(layout), experts, {} if mixture else sublayers, layers
-    )
+        sum(sizes.values()), units, parameters, hidden, refusals(layout), experts, {} if mixture else sublayers, layers,
+        attends,
+    )  # fmt: skip
 
 
 def _output_on_disk(block: Block, layer: str, sizes: Mapping[str, int]) -> str:
@@ -314,12 +329,12 @@ def units_to_keep(
         _refuse_depth(shape, structure)
         return _depth_budget(shape, structure, ratio, target_parameters)
     if structure in MIXED:
-        _refuse_depth(shape, MIXED[structure])
+        _refuse_depth(shape, structure)
         return _mixed_budget(shape, structure, ratio, target_parameters, allocation, round_to, depth_share, order)
     round_to, capacities = _capacities(shape, structure, allocation, round_to)
     if structure == WITH_EXPERTS:
-        return _experts_budget(shape, ratio, target_parameters, round_to, experts_share, scores)
-    total, removable = shape.total, sum(capacity.removable for capacity in capacities.values())
+        return _experts_budget(shape, ratio, target_parameters, round_to, experts_share, capacities, scores)
+    total, removable = shape.total, _removable(shape, structure, capacities, round_to)
     of = total if ratio_of == "all" else sum(capacities["mlp"].units) * capacities["mlp"].parameters
     budget, remove, possible = _to_remove(total, removable, ratio, ratio_of, of, target_parameters)
     half_a_unit = min(capacity.parameters for capacity in capacities.values()) / 2
@@ -372,6 +387,15 @@ def _smallest(capacities: Mapping[str, Capacity]) -> int:
     return min(capacity.step * capacity.parameters for capacity in capacities.values())
 
 
+def _removable(shape: Shape, structure: str, capacities: Mapping[str, Capacity], round_to: int) -> int:
+    """The most parameters that can be removed."""
+    if structure == WITH_EXPERTS:
+        whole = capacities["experts"]
+        most = whole.removable // (whole.step * whole.parameters)
+        return whole.removable + _inside(shape, most, round_to).removable
+    return sum(capacity.removable for capacity in capacities.values())
+
+
 def refuse_saving(
     shape: Shape, saving: Memory | Latency, ratio: float, structure: str, allocation: str, round_to: int | None
 ) -> None:
@@ -406,8 +430,8 @@ def parameters_for(
         UserError: there is none.
     """
     refuse_saving(shape, saving, ratio, structure, allocation, round_to)
-    _, capacities = _capacities(shape, structure, allocation, round_to)
-    fewest = shape.total - sum(capacity.removable for capacity in capacities.values())
+    round_to, capacities = _capacities(shape, structure, allocation, round_to)
+    fewest = shape.total - _removable(shape, structure, capacities, round_to)
     most = shape.total - _smallest(capacities) // 2 - 1
     return largest_within(1 - ratio, fewest, most, lambda target: saving.share(widths(target)))
 
@@ -419,12 +443,10 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
         UserError: there is one.
     """
     mixture = shape.mixture is not None
-    if structure in DEPTH:
+    if structure in (*DEPTH, *MIXED):
         _refuse_depth(shape, structure)
-        return
-    if structure in MIXED:
-        _refuse_depth(shape, MIXED[structure])
-    if unranked := [part for part in STRUCTURES[structure] if not ranks(criterion, part, mixture)]:
+    ranked = () if structure in DEPTH else STRUCTURES[structure]
+    if unranked := [part for part in ranked if not ranks(criterion, part, mixture)]:
         where = " inside experts" if mixture and unranked == ["mlp"] else ""
         raise UserError(
             f"criterion {criterion!r} does not rank {UNITS[unranked[0]]}{where}, which structure {structure!r} cuts. "
@@ -435,9 +457,12 @@ def refuse_method(shape: Shape, structure: str, criterion: str, refit: str) -> N
 
 
 def _refuse_depth(shape: Shape, structure: str) -> None:
-    """Refuse to remove whole sublayers or layers where they have to stay."""
-    if structure in shape.refusals:
-        raise UserError(f"structure {structure!r}: {shape.refusals[structure]}")
+    """Refuse to remove whole sublayers or layers where they have to stay, or go alone."""
+    reason = shape.refusals.get(MIXED.get(structure, structure))
+    if shape.mixture and structure in MIXED and not reason:
+        reason = "whole layers of a mixture of experts go alone. Set it to 'layers'."
+    if reason:
+        raise UserError(f"structure {structure!r}: {reason}")
 
 
 def _refuse_widths(structure: str, allocation: str, round_to: int | None) -> None:
@@ -489,7 +514,7 @@ def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_para
     sizes = removable_sizes(shape, structure)
     removable, smallest = sum(sizes), min(sizes, default=0)
     budget, remove, possible = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
-    stays = STAYS[structure]
+    stays = _stays(shape, structure)
     if not sizes:
         raise UserError(f"{budget}: structure {structure!r} leaves at least {stays}, and there is no more. Cut mlp.")
     if remove > removable + smallest / 2:
@@ -505,6 +530,12 @@ def _depth_budget(shape: Shape, structure: str, ratio: float | None, target_para
     return Budget(remove / shape.total, {}, 1)
 
 
+def _stays(shape: Shape, structure: str) -> str:
+    """What a structure in `units.DEPTH` leaves at least, in words."""
+    kinds = ["attention"] * (not all(shape.caches)) + ["experts"] * (shape.mixture is not None)
+    return STAYS[structure] + (f" with {' and one with '.join(kinds)}" if kinds else "")
+
+
 def _mixed_budget(
     shape: Shape, structure: str, ratio: float | None, target_parameters: int | None, allocation: str,
     round_to: int | None, depth_share: float | None, order: Sequence[Step] | None,
@@ -517,17 +548,17 @@ def _mixed_budget(
     if "mlp" in shape.refusals:
         raise UserError(f"structure {structure!r}: {shape.refusals['mlp']}")
     depth, round_to = MIXED[structure], round_to or default_step(shape.hidden)
-    sizes = removable_sizes(shape, depth)
+    sizes, stays = removable_sizes(shape, depth), _stays(shape, depth)
     removable, smallest = sum(sizes), min(sizes, default=0)
     budget, remove, _ = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
     if not sizes:
-        raise UserError(f"{budget}: structure {structure!r} leaves at least {STAYS[depth]}: none can go. Cut mlp.")
+        raise UserError(f"{budget}: structure {structure!r} leaves at least {stays}: none can go. Cut mlp.")
     of_depth = depth_share * remove if depth_share else attention_of_two_stages(shape, remove)
     asked = f"{budget} with {f'depth_share {depth_share}' if depth_share else 'the split of 2SSP'}: "
     asked += f"{depth} take {of_depth:,.0f} of {remove:,.0f} parameters"
     if of_depth > removable + smallest / 2:
         raise UserError(
-            f"{asked}, of which {removable:,} can be removed where at least {STAYS[depth]} stays. The largest "
+            f"{asked}, of which {removable:,} can be removed where at least {stays} stays. The largest "
             f"depth_share that allows is {math.floor(removable / remove * 10_000) / 10_000}."
         )
     if depth_share and of_depth <= smallest / 2:
@@ -536,7 +567,7 @@ def _mixed_budget(
         raise UserError(
             f"{asked}, less than half of the smallest of them, which has {smallest:,}: none would go. {remedy}."
         )
-    gone = best_steps(shape, order or steps_of(shape.units, depth)[:0:-1], of_depth)
+    gone = best_steps(shape, order or those_that_go(shape, steps_of(shape, depth)[::-1]), of_depth)
     capacity, rest = capacity_of(without(shape, gone), "mlp", allocation, round_to), remove - removed_by(shape, gone)
     asked += f", and {remove - rest:,.0f} go with whole ones"
     least = capacity.step * capacity.parameters
@@ -569,24 +600,17 @@ def attention_of_two_stages(shape: Shape, remove: float) -> int:
 
 def _experts_budget(
     shape: Shape, ratio: float | None, target_parameters: int | None, round_to: int, experts_share: float | None,
-    scores: Scores | None,
+    capacities: Mapping[str, Capacity], scores: Scores | None,
 ) -> Budget:  # fmt: skip
     """The budget where some experts go, and neurons inside those that stay make up the rest.
 
     Raises:
         UserError: one of the two cannot give its share, or both together do not hold that much.
     """
-    counts, whole = shape.mixture, capacity_of(shape, "experts", "uniform", round_to)
+    counts, whole = shape.mixture, capacities["experts"]
     at_once = whole.step * whole.parameters  # an expert of every group of every layer
-    most = whole.removable // at_once
-
-    def inside(gone: int) -> Capacity:
-        """The neurons inside the experts that stay where so many of every group go."""
-        neuron = shape.parameters["mlp"] // counts.count * (counts.count - gone * counts.groups)
-        left = replace(shape, parameters=shape.parameters | {"mlp": neuron})
-        return capacity_of(left, "mlp", "uniform", round_to)
-
-    removable = most * at_once + inside(most).removable
+    most, inside = whole.removable // at_once, partial(_inside, shape, round_to=round_to)
+    removable = _removable(shape, WITH_EXPERTS, capacities, round_to)
     budget, remove, possible = _to_remove(shape.total, removable, ratio, "all", shape.total, target_parameters)
     where = f"Structure {WITH_EXPERTS!r} with round_to {round_to}"
     if experts_share is None:
@@ -630,6 +654,14 @@ def _experts_budget(
     neurons, rest = inside(gone), max(0, remove - gone * at_once)
     keep = {"experts": sum(whole.units) - gone * whole.step, "mlp": sum(neurons.units) - rest / neurons.parameters}
     return Budget(remove / shape.total, keep, round_to, counts.groups)
+
+
+def _inside(shape: Shape, gone: int, round_to: int) -> Capacity:
+    """The neurons inside the experts that stay where so many of every group go."""
+    counts = shape.mixture
+    neuron = shape.parameters["mlp"] // counts.count * (counts.count - gone * counts.groups)
+    left = replace(shape, parameters=shape.parameters | {"mlp": neuron})
+    return capacity_of(left, "mlp", "uniform", round_to)
 
 
 def _gives(neurons: Capacity, rest: float, whole: int) -> bool:

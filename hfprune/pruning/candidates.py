@@ -7,7 +7,7 @@ computed again for it. The walk reads each layer's weights once, so they may be 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -140,16 +140,15 @@ def flops_of_parts(model: PreTrainedModel, length: int) -> dict[Sublayer, int]:
     return flops
 
 
-def flops_of_walk(model: PreTrainedModel, tokens: int, parts: Mapping[Sublayer, int], layers: Sequence[int]) -> int:
+def flops_of_walk(model: PreTrainedModel, tokens: int, each: Sequence[int], layers: Sequence[int]) -> int:
     """Floating-point operations of a walk and of the logits behind it, as if candidates changed no operations.
 
     Args:
         model: its shapes are enough.
         tokens: number of tokens.
-        parts: operations of each part for one token, see `flops_of_parts`.
+        each: operations of each layer for one token, see `loading.flops_of_layers`.
         layers: of each candidate, the layer that it changes.
     """
-    each = [parts["attention", number] + parts["mlp", number] for number in range(len(parts) // 2)]
     behind = [sum(each[number:]) for number in range(len(each))]
     logits = 2 * model.get_output_embeddings().weight.numel() * (1 + len(layers))
     return tokens * (behind[0] + sum(behind[number] for number in layers) + logits)

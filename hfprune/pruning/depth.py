@@ -18,21 +18,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
-from hfprune.models.checkpoint import refuse_moved_layers
 from hfprune.models.families import layout_of
-from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
+from hfprune.models.fewer_layers import refuse_moved_layers
+from hfprune.models.loading import flops_of_layers, flops_per_token, load_model, load_tokenizer
+from hfprune.models.mixtures import experts_in
 from hfprune.models.run_part import run_part
 from hfprune.models.streamed import device_of, is_streamed, memory_of
 from hfprune.models.units import IN_TURN, PARTS, Sublayer, layers_of, part_of
-from hfprune.models.walk import Arguments, layers_in_turn
+from hfprune.models.walk import Arguments, layers_in_turn, run_layer
 from hfprune.pruning.budget import refuse_method, shape_of
 from hfprune.pruning.candidates import Walk, dense_states, divergences, flops_of_parts, flops_of_walk, losses
 from hfprune.pruning.influence import layer_influence, part_influence
-from hfprune.pruning.order import SEARCHES, Step, kept_without, may_go, read_order, save_order, size_of, steps_of
+from hfprune.pruning.order import (
+    SEARCHES,
+    Step,
+    kept_without,
+    may_go,
+    read_order,
+    save_order,
+    size_of,
+    steps_of,
+    those_that_go,
+)
 from hfprune.pruning.refit import flops_of_refit
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.refit_names import RIDGE
@@ -112,17 +123,14 @@ def by_influence(
     model: PreTrainedModel, tokens: Tensor, structure: str, folder: Path | None = None
 ) -> tuple[list[Step], list[float]]:
     """The steps by their influence, the lowest first, and that influence."""
+    shape = shape_of(model)
     with fast_products(device_of(model)):
         if structure == "layers":
-            by_part = dict.fromkeys(PARTS, layer_influence(model, tokens, "cosine", folder))
+            by_part = dict.fromkeys(shape.whole, layer_influence(model, tokens, "cosine", folder))
         else:
             by_part = part_influence(model, tokens, folder)
-    remaining, chosen = steps_of(shape_of(model).units, structure), []
-    influence = {step: by_part[step[0][0]][step[0][1]].item() for step in remaining}
-    for step in sorted(remaining, key=influence.__getitem__):
-        if may_go(step, remaining):
-            remaining.remove(step)
-            chosen.append(step)
+    influence = {step: by_part[step[0][0]][step[0][1]].item() for step in steps_of(shape, structure)}
+    chosen = those_that_go(shape, sorted(influence, key=influence.__getitem__))
     return chosen, [influence[step] for step in chosen]
 
 
@@ -144,27 +152,29 @@ class Search:
         folder: Path | None = None,
     ) -> None:
         self.model, self.tokens, self.shape = model, tokens, shape_of(model)
-        self.measures_kl = criterion == "greedy_kl"
+        self.measures_kl, self.structure = criterion == "greedy_kl", structure
         self.refit, self.ridge = refit, ridge
-        self.remaining = steps_of(self.shape.units, structure)
+        self.remaining = steps_of(self.shape, structure)
         self.searched = tokens[: sequences(tokens.shape[1])]
         self.folder, self.flops = folder, 0
-        self.outputs: dict[tuple[str, int], Tensor] = {}  # weights that refits change, of a model in memory
+        self.before: dict[nn.Parameter, Tensor] = {}  # weights that refits change, of a model in memory
         if refit != "none" and not is_streamed(model):
-            for name in PARTS:
-                for number in range(len(self.shape.layers)):
-                    self.outputs[name, number] = part_of(model, name, number).output.weight.detach().cpu().clone()
+            for number in range(len(self.shape.layers)):
+                self.before |= {weight: weight.detach().cpu().clone() for weight in refitted_in(model, number)}
 
     @torch.no_grad()
     def run(self, resume: Path | None = None) -> tuple[list[Step], list[float]]:
         """The order and the KL, or the loss, after each step."""
         chosen, costs = self._before(resume)
-        dense = dense_states(self.model, self.searched) if self.measures_kl else None
+        dense = None
+        if self.measures_kl:
+            dense = dense_states(self.model, self.searched)
+            self.flops += self.searched.numel() * flops_per_token(self.model, self.searched.shape[1])
         last = costs[-1] if costs else 0.0
         started, done = time.monotonic(), 0
         with ExitStack() as stack:
             sigterm = stack.enter_context(sigterm_deferred())
-            while candidates := [step for step in self.remaining if may_go(step, self.remaining)]:
+            while candidates := [step for step in self.remaining if may_go(self.shape, step, self.remaining)]:
                 removals = len(chosen) + len(self._removals())
                 what = f"removal {len(chosen) + 1} of {removals}"
                 measured = self._measure(chosen, candidates, dense, what)
@@ -178,8 +188,9 @@ class Search:
                 self.remaining.remove(best)
                 done += len(candidates) ** 2
                 seconds = (time.monotonic() - started) / done * sum(count**2 for count in self._removals())
+                whole = "" if self.structure == "layers" else f"{best[0][0]} of "
                 print(
-                    f"{' and '.join(name for name, _ in best)} of layer {best[0][1]} goes: "
+                    f"{whole}layer {best[0][1]} goes: "
                     f"{'KL' if self.measures_kl else 'loss'} {last:.4g}; about {seconds / 60:.0f} min left",
                     file=sys.stderr,
                     flush=True,
@@ -206,7 +217,7 @@ class Search:
     def _removals(self) -> list[int]:
         """How many candidates each removal to come has."""
         remaining, counts = list(self.remaining), []
-        while candidates := [step for step in remaining if may_go(step, remaining)]:
+        while candidates := [step for step in remaining if may_go(self.shape, step, remaining)]:
             counts.append(len(candidates))
             remaining.remove(candidates[-1])
         return counts
@@ -229,16 +240,15 @@ class Search:
             return self._passed(number, states, without, walk.arguments[number])
 
         walk = Walk(self.model, self.searched, [step[0][1] for step in candidates], passed)
-        self.flops += flops_without(self.model, tuple(self.searched.shape), gone, candidates)
+        self.flops += flops_without(self.model, self.structure, tuple(self.searched.shape), gone, candidates)
 
         def finish(number: int) -> None:
             walk.advance(number)
-            for name in PARTS:  # a model in memory keeps what a refit changed
-                if (name, number) in self.outputs:
-                    part_of(self.model, name, number).output.weight.copy_(self.outputs[name, number])
+            for weight in refitted_in(self.model, number) if self.before else ():  # a model in memory keeps changes
+                weight.copy_(self.before[weight])
 
         if gone and self.refit != "none":
-            kept = kept_without(self.shape.units, gone)
+            kept = kept_without(self.shape, gone)
             details = refit_kept(self.model, kept, self.tokens, self.refit, self.ridge, self.folder, finish, what)
             self.flops += details["refit_flops"]
         else:
@@ -253,6 +263,9 @@ class Search:
     def _passed(self, number: int, states: Tensor, absent: set[Sublayer], arguments: Arguments) -> Tensor:
         """(sequences, length, hidden) behind a layer without the sublayers that are absent."""
         layout, layer, entered = layout_of(self.model), layers_of(self.model)[number], states
+        if self.structure == "layers":
+            is_gone = any(layer_gone == number for _, layer_gone in absent)
+            return states if is_gone else run_layer(layer, states, arguments)
         for name in IN_TURN:
             if (name, number) not in absent:
                 read = entered if layout.parallel else states
@@ -260,15 +273,28 @@ class Search:
         return states
 
 
+def refitted_in(model: PreTrainedModel, number: int) -> list[nn.Parameter]:
+    """The weights of a layer that a refit changes."""
+    if layout_of(model).mixture:
+        experts = experts_in(model, number)
+        return [experts.experts.down_proj] if experts else []
+    return [part_of(model, name, number).output.weight for name in PARTS]
+
+
 def flops_without(
-    model: PreTrainedModel, shape: tuple[int, int], gone: Sequence[Step], candidates: Sequence[Step]
+    model: PreTrainedModel, structure: str, shape: tuple[int, int], gone: Sequence[Step], candidates: Sequence[Step]
 ) -> int:
     """Floating-point operations of a walk over (sequences, length) tokens and of the logits behind it."""
-    tokens = shape[0] * shape[1]
-    absent = dict.fromkeys((sublayer for step in gone for sublayer in step), 0)
-    parts = flops_of_parts(model, shape[1]) | absent
-    less = sum(parts[sublayer] for step in candidates for sublayer in step)
-    return flops_of_walk(model, tokens, parts, [step[0][1] for step in candidates]) - tokens * less
+    tokens, each = shape[0] * shape[1], flops_of_layers(model, shape[1])
+    if structure == "layers":
+        parts = {step: each[step[0][1]] for step in (*gone, *candidates)}
+    else:
+        of_parts = flops_of_parts(model, shape[1])
+        parts = {step: of_parts[step[0]] for step in (*gone, *candidates)}
+    for step in gone:
+        each[step[0][1]] -= parts[step]
+    less = sum(parts[step] for step in candidates)
+    return flops_of_walk(model, tokens, each, [step[0][1] for step in candidates]) - tokens * less
 
 
 def sequences(length: int) -> int:
@@ -284,14 +310,14 @@ def cost(model: PreTrainedModel, tokens: tuple[int, int], criterion: str, struct
         tokens: (sequences, length) of the calibration.
         criterion, structure, refit: see `order`.
     """
-    units = shape_of(model).units
-    remaining, gone = steps_of(units, structure), []
+    shape = shape_of(model)
+    remaining, gone = steps_of(shape, structure), []
     walked = (min(tokens[0], sequences(tokens[1])), tokens[1])
     flops = walked[0] * walked[1] * flops_per_token(model, tokens[1]) if criterion == "greedy_kl" else 0  # dense model
-    while candidates := [step for step in remaining if may_go(step, remaining)]:
-        flops += flops_without(model, walked, gone, candidates)
+    while candidates := [step for step in remaining if may_go(shape, step, remaining)]:
+        flops += flops_without(model, structure, walked, gone, candidates)
         if gone and refit != "none":
-            flops += flops_of_refit(model, kept_without(units, gone), tokens, refit)
+            flops += flops_of_refit(model, kept_without(shape, gone), tokens, refit)
         gone.append(candidates[-1])
         remaining.remove(candidates[-1])
     return flops

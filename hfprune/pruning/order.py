@@ -1,7 +1,7 @@
 """The order in which whole sublayers or layers go, and how far down that order a budget reaches.
 
-A *sublayer* is the attention or the MLP of one layer. An order lists *steps*: the sublayers that go together, which are
-both of a layer where whole layers go.
+A *sublayer* is the attention or the MLP of one layer, or its experts. An order lists *steps*: the sublayers that go
+together, which are both of a layer where whole layers go.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfprune.models.units import IN_TURN, MIXED, PARTS, TWO_STAGES, Kept, Sublayer
+from hfprune.models.units import MIXED, TWO_STAGES, Kept, Sublayer
 
 if TYPE_CHECKING:  # a workflow refuses budgets without paying for torch
     from hfprune.pruning.budget import Shape
@@ -28,43 +28,58 @@ SEARCHES = ("greedy_kl", "greedy_perplexity")  # those that measure
 BESIDE_NEURONS = dict.fromkeys(MIXED, "greedy_kl") | {TWO_STAGES: "greedy_perplexity"}  # orders what goes whole
 
 
-def steps_of(units: dict[str, list[int]], structure: str) -> list[Step]:
+def steps_of(shape: Shape, structure: str) -> list[Step]:
     """Every step that a structure allows, in the order of the model.
 
     Args:
-        units: by part, those of each layer. A sublayer without units is gone already.
+        shape: of the model. A sublayer without units is gone already, or there are dense layers among others.
         structure: a name in `units.DEPTH`.
     """
-    names = ("attention",) if structure == "attention_sublayers" else IN_TURN
-    layers = [[(name, number) for name in names if units[name][number]] for number in range(len(units["mlp"]))]
+    whole = shape.whole
+    names = ("attention",) if structure == "attention_sublayers" else [*whole]
+    layers = [[(name, number) for name in names if whole[name][number]] for number in range(len(shape.layers))]
     if structure == "layers":
         return [tuple(layer) for layer in layers if layer]
     return [(sublayer,) for layer in layers for sublayer in layer]
 
 
-def may_go(step: Step, steps: Sequence[Step]) -> bool:
-    """Whether a part of each kind is left without a step, of all `steps`."""
-    return _kinds(steps) == _kinds(other for other in steps if other != step)
+def may_go(shape: Shape, step: Step, steps: Sequence[Step]) -> bool:
+    """Whether a part of each kind is left without a step, of all `steps`, in a model of this shape."""
+    return _kinds(shape, steps) == _kinds(shape, (other for other in steps if other != step))
 
 
-def _kinds(steps: Iterable[Step]) -> set[str]:
-    return {name for step in steps for name, _ in step}
+def _kinds(shape: Shape, steps: Iterable[Step]) -> set[str]:
+    """What parts there are in these steps, and whether one keeps keys and values, by which a cache counts tokens."""
+    sublayers = [sublayer for step in steps for sublayer in step]
+    caches = {"cache" for name, number in sublayers if name == "attention" and shape.caches[number]}
+    return {name for name, _ in sublayers} | caches
+
+
+def those_that_go(shape: Shape, steps: Sequence[Step]) -> list[Step]:
+    """The steps in their order, but for those that have to stay, so that a part of each kind is left.
+
+    Args:
+        shape: of the model.
+        steps: all of them, the first to go first.
+    """
+    remaining, gone = list(steps), []
+    for step in steps:
+        if may_go(shape, step, remaining):
+            remaining.remove(step)
+            gone.append(step)
+    return gone
 
 
 def removable_sizes(shape: Shape, structure: str) -> list[int]:
     """Parameters of the steps that can go, the smallest first, where a part of each kind stays."""
-    remaining, sizes = steps_of(shape.units, structure), []
-    for step in sorted(remaining, key=lambda step: size_of(shape, step)):
-        if may_go(step, remaining):
-            remaining.remove(step)
-            sizes.append(size_of(shape, step))
-    return sizes
+    steps = sorted(steps_of(shape, structure), key=lambda step: size_of(shape, step))
+    return [size_of(shape, step) for step in those_that_go(shape, steps)]
 
 
 def size_of(shape: Shape, step: Step) -> int:
     """Parameters that go with a step."""
     number = step[0][1]
-    whole = sum(shape.units[name][number] > 0 for name in PARTS)
+    whole = sum(layers[number] > 0 for layers in shape.whole.values())
     if len(step) == whole:  # nothing of the layer is left, no norm either
         return shape.layers[number]
     return sum(shape.sublayers[name][number] for name, number in step)
@@ -100,19 +115,14 @@ def best_steps(shape: Shape, order: Sequence[Step], remove: float) -> list[Step]
     return taken
 
 
-def kept_without(units: dict[str, list[int]], gone: Iterable[Step]) -> Kept:
-    """All units but those of the steps that go.
-
-    Args:
-        units: by part, those of each layer.
-        gone: the steps.
-    """
+def kept_without(shape: Shape, gone: Iterable[Step]) -> Kept:
+    """All units but those of the steps that go, of a model of this shape."""
     import torch
 
     sublayers = {sublayer for step in gone for sublayer in step}
     return {
-        name: [torch.arange(0 if (name, number) in sublayers else count) for number, count in enumerate(units[name])]
-        for name in PARTS
+        name: [torch.arange(0 if (name, number) in sublayers else count) for number, count in enumerate(layers)]
+        for name, layers in shape.whole.items()
     }
 
 

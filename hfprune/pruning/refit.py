@@ -31,8 +31,8 @@ same, and right to first order: an RMS norm divides a token's error by the RMS o
 Inside experts, each expert is a part of its own, whose tokens are those that are sent to it. A token counts with the
 square of its weight, by which what the expert writes is multiplied. Where experts go as well, tokens and weights are
 those of the router without them, on the same hidden states. With `sequential`, what the layer has lost with experts
-that are gone, and a (y - y'), are shared among the experts of a token in proportion to their weights. Attention and
-shared experts are not refitted.
+that are gone, and a (y - y'), are shared among the experts of a token in proportion to their weights; so is what layers
+that are gone before it would have written. Attention and shared experts are not refitted.
 
 Parts are refitted from the first layer to the last, attention before the MLP, each with all tokens. The weights of one
 layer are needed at a time, and the hidden states of the calibration tokens at one place (with `sequential` also the
@@ -55,10 +55,22 @@ from hfprune.errors import UserError
 from hfprune.models.families import layout_of
 from hfprune.models.layout import Layout
 from hfprune.models.loading import flops_per_token
-from hfprune.models.mixtures import Experts, all_experts, experts_in
+from hfprune.models.mixtures import Experts, experts_in
 from hfprune.models.run_part import Passed, factor, run_part, written
 from hfprune.models.streamed import device_of, in_memory, is_streamed
-from hfprune.models.units import IN_TURN, PARTS, UNITS, Kept, Part, layers_of, matrix, part_of, parts
+from hfprune.models.units import (
+    IN_TURN,
+    PARTS,
+    UNITS,
+    Kept,
+    Part,
+    is_depth,
+    layers_of,
+    layers_that_stay,
+    matrix,
+    part_of,
+    parts,
+)
 from hfprune.models.walk import enter, entrance, layers_in_turn, run_layer
 from hfprune.pruning.budget import NO_REFIT
 from hfprune.pruning.greedy import others, swapped
@@ -110,7 +122,8 @@ def refit(
             model is a mixture of experts, of which something else is cut, or with another method.
     """
     if layout_of(model).mixture:
-        if method not in IN_EXPERTS.get("+".join(sorted(kept, reverse=True)), ()):
+        structure = "layers" if is_depth(kept) else "+".join(sorted(kept, reverse=True))
+        if method not in IN_EXPERTS.get(structure, ()):
             raise UserError(NO_REFIT.format(refit=method))
         return _refit_inside_experts(model, kept, tokens, method, ridge, folder, finished, what)
     for name in kept:
@@ -219,17 +232,19 @@ def _refit_inside_experts(
 ) -> dict[str, Any]:
     """`refit` of the experts that stay: `kept` has their numbers, or (experts, kept) neurons of them, for each layer.
 
-    An expert to which no token is sent loses its neurons without a repair.
+    An expert to which no token is sent loses its neurons without a repair. What a layer that is gone would have written
+    is made up for in the next one with experts.
     """
-    sequential, starved = method in SEQUENTIAL, set()
-    passes = 3 + ("experts" in kept) if sequential else 1
+    sequential, starved, staying = method in SEQUENTIAL, set(), layers_that_stay(kept)
+    passes = _passes_inside_experts(kept, sequential)
     flops = tokens.numel() * flops_per_token(model, tokens.shape[1]) * passes
     layout, layers, device = layout_of(model), layers_of(model), device_of(model)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        streams = Streams(model, tokens, sequential, layout.parallel, Path(place))
+        carries = len(staying) < len(layers)
+        streams = Streams(model, tokens, sequential, layout.parallel, Path(place), carries)
         for number in layers_in_turn(model, what):
-            experts, run = experts_in(model, number), partial(run_layer, layers[number])
-            arguments, repairs = streams.arguments[number], {}
+            experts = experts_in(model, number) if number in staying else None
+            arguments, run, repairs = streams.arguments[number], partial(run_layer, layers[number]), {}
             if experts:
                 space = Space(layout, model.config, layers[number], "mlp")
                 stay = kept["experts"][number].tolist() if "experts" in kept else range(experts.count)
@@ -247,11 +262,15 @@ def _refit_inside_experts(
                     if sequential:
                         dense = run(streams.dense[i].to(device), arguments)
                         whole = run(entering, arguments) if experts and len(repairs) < experts.count else left
-                        drift = whole.float() - left + DRIFT * (dense.float() - whole)
+                        ahead = whole.float()  # where this layer loses nothing,
+                        ahead = ahead + streams.carried[i].to(device) if carries else ahead  # and those that are gone
+                        drift = ahead - left + DRIFT * (dense.float() - ahead)
                         streams.dense[i].copy_(dense)
-                    if experts:
+                    if number not in staying:
+                        streams.carried[i].add_((left - entering).to(streams.carried[i].device))
+                    elif experts:
                         _add_routed(experts, repairs, *read, drift)
-                    if not (experts and sequential):
+                    if number in staying and not (experts and sequential):
                         stored.copy_(left)
                 for repair in repairs.values():
                     if (repair.lossy or sequential) and repair.tokens and not repair.idle:
@@ -264,6 +283,8 @@ def _refit_inside_experts(
                 for stored in streams.states if experts and sequential else ():  # the layers above see it as it is now
                     with _reading(experts, repairs, sequential):
                         stored.copy_(run(stored.to(device), arguments))
+                if experts:
+                    streams.empty_carried()
             finished(number)
     if starved:
         print(
@@ -272,6 +293,11 @@ def _refit_inside_experts(
             file=sys.stderr,
         )
     return {"refit_tokens": tokens.numel(), "refit_flops": flops, "ridge": ridge, "starved_layers": sorted(starved)}
+
+
+def _passes_inside_experts(kept: Kept, sequential: bool) -> int:
+    """How often all tokens pass a model whose experts are refitted, once more where some of a layer's experts go."""
+    return 3 + ("experts" in kept and not is_depth(kept)) if sequential else 1
 
 
 @contextmanager
@@ -337,8 +363,8 @@ def flops_of_refit(model: PreTrainedModel, kept: Kept, tokens: tuple[int, int], 
     """Floating-point operations of `refit` over (sequences, length) tokens. The model's shapes are enough."""
     sequential, count = method in SEQUENTIAL, tokens[0] * tokens[1]
     if layout_of(model).mixture:
-        flops = count * flops_per_token(model, tokens[1]) * (3 + ("experts" in kept) if sequential else 1)
-        for experts in all_experts(model):
+        flops = count * flops_per_token(model, tokens[1]) * _passes_inside_experts(kept, sequential)
+        for experts in filter(None, (experts_in(model, number) for number in layers_that_stay(kept))):
             stay = len(next(filter(len, kept["experts"]))) if "experts" in kept else experts.count
             width = max(units.shape[-1] for units in kept["mlp"]) if "mlp" in kept else experts.width
             flops += stay * flops_of_solution(count * experts.chosen // stay, width, experts.router.weight.shape[1])

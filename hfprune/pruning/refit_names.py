@@ -8,5 +8,6 @@ IN_EXPERTS = {  # of a mixture of experts, those that go with a structure
     "mlp": ("least_squares", "sequential"),
     "mlp+experts": ("least_squares", "sequential"),
     "experts": ("sequential",),
+    "layers": ("sequential",),
 }
 IN_DEPTH = ("least_squares", "sequential")  # those that go with whole sublayers and layers

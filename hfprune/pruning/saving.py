@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from hfprune.errors import UserError
 from hfprune.models.families import head_size, setting
-from hfprune.models.units import STRUCTURES
+from hfprune.models.units import STRUCTURES, WITH_EXPERTS
 
 if TYPE_CHECKING:
     from hfprune.pruning.budget import Shape
 
 SAVINGS = {"memory": "context", "latency": "latencies"}  # what a ratio can be of, and the setting that it needs
 UNITS_OF = {  # by what a ratio is of, the structures that save it by the number of their units
-    "memory": ("mlp", "attention", "mlp+attention", "experts"),
+    "memory": ("mlp", "attention", "mlp+attention", "experts", WITH_EXPERTS),
     "latency": ("mlp", "attention", "mlp+attention"),  # a token is sent to as many experts as before
 }
 COLUMNS = ("part", "units", "seconds", "parameters", "device", "threads")  # of a table of latencies, those read here
@@ -50,10 +50,19 @@ class Memory:
 
     def _numbers(self, widths: Widths) -> int:
         gone = sum(
-            self.shape.parameters[part] * (sum(self.shape.units[part]) - sum(layers)) for part, layers in widths.items()
+            self._unit(part, number, widths) * (before - kept)
+            for part, layers in widths.items()
+            for number, (before, kept) in enumerate(zip(self.shape.units[part], layers, strict=True))
         )
         groups = widths.get("attention", self.shape.units["attention"])
         return self.shape.total - gone + sum(count * held for count, held in zip(groups, self.held, strict=True))
+
+    def _unit(self, part: str, number: int, widths: Widths) -> int:
+        """Parameters of a unit in layer `number`; of neurons only those inside the experts that stay."""
+        size = self.shape.parameters[part]
+        if part != "mlp" or "experts" not in widths or not self.shape.units["experts"][number]:
+            return size
+        return size * widths["experts"][number] // self.shape.units["experts"][number]
 
     @property
     def record(self) -> dict[str, Any]:
@@ -111,7 +120,7 @@ def fault(ratio_of: str, structure: str, settings: Mapping[str, Any]) -> str | N
     Args:
         ratio_of: what the ratio counts.
         structure: what is cut.
-        settings: `context`, `latencies`, `pad` and `attention_share`.
+        settings: `context`, `latencies`, `pad`, `attention_share` and `experts_share`.
     """
     examples = {"context": "the tokens whose keys and values count, such as 4096", "latencies": "see `hfprune latency`"}
     for of, needed in SAVINGS.items():
@@ -123,7 +132,7 @@ def fault(ratio_of: str, structure: str, settings: Mapping[str, Any]) -> str | N
         return None
     if structure not in (usable := UNITS_OF[ratio_of]):
         return f"'ratio_of: {ratio_of}' goes with structure {', '.join(usable)}, not {structure}"
-    unread = [name for name in ("pad", "attention_share") if settings[name] not in (None, False)]
+    unread = [name for name in ("pad", "attention_share", "experts_share") if settings[name] not in (None, False)]
     return f"{unread[0]!r} does not go with 'ratio_of: {ratio_of}'" if unread else None
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hfprune.data.sampling import sample_sequences
 from hfprune.models import checkpoint
 from hfprune.models.families import layout_of
+from hfprune.models.fewer_layers import keep_layers
 from hfprune.models.history import BEFORE, dense_parameters, dense_units, steps
 from hfprune.models.loading import (
     count_parameters,
@@ -130,9 +131,10 @@ def prune(
     elif ranked:
         kept = best_units(budget, ranked, allocation, influence)
     else:
-        kept = kept_without(shape.units, best_steps(shape, in_order, budget.share * shape.total))
+        kept = kept_without(shape, best_steps(shape, in_order, budget.share * shape.total))
     units_before = {
-        name: sum(layer.numel() for layer in ranked[name]) if shape.mixture else sum(shape.units[name]) for name in kept
+        name: sum(shape.whole[name]) if name in shape.whole else sum(layer.numel() for layer in ranked[name])
+        for name in kept
     }
     units_after = {name: sum(layer.numel() for layer in layers) for name, layers in kept.items()}
     network.config.tie_word_embeddings = checkpoint.is_tied(network)
@@ -310,7 +312,7 @@ def without_and_narrower(
     shape: Shape, budget: Budget, scores: Scores, allocation: str, influence: Tensor | None = None
 ) -> Kept:
     """The units to keep where some sublayers or layers go, and neurons of the MLPs that stay; see `best_units`."""
-    kept = kept_without(shape.units, budget.gone)
+    kept = kept_without(shape, budget.gone)
     staying = [number for number, units in enumerate(kept["mlp"]) if len(units)]
     of_these = None if influence is None else influence[staying]
     narrower = best_units(budget, {"mlp": [scores["mlp"][number] for number in staying]}, allocation, of_these)["mlp"]
@@ -335,7 +337,7 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
     for name, layers in kept.items():
         for number in stay:
             cut_part(part_of(model, name, number), layers[number])
-    checkpoint.keep_layers(model, stay)
+    keep_layers(model, stay)
     checkpoint.declare_widths(model)
 
 

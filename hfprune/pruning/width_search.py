@@ -35,7 +35,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hfprune.data.sampling import sample_sequences
 from hfprune.errors import UserError
 from hfprune.models.families import layout_of
-from hfprune.models.loading import flops_per_token, load_model, load_tokenizer
+from hfprune.models.loading import flops_of_layers, flops_per_token, load_model, load_tokenizer
 from hfprune.models.run_part import run_part
 from hfprune.models.streamed import device_of, is_streamed, memory_of
 from hfprune.models.units import IN_TURN, Part, Scores, Sublayer, layers_of, matrix, part_of, parts, read_scores
@@ -43,7 +43,7 @@ from hfprune.models.units import STRUCTURES as PARTS_OF
 from hfprune.models.walk import layers_in_turn, run_layer
 from hfprune.pruning.allocation import fewest_kept
 from hfprune.pruning.budget import Budget, Shape, refuse_method, refuse_saving, shape_of, units_to_keep
-from hfprune.pruning.candidates import Walk, batches, dense_states, divergences, flops_of_parts, flops_of_walk
+from hfprune.pruning.candidates import Walk, batches, dense_states, divergences, flops_of_walk
 from hfprune.pruning.refit import Repair, Space, Streams, flops_of_solution
 from hfprune.pruning.saving import Widths, saving_of
 from hfprune.pruning.searched import SEARCHED, held_out, save_widths, too_few
@@ -215,7 +215,7 @@ class WidthSearch:
         if self.file and self.file.exists():
             self.known = json.loads(self.file.read_text(encoding="utf-8"))
         self.measured, self._flops = 0, 0
-        self._parts = flops_of_parts(model, tokens.shape[1])
+        self._each = flops_of_layers(model, tokens.shape[1])
         self._libraries: dict[Sublayer, Library] = {}
         self._present: dict[Sublayer, int] = {}  # the widths that are in the model
 
@@ -224,7 +224,7 @@ class WidthSearch:
         """See `search`."""
         names = {name for name, _ in self._libraries}
         before = flops_of_libraries(self.model, names, tuple(self.refitted_on.shape))
-        one = flops_of_walk(self.model, self.tokens.numel(), self._parts, [])
+        one = flops_of_walk(self.model, self.tokens.numel(), self._each, [])
         return {
             "tokens": self.refitted_on.numel() + self.tokens.numel(),
             "flops": before + one + self._flops,
@@ -373,7 +373,7 @@ class WidthSearch:
         count = max(1, len(changes))
         self.measured += count
         self._flops += flops_of_walk(
-            self.model, self.tokens.numel(), self._parts, [number for (_, number), _ in changes]
+            self.model, self.tokens.numel(), self._each, [number for (_, number), _ in changes]
         )
         self._flops += sum(flops_of_put(part_of(self.model, *sublayer), width) for sublayer, width in changes)
         self._shown.update(count)
@@ -459,11 +459,11 @@ def most_operations(model: PreTrainedModel, tokens: tuple[int, int], structure: 
         structure, rounds: see `search`.
     """
     count, length = held_out(*tokens), tokens[1]
-    units, by_part = {name: shape_of(model).units[name] for name in PARTS_OF[structure]}, flops_of_parts(model, length)
-    one = flops_of_walk(model, count * length, by_part, [])
+    units, each = {name: shape_of(model).units[name] for name in PARTS_OF[structure]}, flops_of_layers(model, length)
+    one = flops_of_walk(model, count * length, each, [])
     steps = sorted(number for layers in units.values() for number in range(len(layers)) for _ in range(2))
     walks = [steps[first : first + TOGETHER] for first in range(0, len(steps), TOGETHER)]
-    a_round = sum(flops_of_walk(model, count * length, by_part, walk) for walk in walks)
+    a_round = sum(flops_of_walk(model, count * length, each, walk) for walk in walks)
     a_round += 2 * sum(flops_of_put(part, part.units) for name in units for part in parts(model, name))
     measuring = one + rounds * (a_round + most_of_a_round(units)[1] * one)
     before = flops_of_libraries(model, tuple(units), (tokens[0] - count, length))

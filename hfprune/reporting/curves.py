@@ -53,6 +53,8 @@ def kept_widths(artifacts: Sequence[Artifact], store: Store, methods: Mapping[st
     for artifact, label, ratio in zip(artifacts, _labels(models, ("seed",)), models["ratio"], strict=True):
         pruning = json.loads((artifact.folder / PRUNING).read_text(encoding="utf-8"))
         for part, layers in pruning["kept"].items():
+            if part == "experts" and pruning["structure"] == "layers":  # with their layers, as attention
+                continue
             shapes = kept_shapes(part, layers)
             dense_units = pruning["units_dense"][part] // len(shapes)
             for layer, shape in shapes.items():

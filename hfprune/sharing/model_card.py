@@ -223,12 +223,12 @@ def _widths(pruning: Mapping[str, Any]) -> dict[str, str]:
 def _sublayers(kept: Mapping[str, Any]) -> dict[str, str]:
     """What is left of the layers, and the numbers of those that are gone, by what of them is gone."""
     gone = {name: {number for number, units in enumerate(layers) if not units} for name, layers in kept.items()}
-    layers, whole = len(kept["mlp"]), gone["mlp"] & gone["attention"]
+    layers, whole = len(kept["attention"]), set.intersection(*gone.values())
     rows = {"Layers": f"{layers - len(whole)} of {layers}"}
     for title, numbers in (
         ("Layers gone", whole),
         ("Attention gone of layers", gone["attention"] - whole),
-        ("MLP gone of layers", gone["mlp"] - whole),
+        ("MLP gone of layers", gone.get("mlp", whole) - whole),
     ):
         if numbers:
             rows[title] = f"{', '.join(map(str, sorted(numbers)))}, counted from 0 before this step"

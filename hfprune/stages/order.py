@@ -72,7 +72,7 @@ def _cost(job: Any, estimate: Any) -> Any:
         sampled = (settings.samples, settings.length)
         flops = depth.cost(dense, sampled, settings.criterion, settings.structure, settings.refit)
         walked = min(settings.samples, depth.sequences(settings.length)) * settings.length
-        candidates = len(depth.steps_of(estimate.models.shape.units, settings.structure))
+        candidates = len(depth.steps_of(estimate.models.shape, settings.structure))
         memory += bytes_of_walk(dense, walked, candidates, estimate.kind)
     else:
         flops = tokens * flops_per_token(dense, settings.length)
