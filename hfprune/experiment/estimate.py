@@ -492,8 +492,8 @@ class Estimate:
         layers = model.config.num_hidden_layers
         return graph // layers + layers * tokens * model.config.hidden_size * model.dtype.itemsize
 
-    def rows(self, job: Job, length: int, epochs: int) -> int:
-        """Number of sequences of `length` tokens that a text fills over all epochs."""
+    def rows(self, job: Job, length: int, epochs: float) -> int:
+        """Number of sequences of `length` tokens that a text fills over all epochs; a part of one is a share of it."""
         text = self._text(job)
         instructions = "instruction" in job.recipe.parameters
         sizes = text.sizes or [text.size]
