@@ -89,6 +89,17 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
             r"recovery\.a: 'rank_by_layer' goes with method lora, not full",
         ),
         ("recovery", {"a": {"text": "calibration", "method": "lor"}}, r"recovery\.a\.method = 'lor': .*mean 'lora'"),
+        (
+            "texts.calibration.random",
+            True,
+            r"texts\.calibration: give exactly one of hub, .* and random, not path and ran",
+        ),
+        ("texts.calibration", {"random": True, "field": "x"}, r"texts\.calibration: 'field' does not go with 'random'"),
+        (
+            "texts.heldout",
+            {"random": True},
+            r"fidelity\.texts\.0 = 'heldout' holds random tokens, which only calibrate",
+        ),
         ("texts.calibration.instruction", "{q}", r"texts\.calibration: 'instruction' alone"),
         (
             "texts.calibration",

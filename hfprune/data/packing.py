@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hfprune.data.readers import read_records
+from hfprune.data.readers import RANDOM, read_records
 from hfprune.data.sampling import added_tokens, check_vocabulary
 from hfprune.errors import UserError
 from hfprune.runtime.progress import progress
@@ -55,6 +55,8 @@ def read_examples(tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: P
         UserError: no document can be used, or the tokenizer is not the model's.
     """
     records = read_records(folder)
+    if records == [RANDOM]:
+        raise UserError(f"{folder / DOCUMENTS}: random tokens, which only calibrate. Train on a text with documents.")
     before, end = added_tokens(tokenizer)
     if tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]

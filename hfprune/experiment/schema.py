@@ -421,6 +421,8 @@ class Experiment(Section):
         for key, name in (read | heldout).items():
             if name not in self.texts:
                 raise ValueError(f"{key} = {name!r}: not one of `texts`: {', '.join(self.texts)}")
+            if self.texts[name].random and key != "calibration.text":
+                raise ValueError(f"{key} = {name!r} holds random tokens, which only calibrate; name another text")
             if not key.startswith("recovery") and self.texts[name].instruction is not None:
                 raise ValueError(f"{key} = {name!r} holds instructions; plain text is needed here")
         for (key, name), (other, used) in product(heldout.items(), read.items()):
