@@ -73,7 +73,33 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
             {"a": {"text": "calibration", "batch_tokens": 1000}},
             r"recovery\.a: batch_tokens = 1000 is not a multiple of length x micro_batch = 1024 x 1",
         ),
+        (
+            "recovery",
+            {"a": {"text": "calibration", "select": "degradation"}},
+            r"recovery\.a: select = 'degradation' with share = 1: all documents are taken\. Write a share below 1",
+        ),
+        (
+            "recovery",
+            {"a": {"text": "calibration", "select": "degradtion", "share": 0.2}},
+            r"recovery\.a\.select = 'degradtion': .*Did you mean 'degradation'\?",
+        ),
+        (
+            "recovery",
+            {"a": {"text": "calibration", "method": "full", "rank_by_layer": True}},
+            r"recovery\.a: 'rank_by_layer' goes with method lora, not full",
+        ),
         ("recovery", {"a": {"text": "calibration", "method": "lor"}}, r"recovery\.a\.method = 'lor': .*mean 'lora'"),
+        (
+            "texts.calibration.random",
+            True,
+            r"texts\.calibration: give exactly one of hub, .* and random, not path and ran",
+        ),
+        ("texts.calibration", {"random": True, "field": "x"}, r"texts\.calibration: 'field' does not go with 'random'"),
+        (
+            "texts.heldout",
+            {"random": True},
+            r"fidelity\.texts\.0 = 'heldout' holds random tokens, which only calibrate",
+        ),
         ("texts.calibration.instruction", "{q}", r"texts\.calibration: 'instruction' alone"),
         (
             "texts.calibration",
@@ -245,6 +271,19 @@ def test_ways_to_train_that_differ_only_in_how_they_run_are_one_model(experiment
     assert len(plan.models) == len({model.job.key for model in plan.models}) == 5
     unused = Plan(parse(Experiment, changed(experiment, "recovery", ways), "test"))
     assert not unused.recoveries
+
+
+def test_the_dense_model_is_not_trained_on_what_the_cut_changed_most(experiment):
+    ways = {"a": {"text": "calibration", "share": 0.5}, "b": {"text": "calibration", "share": 0.5}}
+    ways["b"]["select"] = "degradation"
+    trained = {"ratios": [0.1], "recoveries": ["a", "b"], "recovery": ways}
+    by_label = {job.label: job for job in Plan(parse(Experiment, experiment | trained, "test")).recoveries}
+    assert sorted(by_label) == [
+        "0.1 by HFPrune, seed 0, recovery a", "0.1 by HFPrune, seed 0, recovery b", "dense, recovery a",
+    ]  # fmt: skip
+    assert {label for label, job in by_label.items() if "teacher" in job.inputs} == {
+        "0.1 by HFPrune, seed 0, recovery b"
+    }
 
 
 @pytest.mark.parametrize(

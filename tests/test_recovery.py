@@ -312,6 +312,7 @@ def test_two_machines_make_what_one_process_makes(tmp_path, checkpoint, instruct
     for count, commands in {1: [[sys.executable]], 2: [[*launch, "0"], [*launch, "1"]]}.items():
         store = tmp_path / str(count)
         words = ["recover", *stored(store, checkpoint, instructions), *WORDS, "--dropout", "0", "--store", store]
+        words += ["--share", "0.8", "--select", "gradient_norm", "--rank-by-layer", "true"]  # chosen by one of them
         for _attempt in range(2):
             processes = [
                 subprocess.Popen(

@@ -153,7 +153,7 @@ TASKS = {"evaluate", "evaluate-task"}
         ("stages/search", {"search"}),
         ("stages/budget", {"search", "prune"}),
         ("pruning/width_search", {"search"}),
-        ("pruning/refit", {"prune", "order", "search"}),
+        ("pruning/refit", {"prune", "order", "search", "recover"}),
         ("evaluation/fidelity", FIDELITY),
         ("data/sampling", {*SCORING, *FIDELITY, *TASKS, "order", "search", "prune", "recover"}),
         ("stages/declaration", set(STAGES)),

@@ -279,6 +279,7 @@ def test_trainings_are_called_by_what_tells_them_apart(tmp_path):
             "6": manifest("y", method="norms"),
             "7": manifest("part1", method="full"),
             "8": manifest("part2", method="full"),
+            "9": manifest("x", method="norms", share=0.2, select="random"),
         },
         store,
     )
@@ -291,6 +292,7 @@ def test_trainings_are_called_by_what_tells_them_apart(tmp_path):
         "6": "norms, text the y",
         "7": "full, text a file part1",
         "8": "full, text a file part2",
+        "9": "norms, share 0.2, select random, text the x",
     }
     assert recovery_names({}, store) == {}
 

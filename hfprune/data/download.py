@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hfprune.data.readers import Row, read
+from hfprune.data.readers import RANDOM, Row, read
 from hfprune.errors import UserError
 from hfprune.models import integrity
 from hfprune.models.files import is_model_file, is_out_of_folder, is_weights, model_files
@@ -90,6 +90,12 @@ def text(folder: Path, source: Source, form: Mapping[str, Any], fetch_wheel: Fet
         )
         raise UserError(f"{describe(source)}: it has {count} documents{wanted}.")
     return {**details, "name": _text_name(source), "documents": count - first}
+
+
+def random_text(folder: Path) -> dict[str, Any]:
+    """A text of random tokens: it holds no documents, `sampling.sample_sequences` draws the tokens."""
+    (folder / DOCUMENTS).write_text(json.dumps(RANDOM) + "\n", encoding="utf-8")
+    return {"name": "random tokens", "documents": 0}
 
 
 def _check_fields(where: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ attention to other documents (`masking_utils.find_packed_sequence_indices`).
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hfprune.data.readers import read_records
+from hfprune.data.readers import RANDOM, read_records
 from hfprune.data.sampling import added_tokens, check_vocabulary
 from hfprune.errors import UserError
 from hfprune.runtime.progress import progress
@@ -55,6 +55,8 @@ def read_examples(tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: P
         UserError: no document can be used, or the tokenizer is not the model's.
     """
     records = read_records(folder)
+    if records == [RANDOM]:
+        raise UserError(f"{folder / DOCUMENTS}: random tokens, which only calibrate. Train on a text with documents.")
     before, end = added_tokens(tokenizer)
     if tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]
@@ -167,17 +169,22 @@ class Packed(Dataset):
         counts = [sum(len(self.examples[index].ids) for index in row) for row in self.rows]
         return [counts[row] for row in self.order]
 
-    def __getitem__(self, item: int) -> dict[str, Tensor]:
-        ids, positions = torch.zeros(self.length, dtype=torch.int64), torch.arange(self.length)
-        labels = torch.full((self.length,), NO_LABEL)
+    def places(self, item: int) -> Iterator[tuple[int, int, int, int]]:
+        """The documents of an item: index, first token, first token with a label, and the token after the last."""
         start = 0
         for index in self.rows[self.order[item]]:
             example = self.examples[index]
             stop = start + len(example.ids)
-            ids[start:stop] = torch.from_numpy(example.ids)
-            first_label = start + max(example.prompt, 1)
+            yield index, start, start + max(example.prompt, 1), stop
+            start = stop
+
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
+        ids, positions = torch.zeros(self.length, dtype=torch.int64), torch.arange(self.length)
+        labels = torch.full((self.length,), NO_LABEL)
+        stop = 0
+        for index, start, first_label, stop in self.places(item):
+            ids[start:stop] = torch.from_numpy(self.examples[index].ids)
             labels[first_label:stop] = ids[first_label:stop]
             positions[start:] = torch.arange(self.length - start)
-            start = stop
-        positions[start:] = torch.arange(self.length - start)
+        positions[stop:] = torch.arange(self.length - stop)
         return {"input_ids": ids, "position_ids": positions, "labels": labels}

@@ -31,6 +31,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+RANDOM = {"random": True}  # the only record of a text of random tokens
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character; an error if the other half is missing
 NUMBERS: dict[re.Pattern, Callable[[str], Any]] = {
     re.compile(r"-?(0|[1-9]\d*)", re.ASCII): int,

@@ -8,22 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hfprune.data.readers import read_records
+from hfprune.data.readers import RANDOM, read_records
 from hfprune.errors import UserError
 from hfprune.models.context import check_lengths
 from hfprune.store.filenames import DOCUMENTS
-
-
-def read_documents(folder: Path) -> list[str]:
-    """The documents of a downloaded text, in order.
-
-    Raises:
-        UserError: the text consists of instructions.
-    """
-    records = read_records(folder)
-    if any("text" not in record for record in records):
-        raise UserError(f"{folder / DOCUMENTS}: holds instructions; plain text is needed here. Download it by `field`.")
-    return [record["text"] for record in records]
 
 
 def check_vocabulary(largest: int, vocabulary: int) -> None:
@@ -55,9 +43,39 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 def sample_sequences(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path, samples: int, length: int, seed: int
 ) -> Tensor:
-    """Token sequences of a downloaded text, see `draw_sequences`."""
-    documents = read_documents(folder)
+    """Token sequences of a downloaded text: see `draw_sequences`, of random tokens `random_sequences`.
+
+    Raises:
+        UserError: the text consists of instructions; and see there.
+    """
+    records = read_records(folder)
+    if records == [RANDOM]:
+        return random_sequences(tokenizer, config, samples, length, seed)
+    if any("text" not in record for record in records):
+        raise UserError(f"{folder / DOCUMENTS}: holds instructions; plain text is needed here. Download it by `field`.")
+    documents = [record["text"] for record in records]
     return draw_sequences(tokenizer, config, documents, samples, length, seed, str(folder / DOCUMENTS))
+
+
+def random_sequences(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, samples: int, length: int, seed: int
+) -> Tensor:
+    """Tokens drawn by the seed, each with the same probability, from all of the vocabulary that are not special.
+
+    The control of SPA (arXiv 2403.18955): what calibration is worth without a text.
+
+    Returns:
+        (samples, length) int64 token ids.
+
+    Raises:
+        UserError: the model has a shorter context, or the tokenizer is not the model's.
+    """
+    check_lengths(config.to_dict(), {"length": length})
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    vocabulary = sorted({*tokenizer.get_vocab().values()} - special - {*tokenizer.all_special_ids})
+    check_vocabulary(vocabulary[-1], config.vocab_size)
+    drawn = random.Random(seed).choices(vocabulary, k=samples * length)
+    return torch.tensor(drawn).view(samples, length)
 
 
 def draw_sequences(

@@ -493,8 +493,8 @@ class Estimate:
         layers = model.config.num_hidden_layers
         return graph // layers + layers * tokens * model.config.hidden_size * model.dtype.itemsize
 
-    def rows(self, job: Job, length: int, epochs: int) -> int:
-        """Number of sequences of `length` tokens that a text fills over all epochs."""
+    def rows(self, job: Job, length: int, epochs: float) -> int:
+        """Number of sequences of `length` tokens that a text fills over all epochs; a part of one is a share of it."""
         text = self._text(job)
         instructions = "instruction" in job.recipe.parameters
         sizes = text.sizes or [text.size]
@@ -515,12 +515,14 @@ class Estimate:
         return self._texts[job.key]
 
     def _read_text(self, job: Job) -> Text:
+        source = job.settings
+        if source.random:
+            return Text(0, 0)
         if self.plan.has(job):
             with (self.plan.store.folder(job.recipe) / DOCUMENTS).open(encoding="utf-8") as file:
                 documents = ["".join(json.loads(line).values()) for line in file]
             sizes = [len(document.encode()) for document in documents]
             return Text(len(sizes), sum(sizes) / len(sizes), sizes, *self._tokens(documents[:TOKENIZED_DOCUMENTS]))
-        source = job.settings
         documents, size = TEXTS.get(source.hub, OTHER_TEXT)
         if source.path is not None:
             path = source.path

@@ -22,8 +22,8 @@ KEY = re.compile("[0-9a-f]{16}")
 COLUMNS = ("stage", "key", "what", "made from", "size", "seconds", "made", "used by")
 NUMERIC = ("size", "seconds")
 SUMMARY = (
-    "criterion", "ratio", "target_parameters", "structure", "allocation", "refit", "method", "loss", "shard", "seed",
-    "limit", "samples", "length", "dtype",
+    "criterion", "ratio", "target_parameters", "structure", "allocation", "refit", "method", "loss", "share", "select",
+    "shard", "seed", "limit", "samples", "length", "dtype",
 )  # fmt: skip  # parameters to show for an artifact, the most important first
 
 Users = Mapping[tuple[str, str], list[str]]  # (stage, key) -> names of the experiments that use the artifact

@@ -284,7 +284,7 @@ class Plan:
         }
         models = [whole := Model(dense, "dense")]
         for name in trained:
-            if config.recovery[name].dense and config.recovery[name].loss != "distillation":
+            if config.recovery[name].dense and not config.recovery[name].reads_dense:
                 models.append(self._recover(name, whole, dense, texts))
         calibration = texts[config.calibration.text]
         for seed in config.calibration.seeds:
@@ -336,7 +336,7 @@ class Plan:
         way = self.experiment.recovery[name]
         asked = way.model_dump(exclude={"text", "dense"}) | {"dtype": self.experiment.model.dtype}
         inputs = {"model": model.job, "text": texts[way.text]}
-        if way.loss == "distillation":
+        if way.reads_dense:
             inputs["teacher"] = dense
         label = f"{model.label}, recovery {name}"
         trained = self.add("recover", asked, inputs, label)

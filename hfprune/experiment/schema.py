@@ -81,7 +81,7 @@ class Recovery(Training):
     """A training after the cut; `recoveries` name it."""
 
     text: Name = Field(description="a name in `texts`: plain text, or instructions (the model learns the responses)")
-    dense: bool = Field(True, description="also train the dense model, as a control; not with distillation")
+    dense: bool = Field(True, description="also train the dense model, as a control; not if a training reads it")
 
 
 class Calibration(Sampling):
@@ -421,6 +421,8 @@ class Experiment(Section):
         for key, name in (read | heldout).items():
             if name not in self.texts:
                 raise ValueError(f"{key} = {name!r}: not one of `texts`: {', '.join(self.texts)}")
+            if self.texts[name].random and key != "calibration.text":
+                raise ValueError(f"{key} = {name!r} holds random tokens, which only calibrate; name another text")
             if not key.startswith("recovery") and self.texts[name].instruction is not None:
                 raise ValueError(f"{key} = {name!r} holds instructions; plain text is needed here")
         for (key, name), (other, used) in product(heldout.items(), read.items()):

@@ -4,12 +4,14 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ from hfprune.models.head import head_of
 from hfprune.models.history import BEFORE, read_step, since_the_last_cut, steps
 from hfprune.models.loading import LINEAR, flops_per_token, load_model, load_tokenizer
 from hfprune.recovery.losses import chunked, cross_entropy, distillation
+from hfprune.recovery.preparation import prepare
+from hfprune.recovery.selection import budget_of
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.progress import bar
 from hfprune.runtime.signals import Sigterm, Stopped, sigterm_deferred
@@ -47,14 +51,15 @@ from hfprune.store.filenames import ADAPTER, LOSSES, PRUNING, RECOVERY, RESUME
 MAX_GRADIENT = 1.0  # gradients are clipped to this norm, the Trainer's default
 BYTES_PER_TRAINED = 12  # for each trained weight: the gradient and AdamW's two moments, float32
 WINDOW = 10  # steps to average the loss over when testing whether it rises
+PREPARED = "prepared.json"  # in the folder of a killed run: what `preparation.prepare` chose
 STATE = "trainer_state.json"  # the file of a checkpoint that the Trainer writes last
 
 
 def recover(
     folder: Path, model: Path, text: Path, teacher: Path | None, about: dict[str, Any], method: str, loss: str,
-    start: str, epochs: int, length: int, batch_tokens: int, micro_batch: int, learning_rate: float,
-    weight_decay: float, rank: int, alpha: int, dropout: float, targets: Sequence[str], keep_adapter: bool, seed: int,
-    save_steps: int, report_to: str, dtype: str,
+    start: str, epochs: int, share: float, select: str, length: int, batch_tokens: int, micro_batch: int,
+    learning_rate: float, weight_decay: float, rank: int, rank_by_layer: bool, alpha: int, dropout: float,
+    targets: Sequence[str], keep_adapter: bool, seed: int, save_steps: int, report_to: str, dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `recover`: train the checkpoint in `model`, and write the trained checkpoint into `folder`.
 
@@ -66,23 +71,25 @@ def recover(
         folder: folder to write to. Its `.resume` holds the Trainer's checkpoints, from which a killed run continues.
         model: folder of a checkpoint, dense or pruned.
         text: folder of the training text.
-        teacher: folder of the dense checkpoint, for `loss` "distillation".
+        teacher: folder of the dense checkpoint, for `loss` "distillation" and `select` "degradation".
         about: facts on the text and the model's source, for `recovery.json`.
         method: a name in `METHODS`.
         loss: "cross_entropy", or "distillation": KL(teacher || student) over the whole vocabulary.
         start: "weights": those of the checkpoint; or "random": those that a new model of its class begins with.
         epochs, length, seed: see `packing.Packed`.
+        share, select: train on that share of the text's tokens, chosen by this rule of `selection.select`.
         batch_tokens: tokens in one step, over all processes: `batch_tokens` / `length` rows.
         micro_batch: rows that a process computes at a time.
         learning_rate, weight_decay: settings of AdamW. A cosine takes the rate to 0, without warm-up.
-        rank, alpha, dropout, targets, keep_adapter: settings of "lora".
+        rank, rank_by_layer, alpha, dropout, targets, keep_adapter: settings of "lora".
         save_steps: steps between the Trainer's checkpoints.
         report_to: "none", or a tracker that the Trainer knows.
         dtype: type of the written checkpoint. Trained weights are always float32.
 
     Returns:
         Details for the manifest: the method, `steps`, `tokens` (without padding), `flops`, `seconds_together` (the
-        steps of all attempts), first and last loss.
+        steps of all attempts, and what was decided before them), first and last loss. Where something was decided
+        before the first step, also that, see `_decide`.
 
     Raises:
         UserError: there is nothing to train on, a sequence is longer than the model's context, settings do not match,
@@ -99,15 +106,12 @@ def recover(
         )
     own_dtype = network.dtype
     use_cache = network.config.use_cache
-    rows = Packed(read_examples(load_tokenizer(model), network.config.vocab_size, text, length), length, epochs, seed)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_step = _rows_per_step(rows, batch_tokens, micro_batch, processes)
-    per_token = flops_per_token(network, length)
+    examples = read_examples(load_tokenizer(model), network.config.vocab_size, text, length)
+    documents, processes = len(examples), int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = _rows_per_step(length, batch_tokens, micro_batch, processes)
     set_seed(seed)  # of the adapters' first weights, and of random ones
     if start == "random":
         network.load_state_dict(type(network)(network.config).state_dict())
-    lora_settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
-    trained, finish = METHODS[method](network, base=model.name, **lora_settings)
     work = folder / RESUME
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path("tensorboard") / folder.name))
@@ -138,6 +142,28 @@ def recover(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise one process would use all GPUs, by DataParallel
     dense = load_model(teacher, dtype, spread=False).to(arguments.device) if teacher else None
+    rule, mean_rank = (select if share < 1 else None), (rank if rank_by_layer else None)
+    prepared: dict[str, Any] = {}
+    if rule or mean_rank:
+        if method == "lora":
+            _check_targets(network, targets)  # not only once documents are chosen
+        budget = budget_of(sum(len(example.ids) for example in examples), share)
+        if rule:
+            _check_fills_a_step(budget * epochs // length, per_step, length)
+        with arguments.main_process_first(local=False), fast_products(arguments.device):
+            asked = (network.to(arguments.device), dense, examples, length, rule, budget, mean_rank, seed)
+            prepared = _once(work / PREPARED, partial(prepare, *asked))
+        del asked  # holds the models
+        network.cpu()  # where adapters are made
+        examples = [examples[document] for document in prepared["documents"]]
+    if loss == "cross_entropy":
+        dense = None  # it was only compared with
+    rows = Packed(examples, length, epochs, seed)
+    _check_fills_a_step(len(rows), per_step, length)
+    rows.truncate(len(rows) // per_step * per_step)
+    per_token = flops_per_token(network, length)
+    lora_settings = {"rank": rank, "ranks": prepared.get("ranks"), "alpha": alpha, "dropout": dropout}
+    trained, finish = METHODS[method](network, base=model.name, targets=targets, **lora_settings)
     trainable = sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
     trained.to(arguments.device)  # as the Trainer will: what is free there counts
     tokens = micro_batch * length
@@ -187,11 +213,17 @@ def recover(
         "loss": loss,
         "steps": len(history),
         "tokens": history[-1]["tokens"],
-        "flops": flops * length * per_step * len(history),
-        "seconds_together": round(sum(step["seconds"] for step in history), 3),
+        "flops": flops * length * per_step * len(history) + prepared.get("flops", 0),
+        "seconds_together": round(sum(step["seconds"] for step in history) + prepared.get("seconds", 0), 3),
         "first_loss": history[0]["loss"],
         "last_loss": history[-1]["loss"],
     }
+    if prepared:
+        details["preparation_seconds"] = prepared["seconds"]
+    if rule:
+        details |= {"select": rule, "share": share, "documents": documents, "documents_selected": len(examples)}
+    if mean_rank:
+        details["ranks"] = prepared["ranks"]
     report = details | about | {
         "start": start, "epochs": epochs, "length": length, "batch_tokens": batch_tokens,
         "learning_rate": learning_rate, "processes": processes, "reload": checkpoint.prove(folder, expected),
@@ -204,21 +236,34 @@ def recover(
     return details
 
 
-def _rows_per_step(rows: Packed, batch_tokens: int, micro_batch: int, processes: int) -> int:
-    """The number of rows in a step. `rows` is cut to whole steps."""
-    per_step, remainder = divmod(batch_tokens, length := rows.length)
+def _rows_per_step(length: int, batch_tokens: int, micro_batch: int, processes: int) -> int:
+    """The number of rows in a step."""
+    per_step, remainder = divmod(batch_tokens, length)
     if remainder or per_step % (micro_batch * processes):
         raise UserError(
             f"batch_tokens = {batch_tokens}: not a multiple of length x micro_batch x processes = "
             f"{length} x {micro_batch} x {processes} = {length * micro_batch * processes}. Write such a multiple."
         )
-    if len(rows) < per_step:
-        raise UserError(
-            f"batch_tokens = {batch_tokens}: a step takes {per_step} sequences of {length} tokens; all documents and "
-            f"epochs together fill {len(rows)}. Write {len(rows) * length} or less, or give more documents or epochs."
-        )
-    rows.truncate(len(rows) // per_step * per_step)
     return per_step
+
+
+def _check_fills_a_step(rows: int, per_step: int, length: int) -> None:
+    """Refuse fewer rows than a step takes."""
+    if rows < per_step:
+        raise UserError(
+            f"batch_tokens = {per_step * length}: a step takes {per_step} sequences of {length} tokens; all documents "
+            f"and epochs together fill {rows}. Write {rows * length} or less, or give more documents or epochs, or a "
+            "larger share."
+        )
+
+
+def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returns, kept in a file: a run that was killed goes on with the same."""
+    if not file.exists():
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(json.dumps(make()), encoding="utf-8")
+        unfinished.replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:
@@ -298,19 +343,35 @@ def _matrices(module: nn.Module) -> list[nn.Parameter]:
     return list(weights.values())
 
 
-def _lora(network: PreTrainedModel, base: str, rank: int, alpha: int, dropout: float, targets: Sequence[str]):
-    """Low-rank adapters (arXiv 2106.09685) beside linear layers, merged into them at the end.
-
-    An adapter names its base model: by `base`, a key, not by a path on this machine.
-    """
-    from peft import LoraConfig, get_peft_model
-
+def _check_targets(network: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Refuse names that no linear layer has."""
     names = {name.split(".")[-1] for name, module in network.base_model.named_modules() if isinstance(module, LINEAR)}
     if missing := sorted(set(targets) - names):
         raise UserError(f"targets: this model has no linear layer {missing[0]!r}; it has {', '.join(sorted(names))}.")
+
+
+def _lora(
+    network: PreTrainedModel, base: str, rank: int, alpha: int, dropout: float, targets: Sequence[str],
+    ranks: Sequence[int] | None = None,
+):  # fmt: skip
+    """Low-rank adapters (arXiv 2106.09685) beside linear layers, merged into them at the end.
+
+    An adapter names its base model: by `base`, a key, not by a path on this machine. With `ranks`, one for each layer,
+    alpha changes in proportion, so that all layers have one scale, alpha / rank.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(network, targets)
     network.name_or_path = ""  # peft would look a named model up on the hub at each save
+    by_layer = {rf"{re.escape(layout_of(network).layers)}\.{i}\..*": own for i, own in enumerate(ranks or [])}
     adapters = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+        rank_pattern=by_layer,
+        alpha_pattern={name: alpha * own / rank for name, own in by_layer.items()},
     )
 
     def finish(adapted: Any, keep: Path | None) -> PreTrainedModel:

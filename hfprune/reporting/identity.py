@@ -120,7 +120,7 @@ def recovery_names(manifests: Mapping[str, Mapping[str, Any]], store: Store) -> 
     """Names of trainings after the cut, by the models' keys.
 
     A name is the training's method, `+distillation` if that is its loss, and the parameters that differ between
-    trainings of one name.
+    trainings of one name, where it has them.
 
     Args:
         manifests: those of `recover`, by the models' keys.
@@ -136,9 +136,10 @@ def recovery_names(manifests: Mapping[str, Mapping[str, Any]], store: Store) -> 
     table["name"] = table["method"] + table["loss"].map(lambda loss: "+distillation" if loss == "distillation" else "")
     names: dict[str, str] = {}
     for name, group in table.groupby("name"):
-        differing = [column for column in group if group[column].nunique() > 1]
+        differing = [column for column in group if group[column].nunique(dropna=False) > 1]
         for key, row in group.iterrows():
-            names[key] = ", ".join([name, *(f"{column} {row[column]}" for column in differing)])
+            own = [f"{column} {row[column]}" for column in differing if pd.notna(row[column])]
+            names[key] = ", ".join([name, *own])
     return names
 
 

@@ -195,9 +195,10 @@ def _method(step: Mapping[str, Any]) -> str:
 
 def _training(step: Mapping[str, Any]) -> dict[str, str]:
     start = ", from random weights" if step.get("start") == "random" else ""
+    chosen = f" ({step['share']:.3g} of it, by {step['select']})" if "select" in step else ""
     return {
         "Training": f"{step['method']}, {step['loss'].replace('_', ' ')}{start}",
-        "Trained on": f"{step['tokens']:,} tokens of {step['text']}, {step['steps']:,} steps",
+        "Trained on": f"{step['tokens']:,} tokens of {step['text']}{chosen}, {step['steps']:,} steps",
         "Learning rate": f"{step['learning_rate']:.3g}, falling to 0",
     }
 

@@ -31,6 +31,12 @@ class Training(Section):
         description="weights: the checkpoint's; random: random ones in its shape, a control; with method full",
     )
     epochs: int = Field(2, ge=1, description="passes over the text")
+    share: float = Field(1.0, gt=0, le=1, description="train on this share of the text's tokens, in whole documents")
+    select: Literal["random", "gradient_norm", "degradation"] = Field(
+        "random",
+        description="which documents, with share: random: drawn; gradient_norm: those whose loss has the largest "
+        "gradient; degradation: those whose predictions the cut changed most",
+    )
     length: int = Field(1024, ge=2, description="tokens in each sequence; documents are packed into sequences")
     batch_tokens: int = Field(131072, ge=2, description="tokens in one step, over all processes")
     learning_rate: float = Field(
@@ -38,6 +44,9 @@ class Training(Section):
     )
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight decay of AdamW")
     rank: int = Field(32, ge=1, description="rank of an adapter")
+    rank_by_layer: bool = Field(
+        False, description="ranks in proportion to how far each layer turns its input; their mean is rank"
+    )
     alpha: int = Field(64, ge=1, description="an adapter's output is scaled by alpha / rank")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on an adapter's input")
     targets: list[str] = Field(
@@ -61,6 +70,11 @@ class Training(Section):
             raise ValueError(
                 f"'start: random' goes with method full, not {self.method}: no weights were trained before"
             )
+        if self.share == 1 and self.select != "random":
+            raise ValueError(
+                f"select = {self.select!r} with share = 1: all documents are taken. Write a share below 1, or leave "
+                "out select"
+            )
         if self.batch_tokens % (self.length * self.micro_batch):
             raise ValueError(
                 f"batch_tokens = {self.batch_tokens} is not a multiple of length x micro_batch = "
@@ -68,11 +82,16 @@ class Training(Section):
             )
         return self
 
+    @property
+    def reads_dense(self) -> bool:
+        """Whether the model is compared with the dense one that it was cut from."""
+        return self.loss == "distillation" or self.select == "degradation"
+
     def _changed(self) -> list[str]:
         return [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
 
 
-OF_LORA = ("rank", "alpha", "dropout", "targets", "keep_adapter")
+OF_LORA = ("rank", "rank_by_layer", "alpha", "dropout", "targets", "keep_adapter")
 NOT_IN_RESULT = {"micro_batch", "save_steps", "report_to"}  # fields of Training that do not affect the result
 
 
@@ -83,7 +102,10 @@ class RecoverParameters(Training, Parameters):
 
     def read(self) -> dict[str, Any]:
         """The parameters that affect the result. Those of adapters only with method lora."""
-        return self.model_dump(exclude={*NOT_IN_RESULT, *(() if self.method == "lora" else OF_LORA)})
+        unread = {*NOT_IN_RESULT, *(() if self.method == "lora" else OF_LORA)}
+        unread |= set() if self.rank_by_layer else {"rank_by_layer"}
+        unread |= set() if self.share < 1 else {"share", "select"}
+        return self.model_dump(exclude=unread)
 
 
 @outside_key
@@ -97,13 +119,14 @@ def _dense_of(model: Any) -> str | None:
 
 
 def _check(parameters: RecoverParameters, inputs: Any, run: Any) -> None:
-    """Refuse a teacher that the loss does not use, and one that is not the dense model of the checkpoint."""
+    """Refuse a teacher that is not used, and one that is not the dense model of the checkpoint."""
     model, teacher = inputs["model"], inputs["teacher"]
-    if (teacher is None) != (parameters.loss == "cross_entropy"):
+    if (teacher is not None) != parameters.reads_dense:
+        one = f"loss {parameters.loss!r} with select {parameters.select!r}"
         raise UserError(
-            f"loss {parameters.loss!r} has no teacher: leave out --teacher."
+            f"{one} has no teacher: leave out --teacher."
             if teacher
-            else "loss 'distillation' compares with the dense model: give --teacher, the one that this was cut from."
+            else f"{one} compares with the dense model: give --teacher, the one that this was cut from."
         )
     if teacher and _dense_of(model) != teacher.key:
         raise UserError(f"--teacher {teacher.folder}: not the dense model that {model.folder} was cut from.")
@@ -141,12 +164,21 @@ def _cost(job: Any, estimate: Any) -> Any:
     from hfprune.models.activations import graph_bytes
     from hfprune.models.loading import flops_per_token
     from hfprune.recovery.losses import LOGITS_PER_CHUNK
+    from hfprune.recovery.ranks import SEQUENCES
+    from hfprune.recovery.selection import flops_of_measure
     from hfprune.recovery.training import METHODS, bytes_beside_graph, training_flops
     from hfprune.stages.costs import Cost, weight_bytes
 
     settings, dense = job.settings, estimate.models.dense
     network = copy.deepcopy(estimate.models.of(job.inputs["model"]))
     disk, forward = weight_bytes(network), flops_per_token(network, settings.length)
+    rows = estimate.rows(job.inputs["text"], settings.length, settings.share * settings.epochs)
+    preparation = 0  # operations before the first step
+    if settings.share < 1 and settings.select != "random":
+        of_measure = flops_of_measure(network, dense if settings.reads_dense else None, settings.length)
+        preparation += estimate.rows(job.inputs["text"], settings.length, 1) * settings.length * of_measure
+    if settings.rank_by_layer:
+        preparation += min(SEQUENCES, max(1, rows // settings.epochs)) * settings.length * forward
     adapters = {name: getattr(settings, name) for name in ("rank", "alpha", "dropout", "targets")}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # raised by transformers for adapters
         trained, _ = METHODS[settings.method](network, base="", **(adapters if settings.method == "lora" else {}))
@@ -154,15 +186,14 @@ def _cost(job: Any, estimate: Any) -> Any:
     memory = weight_bytes(trained) + bytes_beside_graph(trained, network, batch)
     memory += 4 * 4 * min(batch * network.config.vocab_size, LOGITS_PER_CHUNK[estimate.kind])
     teacher = 0
-    if "teacher" in job.inputs:
-        teacher = flops_per_token(dense, settings.length)
+    if settings.reads_dense:
         memory += weight_bytes(dense)
+        teacher = flops_per_token(dense, settings.length) if settings.loss == "distillation" else 0
     graph, short = graph_bytes(network, batch), estimate.is_short(network, batch, memory)
     memory += estimate.graph(network, batch, memory) if short else graph
-    rows = estimate.rows(job.inputs["text"], settings.length, settings.epochs)
     steps = rows * settings.length // settings.batch_tokens
     flops = training_flops(trained, settings.method, forward, short, teacher) * settings.batch_tokens * steps
-    return Cost(flops, estimate.device.process + memory, disk)
+    return Cost(flops + preparation, estimate.device.process + memory, disk)
 
 
 RECOVER = Stage(

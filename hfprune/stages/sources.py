@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -15,7 +15,9 @@ from hfprune.stages.wheel import WHEEL, WheelParameters
 
 
 class Source(Parameters):
-    """A source: exactly one of `hub`, `wheel` and `path`."""
+    """A source: exactly one of `KINDS`."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("hub", "wheel", "path")
 
     hub: str | None = Field(None, description="repository on the Hugging Face hub, owner/name")
     revision: str = Field("main", description="branch, tag or (best) commit of the hub repository")
@@ -28,11 +30,12 @@ class Source(Parameters):
 
     @model_validator(mode="after")
     def _one_source(self) -> Source:
-        kinds = [name for name in ("hub", "wheel", "path") if getattr(self, name) is not None]
+        kinds = [name for name in self.KINDS if getattr(self, name) not in (None, False)]
         if len(kinds) != 1:
-            raise ValueError(f"give exactly one of hub, wheel and path, not {' and '.join(kinds) or 'none'}")
+            *names, last = self.KINDS
+            raise ValueError(f"give exactly one of {', '.join(names)} and {last}, not {' and '.join(kinds) or 'none'}")
         of_hub = {"revision", "file", "subset", "split", "fewshot_split"}
-        allowed = {"hub": of_hub, "wheel": {"file", "sha256"}, "path": set()}[kinds[0]]
+        allowed = {"hub": of_hub, "wheel": {"file", "sha256"}}.get(kinds[0], set())
         belonging = {*of_hub, "sha256"} & self.model_fields_set
         if extra := sorted(belonging - allowed):
             raise ValueError(f"{extra[0]!r} does not go with {kinds[0]!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,12 @@ from hfprune.stages.sources import DataSource, wheel_fetcher
 
 
 class TextSource(DataSource):
-    """Source of documents, or of instructions with responses. Both are made from the fields of a record."""
+    """Source of documents, or of instructions with responses. Both are made from the fields of a record.
+
+    Or, as a control, random tokens in place of documents.
+    """
+
+    KINDS: ClassVar[tuple[str, ...]] = (*DataSource.KINDS, "random")
 
     field: str = Field("text", description="field that holds the document")
     instruction: str | None = Field(
@@ -26,9 +31,15 @@ class TextSource(DataSource):
     documents: tuple[int, int] | None = Field(
         None, description="numbers of the first document and of the one after the last"
     )
+    random: bool = Field(
+        False, description="no documents: calibration draws tokens from the vocabulary, a control; only for that"
+    )
 
     @model_validator(mode="after")
     def _form(self) -> TextSource:
+        of_records = {"field", "instruction", "response", "documents"} & self.model_fields_set
+        if self.random and of_records:
+            raise ValueError(f"{min(of_records)!r} does not go with 'random': there are no records to read")
         templates = [name for name in ("instruction", "response") if getattr(self, name) is not None]
         if len(templates) == 1:
             raise ValueError(f"{templates[0]!r} alone: 'instruction' and 'response' go together")
@@ -39,11 +50,19 @@ class TextSource(DataSource):
         return self
 
     def _unused_fields(self) -> set[str]:
-        return super()._unused_fields() | (set() if self.instruction is None else {"field"})
+        unused = set() if self.random else {"random"}
+        unused |= {"field"} if self.random or self.instruction is not None else set()
+        return super()._unused_fields() | unused
+
+    def origin(self) -> dict[str, Any]:
+        """The fields that name the source, with their values."""
+        return {"random": True} if self.random else super().origin()
 
     @property
     def form(self) -> dict[str, Any]:
         """The fields to read from each record, and the range of records."""
+        if self.random:
+            return {}
         names = ("field",) if self.instruction is None else ("instruction", "response")
         return {name: getattr(self, name) for name in (*names, "documents")}
 
@@ -55,6 +74,8 @@ class TextSource(DataSource):
 
 
 def _produce(folder: Path, inputs: Any, source: TextSource, run: Any) -> dict[str, Any]:
+    if source.random:
+        return download.random_text(folder)
     return download.text(folder, source.origin(), source.form, wheel_fetcher(run))
 
 
@@ -69,7 +90,7 @@ TEXT = Stage(
     name="text",
     module=__name__,
     description="Download a text, or read a local one: documents, or instructions with responses.",
-    examples=("hfprune download text --path notes.jsonl --field text",),
+    examples=("hfprune download text --path notes.jsonl --field text", "hfprune download text --random true"),
     parameters=TextSource,
     produce=_produce,
     is_online=True,
