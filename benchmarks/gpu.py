@@ -5,13 +5,15 @@
     python benchmarks/gpu.py --only scoring widths
 
 All weights are random: nothing is downloaded. Each part runs in a process of its own, and its figures are recorded when
-it ends, so that a part that fails or takes too long loses nothing of the others. `lm_eval` is needed for `evaluation`,
-and pydantic beside what torch, transformers and peft bring.
+it ends, so that a part that fails or takes too long loses nothing of the others. All together end after eight minutes,
+and parts that have not been measured yet come first. `lm_eval` is needed for `evaluation`, and pydantic beside what
+torch, transformers and peft bring.
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from hfprune.recovery.training import recover
 from hfprune.store.artifacts import peak_memory
 
 HERE = Path(__file__).parent
+SECONDS = 480  # for all parts
 WORDS = 1000  # of the tokenizer for made-up text
 KERNELS = {"attention": ("sdpa", "attention", "flash"), "products": ("nvjet", "gemm", "cutlass", "mm")}  # in names
 
@@ -88,8 +91,11 @@ def profile(size: str) -> Figures:
 
 
 def streaming(size: str) -> Figures:
-    """Score, cut and measure layer by layer: see benchmarks/streaming.py."""
-    full = "--shape llama-2-7b --samples 32 --length 1024 --gpu-bytes 6000000000"
+    """Score, cut and measure layer by layer: see benchmarks/streaming.py.
+
+    Two layers are in memory at a time, however many there are: eight of them take a quarter of the time to write.
+    """
+    full = "--shape llama-2-7b-8-layers --samples 4 --length 1024 --gpu-bytes 6000000000"
     tiny = "--shape tiny --small tiny --samples 2 --length 16 --rounds 1"
     return run(str(HERE / "streaming.py"), *(tiny if size == "tiny" else full).split())
 
@@ -117,10 +123,10 @@ def refitting(size: str) -> Figures:
 
 
 def widths(size: str) -> Figures:
-    """Prefill and decoding where MLPs keep 80 % of 11008 neurons, rounded to 1, 8, 64, 128 and 256; 8 layers."""
+    """Prefill and decoding where MLPs keep 80 % of 11008 neurons: an odd number, multiples of 2 to 256; 8 layers."""
     shape, layers, new_tokens, rounds = ("tiny", 2, 2, 1) if size == "tiny" else ("llama-2-7b", 8, 32, 5)
     dense = SHAPES[shape]["intermediate_size"]
-    steps = {"dense": dense} | {
+    steps = {"dense": dense, "odd": round(dense * 0.8) | 1} | {
         f"multiple of {step}": max(step, round(dense * 0.8 / step) * step) for step in (2, 8, 64, 128, 256)
     }
     networks = {name: build(shape, num_hidden_layers=layers, intermediate_size=width) for name, width in steps.items()}
@@ -221,7 +227,7 @@ def training(size: str) -> Figures:
 
 
 PARTS = {
-    part.__name__: part for part in (tests, scoring, profile, refitting, widths, evaluation, streaming, training)
+    part.__name__: part for part in (widths, evaluation, training, streaming, tests, scoring, profile, refitting)
 }  # in this order
 
 
@@ -230,11 +236,25 @@ def run_part(name: str, size: str, file: Path) -> None:
     file.write_text(json.dumps(PARTS[name](size)), encoding="utf-8")
 
 
+def end_of(words: list[str], seconds: float, environment: dict[str, str]) -> str:
+    """Run a program for at most so long; how it ended. What it has started ends with it."""
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
+    try:
+        status = process.wait(seconds)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return f"stopped after {seconds:.0f} s"
+    return "finished" if status == 0 else f"exit status {status}"
+
+
 def main() -> None:
     """Run the parts, each in a process of its own, and record what each measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
-    parser.add_argument("--seconds", type=int, default=240, help="for one part")
+    parser.add_argument("--seconds", type=int, default=240, help="for one part (all together: 480)")
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
@@ -243,18 +263,16 @@ def main() -> None:
         run_part(args.part, args.size, args.figures)
         return
     figures: Figures = {"size": args.size}
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}  # threads do not survive a fork
+    last = time.monotonic() + SECONDS
     for name in args.only:
         print(f"== {name}", flush=True)
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch, "figures.json")
             words = [sys.executable, __file__, "--part", name, "--size", args.size, "--figures", str(file)]
-            try:
-                status = subprocess.run(words, timeout=args.seconds, env=environment).returncode
-                outcome = "finished" if status == 0 else f"exit status {status}"
-            except subprocess.TimeoutExpired:
-                outcome = f"stopped after {args.seconds} s"
+            # Threads of the tokenizer do not survive a fork. What a stopped part has written goes with the folder.
+            environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TMPDIR": scratch}
+            outcome = end_of(words, max(0, min(args.seconds, last - started)), environment)
             measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         figures |= {f"{name}, {key}": value for key, value in measured.items()}
         figures |= {f"{name}, outcome": outcome, f"{name}, seconds in all": round(time.monotonic() - started, 1)}

@@ -1,8 +1,11 @@
 """The scripts in benchmarks/ run: at a tiny size, on the CPU. What they measure there means nothing."""
 
 import json
+import os
+import select
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +36,47 @@ def test_a_part_of_gpu(benchmarks, part, tmp_path):
     assert all(number >= 0 for number in numbers)
     if part == "evaluation":
         assert figures["max_difference"] < 1e-4
+
+
+def test_a_part_of_gpu_that_takes_too_long_ends_with_all_that_it_started(benchmarks, tmp_path):
+    import gpu
+
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert gpu.end_of(["sh", "-c", f"sleep 600 > {tmp_path}/pipe & wait"], 3, {}) == "stopped after 3 s"
+    assert select.select([pipe], [], [], 60)[0], "the child that held the other end is gone"
+    assert os.read(pipe, 1) == b""
+    os.close(pipe)
+    assert gpu.end_of(["sh", "-c", "exit 3"], 60, {}) == "exit status 3"
+    assert gpu.end_of(["true"], 60, dict(os.environ)) == "finished"
+
+
+def test_gpu_records_each_part_as_it_ends_and_ends_in_time(benchmarks, tmp_path, monkeypatch):
+    import common
+    import gpu
+
+    clock, records = [100.0], []
+
+    def end_of(words, seconds, environment):
+        """Each part takes all of its time; the second leaves nothing."""
+        part = words[words.index("--part") + 1]
+        clock[0] += seconds
+        records.append(sorted(file.name for file in tmp_path.iterdir()))
+        if part != "evaluation":
+            Path(words[words.index("--figures") + 1]).write_text(json.dumps({"took": seconds}))
+        return "finished"
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "end_of", end_of)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "widths", "evaluation", "training", "--seconds", "200"])
+    gpu.main()
+    (name,) = records[1]
+    figures = json.loads((tmp_path / name).read_text())["figures"]
+    assert not records[0], "nothing was recorded before"
+    assert (figures["widths, took"], figures["training, took"]) == (200, 80)
+    assert "evaluation, took" not in figures
+    assert figures["evaluation, outcome"] == "finished"
 
 
 def test_what_gpu_runs_as_other_scripts(benchmarks, monkeypatch, tmp_path):
