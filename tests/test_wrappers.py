@@ -13,6 +13,8 @@ from hfprune.errors import UserError
 from hfprune.models.checkpoint import is_tied
 from hfprune.models.loading import check_family, load_model
 from hfprune.models.units import parts
+from hfprune.pruning.budget import shape_of
+from hfprune.pruning.order import kept_without, steps_of
 from hfprune.pruning.surgery import cut
 from tests.conftest import make_tokenizer
 from tests.test_families import HYBRID, SHAPE, logits
@@ -67,6 +69,8 @@ def test_a_language_model_is_taken_out_pruned_and_put_back(name, tmp_path, capsy
     assert torch.equal(logits(model), before)
     width = parts(model, "mlp")[0].units
     cut(model, {"mlp": [torch.arange(width // 2)] * 3})
+    shape = shape_of(model)
+    cut(model, kept_without(shape, steps_of(shape, "layers")[:1]))
     model.config.tie_word_embeddings = is_tied(model)
     model.save_pretrained(small)
     assert main(["rewrap", "--model", whole, "--text", small, "--output", again]) == 0
@@ -74,7 +78,8 @@ def test_a_language_model_is_taken_out_pruned_and_put_back(name, tmp_path, capsy
     rebuilt = AutoModelForImageTextToText.from_pretrained(again)
     assert torch.equal(logits(rebuilt), logits(AutoModelForCausalLM.from_pretrained(small)))
     assert (logits(rebuilt) - before).abs().max() > 1e-2
-    assert rebuilt.config.get_text_config().intermediate_size == width // 2
+    text_config = rebuilt.config.get_text_config()
+    assert (text_config.intermediate_size, text_config.num_hidden_layers) == (width // 2, 2)
     kept, expected = images_part(again), images_part(whole)
     assert kept.keys() == expected.keys() and expected
     assert all(torch.equal(kept[key], weight) for key, weight in expected.items())

@@ -35,6 +35,7 @@ PARTS = ("mlp", "attention")  # scoring covers them all
 IN_TURN = ("attention", "mlp")  # as a layer computes them
 DEPTH = ("sublayers", "attention_sublayers", "layers")  # structures whose parts go with all of their units
 WITH_EXPERTS = "mlp+experts"  # whole experts go, and neurons inside those that stay
+LAYER_OF_EXPERTS = {"attention", "experts"}  # the parts that make up a layer in a mixture of experts
 MIXED = {f"mlp+{name}": name for name in DEPTH}  # first some of these go, then neurons of the MLPs that stay
 TWO_STAGES = "mlp+attention_sublayers"  # of 2SSP, which says how many go
 STRUCTURES = {
@@ -229,14 +230,9 @@ def check_experts_share(share: float | None, structure: str) -> None:
         raise ValueError(f"'experts_share' goes with structure {WITH_EXPERTS}, not {structure}")
 
 
-def is_depth(kept: Kept) -> bool:
-    """Whether whole sublayers or layers go, perhaps: then `kept` has all that makes up a layer."""
-    return "attention" in kept and len(kept) > 1
-
-
 def layers_that_stay(kept: Kept) -> list[int]:
     """The numbers of the layers that stay: those that keep a unit."""
-    if not is_depth(kept):
+    if {*kept} not in ({*PARTS}, LAYER_OF_EXPERTS):
         return list(range(len(next(iter(kept.values()), []))))
     return [number for number, units in enumerate(zip(*kept.values(), strict=True)) if any(map(len, units))]
 

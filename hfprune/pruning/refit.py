@@ -60,11 +60,11 @@ from hfprune.models.run_part import Passed, factor, run_part, written
 from hfprune.models.streamed import device_of, in_memory, is_streamed
 from hfprune.models.units import (
     IN_TURN,
+    LAYER_OF_EXPERTS,
     PARTS,
     UNITS,
     Kept,
     Part,
-    is_depth,
     layers_of,
     layers_that_stay,
     matrix,
@@ -122,7 +122,7 @@ def refit(
             model is a mixture of experts, of which something else is cut, or with another method.
     """
     if layout_of(model).mixture:
-        structure = "layers" if is_depth(kept) else "+".join(sorted(kept, reverse=True))
+        structure = "layers" if {*kept} == LAYER_OF_EXPERTS else "+".join(sorted(kept, reverse=True))
         if method not in IN_EXPERTS.get(structure, ()):
             raise UserError(NO_REFIT.format(refit=method))
         return _refit_inside_experts(model, kept, tokens, method, ridge, folder, finished, what)
@@ -267,7 +267,7 @@ def _refit_inside_experts(
                         drift = ahead - left + DRIFT * (dense.float() - ahead)
                         streams.dense[i].copy_(dense)
                     if number not in staying:
-                        streams.carried[i].add_((left - entering).to(streams.carried[i].device))
+                        streams.carried[i].add_((left.float() - entering).to(streams.carried[i]))
                     elif experts:
                         _add_routed(experts, repairs, *read, drift)
                     if number in staying and not (experts and sequential):
@@ -297,7 +297,7 @@ def _refit_inside_experts(
 
 def _passes_inside_experts(kept: Kept, sequential: bool) -> int:
     """How often all tokens pass a model whose experts are refitted, once more where some of a layer's experts go."""
-    return 3 + ("experts" in kept and not is_depth(kept)) if sequential else 1
+    return 3 + ("experts" in kept and "attention" not in kept) if sequential else 1
 
 
 @contextmanager
