@@ -127,7 +127,7 @@ def test_clusters_are_groups_of_one_direction():
     generator = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0][:3]
     groups = torch.tensor([0, 1, 2] * 20)
-    sizes = 1 + torch.rand(60, 1, generator=generator)  # only the direction counts
+    sizes = 10 ** (4 * torch.rand(60, 1, generator=generator) - 2)  # only the direction counts
     states = sizes * (directions[groups] + 0.01 * torch.randn(60, 16, generator=generator))
     found = selection.clusters(states, 0)
     for cluster in found.unique():

@@ -81,7 +81,9 @@ class Recovery(Training):
     """A training after the cut; `recoveries` name it."""
 
     text: Name = Field(description="a name in `texts`: plain text, or instructions (the model learns the responses)")
-    dense: bool = Field(True, description="also train the dense model, as a control; not if a training reads it")
+    dense: bool = Field(
+        True, description="also train the dense model, as a control; not with distillation or select degradation"
+    )
 
 
 class Calibration(Sampling):

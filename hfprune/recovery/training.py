@@ -88,8 +88,8 @@ def recover(
 
     Returns:
         Details for the manifest: the method, `steps`, `tokens` (without padding), `flops`, `seconds_together` (the
-        steps of all attempts, and what was decided before them), first and last loss. Where something was decided
-        before the first step, also that, see `_decide`.
+        steps of all attempts, and `preparation_seconds` before them), first and last loss; `documents` and
+        `documents_selected` with a share, `ranks` with ranks by layer.
 
     Raises:
         UserError: there is nothing to train on, a sequence is longer than the model's context, settings do not match,
