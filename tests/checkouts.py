@@ -5,12 +5,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import yaml
 
-from tests import preloaded
+from tests import forks
 from tests.conftest import REPOSITORY
 
 PARTS = ("Snakefile", "workflow", "profiles", "envs", "hfprune", "results/published")
@@ -40,12 +41,14 @@ class Checkout:
     Args:
         folder: to make.
         store: of its experiments.
-        preloads: whether Snakemake and jobs fork from a process that has imported the libraries, see `tests.preloaded`;
+
+    Attributes:
+        preloads: whether Snakemake and jobs fork from a process that has imported the libraries, see `tests.forks`;
             otherwise they start as a user's.
     """
 
-    def __init__(self, folder: Path, store: Path, preloads: bool = True) -> None:
-        self.folder, self.store, self.preloads = folder, store, preloads
+    def __init__(self, folder: Path, store: Path) -> None:
+        self.folder, self.store, self.preloads = folder, store, True
         folder.mkdir()
         for part in PARTS:
             source = REPOSITORY / part
@@ -54,34 +57,48 @@ class Checkout:
             else:
                 shutil.copyfile(source, folder / part)
 
-    def start(self, experiment: dict, *options: str) -> Run:
-        """Start `snakemake` on an experiment, as a user's process, in a process group of its own."""
+    def start(self, experiment: dict, *options: str, preloads: bool = True) -> Run:
+        """Start `snakemake` on an experiment in a process group of its own; unless it `preloads`, as a user's.
+
+        Its jobs are as `self.preloads` says.
+        """
         words, environment = self._prepared(experiment, options)
+        path = os.pathsep.join([str(self.folder), environment.get("PYTHONPATH", "")])  # where `forks.CLIENT` is
+        started = [sys.executable, "-m", "snakemake"] if preloads else ["snakemake"]
         return Run(
-            ["snakemake", *words],
+            [*started, *words],
             cwd=self.folder,
-            env=environment,
+            env=environment | {"PYTHONPATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
-    def snakemake(self, experiment: dict, *options: str, status: int = 0) -> str:
-        """Run `snakemake` on an experiment; what it printed, and its log."""
+    def snakemake(self, experiment: dict, *options: str, status: int = 0, killed: str = "") -> str:
+        """Run `snakemake` on an experiment; what it printed, and its log.
+
+        With `killed`, SIGKILL ends the command of that name when it has moved the first of its results to its place.
+        """
         if self.preloads:
-            ended, screen = preloaded.snakemake(*self._prepared(experiment, options), self.folder)
+            words, environment = self._prepared(experiment, options, killed)
+            words = ["-m", "snakemake", *words]
+            ended, screen, _ = forks.python(words, environment, self.folder, on_one_screen=True)
             output = with_log(screen)
         else:
-            process = self.start(experiment, *options)
+            process = self.start(experiment, *options, preloads=False)
             output, ended = process.communicate()[0], process.returncode
         assert ended == status, output
         return output
 
-    def _prepared(self, experiment: dict, options: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    def _prepared(
+        self, experiment: dict, options: tuple[str, ...], killed: str = ""
+    ) -> tuple[list[str], dict[str, str]]:
         """Snakemake's words and environment. The experiment's config, and what jobs run first, are written."""
-        if self.preloads and "--dry-run" not in options:
-            (self.folder / "sitecustomize.py").write_text(preloaded.client())
+        if self.preloads:
+            (self.folder / "sitecustomize.py").write_text(forks.client(killed))
+        else:
+            (self.folder / "sitecustomize.py").unlink(missing_ok=True)
         config = self.folder / f"{experiment['experiment']}.yaml"
         config.write_text(yaml.safe_dump(experiment))
         threads = [f"{rule}=1" for rule in (*MODEL_STAGES, "efficiency", "scoring_cost")]

@@ -1,17 +1,16 @@
 """What the tests share: a tiny random model with a tokenizer of its own, and tiny data. Nothing needs a network."""
 
-import atexit
-import functools
 import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.forks import Forks, reloading
+from tests.forks import python, reloading
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 REPOSITORY = Path(__file__).parent.parent
@@ -162,27 +161,31 @@ def experiment(checkpoint, data) -> dict:
     }
 
 
+def hfprune(*words, killed: str = "", **environment) -> tuple[int, str, str]:
+    """Run `hfprune` in a process of its own, see `tests.forks.python`: its exit status, its stdout and its stderr."""
+    return python(["-m", "hfprune", *words], os.environ | environment, killed=killed)
+
+
 def run_hfprune(store: Path | None, *words, status: int = 0, **environment) -> str:
     """Run `hfprune` in a process of its own; the last line it printed, or of its message where it fails."""
-    words = [*map(str, words), *(["--store", str(store)] if store else [])]
-    found, printed, said = forks()(*words, **environment)
+    found, printed, said = hfprune(*words, *(["--store", store] if store else []), **environment)
     assert found == status, said
     assert "Traceback" not in said
     return (said if status else printed).splitlines()[-1]
 
 
-@functools.cache
-def forks() -> Forks:
-    """The process that commands of these tests fork from."""
-    made = Forks()
-    atexit.register(made.close)
-    return made
+@pytest.fixture(scope="session", autouse=True)
+def _forked_reload():
+    """Checkpoints are reloaded in processes that fork from another; see `fresh_reload`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hfprune.models.checkpoint.subprocess", reloading(python))
+        yield
 
 
 @pytest.fixture
-def forked_reload(monkeypatch):
-    """Checkpoints of this process are reloaded in one that forks from another, too."""
-    monkeypatch.setattr("hfprune.models.checkpoint.subprocess", reloading(forks().ask))
+def fresh_reload(monkeypatch):
+    """Checkpoints are reloaded in processes that start from nothing, as a user's are."""
+    monkeypatch.setattr("hfprune.models.checkpoint.subprocess", subprocess)
 
 
 @pytest.fixture

@@ -53,7 +53,6 @@ def run_stages(folder, checkpoint, texts, recipe, **cut):
     return out
 
 
-@pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize(
     ("method", "cut"),
     [

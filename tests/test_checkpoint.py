@@ -180,7 +180,7 @@ def test_one_width_again_is_a_plain_model_again(made):
 
 
 @pytest.mark.parametrize(("pad", "groups"), [(False, 3), (True, 4)])
-def test_heads_that_the_stock_class_does_not_take_go_into_ours_or_are_padded(pad, groups, tmp_path, forked_reload):
+def test_heads_that_the_stock_class_does_not_take_go_into_ours_or_are_padded(pad, groups, tmp_path):
     """Llama's config wants a number of heads that divides the hidden size: 6 do not divide 32, 8 do."""
     dense = save_dense(tmp_path / "dense", num_attention_heads=8, num_key_value_heads=4)
     scores = {name: [torch.rand(count) for _ in range(3)] for name, count in (("mlp", 48), ("attention", 4))}
@@ -215,7 +215,7 @@ def prune_to_widths(monkeypatch, model, folder, **options):
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_prune_writes_the_proof_beside_the_checkpoint(pad, made, tmp_path, monkeypatch, capsys):
+def test_prune_writes_the_proof_beside_the_checkpoint(pad, made, tmp_path, monkeypatch, fresh_reload, capsys):
     out, done = prune_to_widths(monkeypatch, made["qwen2-tied"] / "dense", tmp_path, pad=pad)
     written = json.loads((out / PRUNING).read_text())
     reload = written["reload"]
@@ -284,9 +284,7 @@ def test_a_model_with_learned_positions_has_no_rope_to_state(tmp_path):
     assert not [key for key in written_config(tmp_path / "made") if "rope" in key or "rotary" in key]
 
 
-def test_large_checkpoints_are_in_shards_and_the_generation_config_stays_as_it_was(
-    made, tmp_path, monkeypatch, forked_reload
-):
+def test_large_checkpoints_are_in_shards_and_the_generation_config_stays_as_it_was(made, tmp_path, monkeypatch):
     dense = save_dense(tmp_path / "dense")
     odd = '{"temperature": 0.6, "eos_token_id": 1, "transformers_version": "4.31.0"}'
     (dense / "generation_config.json").write_text(odd)
@@ -304,7 +302,7 @@ def written_config(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", ["tied", "another", "untied"])
-def test_the_config_says_what_is_in_the_file(head, dtype, tmp_path, forked_reload):
+def test_the_config_says_what_is_in_the_file(head, dtype, tmp_path):
     """A head of its own beside a config that says tied is loaded by transformers, and so it is written."""
     dense = save_dense(tmp_path / "dense", tie_word_embeddings=head != "untied")
     if head == "another":
@@ -356,9 +354,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "it does not load"),
     ],
 )
-def test_a_checkpoint_damaged_between_saving_and_proof_is_refused(
-    damage, message, made, tmp_path, monkeypatch, forked_reload
-):
+def test_a_checkpoint_damaged_between_saving_and_proof_is_refused(damage, message, made, tmp_path, monkeypatch):
     finish = checkpoint.LayerWriter.finish
 
     def finish_and_damage(writer):

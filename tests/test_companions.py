@@ -160,7 +160,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: next(iter(config)))
-def test_the_proof_generates_in_its_own_way(config, checkpoint, tmp_path, forked_reload):
+def test_the_proof_generates_in_its_own_way(config, checkpoint, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model)
     odd = json.dumps({"bos_token_id": 0, "eos_token_id": 1, "x": 1} | config)

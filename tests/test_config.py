@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import subprocess
 
 import pytest
 
@@ -15,6 +14,7 @@ from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, load, parse, schema
 from hfprune.reporting.paper_tables import TABLES, compared
 from tests.conftest import REPOSITORY
+from tests.forks import python
 
 
 def changed(experiment, path, value):
@@ -338,13 +338,9 @@ def test_a_model_of_the_paper_has_what_its_tables_need(name):
 
 @pytest.mark.parametrize("name", ["llama-2-7b"])  # the others differ in the model
 def test_every_target_of_a_config_of_the_paper_is_planned_without_a_network(name, tmp_path):
-    done = subprocess.run(
-        ["snakemake", "paper", "report", "--dry-run", "--verbose", "--configfile", f"configs/{name}.yaml"],
-        cwd=REPOSITORY,
-        env=os.environ | {"HFPRUNE_STORE": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    planned = re.findall(r"^(table\d) +1$", done.stdout + done.stderr, re.MULTILINE)
+    words = ["paper", "report", "--dry-run", "--verbose", "--configfile", f"configs/{name}.yaml"]
+    environment = os.environ | {"HFPRUNE_STORE": str(tmp_path)}
+    status, screen, _ = python(["-m", "snakemake", *words], environment, REPOSITORY, on_one_screen=True)
+    assert status == 0, screen
+    planned = re.findall(r"^(table\d) +1$", screen, re.MULTILINE)
     assert sorted(set(planned)) == ["table1", "table2", "table4", "table5", "table6", "table7", "table8"]

@@ -342,7 +342,6 @@ def test_an_order_is_read_as_it_was_written(tmp_path):
     assert read_order(tmp_path / ORDER) == ([LAYER_2, LAYER_0], [0.25, 1e-9])
 
 
-@pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize("method", ["none", "sequential"])
 @pytest.mark.parametrize(("structure", "gone"), [("layers", [LAYER_1]), ("sublayers", [SUBLAYERS[1], LAYER_0[:1]])])
 def test_the_checkpoint_is_the_cut_model_and_reloads_in_a_fresh_process(structure, gone, method, texts, tmp_path):
@@ -517,7 +516,6 @@ def test_a_layer_that_goes_in_two_steps_takes_its_norms():
     assert shape_of(model).total - removed_by(shape_of(model), gone) == count_parameters(without(model, gone))
 
 
-@pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize("method", ["none", "sequential"])
 def test_a_mixed_cut_is_the_model_with_both_silent_and_reloads_in_a_fresh_process(method, texts, tmp_path):
     dense = save_dense(tmp_path / "dense")

@@ -533,7 +533,6 @@ def test_read_layer_by_layer_every_weight_has_the_type_and_shape_of_the_model_in
         assert one == other, about
 
 
-@pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize(
     ("name", "structure", "method"),
     [
@@ -739,7 +738,6 @@ def test_what_only_a_model_shows_is_refused_too():
         check_config(unknown, "me")
 
 
-@pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize(
     ("name", "structure", "criterion", "method"),
     [

@@ -18,7 +18,7 @@ from hfprune.reporting.summary import summary
 from hfprune.sharing.export import contents
 from hfprune.sharing.model_card import CheckpointHistory, Estimate, Figure, card, read_history
 from hfprune.store.artifacts import Artifact, Store, read
-from tests.conftest import ENVIRONMENT, run_hfprune, save_checkpoint
+from tests.conftest import ENVIRONMENT, hfprune, run_hfprune, save_checkpoint
 from tests.hub import serve
 from tests.test_surgery import run_prune
 
@@ -382,11 +382,10 @@ def test_pushed_to_a_hub_it_loads_from_there(made, tmp_path):
         assert "not a name: the hub refused it" in refused(made, *push[:-2], "not a name", **where)
 
         (made["pruned"] / "tokens.pkl").write_text("by hand")
-        command = [sys.executable, "-m", "hfprune", *push, "--store", made["store"]]
-        environment = os.environ | where | {"HF_TOKEN": hub.token}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        status, printed, said = hfprune(*push, "--store", made["store"], **where, HF_TOKEN=hub.token)
+        assert status == 0, said
         (made["pruned"] / "tokens.pkl").unlink()
-        first, *listed, total, address = done.stdout.splitlines()
+        first, *listed, total, address = printed.splitlines()
         assert first == "to me/tiny-pruned:"
         assert address.startswith(f"{hub.endpoint}/me/tiny-pruned/commit/")
         repository = hub.repository("models", "me/tiny-pruned")

@@ -326,7 +326,6 @@ def test_names_alone_do_not_make_a_family(capsys):
 
 # One for each way of saving: transposed, without a module, fused, norms of heads, a cap, buffers, heads of fixed size,
 # layers of several kinds, MLPs whose width no stock config can state.
-@pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "cohere", "gemma2", "apertus", "gpt_neox", "lfm2", "bloom"])
 def test_a_cut_with_widths_per_layer_is_refitted_and_proven_in_a_fresh_process(name, texts, tmp_path):
     make(name).save_pretrained(tmp_path / "dense")

@@ -10,7 +10,7 @@ from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import Experiment, parse
 from hfprune.stages.registry import STAGES as DECLARED
 from hfprune.store.artifacts import Artifact, read
-from tests.forks import Forks
+from tests.conftest import hfprune
 
 STAGES = ("model", "text", "task", "score", "shard", "prune", "recover", "reference", "measure", "evaluate")
 ROOM = {"prune": 60 * 2**10, "recover": 60 * 2**10}  # bytes free on the full disk: they fail in the middle
@@ -21,7 +21,7 @@ class Pipeline:
     """An experiment, whose stages run one by one; the store in which nothing disturbs them."""
 
     def __init__(self, experiment: dict, whole: Path) -> None:
-        self.forks, self.whole = Forks(), whole
+        self.whole = whole
         self.jobs: dict[str, Job] = {}  # one of each stage
         for shards in (1, 2):
             experiment["calibration"]["shards"] = shards
@@ -34,7 +34,7 @@ class Pipeline:
         for name, made in job.inputs.items():
             inputs = [self.make(each).folder for each in (made if isinstance(made, list) else [made])]
             words += [f"--{name}", *map(str, inputs)]
-        status, printed, said = self.forks(*words, *job.options, "--store", store, killed=killed)
+        status, printed, said = hfprune(*words, *job.options, "--store", store, killed=killed)
         return status, said + printed
 
     def make(self, job: Job) -> Artifact:
@@ -49,14 +49,12 @@ class Pipeline:
 @pytest.fixture(scope="module")
 def pipeline(experiment, tmp_path_factory):
     small = {"text": "calibration", "length": 128, "batch_tokens": 512, "rank": 2, "epochs": 1, "save_steps": 1}
-    made = Pipeline(
+    return Pipeline(
         experiment
         | {"calibration": dict(experiment["calibration"]), "recovery": {"lora": small}}
         | {"ratios": [0.2], "recoveries": ["lora"]},
         tmp_path_factory.mktemp("whole"),
     )
-    yield made
-    made.forks.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from math import ceil
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from hfprune.store.artifacts import DamagedError, Store
 from hfprune.store.keys import Recipe
 from tests.checkouts import LOG, Checkout, changed, planned, ran
 from tests.conftest import make_model
+from tests.forks import python
 from tests.stores import fill, take_out
 from tests.test_estimate import LLAMA_2_7B
 
@@ -113,10 +113,10 @@ def test_scores_that_wait_for_others_are_made_with_until(filled, whole, tmp_path
         output = checkout.snakemake(asked, "--until", stage, "--dry-run", "--verbose")
         assert "Out of jobs" not in output
         assert planned(output) == jobs
-    command = ["snakemake", "--rulegraph", "--configfile", checkout.folder / "tiny.yaml"]
-    drawn = subprocess.run(command, cwd=checkout.folder, capture_output=True, text=True)
-    assert drawn.returncode == 0, drawn.stderr
-    assert 'label = "score"' in drawn.stdout
+    command = ["-m", "snakemake", "--rulegraph", "--configfile", checkout.folder / "tiny.yaml"]
+    status, drawn, said = python(command, os.environ, checkout.folder)
+    assert status == 0, said
+    assert 'label = "score"' in drawn
 
 
 def test_a_lost_result_of_one_task_is_made_again_by_the_evaluation_of_all(filled, monkeypatch):
@@ -311,11 +311,11 @@ def test_a_second_config_of_one_name_is_told_and_logs_are_the_experiments(experi
     assert not list((checkout.folder / "logs").glob("*.log"))
     assert ran(checkout.snakemake(changed(experiment, ratios=[0.3]), "config")) == {"config": 1}
     write(checkout.folder / "copy.yaml", experiment)
-    command = ["snakemake", "--cores", "1", "--configfile", "copy.yaml", "--dry-run", "config"]
+    command = ["-m", "snakemake", "--cores", "1", "--configfile", "copy.yaml", "--dry-run", "config"]
     environment = os.environ | {"HFPRUNE_STORE": str(checkout.store)}
-    done = subprocess.run(command, cwd=checkout.folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "results/tiny has the results of another config file" in done.stdout + done.stderr
+    status, screen, _ = python(command, environment, checkout.folder, on_one_screen=True)
+    assert status == 1
+    assert "results/tiny has the results of another config file" in screen
 
 
 def test_a_users_mistake_is_not_tried_again_and_all_else_is(experiment, tmp_path):

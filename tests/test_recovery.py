@@ -28,7 +28,6 @@ from hfprune.stages.recover import RecoverParameters
 from hfprune.store import artifacts
 from tests.conftest import FAMILIES, make_model, run_hfprune, save_checkpoint, save_dense, sentences, write_lines
 
-pytestmark = pytest.mark.usefixtures("forked_reload")
 SMALL = {"length": 384, "batch_tokens": 768, "rank": 4, "epochs": 1}
 SEVEN = RecoverParameters().targets
 TOKENS = torch.arange(64).view(2, 32)

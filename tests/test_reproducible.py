@@ -24,7 +24,10 @@ from pathlib import Path
 from hfprune.cli import main
 from hfprune.experiment.schema import Experiment, parse
 from hfprune.experiment.plan import Plan
+from hfprune.models import checkpoint
+from tests.forks import forked, reloading
 
+checkpoint.subprocess = reloading(forked)
 file, store, output, salt = sys.argv[1:]
 plan = Plan(parse(Experiment, yaml.safe_load(Path(file).read_text()), file))
 for number, job in enumerate(plan.needed):

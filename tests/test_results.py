@@ -14,7 +14,7 @@ from hfprune.errors import UserError
 from hfprune.evaluation import timing
 from hfprune.store.keys import file_sha256
 from hfprune.store.results import publish
-from tests.conftest import forks
+from tests.conftest import hfprune
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -248,17 +248,17 @@ def files_of(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("name", ["tables", "widths"])
 def test_after_kill_9_between_two_results_the_next_run_makes_all_of_them(name, commands, tmp_path):
     words = [*commands[name], tmp_path]
-    assert forks()(*words)[0] == 0
+    assert hfprune(*words)[0] == 0
     whole = {path.relative_to(tmp_path): path.read_bytes() for path in files_of(tmp_path)}
     results = [path for path in files_of(tmp_path) if path.parent.name != ".provenance"]
     for path in results:
         path.write_text("old")
-    assert forks()(*words, killed="result")[0] == -9
+    assert hfprune(*words, killed="result")[0] == -9
     assert sum(path.read_text(errors="replace") != "old" for path in results) == 1
     records = {path: json.loads((path.parent / ".provenance" / f"{path.name}.json").read_text()) for path in results}
     for path, said in records.items():
         assert (said["sha256"] == file_sha256(path)) == (path.read_text(errors="replace") != "old"), "it shows"
-    assert forks()(*words)[0] == 0
+    assert hfprune(*words)[0] == 0
     again = {path.relative_to(tmp_path): path.read_bytes() for path in files_of(tmp_path)}
     assert set(again) == set(whole), "and nothing is left of the killed one"
     assert all(again[path] == content for path, content in whole.items() if path.parent.name != ".provenance")

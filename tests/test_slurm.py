@@ -144,7 +144,7 @@ def test_a_jobs_log_is_where_a_local_runs_is(runs):
 
 
 def test_an_unknown_device_is_refused_before_anything_runs(sharded, tmp_path):
-    fresh = Checkout(tmp_path / "fresh", tmp_path / "store", preloads=False)
+    fresh = Checkout(tmp_path / "fresh", tmp_path / "store")
     output = fresh.snakemake(sharded, "--config", "gpu=h10", "--dry-run", status=1)
     assert "h10: not known" in output
     assert "Did you mean 'h100'?" in output

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -153,11 +151,8 @@ def test_local_model_is_linked_and_refused_once_it_changes(checkpoint, tmp_path)
     content = bytearray((original / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (original / "model.safetensors").write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, "-m", "hfprune", "score", "--model", folder, "--text", folder], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "model.safetensors: refused: sha256" in done.stderr
+    said = run_hfprune(tmp_path / "store", "score", "--model", folder, "--text", folder, status=2)
+    assert "model.safetensors: refused: sha256" in said
 
 
 def make_wheel(folder, content):

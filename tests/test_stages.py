@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from hfprune.stages.registry import STAGES
 from hfprune.store import keys
 from hfprune.store.keys import code_digest
+from tests.forks import python
 
 TOY = '''"""How many documents a text has, times a factor."""
 
@@ -91,15 +90,10 @@ def copied(tmp_path, monkeypatch):
 
 def test_a_stage_in_one_file_is_a_command_has_a_key_and_stands_in_a_plan(copied, experiment):
     (copied / "stages" / "count.py").write_text(TOY)
-    done = subprocess.run(
-        [sys.executable, "-c", USE, json.dumps(experiment | {"store": str(copied.parent / "store")})],
-        cwd=copied.parent,
-        env=os.environ | {"PYTHONPATH": str(copied.parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    words = ["-c", USE, json.dumps(experiment | {"store": str(copied.parent / "store")})]
+    status, printed, said = python(words, os.environ | {"PYTHONPATH": str(copied.parent)}, copied.parent)
+    assert status == 0, said
+    found = json.loads(printed.splitlines()[-1])
     assert "example:\n  hfprune count --text store/text/KEY --factor 2" in found["help"]
     assert "what the number is multiplied by (default: 1)" in found["help"]
     assert found["statuses"] == [0, 0]
@@ -112,8 +106,8 @@ def test_a_stage_in_one_file_is_a_command_has_a_key_and_stands_in_a_plan(copied,
     assert (found["flops"], found["gpus"]) == (3, 0)
     assert found["again"]
     assert found["refused"] == 2
-    assert "hfprune count: " in done.stderr
-    assert "expected one of text" in done.stderr
+    assert "hfprune count: " in said
+    assert "expected one of text" in said
 
 
 def digests() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Stages that are stopped from outside: by SIGTERM, as batch systems send it when time is up, and by a full memory."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from hfprune.runtime.signals import sigterm_deferred
 from tests.conftest import run_hfprune
+from tests.forks import python
 
 # The console command, in which something happens from the second batch of the pass on.
 WRAPPER = """
@@ -41,11 +43,10 @@ def test_a_stage_that_is_stopped_says_so_and_the_next_run_makes_it(what, status,
     model = run_hfprune(store, "download", "model", "--path", checkpoint)
     text = run_hfprune(store, "download", "text", "--path", data / "calibration.jsonl")
     words = ["score", "--model", model, "--text", text, "--samples", "6", "--length", "32"]
-    disturbed = [sys.executable, "-c", WRAPPER.replace("{}", what), *words, "--store", store]
-    done = subprocess.run(disturbed, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status
-    assert f"hfprune score: {message}" in done.stderr
-    assert "Traceback" not in done.stderr
+    ended, _, said = python(["-c", WRAPPER.replace("{}", what), *words, "--store", store], os.environ)
+    assert ended == status
+    assert f"hfprune score: {message}" in said
+    assert "Traceback" not in said
     assert not list(store.glob("score/*"))
     assert len(list(store.glob(".work/score-*/.resume/sums*"))) == (what is SIGTERM)
     run_hfprune(store, *words)

@@ -228,9 +228,7 @@ CUTS = [
 
 
 @pytest.mark.parametrize(("family", "changes", "cut"), CUTS)
-def test_a_cut_layer_by_layer_equals_that_of_the_model_in_memory(
-    family, changes, cut, texts, tmp_path, monkeypatch, forked_reload
-):
+def test_a_cut_layer_by_layer_equals_that_of_the_model_in_memory(family, changes, cut, texts, tmp_path, monkeypatch):
     dense, written = save_dense(tmp_path / "dense", family, **changes), {}
     text = None if cut["refit"] == "none" else texts
     for memory, size in (("streamed", 10_000), ("resident", 2**30)):
@@ -251,7 +249,7 @@ def test_a_cut_layer_by_layer_equals_that_of_the_model_in_memory(
         torch.testing.assert_close(written["streamed"][0][name], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_experiment_with_streamed_weights_makes_the_same_artifacts(experiment, tmp_path, forked_reload):
+def test_an_experiment_with_streamed_weights_makes_the_same_artifacts(experiment, tmp_path):
     asked = experiment | {"store": str(tmp_path), "ratios": [0.2], "evaluation": {}}
     asked["methods"] = [{"refitted": {"like": "HFPrune", "refit": "sequential"}}]
     streamed = parse(Experiment, asked | {"model": experiment["model"] | {"memory": "streamed"}}, "test")

@@ -22,8 +22,6 @@ from hfprune.stages.prune import PruneParameters
 from hfprune.store.filenames import PRUNING, SCORES
 from tests.conftest import FAMILIES, make_model, save_checkpoint, save_dense
 
-pytestmark = pytest.mark.usefixtures("forked_reload")
-
 
 def random_scores(seed=0, layers=3, neurons=48, groups=2):
     torch.manual_seed(seed)

@@ -1,14 +1,14 @@
 """Task documents: conversions, and the same accuracy as lm-eval's own on the same documents."""
 
 import json
-import subprocess
-import sys
+import os
 
 import pytest
 
 from hfprune.data.lm_eval_tasks import CONVERSIONS, _definition
 from hfprune.errors import UserError
 from tests.conftest import boolq_records, sentences, write_lines
+from tests.forks import python
 from tests.hub import serve
 
 
@@ -96,10 +96,9 @@ def test_accuracy_equals_lm_evals_own_on_the_same_documents(name, checkpoint, tm
         hub.repository("datasets", repository).commit({"README.md": card.encode(), "data.jsonl": file.read_bytes()})
         patch.setenv("HF_ENDPOINT", hub.endpoint)
         patch.setenv("HF_HOME", str(tmp_path / "home"))
-        subprocess.run(
-            [sys.executable, "-c", STOCK, checkpoint, _definition(name).parent, name, tmp_path / "stock.json"],
-            check=True,
-        )
+        words = ["-c", STOCK, checkpoint, _definition(name).parent, name, tmp_path / "stock.json"]
+        status, _, said = python(words, os.environ)
+        assert status == 0, said
     stock = json.loads((tmp_path / "stock.json").read_text())
 
     model = command("download", "model", "--path", checkpoint)

@@ -189,17 +189,6 @@ def test_a_result_without_a_caption_is_named_before_anything_runs(experiment, tm
     assert not ran(output)
 
 
-def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(checkout, experiment):
-    edit(checkout.folder / "hfprune" / "reporting" / "figures.py", '"#0072B2"', '"#0072B3"')
-    criteria = checkout.folder / "hfprune" / "pruning" / "criteria.py"
-    criteria.write_text(criteria.read_text().replace('"""Gradient of', '"""The gradient of') + "\n# A comment.\n")
-    (checkout.folder / "README.md").write_text("New.\n")
-    assert ran(checkout.snakemake(experiment)) == {
-        "headline": 1, "figures": 1, "profile": 1, "agreement": 1, "widths": 1, "index": 1, "all": 1,
-    }  # fmt: skip
-    assert "Nothing to be done" in checkout.snakemake(experiment)
-
-
 def test_c_a_line_of_arithmetic_in_the_criteria_reruns_scoring_and_all_after_it(checkout, experiment):
     criteria = checkout.folder / "hfprune" / "pruning" / "criteria.py"
     edit(criteria, "neg_().add_(mean)", "neg_().sub_(mean)")
@@ -262,7 +251,7 @@ def test_h_after_kill_9_in_the_middle_of_scoring_the_next_run_finishes(checkout,
 def test_what_a_job_finishes_after_its_run_was_killed_is_kept_and_hides_nothing(checkout, experiment):
     seed = changed(experiment, calibration={"seeds": [10]}, ratios=[0.1])
     before = checkout.manifests("score")
-    run = checkout.start(seed)
+    run = checkout.start(seed, preloads=False)
     while not list(checkout.store.glob(".work/score-*/")) and run.poll() is None:
         time.sleep(0.02)
     run.kill()  # Snakemake alone
@@ -363,18 +352,8 @@ def test_a_fault_in_one_download_stops_the_run_before_any_model_computes(checkou
     assert not set(ran(output)) - {"download"}
 
 
-# Ends the command `tables` where it has moved the first of its results to its place.
-KILLER = """
-import sys
-sys.path.append({path!r})
-from tests.forks import kill_at_second_result
-hook = kill_at_second_result([])
-sys.addaudithook(lambda event, args: hook(event, args) if sys.argv[1:2] == ["tables"] else None)
-"""
-
-
-def test_results_cut_short_by_a_full_disk_or_kill_9_are_made_again(checkout, experiment, tmp_path, monkeypatch):
-    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store, preloads=False)
+def test_results_cut_short_by_a_full_disk_or_kill_9_are_made_again(checkout, experiment, tmp_path):
+    elsewhere = Checkout(tmp_path / "elsewhere", checkout.store)
     results = elsewhere.folder / "results" / "tiny"
     results.mkdir(parents=True)
     disk = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", results]
@@ -386,11 +365,9 @@ def test_results_cut_short_by_a_full_disk_or_kill_9_are_made_again(checkout, exp
         assert "results/tiny/metrics.csv: no room on the disk" in output
         assert not (results / "metrics.csv").exists()
         subprocess.run(["mount", "-o", "remount,size=4m", results], check=True)
-        (tmp_path / "sitecustomize.py").write_text(KILLER.format(path=str(REPOSITORY)))
-        with monkeypatch.context() as patch:
-            patch.setenv("PYTHONPATH", str(tmp_path))
-            assert ran(elsewhere.snakemake(experiment, "tables", status=1)) == {"collect": 1}
+        assert ran(elsewhere.snakemake(experiment, "tables", status=1, killed="tables")) == {"collect": 1}
         assert len(list(results.glob("tables/[a-z]*"))) == 1
+        elsewhere.preloads = False  # a run and jobs as a user's
         assert ran(elsewhere.snakemake(experiment, "tables")) == {"tables": 1}
         whole = checkout.folder / "results" / "tiny"
         for name in ("metrics.csv", "tables/summary.md", "tables/cost.csv"):
@@ -447,3 +424,15 @@ def test_a_table_that_the_experiment_cannot_fill_is_refused_before_anything_runs
     assert "table8 compares structures" in output
     assert "Traceback" not in output
     assert not ran(output)
+
+
+# The last one: the checkout's code is then another than what `tests.forks` has imported.
+def test_b_a_colour_a_comment_a_docstring_and_a_readme_rerun_no_model_stage(checkout, experiment):
+    edit(checkout.folder / "hfprune" / "reporting" / "figures.py", '"#0072B2"', '"#0072B3"')
+    criteria = checkout.folder / "hfprune" / "pruning" / "criteria.py"
+    criteria.write_text(criteria.read_text().replace('"""Gradient of', '"""The gradient of') + "\n# A comment.\n")
+    (checkout.folder / "README.md").write_text("New.\n")
+    assert ran(checkout.snakemake(experiment)) == {
+        "headline": 1, "figures": 1, "profile": 1, "agreement": 1, "widths": 1, "index": 1, "all": 1,
+    }  # fmt: skip
+    assert "Nothing to be done" in checkout.snakemake(experiment)

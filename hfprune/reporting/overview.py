@@ -3,6 +3,7 @@
 Every number stands in a table that needs no scripts; scripts only sort tables and draw the charts.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def overview(results: Results) -> str:
     )
 
 
+@functools.cache  # it takes two seconds
 def _library() -> str:
     """Vega, Vega-Lite and vega-embed as one script."""
     import vl_convert
