@@ -184,3 +184,13 @@ def test_rows_of_several_sizes_are_in_the_order_of_their_ranks():
 def test_layers_of_more_models_than_curves_can_show_are_a_map(most, mark, table, monkeypatch):
     monkeypatch.setattr(interactive, "MOST_NAMED", most)
     assert f'"mark": {{"type": "{mark}"' in page(table).split('"chart-widths-mlp"', 1)[1]
+
+
+@pytest.mark.parametrize(("largest", "kind"), [(4.4, None), (4.6, "log")])
+def test_a_row_for_each_model_has_a_logarithmic_axis_where_one_is_ten_times_farther_than_another(largest, kind):
+    values = pd.DataFrame({"name": ["near", "far"], "KL": [0.5, largest]})
+    models = values.assign(**{"KL low": values["KL"] - 0.05, "KL high": values["KL"] + 0.05})
+    interval, point = interactive.rows(models, "KL")["layer"]
+    assert interval["encoding"]["x"]["scale"].get("type") == point["encoding"]["x"]["scale"].get("type") == kind
+    *_, point = interactive.rows(models, "KL", 0)["layer"]  # zero has no place on such an axis
+    assert "type" not in point["encoding"]["x"]["scale"]

@@ -70,6 +70,9 @@ def sizes(models: pd.DataFrame, x: str, size: str) -> dict[str, Any]:
 def rows(models: pd.DataFrame, x: str, reference: float | None = None) -> dict[str, Any]:
     """A row for each model, in the given order: its value and interval, and a line at `reference`.
 
+    Where the largest value is more than ten times the smallest, the axis is logarithmic. Otherwise the best models
+    would stand on one spot.
+
     Args:
         models: columns `name`, `x`, `x low` and `x high`.
         x: the column, which is also the title of the axis.
@@ -78,7 +81,10 @@ def rows(models: pd.DataFrame, x: str, reference: float | None = None) -> dict[s
     order = alt.Y("name:N", sort=list(models["name"]), title=None, axis=alt.Axis(labelLimit=190))
     base = alt.Chart(models).encode(order)
     axis = alt.Axis(titleAnchor="end")  # on a narrow screen the names leave a long title no room to the right
-    low, value = (alt.X(f"{_field(column)}:Q", title=x, axis=axis) for column in (f"{x} low", x))
+    smallest, title, scale = models[f"{x} low"].min(), x, alt.Scale(zero=True)
+    if reference is None and 0 < 10 * smallest < models[x].max():
+        title, scale = f"{x}, logarithmic axis", alt.Scale(type="log", nice=False, padding=10)
+    low, value = (alt.X(f"{_field(column)}:Q", title=title, axis=axis, scale=scale) for column in (f"{x} low", x))
     interval = base.mark_rule(color=COLORS[0], strokeWidth=1.5).encode(low, alt.X2(_field(f"{x} high")))
     point = base.mark_circle(color=COLORS[0], size=70, opacity=1).encode(value, tooltip=_tooltip(["name"], x))
     marks = [interval, point]

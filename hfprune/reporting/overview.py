@@ -161,7 +161,7 @@ def _charts(results: Results, models: pd.DataFrame) -> dict[str, dict[str, Any]]
     cut = models[models["method"] != DENSE]
     columns = ["name", REMOVED, *with_ends(KL)]
     if cut["ratio"].nunique() == 1:
-        kl = interactive.rows(cut.sort_values(KL)[columns], KL, 0)
+        kl = interactive.rows(cut.sort_values(KL)[columns], KL)
     elif cut["name"].nunique() > interactive.MOST_NAMED:
         kl = interactive.sizes(cut[columns].assign(**{SIZE: 100 * cut["ratio"]}), KL, SIZE)
     else:
