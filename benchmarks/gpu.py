@@ -210,10 +210,10 @@ def training(size: str) -> Figures:
         parameters = count_parameters(model)
         del model
         details = recover(
-            out, folder, text, None, {}, "lora", "cross_entropy", "weights", epochs=1, length=length,
-            batch_tokens=16 * length, micro_batch=8, learning_rate=1e-4, weight_decay=0.0, rank=8, alpha=16,
-            dropout=0.0, targets=["q_proj", "v_proj"], keep_adapter=False, seed=0, save_steps=1000,
-            report_to="none", dtype="auto",
+            out, folder, text, None, {}, "lora", "cross_entropy", "weights", share=1.0, select="random", epochs=1,
+            length=length, batch_tokens=16 * length, micro_batch=8, learning_rate=1e-4, weight_decay=0.0, rank=8,
+            rank_by_layer=False, alpha=16, dropout=0.0, targets=["q_proj", "v_proj"], keep_adapter=False, seed=0,
+            save_steps=1000, report_to="none", dtype="auto",
         )  # fmt: skip
     return {
         "shape": shape,

@@ -194,7 +194,6 @@ def test_streamed_weights_give_the_same_order_at_the_estimated_cost(name, method
     assert estimated == pytest.approx(streamed[2]["flops"], rel=0.2) == pytest.approx(resident[2]["flops"], rel=0.2)
 
 
-@pytest.mark.usefixtures("forked_reload")
 @pytest.mark.parametrize(
     ("name", "method", "memories"),
     [("deepseek_v3", "sequential", ["resident", "streamed"]), ("qwen3_next", "none", ["streamed"])],

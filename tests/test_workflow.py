@@ -262,7 +262,13 @@ def test_what_a_job_finishes_after_its_run_was_killed_is_kept_and_hides_nothing(
 
 def test_jobs_that_run_at_once_are_on_devices_of_their_own(checkout, experiment, tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\nprintf '0, GPU-aaaa, Pretended\\n1, GPU-bbbb, Pretended\\n'\n")
+    lines = [  # whoever asks first waits for the other, so that both jobs want a GPU at once
+        "#!/bin/sh",
+        f'echo >> "{tmp_path}/asked"',
+        f'for _ in $(seq 100); do [ $(wc -l < "{tmp_path}/asked") -lt 2 ] || break; sleep 0.1; done',
+        "printf '0, GPU-aaaa, Pretended\\n1, GPU-bbbb, Pretended\\n'",
+    ]
+    program.write_text("\n".join(lines) + "\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -3,6 +3,7 @@
 # It says "ready", and is stopped by the end of its standard input. Status 3: there can be no cluster here, and why.
 set -eu
 export DEBIAN_FRONTEND=noninteractive
+PATH=$PATH:/usr/sbin:/sbin # where daemons are; not every shell looks there
 
 settings=/etc/slurm # where every command looks
 name=hfprune-test
@@ -82,6 +83,7 @@ runuser -u munge -- munged --foreground --socket "$munge/socket" --pid-file "$mu
 slurmctld -D > "$folder/slurmctld.out" 2>&1 9>&- &
 slurmd -D > "$folder/slurmd.out" 2>&1 9>&- &
 for _ in $(seq 60); do
+  if [ "$(jobs -pr | wc -l)" -lt 3 ]; then break; fi # sinfo would wait long for a daemon that has ended
   if sinfo --noheader --format %T 2> "$folder/sinfo.log" | grep -q idle; then
     echo ready
     cat > /dev/null
