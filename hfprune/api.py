@@ -189,8 +189,8 @@ def _check_budget(
         )
     if ratio is None and ratio_of in SAVINGS:
         raise UserError(f"ratio_of {ratio_of!r} goes with a ratio, not with target_parameters.")
-    further = {"context": context, "latencies": latencies, "pad": pad}
-    further |= {name: getattr(recipe, name) for name in ("attention_share", "experts_share")}
+    shares = {"attention_share": recipe.attention_share, "experts_share": recipe.experts_share}
+    further = {"context": context, "latencies": latencies, "pad": pad, **shares}
     if reason := fault(ratio_of, structure, further):
         raise UserError(f"{reason}.")
     if round_to not in (None, *STEPS):

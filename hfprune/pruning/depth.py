@@ -30,7 +30,7 @@ from hfprune.models.run_part import run_part
 from hfprune.models.streamed import device_of, is_streamed, memory_of
 from hfprune.models.units import IN_TURN, PARTS, Sublayer, layers_of, part_of
 from hfprune.models.walk import Arguments, layers_in_turn, run_layer
-from hfprune.pruning.budget import refuse_method, shape_of
+from hfprune.pruning.budget import Shape, refuse_method, shape_of
 from hfprune.pruning.candidates import Walk, dense_states, divergences, flops_of_parts, flops_of_walk, losses
 from hfprune.pruning.influence import layer_influence, part_influence
 from hfprune.pruning.order import (
@@ -156,6 +156,7 @@ class Search:
         self.refit, self.ridge = refit, ridge
         self.remaining = steps_of(self.shape, structure)
         self.searched = tokens[: sequences(tokens.shape[1])]
+        self.counts = flops_of_steps(model, self.shape, structure, tokens.shape[1])
         self.folder, self.flops = folder, 0
         self.before: dict[nn.Parameter, Tensor] = {}  # weights that refits change, of a model in memory
         if refit != "none" and not is_streamed(model):
@@ -240,7 +241,7 @@ class Search:
             return self._passed(number, states, without, walk.arguments[number])
 
         walk = Walk(self.model, self.searched, [step[0][1] for step in candidates], passed)
-        self.flops += flops_without(self.model, self.structure, tuple(self.searched.shape), gone, candidates)
+        self.flops += flops_without(self.model, self.counts, self.searched.numel(), gone, candidates)
 
         def finish(number: int) -> None:
             walk.advance(number)
@@ -281,19 +282,29 @@ def refitted_in(model: PreTrainedModel, number: int) -> list[nn.Parameter]:
     return [part_of(model, name, number).output.weight for name in PARTS]
 
 
-def flops_without(
-    model: PreTrainedModel, structure: str, shape: tuple[int, int], gone: Sequence[Step], candidates: Sequence[Step]
-) -> int:
-    """Floating-point operations of a walk over (sequences, length) tokens and of the logits behind it."""
-    tokens, each = shape[0] * shape[1], flops_of_layers(model, shape[1])
+def flops_of_steps(
+    model: PreTrainedModel, shape: Shape, structure: str, length: int
+) -> tuple[list[int], dict[Step, int]]:
+    """Floating-point operations for one token, in sequences of this length, of each layer and of each step."""
+    each, steps = flops_of_layers(model, length), steps_of(shape, structure)
     if structure == "layers":
-        parts = {step: each[step[0][1]] for step in (*gone, *candidates)}
-    else:
-        of_parts = flops_of_parts(model, shape[1])
-        parts = {step: of_parts[step[0]] for step in (*gone, *candidates)}
+        return each, {step: each[step[0][1]] for step in steps}
+    of_parts = flops_of_parts(model, length)
+    return each, {step: of_parts[step[0]] for step in steps}
+
+
+def flops_without(
+    model: PreTrainedModel,
+    counts: tuple[list[int], dict[Step, int]],
+    tokens: int,
+    gone: Sequence[Step],
+    candidates: Sequence[Step],
+) -> int:
+    """Floating-point operations of a walk over so many tokens and of the logits behind it; see `flops_of_steps`."""
+    each, of_steps = list(counts[0]), counts[1]
     for step in gone:
-        each[step[0][1]] -= parts[step]
-    less = sum(parts[step] for step in candidates)
+        each[step[0][1]] -= of_steps[step]
+    less = sum(of_steps[step] for step in candidates)
     return flops_of_walk(model, tokens, each, [step[0][1] for step in candidates]) - tokens * less
 
 
@@ -312,10 +323,11 @@ def cost(model: PreTrainedModel, tokens: tuple[int, int], criterion: str, struct
     """
     shape = shape_of(model)
     remaining, gone = steps_of(shape, structure), []
-    walked = (min(tokens[0], sequences(tokens[1])), tokens[1])
-    flops = walked[0] * walked[1] * flops_per_token(model, tokens[1]) if criterion == "greedy_kl" else 0  # dense model
+    walked = min(tokens[0], sequences(tokens[1])) * tokens[1]
+    counts = flops_of_steps(model, shape, structure, tokens[1])
+    flops = walked * flops_per_token(model, tokens[1]) if criterion == "greedy_kl" else 0  # of the dense model
     while candidates := [step for step in remaining if may_go(shape, step, remaining)]:
-        flops += flops_without(model, structure, walked, gone, candidates)
+        flops += flops_without(model, counts, walked, gone, candidates)
         if gone and refit != "none":
             flops += flops_of_refit(model, kept_without(shape, gone), tokens, refit)
         gone.append(candidates[-1])

@@ -120,7 +120,7 @@ def fault(ratio_of: str, structure: str, settings: Mapping[str, Any]) -> str | N
     Args:
         ratio_of: what the ratio counts.
         structure: what is cut.
-        settings: `context`, `latencies`, `pad`, `attention_share` and `experts_share`.
+        settings: `context` and `latencies`; and of `pad`, `attention_share` and `experts_share` those that there are.
     """
     examples = {"context": "the tokens whose keys and values count, such as 4096", "latencies": "see `hfprune latency`"}
     for of, needed in SAVINGS.items():
@@ -132,7 +132,7 @@ def fault(ratio_of: str, structure: str, settings: Mapping[str, Any]) -> str | N
         return None
     if structure not in (usable := UNITS_OF[ratio_of]):
         return f"'ratio_of: {ratio_of}' goes with structure {', '.join(usable)}, not {structure}"
-    unread = [name for name in ("pad", "attention_share", "experts_share") if settings[name] not in (None, False)]
+    unread = [name for name in ("pad", "attention_share", "experts_share") if settings.get(name) not in (None, False)]
     return f"{unread[0]!r} does not go with 'ratio_of: {ratio_of}'" if unread else None
 
 

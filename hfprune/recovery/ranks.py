@@ -1,6 +1,7 @@
 """Ranks of adapters by the importance of layers, as in CFSP (arXiv 2409.13199)."""
 
 from collections.abc import Sequence
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ def measured_tokens(examples: Sequence[Example], length: int) -> Tensor:
     Returns:
         (sequences, length) int64; one shorter sequence if there are fewer than `length` tokens.
     """
-    tokens = torch.from_numpy(np.concatenate([example.ids for example in examples])).long()
+    first = islice(chain.from_iterable(example.ids for example in examples), SEQUENCES * length)
+    tokens = torch.from_numpy(np.fromiter(first, np.int64))
     length = min(length, len(tokens))
     sequences = min(SEQUENCES, len(tokens) // length)
     return tokens[: sequences * length].view(sequences, length)

@@ -86,7 +86,7 @@ class Budget(Parameters):
             raise ValueError(f"'ratio_of: mlp' goes with structure mlp alone, not {structure}")
         if self.attention_share is not None and structure != "mlp+attention":
             raise ValueError(f"'attention_share' goes with structure mlp+attention, not {structure}")
-        if reason := fault(self.ratio_of, structure, {"pad": False, "experts_share": None, **dict(self)}):
+        if reason := fault(self.ratio_of, structure, dict(self)):
             raise ValueError(reason)
 
     @property
