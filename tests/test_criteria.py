@@ -289,3 +289,22 @@ def test_ppm_activation_equals_optipfairs_own():
         parts(model, "mlp")[0], Moments(100, h.sum(0), (h**2).sum(0)), torch.Generator()
     )
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:transformers .* is not tested with current version of modelopt", "ignore::DeprecationWarning"
+)
+def test_contribution_equals_modelopts_own():
+    """On one token, where the mean norm of an error and the mean of its square order units alike."""
+    from modelopt.torch.prune.importance_hooks.base_hooks import IterativeChannelContributionHook
+
+    part = parts(make_model(), "mlp")[0]
+    output = torch.nn.Linear(48, 32, bias=False)
+    output.weight = part.output.weight
+    for h in torch.randn(3, 1, 48):
+        hook = IterativeChannelContributionHook(output, {"validation_full_iters": 48})
+        for _ in range(48):  # each call takes the next channel
+            hook(output, (h[None],), output(h[None]))
+        moments = Moments(1, h.sum(0).double(), h.square().sum(0).double(), (h.T @ h).double())
+        ours = CRITERIA["contribution"].score(part, moments, torch.Generator())
+        assert ours.argsort().tolist() == hook.to_dict()["channels_importance_ascending"].tolist()

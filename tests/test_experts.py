@@ -315,6 +315,30 @@ def test_scores_of_experts_are_the_change_of_the_entropy_by_brute_force(name):
     assert {len(layer) for layer in ours["fisher_sequence"]["experts"]} <= {0, 8}
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_reap_equals_llm_compressors_own(name):
+    linearize = pytest.importorskip(
+        "llmcompressor.modeling.moe.linearize",
+        reason="LLM Compressor needs transformers 5.17 or older: an environment of its own, see docs/methods.md",
+    )
+    from llmcompressor.core import State
+    from llmcompressor.modifiers.pruning.reap import REAPPruningModifier
+
+    ours = unit_scores(mixture(name), TOKENS, ["reap"])["reap"]["experts"]
+    model = mixture(name)
+    linearize.linearize_moe(model)
+    modifier, state = REAPPruningModifier(sparsity=0.25), State(model=model)
+    modifier.on_initialize(state)
+    modifier.on_calibration_start(state, None)
+    with torch.no_grad():
+        model(TOKENS)
+    theirs = [tracker.mean_saliency.float() for tracker in modifier._saliency_trackers.values()]
+    assert len(theirs) == len([layer for layer in ours if len(layer)]) > 0
+    for layer, scores in zip((layer for layer in ours if len(layer)), theirs, strict=True):
+        torch.testing.assert_close(layer, scores, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", NARROWED)
 def test_scores_of_neurons_in_experts_equal_float64_autograd(name, monkeypatch):
     """Each expert's neurons on its own tokens; the products of a sequence are summed before they are squared."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from hfprune.cli import main
 from hfprune.errors import UserError
@@ -18,7 +19,8 @@ from hfprune.evaluation.lm_eval_runner import language_model
 from hfprune.experiment.estimate import Estimate, Models, device_of, report
 from hfprune.experiment.plan import Plan
 from hfprune.experiment.schema import Experiment, parse
-from hfprune.models.loading import check_family, load_model
+from hfprune.models.activations import bytes_beside_weights
+from hfprune.models.loading import check_family, load_model, shape_only
 from hfprune.models.streamed import Stored
 from hfprune.pruning.scoring import unit_scores
 from hfprune.runtime.signals import Stopped
@@ -142,6 +144,18 @@ def test_auto_streams_what_does_not_fit(tmp_path, monkeypatch):
     for free, device in ((size - 10**5, "meta"), (size, "cpu")):
         monkeypatch.setattr("hfprune.models.loading.available_bytes", lambda free=free: free + 3 * 2**30)
         assert load_model(folder, "float32", "auto").device.type == device
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "width", "expected"),
+    [
+        (32, 4096, 11008, 3 * 2**30),  # of a 7B a long sequence takes less
+        (80, 8192, 28672, 4096 * (80 * 8192 * 2 + (12 * 8192 + 5 * 28672) * 2 + 8 * 8192)),  # of a 70B
+    ],
+)
+def test_a_larger_model_leaves_more_memory_free_beside_its_weights(layers, hidden, width, expected):
+    shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": width}
+    assert bytes_beside_weights(shape_only(LlamaConfig(**shape), torch.bfloat16)) == expected
 
 
 def test_predictions_and_measures_equal_those_of_the_model_in_memory(checkpoint, texts, tmp_path):

@@ -26,9 +26,8 @@ from hfprune.data.download import _hub_errors, describe
 from hfprune.errors import UserError
 from hfprune.experiment.plan import Job, Plan
 from hfprune.experiment.schema import DType, Experiment, Source
-from hfprune.models.activations import forward_bytes, graph_bytes
+from hfprune.models.activations import bytes_beside_weights, forward_bytes, graph_bytes
 from hfprune.models.loading import (
-    BYTES_BESIDE_WEIGHTS,
     PREFILL,
     active_parameters,
     check_family,
@@ -464,7 +463,7 @@ class Estimate:
 
         A model that does not fit one GPU is streamed, unless `memory: resident` asks for several.
         """
-        too_large = weight_bytes(model) + BYTES_BESIDE_WEIGHTS > self.device.memory
+        too_large = weight_bytes(model) + bytes_beside_weights(model) > self.device.memory
         return job.settings.memory == "streamed" or (job.settings.memory == "auto" and too_large)
 
     def scoring_memory(self, criteria: list[str], shape: tuple[int, int], streamed: bool) -> int:

@@ -17,6 +17,7 @@ from hfprune.models.units import Part, layers_of, parts
 from hfprune.runtime import memory
 
 CHUNK = 64  # tokens that linear attention takes at a time
+LONG_SEQUENCE, LEAST_BESIDE_WEIGHTS = 4096, 3 * 2**30  # tokens; bytes, which scoring 1024 tokens of a 7B model needs
 
 
 def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -34,6 +35,15 @@ def graph_bytes(model: PreTrainedModel, tokens: int) -> int:
         states = 4 * heads * (8 * CHUNK + 12 * (config.linear_key_head_dim + config.linear_value_head_dim))
         per_token += states * sum(not part.attends for part in parts(model, "attention"))
     return per_token * tokens
+
+
+def bytes_beside_weights(model: PreTrainedModel) -> int:
+    """How much of a device's memory stays free of a resident model's weights: what scoring one long sequence takes.
+
+    That is the input of every layer and the graph of one, see `checkpointed`.
+    """
+    inputs = LONG_SEQUENCE * model.config.hidden_size * len(layers_of(model)) * model.dtype.itemsize
+    return max(LEAST_BESIDE_WEIGHTS, inputs + graph_bytes(model, LONG_SEQUENCE) // len(layers_of(model)))
 
 
 def widest_mlp(model: PreTrainedModel) -> int:

@@ -26,6 +26,7 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 
 from hfprune.errors import UserError
+from hfprune.models.activations import bytes_beside_weights
 from hfprune.models.config_json import check_values, read_json
 from hfprune.models.families import EXPERTS, FAMILIES, layout_for, layout_of, refusal
 from hfprune.models.mixtures import all_experts, experts_in
@@ -41,9 +42,6 @@ SENTENCEPIECE = ("sentencepiece", "protobuf")  # libraries with which transforme
 LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no network, and no code from a checkpoint
 LINEAR = (nn.Linear, Conv1D)  # classes of linear layers in models of transformers
 PREFILL = 256  # tokens of the sequence for which FLOPs are counted and time is measured
-
-# This much memory of every GPU is not used for weights: scoring 1024 tokens of a 7B model needs it (docs/scoring.md).
-BYTES_BESIDE_WEIGHTS = 3 * 2**30
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -183,23 +181,19 @@ def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool 
     """
     config = check_family(folder)
     kind = _dtype(folder, config, dtype)
-    if memory == "streamed" or (memory == "auto" and not _fits(_values(folder) * kind.itemsize, spread)):
-        return _streamed(folder, config, kind)
-    placement = _placement() if spread else {}
+    shape = shape_only(config, kind)
+    beside = bytes_beside_weights(shape)
+    if memory == "streamed" or (memory == "auto" and not _fits(_values(folder) * kind.itemsize, beside, spread)):
+        place_in_files(shape, weight_files(folder), device())
+        return shape
+    placement = _placement(beside) if spread else {}
     model = model_class(config).from_pretrained(folder, config=config, dtype=dtype, **LOCAL, **placement)
     for name, parameter in model.named_parameters() if dtype == "float16" else ():
         if not parameter.is_meta:  # not offloaded
             refuse_overflow(name, parameter, folder)
-    if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - BYTES_BESIDE_WEIGHTS:
+    if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - beside:
         model = model.to(device())
     return model.eval().requires_grad_(False)
-
-
-def _streamed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model whose weights stay in the files of its checkpoint."""
-    model = shape_only(config, dtype)
-    place_in_files(model, weight_files(folder), device())
-    return model
 
 
 def shape_only(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -235,18 +229,24 @@ def _values(folder: Path) -> int:
     return count
 
 
-def _fits(size: int, spread: bool) -> bool:
-    """Whether so many bytes of weights fit into the memory of the GPUs (of the first, without `spread`) or the CPU."""
+def _fits(size: int, beside: int, spread: bool) -> bool:
+    """Whether so many bytes of weights fit into the memory of the GPUs (of the first, without `spread`) or the CPU.
+
+    Args:
+        size: bytes of the weights.
+        beside: bytes of each device that stay free of them.
+        spread: see `load_model`.
+    """
     if not torch.cuda.is_available():
-        return size + BYTES_BESIDE_WEIGHTS < available_bytes()
+        return size + beside < available_bytes()
     gpus = range(torch.cuda.device_count() if spread else 1)
-    return size < sum(torch.cuda.mem_get_info(gpu)[0] - BYTES_BESIDE_WEIGHTS for gpu in gpus)
+    return size < sum(torch.cuda.mem_get_info(gpu)[0] - beside for gpu in gpus)
 
 
-def _placement() -> dict[str, Any]:
+def _placement(beside: int) -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
-    free = {gpu: torch.cuda.mem_get_info(gpu)[0] - BYTES_BESIDE_WEIGHTS for gpu in range(torch.cuda.device_count())}
+    free = {gpu: torch.cuda.mem_get_info(gpu)[0] - beside for gpu in range(torch.cuda.device_count())}
     limits = {gpu: max(0, size) for gpu, size in free.items()} | {"cpu": available_bytes()}
     return {"device_map": "sequential", "max_memory": limits}
 
