@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 .PHONY: run test env lint lock docs
 
 run: env
-	@echo "The default experiment takes about ten minutes on two cores; its first results come after about four."
+	@echo "The default experiment takes about ten minutes on two cores; its first results come within five."
 	snakemake --cores all
 
 # One process per core, each with a test file, the longest files first. Torch's own threads would slow them down.

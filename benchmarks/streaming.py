@@ -130,7 +130,7 @@ def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tinyllama-1.1b")
-    parser.add_argument("--steps", nargs="+", choices=("speed", *STEPS), default=("speed", *STEPS))
+    parser.add_argument("--steps", nargs="+", choices=("speed", "cost", *STEPS), default=("speed", *STEPS))
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -138,18 +138,21 @@ def main() -> None:
     parser.add_argument("--gpu-bytes", type=int, help="of a GPU's memory, take no more")
     parser.add_argument("--folder", type=Path, help="keeps the checkpoint for other runs (default: temporary)")
     args = parser.parse_args()
-    figures: dict[str, Any] = {"shape": args.shape, "tokens": args.samples * args.length}
+    figures: dict[str, Any] = {"shape": args.shape, "small": args.small, "tokens": args.samples * args.length}
     figures["free_bytes"] = available_bytes()
     with ExitStack() as stack:
         scratch = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if "speed" in args.steps:
             figures |= speeds(scratch / "small", SHAPES[args.small], args.rounds)
             print(figures, flush=True)
-        large = scratch / args.shape
-        if not (large / TOKENIZER).exists():
+        if "cost" in args.steps:
+            figures |= costs(scratch / "cost", SHAPES[args.small], args.rounds)
+        large, steps = scratch / args.shape, [step for step in STEPS if step in args.steps]
+        if steps and not (large / TOKENIZER).exists():
             write_checkpoint(large, SHAPES[args.shape], torch.bfloat16)
-        figures["weight_bytes"] = weight_bytes(large)
-        for step in (step for step in STEPS if step in args.steps):
+        if steps:
+            figures["weight_bytes"] = weight_bytes(large)
+        for step in steps:
             figures |= in_its_own_process(step, large, args.length, args.samples, args.gpu_bytes)
             print(figures, flush=True)
     some = args.steps if len(args.steps) < len(STEPS) + 1 else ()
@@ -165,6 +168,18 @@ def speeds(folder: Path, shape: dict[str, Any], rounds: int) -> dict[str, float]
     seconds = alternate(work, rounds)
     figures = {f"tokens_per_second_{name}": tokens.numel() / median for name, median in seconds.items()}
     return figures | {"speed_streamed_over_resident": seconds["resident"] / seconds["streamed"]}
+
+
+def costs(folder: Path, shape: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Seconds of scoring with streamed weights, by layers (of two sequences) and by sequences (through four layers)."""
+    tokens, work = torch.randint(0, shape["vocab_size"], (8, 256)), {}
+    for layers in (2, 4, 8, 16):
+        write_checkpoint(folder / str(layers), shape | {"num_hidden_layers": layers}, torch.float32)
+        network = load_model(folder / str(layers), "auto", "streamed")
+        work[f"cost_seconds_layers_{layers}"] = partial(unit_scores, network, tokens[:2], ["entropy"])
+        for sequences in (1, 2, 4, 8) if layers == 4 else ():
+            work[f"cost_seconds_sequences_{sequences}"] = partial(unit_scores, network, tokens[:sequences], ["entropy"])
+    return alternate(work, rounds)
 
 
 def in_its_own_process(step: str, *arguments: Any) -> dict[str, float]:
