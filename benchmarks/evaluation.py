@@ -6,6 +6,7 @@ Both answer the same requests of the same documents, in turn in every round. lm-
 in batches of 16 rows; ours as stage `evaluate` runs it. `product_ratio` is against lm-eval's class with the matrix
 products that our stages use (`hfprune/runtime/matmul.py`), which a CPU gains from: what sharing and few logits alone
 give.
+`operations_ratio` is what torch's counter says of both: how much of the work sharing and few logits leave.
 `max_difference`, of log-likelihoods, is against the same; `product_difference` is what the other products alone make of
 lm-eval's class, by rounding.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from common import alternate, record
 from lm_eval.models.huggingface import HFLM
+from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune.data.lm_eval_tasks import stock_task
 from hfprune.data.readers import read_records
@@ -53,6 +55,13 @@ def requests(name: str, folder: Path, documents: int) -> list[Any]:
 def difference(one: list[tuple[float, bool]], other: list[tuple[float, bool]]) -> float:
     """The largest difference of two lists of log-likelihoods, nats."""
     return max(abs(mine - theirs) for (mine, _), (theirs, _) in zip(one, other, strict=True))
+
+
+def operations(lm: HFLM, asked: list[Any]) -> int:
+    """Floating-point operations of the answers."""
+    with FlopCounterMode(display=False) as counter:
+        lm.loglikelihood(asked, disable_tqdm=True)
+    return counter.get_total_flops()
 
 
 def main() -> None:
@@ -104,6 +113,7 @@ def main() -> None:
         figures |= {
             f"{name}, speed_ratio": ratios[-1],
             f"{name}, product_ratio": seconds["stock, our products"] / seconds["shared"],
+            f"{name}, operations_ratio": operations(stock, asked) / operations(shared, asked),
             f"{name}, max_difference": differences[-1],
             f"{name}, product_difference": difference(answers["stock"], answers["stock, our products"]),
             f"{name}, greedy answers differ": sum(

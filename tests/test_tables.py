@@ -167,7 +167,7 @@ def test_kl_after_training_stands_against_kl_before_it():
     ]  # fmt: skip
     figure = figures.after_against_before(found)
     labels = figure.axes[0].get_legend_handles_labels()[1]
-    assert labels == ["lora: rank correlation 0.83 (-0.13 to 0.99), 6 models", "norms"], (
+    assert labels == ["lora: rank correlation 0.83 (-0.13 to 0.99), 6 models", "norms: 2 models"], (
         "two models have no rank correlation"
     )
     plt.close(figure)

@@ -14,6 +14,7 @@ from hfprune.store.artifacts import Artifact
 from hfprune.store.filenames import SCORES
 
 KEPT = 2 / 3  # the share of a layer's neurons that stays when 20 % of a small model's parameters go
+FEWEST_RANKED = 3  # below which a rank correlation says nothing
 
 
 def compare(artifacts: list[Artifact]) -> pd.DataFrame:
@@ -93,9 +94,8 @@ def correlation_interval(value: float, count: int) -> tuple[float, float]:
 
 
 def correlation_in_words(one: np.ndarray, other: np.ndarray) -> str:
-    """Spearman's rank correlation with its interval, where it has one; empty if there is no correlation."""
-    value = correlation(one, other)
-    if not np.isfinite(value):
+    """Spearman's rank correlation with its interval, where it has one; empty if there is none, or too few values."""
+    if len(one) < FEWEST_RANKED or not np.isfinite(value := correlation(one, other)):
         return ""
     low, high = correlation_interval(value, len(one))
     return f"{value:.2f}" + (f" ({low:.2f} to {high:.2f})" if np.isfinite(low) else "")

@@ -20,7 +20,14 @@ from scipy.stats import rankdata
 from hfprune.models.units import UNITS
 from hfprune.pruning.methods import DENSE, shares_of
 from hfprune.reporting import findings
-from hfprune.reporting.agreement import KEPT, between_criteria, correlation, correlation_in_words, layers
+from hfprune.reporting.agreement import (
+    FEWEST_RANKED,
+    KEPT,
+    between_criteria,
+    correlation,
+    correlation_in_words,
+    layers,
+)
 from hfprune.reporting.deployment import by_file
 from hfprune.reporting.labels import name_of, spread
 from hfprune.reporting.metrics import TASK_TITLES, headline, on_headline_text, operations
@@ -38,7 +45,6 @@ LONG = 18  # characters of a name that leaves a column too little room
 OFFSET = 4  # points between models of one cost
 KL_LINEAR = 0.01  # nats: smaller values of KL stand on a linear axis
 KL_LABEL = "KL(dense || pruned), nats per token"
-FEWEST_RANKED = 3  # models, below which a rank correlation says nothing
 LOSS_LABELS = {"cross_entropy": "Cross-entropy, nats per token", "distillation": "KL(dense || model), nats per token"}
 THREAD = {"arrowstyle": "-", "relpos": (0, 0.5), "patchA": None, "shrinkA": 1}  # to the left edge of a point's name
 STYLE = {
@@ -500,10 +506,8 @@ def after_against_before(metrics: pd.DataFrame) -> Figure:
     pairs = before_and_after(metrics)
     figure, axis = plt.subplots(figsize=(COLUMN, COLUMN), layout="constrained")
     for number, (recovery, cuts) in enumerate(pairs.groupby("recovery", sort=False)):
-        label = recovery
-        if len(cuts) >= FEWEST_RANKED:
-            rank = correlation_in_words(cuts["before"], cuts["after"])
-            label += f": {f'rank correlation {rank}, ' if rank else ''}{len(cuts)} models"
+        rank = correlation_in_words(cuts["before"], cuts["after"])
+        label = f"{recovery}: {f'rank correlation {rank}, ' if rank else ''}{len(cuts)} models"
         look = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axis.plot("before", "after", data=cuts, ls="", markersize=5, label=label, **look)
     axis.set_xscale("log")

@@ -265,7 +265,7 @@ def before_after(pairs: pd.DataFrame) -> str:
     told = []
     for recovery, cuts in pairs.groupby("recovery", sort=False):
         nearer = int((cuts["after"] < cuts["before"]).sum())
-        rank = correlation_in_words(cuts["before"], cuts["after"]) if len(cuts) > 2 else ""
+        rank = correlation_in_words(cuts["before"], cuts["after"])
         told.append(f"{recovery} brings {nearer} of {len(cuts)} models nearer to the dense one")
         if rank:
             told[-1] += f", and their ranks correlate by {rank}"
