@@ -148,9 +148,9 @@ def main() -> None:
         if "cost" in args.steps:
             figures |= costs(scratch / "cost", SHAPES[args.small], args.rounds)
         large, steps = scratch / args.shape, [step for step in STEPS if step in args.steps]
-        if steps and not (large / TOKENIZER).exists():
-            write_checkpoint(large, SHAPES[args.shape], torch.bfloat16)
         if steps:
+            if not (large / TOKENIZER).exists():
+                write_checkpoint(large, SHAPES[args.shape], torch.bfloat16)
             figures["weight_bytes"] = weight_bytes(large)
         for step in steps:
             figures |= in_its_own_process(step, large, args.length, args.samples, args.gpu_bytes)
@@ -171,14 +171,15 @@ def speeds(folder: Path, shape: dict[str, Any], rounds: int) -> dict[str, float]
 
 
 def costs(folder: Path, shape: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Seconds of scoring with streamed weights, by layers (of two sequences) and by sequences (through four layers)."""
+    """Seconds of scoring with streamed weights, of two sequences by layers and through four layers by sequences."""
     tokens, work = torch.randint(0, shape["vocab_size"], (8, 256)), {}
-    for layers in (2, 4, 8, 16):
+    for layers, counts in {2: (2,), 4: (1, 2, 4, 8), 8: (2,), 16: (2,)}.items():
         write_checkpoint(folder / str(layers), shape | {"num_hidden_layers": layers}, torch.float32)
         network = load_model(folder / str(layers), "auto", "streamed")
-        work[f"cost_seconds_layers_{layers}"] = partial(unit_scores, network, tokens[:2], ["entropy"])
-        for sequences in (1, 2, 4, 8) if layers == 4 else ():
-            work[f"cost_seconds_sequences_{sequences}"] = partial(unit_scores, network, tokens[:sequences], ["entropy"])
+        for count in counts:
+            work[f"cost_seconds_{layers}_layers_{count}_sequences"] = partial(
+                unit_scores, network, tokens[:count], ["entropy"]
+            )
     return alternate(work, rounds)
 
 

@@ -100,7 +100,7 @@ def test_what_gpu_runs_as_other_scripts(benchmarks, monkeypatch, tmp_path):
     assert set(scoring.matrix_product_rates(torch.float32)) == {"torch", "ours"}
     for module in (streaming.surgery, streaming.fidelity):  # the steps replace this, each in its own process
         monkeypatch.setattr(module, "sample_sequences", module.sample_sequences)
-    assert len(streaming.costs(tmp_path / "cost", streaming.SHAPES["tiny"], 1)) == 8
+    assert len(streaming.costs(tmp_path / "cost", streaming.SHAPES["tiny"], 1)) == 7
     streaming.write_checkpoint(tmp_path / "model", streaming.SHAPES["tiny"], torch.bfloat16)
     streaming.score(tmp_path / "model", tokens)
     streaming.cut(tmp_path / "model", tokens)

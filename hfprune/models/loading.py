@@ -1,7 +1,6 @@
 """Loading and running checkpoints of the supported families, and counting their parameters, FLOPs and bytes."""
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import product
@@ -182,8 +181,8 @@ def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool 
     config = check_family(folder)
     kind = _dtype(folder, config, dtype)
     shape = shape_only(config, kind)
-    beside = bytes_beside_weights(shape)
-    if memory == "streamed" or (memory == "auto" and not _fits(_values(folder) * kind.itemsize, beside, spread)):
+    size, beside = _bytes(shape), bytes_beside_weights(shape)
+    if memory == "streamed" or (memory == "auto" and not _fits(size, beside, spread)):
         place_in_files(shape, weight_files(folder), device())
         return shape
     placement = _placement(beside) if spread else {}
@@ -191,7 +190,7 @@ def load_model(folder: Path, dtype: str, memory: str = "resident", spread: bool 
     for name, parameter in model.named_parameters() if dtype == "float16" else ():
         if not parameter.is_meta:  # not offloaded
             refuse_overflow(name, parameter, folder)
-    if not spread and torch.cuda.is_available() and _bytes(model) < torch.cuda.mem_get_info()[0] - beside:
+    if not spread and torch.cuda.is_available() and _fits(size, beside, spread):
         model = model.to(device())
     return model.eval().requires_grad_(False)
 
@@ -218,15 +217,6 @@ def _dtype(folder: Path, config: PreTrainedConfig, dtype: str) -> torch.dtype:
         return config.dtype
     with safe_open(weight_files(folder)[0], "pt") as tensors:
         return tensors.get_tensor(next(iter(tensors.keys()))).dtype
-
-
-def _values(folder: Path) -> int:
-    """Number of values in a checkpoint's weights."""
-    count = 0
-    for file in weight_files(folder):
-        with safe_open(file, "pt") as tensors:
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return count
 
 
 def _fits(size: int, beside: int, spread: bool) -> bool:
