@@ -19,6 +19,7 @@ The same model, texts and settings keep the same units as `hfprune score` and `h
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def _without_sublayers(
     shape = shape_of(model)
     budget = units_to_keep(shape, ratio, target_parameters=target_parameters, structure=recipe.structure)
     with _as_scored(model):
-        steps, _, _ = order(model, tokens, recipe.criterion, recipe.structure, recipe.refit, recipe.ridge)
+        settings = (recipe.structure, recipe.refit, recipe.ridge, budget.share)
+        steps, _, _ = order(model, tokens, recipe.criterion, *settings)
     return kept_without(shape, best_steps(shape, steps, budget.share * shape.total))
 
 
@@ -162,14 +164,15 @@ def _without_and_narrower(
 ) -> Kept:  # fmt: skip
     """All units but those of whole sublayers or layers that a recipe removes, and of neurons beside them."""
     shape, depth, measure = shape_of(model), MIXED[recipe.structure], ALLOCATIONS[recipe.allocation].influence
-    with _as_scored(model):
-        steps, _, _ = order(model, tokens, recipe.order_criterion, depth, recipe.refit, recipe.ridge)
-        influence = layer_influence(model, tokens, measure) if measure else None
-    budget = units_to_keep(
-        shape, ratio, target_parameters=target_parameters, structure=recipe.structure, allocation=recipe.allocation,
-        round_to=round_to, depth_share=recipe.depth_share, order=steps,
+    budget = partial(
+        units_to_keep, shape, ratio, target_parameters=target_parameters, structure=recipe.structure,
+        allocation=recipe.allocation, round_to=round_to, depth_share=recipe.depth_share,
     )  # fmt: skip
-    return surgery.without_and_narrower(shape, budget, scores, recipe.allocation, influence)
+    share = budget().share * (recipe.depth_share or 1)
+    with _as_scored(model):
+        steps, _, _ = order(model, tokens, recipe.order_criterion, depth, recipe.refit, recipe.ridge, share)
+        influence = layer_influence(model, tokens, measure) if measure else None
+    return surgery.without_and_narrower(shape, budget(order=steps), scores, recipe.allocation, influence)
 
 
 def _check_budget(

@@ -74,7 +74,7 @@ def test_the_memory_of_a_model_is_not_that_of_the_process_that_asks(checkpoint):
 
 
 @pytest.mark.parametrize(("free", "loads"), [(2**40, 2), (0, 2 * 3)])
-def test_models_that_memory_does_not_hold_together_are_loaded_in_turn(free, loads, checkpoint, monkeypatch):
+def test_models_that_memory_does_not_hold_together_are_loaded_in_turn(free, loads, checkpoint, monkeypatch, capsys):
     loaded = []
     monkeypatch.setattr(timing, "load_model", lambda folder, dtype: loaded.append(folder) or load_model(folder, dtype))
     monkeypatch.setattr(timing, "free_bytes", lambda device: free)
@@ -82,6 +82,7 @@ def test_models_that_memory_does_not_hold_together_are_loaded_in_turn(free, load
     monkeypatch.setattr(timing, "peak_of", lambda *_: 1)
     rows = time_models(dict(zip("ab", (checkpoint, checkpoint), strict=True)), "float32", rounds=2, new_tokens=2)
     assert len(loaded) == loads
+    assert "time models: 100%" in (shown := capsys.readouterr().err) and "peak memory: 100%" in shown
     assert [row["n"] for row in rows if row["metric"] == "prefill_seconds"] == [2, 2]
 
 

@@ -24,6 +24,7 @@ from hfprune.models.units import read_scores
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.pruning.scoring import batch_size, cost, tokens_per_batch, unit_scores
 from hfprune.runtime.memory import empty_cache, free_bytes, is_offloaded
+from hfprune.runtime.progress import progress
 from hfprune.store.artifacts import device_name, peak_memory
 from hfprune.store.filenames import SCORES
 from hfprune.store.keys import versions
@@ -62,19 +63,19 @@ def time_models(folders: dict[str, Path], dtype: str, rounds: int, new_tokens: i
     if are_held := sum(map(weight_bytes, folders.values())) < free_bytes(device()) * SHARE_OF_WEIGHTS:
         load = cache(load)
     measurements: dict[tuple[str, str, str], list[float]] = {}
-    for number in range(rounds + 1):
-        for name in folders:
-            model = load(name)
-            if not are_held:
-                run_once(model, 1)
-            for (task, metric), value in run_once(model, new_tokens).items():
-                if number:
-                    measurements.setdefault((name, task, metric), []).append(value)
-            del model
+    turns = [(number, name) for number in range(rounds + 1) for name in folders]
+    for number, name in progress(turns, "time models", len(turns), "turn"):
+        model = load(name)
+        if not are_held:
+            run_once(model, 1)
+        for (task, metric), value in run_once(model, new_tokens).items():
+            if number:
+                measurements.setdefault((name, task, metric), []).append(value)
+        del model
     del load
     rows = [(*names, statistics.median(values), rounds) for names, values in measurements.items()]
     with _fresh_process() as pool:
-        for name, folder in folders.items():
+        for name, folder in progress(folders.items(), "peak memory", len(folders), "model"):
             peak = pool.submit(peak_of, folder, dtype, new_tokens).result()
             rows.append((name, "inference", "peak_bytes", peak, 1))
     return [dict(zip(("model", "task", "metric", "value", "n"), row, strict=True)) for row in rows]
@@ -129,12 +130,12 @@ def time_scoring(
     tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
     cuts = {name: None if cut is None else read_scores(cut / SCORES)["mlp"] for name, cut in criteria.items()}
     seconds: dict[str, list[float]] = {name: [] for name in criteria}
-    for number in range(rounds + 1):
-        for name, cut in cuts.items():
-            started = _now()
-            unit_scores(network, tokens if number else tokens[:1], [name], seed, draws, cut, products=products)
-            if number:
-                seconds[name].append(_now() - started)
+    turns = [(number, name) for number in range(rounds + 1) for name in cuts]
+    for number, name in progress(turns, "time scoring", len(turns), "turn"):
+        started = _now()
+        unit_scores(network, tokens if number else tokens[:1], [name], seed, draws, cuts[name], products=products)
+        if number:
+            seconds[name].append(_now() - started)
     costs = {name: cost(network, tokens.shape, [name], draws, cut is not None, False) for name, cut in cuts.items()}
     batches = {name: tokens[: batch_size(length, tokens_per_batch(network, [name]))] for name in criteria}
     device = network.device
@@ -142,7 +143,7 @@ def time_scoring(
     empty_cache(device)  # the process below chooses its batch by what is free
     rows = []
     with _fresh_process() as pool:
-        for name, cut in cuts.items():
+        for name, cut in progress(cuts.items(), "peak memory", len(cuts), "criterion"):
             peak = pool.submit(peak_of_scoring, model, dtype, products, batches[name], name, seed, draws, cut).result()
             values = {"seconds": statistics.median(seconds[name]), "peak_bytes": peak, **costs[name], "n": rounds}
             rows.append({"criterion": name, "light_cut": CRITERIA[name].light_cut or "none", **values})

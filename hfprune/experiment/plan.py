@@ -384,7 +384,10 @@ class Plan:
         parameters = self.experiment.calibration.model_dump(include={"samples", "length"}) | {"seed": seed}
         parameters |= self.experiment.model.model_dump(include={"dtype", "memory"})
         structure = MIXED.get(cut.structure, cut.structure)
-        parameters |= {"criterion": criterion, "structure": structure, "refit": cut.refit, "ridge": cut.ridge}
+        cuts = [each for _, _, each in self.experiment.cuts() if MIXED.get(each.structure, each.structure) == structure]
+        share = max(each.share_of_steps for each in cuts)
+        parameters |= {"criterion": criterion, "structure": structure, "share": share}
+        parameters |= {"refit": cut.refit, "ridge": cut.ridge}
         label = f"{structure} by {criterion}, seed {seed}"
         return self.add("order", parameters, {"model": model, "text": text}, label)
 

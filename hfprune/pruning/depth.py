@@ -2,8 +2,8 @@
 
 What one removal costs alone says little of what several cost together. So after each removal, and its refit where the
 method has one, what every further removal would leave is measured anew: the KL divergence from the dense model's
-predictions, or the loss on the text. A search goes on until a single one of each kind is left. Every budget reads as
-much of the same order as it needs.
+predictions, or the loss on the text. A search ends when the largest budget is met; steps that it left follow as it
+last measured them. Every budget reads as much of the same order as it needs.
 
 Each removal takes one walk over the layers, in which all candidates ride along, see `candidates.py`.
 """
@@ -37,7 +37,7 @@ from hfprune.pruning.order import (
     SEARCHES,
     Step,
     kept_without,
-    may_go,
+    next_steps,
     read_order,
     save_order,
     size_of,
@@ -56,7 +56,7 @@ SEARCH_TOKENS = 1024  # on which a search measures: the first sequences of the c
 
 def write_order(
     folder: Path, model: Path, text: Path, criterion: str, structure: str, refit: str, ridge: float, samples: int,
-    length: int, seed: int, dtype: str, memory: str = "auto",
+    length: int, seed: int, dtype: str, memory: str = "auto", share: float = 1.0,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage `order`: write the order in which sublayers or layers go into `folder`.
 
@@ -64,7 +64,7 @@ def write_order(
         folder: the artifact's; a search keeps the order so far in its `.resume`, to go on after a kill.
         model: folder of the checkpoint.
         text: folder of the calibration text.
-        criterion, structure, refit, ridge: see `order`.
+        criterion, structure, refit, ridge, share: see `order`.
         samples, length, seed: how the sequences are drawn, see `sampling.sample_sequences`.
         dtype: of the model's arithmetic.
         memory: "resident", "streamed" or "auto", see `loading.load_model`.
@@ -74,7 +74,7 @@ def write_order(
     """
     network = load_model(model, dtype, memory, spread=False)
     tokens = sample_sequences(load_tokenizer(model), network.config, text, samples, length, seed)
-    steps, measures, cost = order(network, tokens, criterion, structure, refit, ridge, folder, folder / RESUME)
+    steps, measures, cost = order(network, tokens, criterion, structure, refit, ridge, share, folder, folder / RESUME)
     save_order(folder / ORDER, steps, measures)
     return cost | {"memory": memory_of(network)}
 
@@ -86,6 +86,7 @@ def order(
     structure: str,
     refit: str = "none",
     ridge: float = RIDGE,
+    share: float = 1.0,
     folder: Path | None = None,
     resume: Path | None = None,
 ) -> tuple[list[Step], list[float], dict[str, Any]]:
@@ -97,12 +98,13 @@ def order(
         criterion: a name in `order.CRITERIA`.
         structure: a name in `units.DEPTH`.
         refit, ridge: what makes up for the removals during a search, see `refit.refit`.
+        share: of all parameters; a search ends when that is gone.
         folder: for hidden states that do not fit into memory; by default the system's temporary folder.
         resume: folder in which a search keeps the order so far, to go on after a kill.
 
     Returns:
-        The steps; for each its influence, or the KL or the loss of the model after it, in nats per token; and `tokens`
-        and `flops` for the record.
+        The steps; for each its influence, or the KL or the loss of the model after it, in nats per token, of those
+        that a search left in place of the last that it removed; and `tokens` and `flops` for the record.
 
     Raises:
         UserError: layers cannot go without a change of others; or see `refit.refit`.
@@ -111,7 +113,7 @@ def order(
     if structure == "layers":
         refuse_moved_layers(model.config)
     if criterion in SEARCHES:
-        search = Search(model, tokens, criterion, structure, refit, ridge, folder)
+        search = Search(model, tokens, criterion, structure, refit, ridge, share, folder)
         steps, measures = search.run(resume)
         return steps, measures, {"tokens": search.searched.numel(), "flops": search.flops}
     steps, measures = by_influence(model, tokens, structure, folder)
@@ -138,7 +140,7 @@ class Search:
     """A greedy search.
 
     Args:
-        model, tokens, criterion, structure, refit, ridge, folder: see `order`.
+        model, tokens, criterion, structure, refit, ridge, share, folder: see `order`.
     """
 
     def __init__(
@@ -149,12 +151,13 @@ class Search:
         structure: str,
         refit: str = "none",
         ridge: float = RIDGE,
+        share: float = 1.0,
         folder: Path | None = None,
     ) -> None:
         self.model, self.tokens, self.shape = model, tokens, shape_of(model)
         self.measures_kl, self.structure = criterion == "greedy_kl", structure
-        self.refit, self.ridge = refit, ridge
-        self.remaining = steps_of(self.shape, structure)
+        self.refit, self.ridge, self.share = refit, ridge, share
+        self.steps = steps_of(self.shape, structure)
         self.searched = tokens[: sequences(tokens.shape[1])]
         self.counts = flops_of_steps(model, self.shape, structure, tokens.shape[1])
         self.folder, self.flops = folder, 0
@@ -175,20 +178,15 @@ class Search:
         started, done = time.monotonic(), 0
         with ExitStack() as stack:
             sigterm = stack.enter_context(sigterm_deferred())
-            while candidates := [step for step in self.remaining if may_go(self.shape, step, self.remaining)]:
-                removals = len(chosen) + len(self._removals())
-                what = f"removal {len(chosen) + 1} of {removals}"
+            while candidates := self._next(chosen):
+                what = f"removal {len(chosen) + 1} of {len(chosen) + len(self._removals(chosen))}"
                 measured = self._measure(chosen, candidates, dense, what)
-                if self.measures_kl:
-                    best = min(candidates, key=lambda step: (measured[step] - last) / size_of(self.shape, step))
-                else:
-                    best = min(candidates, key=measured.__getitem__)
-                last = measured[best]
+                ranked = self._ranked(measured, last)
+                best, last = ranked[0], measured[ranked[0]]
                 chosen.append(best)
                 costs.append(last)
-                self.remaining.remove(best)
                 done += len(candidates) ** 2
-                seconds = (time.monotonic() - started) / done * sum(count**2 for count in self._removals())
+                seconds = (time.monotonic() - started) / done * sum(count**2 for count in self._removals(chosen))
                 whole = "" if self.structure == "layers" else f"{best[0][0]} of "
                 print(
                     f"{whole}layer {best[0][1]} goes: "
@@ -196,6 +194,10 @@ class Search:
                     file=sys.stderr,
                     flush=True,
                 )
+                if not self._next(chosen):
+                    have_to_stay = [step for step in self.steps if step not in chosen and step not in ranked]
+                    left = those_that_go(self.shape, [*chosen, *ranked[1:], *have_to_stay])[len(chosen) :]
+                    return chosen + left, costs + [measured[step] for step in left]
                 if resume:
                     save_order(resume / "partial", chosen, costs)
                     (resume / "partial").replace(resume / ORDER)
@@ -210,17 +212,29 @@ class Search:
         resume.mkdir(parents=True, exist_ok=True)
         if not (resume / ORDER).exists():
             return [], []
-        chosen, costs = read_order(resume / ORDER)
-        for step in chosen:
-            self.remaining.remove(step)
-        return chosen, costs
+        return read_order(resume / ORDER)
 
-    def _removals(self) -> list[int]:
-        """How many candidates each removal to come has."""
-        remaining, counts = list(self.remaining), []
-        while candidates := [step for step in remaining if may_go(self.shape, step, remaining)]:
+    def _next(self, gone: Sequence[Step]) -> list[Step]:
+        """The candidates for the next removal, in the order of the model."""
+        return next_steps(self.shape, self.steps, gone, self.share)
+
+    def _ranked(self, measured: dict[Step, float], last: float) -> list[Step]:
+        """The candidates, the best first: by KL for each parameter freed, or by loss.
+
+        Args:
+            measured: the KL or the loss without each of them, in nats per token.
+            last: the same without none of them.
+        """
+        if self.measures_kl:
+            return sorted(measured, key=lambda step: (measured[step] - last) / size_of(self.shape, step))
+        return sorted(measured, key=measured.__getitem__)
+
+    def _removals(self, chosen: Sequence[Step]) -> list[int]:
+        """How many candidates each removal to come has, if the last of the model go first."""
+        gone, counts = list(chosen), []
+        while candidates := self._next(gone):
             counts.append(len(candidates))
-            remaining.remove(candidates[-1])
+            gone.append(candidates[-1])
         return counts
 
     def _measure(
@@ -313,23 +327,24 @@ def sequences(length: int) -> int:
     return max(1, SEARCH_TOKENS // length)
 
 
-def cost(model: PreTrainedModel, tokens: tuple[int, int], criterion: str, structure: str, refit: str) -> int:
+def cost(
+    model: PreTrainedModel, tokens: tuple[int, int], criterion: str, structure: str, refit: str, share: float = 1.0
+) -> int:
     """Floating-point operations of a search, if the last sublayers or layers go first.
 
     Args:
         model: the dense model; its shapes are enough.
         tokens: (sequences, length) of the calibration.
-        criterion, structure, refit: see `order`.
+        criterion, structure, refit, share: see `order`.
     """
     shape = shape_of(model)
-    remaining, gone = steps_of(shape, structure), []
+    steps, gone = steps_of(shape, structure), []
     walked = min(tokens[0], sequences(tokens[1])) * tokens[1]
     counts = flops_of_steps(model, shape, structure, tokens[1])
     flops = walked * flops_per_token(model, tokens[1]) if criterion == "greedy_kl" else 0  # of the dense model
-    while candidates := [step for step in remaining if may_go(shape, step, remaining)]:
+    while candidates := next_steps(shape, steps, gone, share):
         flops += flops_without(model, counts, walked, gone, candidates)
         if gone and refit != "none":
             flops += flops_of_refit(model, kept_without(shape, gone), tokens, refit)
         gone.append(candidates[-1])
-        remaining.remove(candidates[-1])
     return flops

@@ -93,6 +93,22 @@ def removed_by(shape: Shape, steps: Sequence[Step]) -> int:
     return sum(size_of(shape, tuple(sublayers)) for sublayers in gone.values())
 
 
+def next_steps(shape: Shape, steps: Sequence[Step], gone: Sequence[Step], share: float) -> list[Step]:
+    """The steps that may go after others; none if a budget of this share is met, see `best_steps`.
+
+    Args:
+        shape: of the model.
+        steps: all that the structure allows.
+        gone: those that went.
+        share: of all parameters.
+    """
+    smallest, before = min((size_of(shape, step) for step in steps), default=0), set(gone)
+    if share * shape.total - sum(size_of(shape, step) for step in gone) < smallest / 2:
+        return []
+    remaining = [step for step in steps if step not in before]
+    return [step for step in remaining if may_go(shape, step, remaining)]
+
+
 def best_steps(shape: Shape, order: Sequence[Step], remove: float) -> list[Step]:
     """The steps that a budget takes: those first in order that fit.
 

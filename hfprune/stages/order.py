@@ -35,13 +35,18 @@ class OrderParameters(Sampling, Parameters):
     ridge: float = Field(
         RIDGE, ge=0, allow_inf_nan=False, description="how strongly a refit stays near the old weights"
     )
+    share: float = Field(
+        1.0, gt=0, le=1, description="of all parameters: a search ends when this share is gone (default: the last step)"
+    )
     seed: Seed = Field(0, description="seed for the sequences")
     dtype: DType = "auto"
     memory: Memory = "auto"
 
     def read(self) -> dict[str, Any]:
-        """The parameters that affect the order: a refit only where it is measured, `ridge` only if it solves."""
-        unread = {"refit", "ridge"} if self.criterion not in SEARCHES else {"ridge"} if self.refit == "none" else set()
+        """The parameters that affect the order: refit and share only in a search, `ridge` only if the refit solves."""
+        unread = {"ridge"} if self.refit == "none" else set()
+        if self.criterion not in SEARCHES:
+            unread = {"refit", "ridge", "share"}
         return self.model_dump(exclude=NOT_IN_RESULT | unread)
 
     def options(self) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def _cost(job: Any, estimate: Any) -> Any:
     streams = tokens * dense.config.hidden_size
     if settings.criterion in SEARCHES:
         sampled = (settings.samples, settings.length)
-        flops = depth.cost(dense, sampled, settings.criterion, settings.structure, settings.refit)
+        flops = depth.cost(dense, sampled, settings.criterion, settings.structure, settings.refit, settings.share)
         walked = min(settings.samples, depth.sequences(settings.length)) * settings.length
         candidates = len(depth.steps_of(estimate.models.shape, settings.structure))
         memory += bytes_of_walk(dense, walked, candidates, estimate.kind)

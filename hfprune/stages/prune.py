@@ -69,6 +69,11 @@ class PruneParameters(Budget):
         """Whether this cut reads the calibration text: for a refit, or to measure the layers' influence."""
         return self.refit != "none" or ALLOCATIONS[self.allocation].influence is not None
 
+    @property
+    def share_of_steps(self) -> float:
+        """Of all parameters, what whole sublayers or layers take at most; 1 if only the model's size can say."""
+        return 1.0 if self.ratio is None else self.ratio * (self.depth_share or 1)
+
     def read(self) -> dict[str, Any]:
         """The parameters that affect this cut: `ridge` only if the refit solves for weights, `rounds` of a search."""
         unread = {"ridge"} if self.refit not in SOLVED else set()
@@ -126,7 +131,13 @@ def _check_widths(parameters: PruneParameters, scores: Any, widths: Any) -> None
 
 
 def _check_same(parameters: PruneParameters, order: Any, structure: str) -> None:
-    """Refuse an order of another structure or refit."""
+    """Refuse an order of another structure or refit, and one whose search ended before the budget."""
+    if (share := order.parameters.get("share", 1.0)) < (removed := parameters.share_of_steps):
+        longer = f"--share {removed:g}" if removed < 1 else "no --share"
+        raise UserError(
+            f"{order.folder}: an order searched for a share of {share:g} of all parameters; this cut needs "
+            f"{f'{removed:g}' if removed < 1 else 'the whole'}. Run `hfprune order` with {longer}."
+        )
     for name, value in (("structure", structure), ("refit", parameters.refit), ("ridge", parameters.ridge)):
         if order.parameters.get(name, value) != value:
             raise UserError(
