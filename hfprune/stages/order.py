@@ -35,9 +35,7 @@ class OrderParameters(Sampling, Parameters):
     ridge: float = Field(
         RIDGE, ge=0, allow_inf_nan=False, description="how strongly a refit stays near the old weights"
     )
-    share: float = Field(
-        1.0, gt=0, le=1, description="of all parameters: a search ends when this share is gone (default: the last step)"
-    )
+    share: float = Field(1.0, gt=0, le=1, description="a search ends when this share of all parameters is gone")
     seed: Seed = Field(0, description="seed for the sequences")
     dtype: DType = "auto"
     memory: Memory = "auto"
