@@ -33,7 +33,7 @@ from hfprune.evaluation.fidelity import hidden_states, position_measures, summar
 from hfprune.models import checkpoint
 from hfprune.models.head import head_of
 from hfprune.models.loading import LINEAR, check_config
-from hfprune.models.units import DEPTH, MIXED, PARTS, STRUCTURES, UNITS, Kept, Part, Scores, parts
+from hfprune.models.units import DEPTH, MIXED, PARTS, STRUCTURES, UNITS, Kept, Part, Scores, ordered, parts
 from hfprune.pruning import surgery
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS, refuse_method, refuse_saving, shape_of, units_to_keep
@@ -163,14 +163,14 @@ def _without_and_narrower(
     target_parameters: int | None, round_to: int | None,
 ) -> Kept:  # fmt: skip
     """All units but those of whole sublayers or layers that a recipe removes, and of neurons beside them."""
-    shape, depth, measure = shape_of(model), MIXED[recipe.structure], ALLOCATIONS[recipe.allocation].influence
+    shape, measure = shape_of(model), ALLOCATIONS[recipe.allocation].influence
     budget = partial(
         units_to_keep, shape, ratio, target_parameters=target_parameters, structure=recipe.structure,
         allocation=recipe.allocation, round_to=round_to, depth_share=recipe.depth_share,
     )  # fmt: skip
-    share = budget().share * (recipe.depth_share or 1)
+    structure, share = ordered(recipe.structure, recipe.depth_share), budget().share * (recipe.depth_share or 1)
     with _as_scored(model):
-        steps, _, _ = order(model, tokens, recipe.order_criterion, depth, recipe.refit, recipe.ridge, share)
+        steps, _, _ = order(model, tokens, recipe.order_criterion, structure, recipe.refit, recipe.ridge, share)
         influence = layer_influence(model, tokens, measure) if measure else None
     return surgery.without_and_narrower(shape, budget(order=steps), scores, recipe.allocation, influence)
 

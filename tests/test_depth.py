@@ -23,7 +23,7 @@ from hfprune.models.units import layers_of, part_of
 from hfprune.models.walk import enter
 from hfprune.pruning import depth
 from hfprune.pruning import order as orders
-from hfprune.pruning.budget import shape_of, units_to_keep
+from hfprune.pruning.budget import attention_of_two_stages, shape_of, units_to_keep
 from hfprune.pruning.order import (
     best_steps,
     kept_without,
@@ -209,6 +209,19 @@ def test_a_search_ends_when_its_share_is_gone_and_ranks_the_rest_as_last_measure
         small = without(model, [steps[0], step])
         found = divergence(model, small) if criterion == KL else loss(small)
         assert measure == pytest.approx(found, rel=1e-4, abs=1e-6)
+
+
+def test_a_search_for_2ssp_removes_as_many_attentions_as_its_split_takes():
+    model = make("llama", num_hidden_layers=6)
+    shape, whole = shape_of(model), depth.order(model, TEXT, LOSS, "attention_sublayers")
+    steps, measures, record = depth.order(model, TEXT, LOSS, "mlp+attention_sublayers", share=0.4)
+    count = round(attention_of_two_stages(shape, 0.4 * shape.total) / shape.sublayers["attention"][0])
+    assert 0 < count < len(steps) - 1 and len(steps) == len(whole[0])
+    assert (steps[:count], measures[:count]) == (whole[0][:count], whole[1][:count])
+    cost = depth.cost(model, TEXT.shape, LOSS, "mlp+attention_sublayers", "none", 0.4)
+    assert record["flops"] == pytest.approx(cost, rel=0.2)
+    assert record["flops"] < whole[2]["flops"]
+    assert depth.order(model, TEXT, LOSS, "mlp+attention_sublayers", share=1e-6)[0] == [], "it takes none"
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere", "olmo2"])

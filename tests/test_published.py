@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hfprune import api
-from hfprune.models.units import MIXED
 from hfprune.pruning.budget import shape_of, units_to_keep
 from hfprune.pruning.depth import order
 from hfprune.pruning.methods import presets
@@ -159,7 +158,7 @@ def test_2ssp_splits_the_budget_as_published_and_keeps_what_its_two_stages_keep(
 def prune_by_2ssp(model, sequences, ratio):
     """The model that the preset makes on these tokens."""
     recipe = presets()["2SSP"].recipe
-    steps, _, _ = order(model, sequences, recipe.order_criterion, MIXED[recipe.structure])
+    steps, _, _ = order(model, sequences, recipe.order_criterion, recipe.structure, share=ratio)
     shape, scores = shape_of(model), api.score(model, sequences, recipe.criterion)
     budget = units_to_keep(shape, ratio, structure=recipe.structure, round_to=1, order=steps)
     kept = without_and_narrower(shape, budget, scores, recipe.allocation)

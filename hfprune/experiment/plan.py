@@ -10,7 +10,7 @@ from typing import Any
 from hfprune.errors import UserError
 from hfprune.experiment.schema import Experiment
 from hfprune.models.context import check_checkpoint
-from hfprune.models.units import DEPTH, MIXED
+from hfprune.models.units import DEPTH, MIXED, ordered
 from hfprune.pruning.budget import BUDGET, check
 from hfprune.pruning.criteria import passes
 from hfprune.pruning.methods import named
@@ -383,8 +383,8 @@ class Plan:
         """The job that makes the order in which sublayers or layers go. Cuts of all sizes share it."""
         parameters = self.experiment.calibration.model_dump(include={"samples", "length"}) | {"seed": seed}
         parameters |= self.experiment.model.model_dump(include={"dtype", "memory"})
-        structure = MIXED.get(cut.structure, cut.structure)
-        cuts = [each for _, _, each in self.experiment.cuts() if MIXED.get(each.structure, each.structure) == structure]
+        structure = ordered(cut.structure, cut.depth_share)
+        cuts = [each for _, _, each in self.experiment.cuts() if ordered(each.structure, each.depth_share) == structure]
         share = max(each.share_of_steps for each in cuts)
         parameters |= {"criterion": criterion, "structure": structure, "share": share}
         parameters |= {"refit": cut.refit, "ridge": cut.ridge}

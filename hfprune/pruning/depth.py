@@ -28,9 +28,9 @@ from hfprune.models.loading import flops_of_layers, flops_per_token, load_model,
 from hfprune.models.mixtures import experts_in
 from hfprune.models.run_part import run_part
 from hfprune.models.streamed import device_of, is_streamed, memory_of
-from hfprune.models.units import IN_TURN, PARTS, Sublayer, layers_of, part_of
+from hfprune.models.units import IN_TURN, MIXED, PARTS, TWO_STAGES, Sublayer, layers_of, part_of
 from hfprune.models.walk import Arguments, layers_in_turn, run_layer
-from hfprune.pruning.budget import Shape, refuse_method, shape_of
+from hfprune.pruning.budget import Shape, attention_of_two_stages, refuse_method, shape_of
 from hfprune.pruning.candidates import Walk, dense_states, divergences, flops_of_parts, flops_of_walk, losses
 from hfprune.pruning.influence import layer_influence, part_influence
 from hfprune.pruning.order import (
@@ -96,7 +96,7 @@ def order(
         model: the intact model, in memory or streamed. It is the same afterwards.
         tokens: (sequences, length) int64 calibration tokens.
         criterion: a name in `order.CRITERIA`.
-        structure: a name in `units.DEPTH`.
+        structure: a name in `units.DEPTH`; or 2SSP's, of which the attentions go that it removes beside neurons.
         refit, ridge: what makes up for the removals during a search, see `refit.refit`.
         share: of all parameters; a search ends when that is gone.
         folder: for hidden states that do not fit into memory; by default the system's temporary folder.
@@ -109,6 +109,7 @@ def order(
     Raises:
         UserError: layers cannot go without a change of others; or see `refit.refit`.
     """
+    structure, share = _whole_steps(shape_of(model), structure, share)
     refuse_method(shape_of(model), structure, criterion, refit)
     if structure == "layers":
         refuse_moved_layers(model.config)
@@ -119,6 +120,13 @@ def order(
     steps, measures = by_influence(model, tokens, structure, folder)
     flops = tokens.numel() * flops_per_token(model, tokens.shape[1])
     return steps, measures, {"tokens": tokens.numel(), "flops": flops}
+
+
+def _whole_steps(shape: Shape, structure: str, share: float) -> tuple[str, float]:
+    """What goes whole, and its share of all parameters, where a share of all parameters goes in all."""
+    if structure == TWO_STAGES:
+        return MIXED[structure], attention_of_two_stages(shape, share * shape.total) / shape.total
+    return structure, share
 
 
 def by_influence(
@@ -338,6 +346,7 @@ def cost(
         criterion, structure, refit, share: see `order`.
     """
     shape = shape_of(model)
+    structure, share = _whole_steps(shape, structure, share)
     steps, gone = steps_of(shape, structure), []
     walked = min(tokens[0], sequences(tokens[1])) * tokens[1]
     counts = flops_of_steps(model, shape, structure, tokens[1])

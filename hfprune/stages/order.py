@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hfprune.models.units import DEPTH
+from hfprune.models.units import DEPTH, MIXED, TWO_STAGES
 from hfprune.pruning.order import CRITERIA, SEARCHES
 from hfprune.pruning.refit_names import IN_DEPTH, RIDGE
 from hfprune.stages.declaration import (
@@ -28,7 +28,10 @@ class OrderParameters(Sampling, Parameters):
     """Parameters of stage `order`."""
 
     criterion: Literal[tuple(CRITERIA)] = Field("greedy_kl", description="what orders the sublayers or layers")
-    structure: Literal[DEPTH] = Field("layers", description="what goes: attention or MLP of a layer, or whole layers")
+    structure: Literal[(*DEPTH, TWO_STAGES)] = Field(
+        "layers",
+        description="what goes: attention or MLP of a layer, or whole layers; for 2SSP the attentions among what goes",
+    )
     refit: Literal["none", *IN_DEPTH] = Field(
         "none", description="what makes up for each removal before the next is measured; for a search"
     )
@@ -75,7 +78,7 @@ def _cost(job: Any, estimate: Any) -> Any:
         sampled = (settings.samples, settings.length)
         flops = depth.cost(dense, sampled, settings.criterion, settings.structure, settings.refit, settings.share)
         walked = min(settings.samples, depth.sequences(settings.length)) * settings.length
-        candidates = len(depth.steps_of(estimate.models.shape, settings.structure))
+        candidates = len(depth.steps_of(estimate.models.shape, MIXED.get(settings.structure, settings.structure)))
         memory += bytes_of_walk(dense, walked, candidates, estimate.kind)
     else:
         flops = tokens * flops_per_token(dense, settings.length)

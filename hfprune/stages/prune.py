@@ -8,7 +8,15 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.models.units import DEPTH, DEPTH_SHARE, MIXED, STRUCTURES, check_depth_share, check_experts_share
+from hfprune.models.units import (
+    DEPTH,
+    DEPTH_SHARE,
+    MIXED,
+    STRUCTURES,
+    check_depth_share,
+    check_experts_share,
+    ordered,
+)
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.refit_names import IN_DEPTH, REFITS, RIDGE, SOLVED
 from hfprune.pruning.searched import SEARCHED, check_searched
@@ -105,12 +113,12 @@ def _check_order(parameters: PruneParameters, scores: Any, order: Any) -> None:
     if order:
         if order.manifest["inputs"] != {name: scores.manifest["inputs"][name] for name in ("model", "text")}:
             raise UserError(f"{order.folder}: an order of another model, or on another text, than the scores.")
-        _check_same(parameters, order, MIXED[structure])
+        _check_same(parameters, order)
     if stage != ("order" if structure in DEPTH else "score"):
         needed = "the order of `hfprune order`" if structure in DEPTH else "the scores of `hfprune score`"
         raise UserError(f"{scores.folder}: an artifact of {stage!r}; structure {structure!r} takes {needed}.")
     if stage == "order":
-        _check_same(parameters, scores, structure)
+        _check_same(parameters, scores)
 
 
 def _check_widths(parameters: PruneParameters, scores: Any, widths: Any) -> None:
@@ -130,7 +138,7 @@ def _check_widths(parameters: PruneParameters, scores: Any, widths: Any) -> None
             )
 
 
-def _check_same(parameters: PruneParameters, order: Any, structure: str) -> None:
+def _check_same(parameters: PruneParameters, order: Any) -> None:
     """Refuse an order of another structure or refit, and one whose search ended before the budget."""
     if (share := order.parameters.get("share", 1.0)) < (removed := parameters.share_of_steps):
         longer = f"--share {removed:g}" if removed < 1 else "no --share"
@@ -138,6 +146,7 @@ def _check_same(parameters: PruneParameters, order: Any, structure: str) -> None
             f"{order.folder}: an order searched for a share of {share:g} of all parameters; this cut needs "
             f"{f'{removed:g}' if removed < 1 else 'the whole'}. Run `hfprune order` with {longer}."
         )
+    structure = ordered(parameters.structure, parameters.depth_share)
     for name, value in (("structure", structure), ("refit", parameters.refit), ("ridge", parameters.ridge)):
         if order.parameters.get(name, value) != value:
             raise UserError(
