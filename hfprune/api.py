@@ -33,7 +33,7 @@ from hfprune.evaluation.fidelity import hidden_states, position_measures, summar
 from hfprune.models import checkpoint
 from hfprune.models.head import head_of
 from hfprune.models.loading import LINEAR, check_config
-from hfprune.models.units import DEPTH, MIXED, PARTS, STRUCTURES, UNITS, Kept, Part, Scores, ordered, parts
+from hfprune.models.units import DEPTH, MIXED, PARTS, STRUCTURES, UNITS, Kept, Part, Scores, parts
 from hfprune.pruning import surgery
 from hfprune.pruning.allocation import ALLOCATIONS
 from hfprune.pruning.budget import STEPS, refuse_method, refuse_saving, shape_of, units_to_keep
@@ -41,7 +41,7 @@ from hfprune.pruning.criteria import CRITERIA, passes
 from hfprune.pruning.depth import order
 from hfprune.pruning.influence import layer_influence
 from hfprune.pruning.methods import MethodRecipe, preset
-from hfprune.pruning.order import best_steps, kept_without
+from hfprune.pruning.order import best_steps, kept_without, ordered
 from hfprune.pruning.refit import refit as refit_kept
 from hfprune.pruning.refit_names import RIDGE
 from hfprune.pruning.saving import SAVINGS, fault, saving_of

@@ -10,11 +10,11 @@ from typing import Any
 from hfprune.errors import UserError
 from hfprune.experiment.schema import Experiment
 from hfprune.models.context import check_checkpoint
-from hfprune.models.units import DEPTH, MIXED, ordered
+from hfprune.models.units import DEPTH, MIXED
 from hfprune.pruning.budget import BUDGET, check
 from hfprune.pruning.criteria import passes
 from hfprune.pruning.methods import named
-from hfprune.pruning.order import BESIDE_NEURONS
+from hfprune.pruning.order import BESIDE_NEURONS, ordered
 from hfprune.pruning.searched import SEARCHED
 from hfprune.reporting.paper_tables import Setting
 from hfprune.runtime.paths import expanded

@@ -220,16 +220,6 @@ def check_depth_share(share: float | None, structure: str) -> None:
         )
 
 
-def ordered(structure: str, share: float | None) -> str:
-    """The structure of the order by which a cut removes what goes whole.
-
-    Args:
-        structure: of the cut, in `DEPTH` or `MIXED`.
-        share: its depth_share. None with 2SSP's structure: the order then knows how many that method removes.
-    """
-    return structure if structure == TWO_STAGES and share is None else MIXED.get(structure, structure)
-
-
 def check_experts_share(share: float | None, structure: str) -> None:
     """Refuse a share of whole experts without the structure that has them and neurons.
 

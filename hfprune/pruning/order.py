@@ -28,6 +28,16 @@ SEARCHES = ("greedy_kl", "greedy_perplexity")  # those that measure
 BESIDE_NEURONS = dict.fromkeys(MIXED, "greedy_kl") | {TWO_STAGES: "greedy_perplexity"}  # orders what goes whole
 
 
+def ordered(structure: str, share: float | None) -> str:
+    """The structure of the order by which a cut removes what goes whole.
+
+    Args:
+        structure: of the cut, in `units.DEPTH` or `units.MIXED`.
+        share: its depth_share. None with 2SSP's structure: the order then knows how many that method removes.
+    """
+    return structure if structure == TWO_STAGES and share is None else MIXED.get(structure, structure)
+
+
 def steps_of(shape: Shape, structure: str) -> list[Step]:
     """Every step that a structure allows, in the order of the model.
 

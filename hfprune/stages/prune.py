@@ -8,16 +8,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.models.units import (
-    DEPTH,
-    DEPTH_SHARE,
-    MIXED,
-    STRUCTURES,
-    check_depth_share,
-    check_experts_share,
-    ordered,
-)
+from hfprune.models.units import DEPTH, DEPTH_SHARE, MIXED, STRUCTURES, check_depth_share, check_experts_share
 from hfprune.pruning.allocation import ALLOCATIONS
+from hfprune.pruning.order import ordered
 from hfprune.pruning.refit_names import IN_DEPTH, REFITS, RIDGE, SOLVED
 from hfprune.pruning.searched import SEARCHED, check_searched
 from hfprune.stages.budget import ROUNDS_OF_SEARCH, Budget, refuse_other_scores
