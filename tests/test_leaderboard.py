@@ -7,8 +7,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from hfprune.models.units import TWO_STAGES
 from hfprune.reporting import interactive
 from hfprune.reporting.figures import leaderboard
+from hfprune.reporting.labels import spread
 from hfprune.reporting.leaderboard import MAKING, PREFILL, board, first_kl, leaderboard_sheet
 from hfprune.reporting.overview import Results, overview
 from hfprune.reporting.statistics import MODEL
@@ -122,6 +124,28 @@ def test_every_timed_model_is_a_point_with_its_name_and_the_others_are_named(tab
     heights = [text.get_position()[1] for text in large.texts]
     assert heights == sorted(heights) and min(b - a for a, b in pairwise(heights)) > 0.01
     plt.close(figure)
+
+
+def test_colours_say_which_models_are_of_a_stock_class():
+    of_shape = {"whole layers": ("layers", "uniform"), "sublayers": ("sublayers", "uniform"), "free": ("mlp", "global")}
+    of_shape |= {"narrow": ("mlp", "uniform"), "both": ("mlp+attention", "uniform"), "2SSP": (TWO_STAGES, "uniform")}
+    rows = [
+        {"name": name, "ratio": 0.2, "structure": structure, "allocation": allocation, "best": False, "tied": False}
+        for name, (structure, allocation) in of_shape.items()
+    ]
+    figure = leaderboard(pd.DataFrame(rows).assign(speed=range(6), distance=range(1, 7)), "speed", "distance")
+    stock, other = [line.get_xdata().tolist() for line in figure.axes[0].lines]
+    assert (stock, other) == ([0, 3, 4], [1, 2, 5])
+    plt.close(figure)
+
+
+def test_names_stand_apart_and_above_the_axis():
+    values = [0.01, 0.02, 0.03, 0.5, 0.51]
+    places = spread(values, 0.1, lowest=0)
+    assert places[0] == pytest.approx(0) and places == sorted(places)
+    assert min(b - a for a, b in pairwise(places)) > 0.1 - 1e-9
+    assert spread(values, 0.1)[3:] == pytest.approx(places[3:]), "those that have room stay"
+    assert spread([0.05, 0.9], 0.1, lowest=0) == [0.05, 0.9]
 
 
 def page(table: pd.DataFrame) -> str:

@@ -643,7 +643,7 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
         axis.remove()
     for axis, (ratio, rows) in zip(axes.flat, sizes, strict=False):
         known = rows[rows[speed].notna()]
-        stock = (known["structure"] == "mlp") & (known["allocation"] == "uniform")
+        stock = (known["allocation"] == "uniform") & ~known["structure"].str.contains("sublayers")
         for color, group, label in ((COLORS[0], stock, "stock class"), (COLORS[1], ~stock, "widths per layer")):
             axis.plot(speed, distance, "o", data=known[group], color=color, markersize=4, label=label)
         axis.set_yscale("log")
@@ -653,9 +653,8 @@ def leaderboard(board: pd.DataFrame, speed: str, distance: str) -> Figure:
         axis.yaxis.set_minor_formatter(NullFormatter())
         low, high = np.log(axis.get_ylim())
         gap = 8 / (72 * (height - 0.7))  # a line of text, as a share of the axis
-        for (_, row), place in zip(
-            known.iterrows(), spread([(y - low) / (high - low) for y in np.log(known[distance])], gap), strict=True
-        ):
+        places = spread([(y - low) / (high - low) for y in np.log(known[distance])], gap, lowest=0)
+        for (_, row), place in zip(known.iterrows(), places, strict=True):
             mark = "*" if row["best"] else NOT_WORSE if row["tied"] else ""
             thread = THREAD | {"color": "0.6", "lw": 0.3, "shrinkB": 0}
             axis.annotate(

@@ -1,5 +1,6 @@
 """Names of models in figures, and their places beside lines."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,18 +17,22 @@ def name_of(model: Mapping[str, Any], differing: list[str]) -> str:
     return ", ".join([model["method"], *before, *trained])
 
 
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Places for texts beside `values`, in their order: at least `gap` apart, and as near as that allows."""
+def spread(values: Sequence[float], gap: float, lowest: float = -math.inf) -> list[float]:
+    """Places for texts beside `values`, in their order: at least `gap` apart, and none below `lowest`."""
+
+    def middle_of(members: list[int]) -> float:
+        middle = sum(values[member] for member in members) / len(members)
+        return max(middle, lowest + gap * (len(members) - 1) / 2)
+
     order = sorted(range(len(values)), key=lambda index: values[index])
     groups: list[tuple[list[int], float]] = []  # indices of texts that touch, and the place of their middle
     for index in order:
-        groups.append(([index], values[index]))
+        groups.append(([index], middle_of([index])))
         while len(groups) > 1:
             (before, below), (after, above) = groups[-2:]
             if above - below >= gap * (len(before) + len(after)) / 2:
                 break
-            together = before + after
-            groups[-2:] = [(together, sum(values[member] for member in together) / len(together))]
+            groups[-2:] = [(before + after, middle_of(before + after))]
     places = list(values)
     for members, middle in groups:
         for number, index in enumerate(members):
