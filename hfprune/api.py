@@ -153,8 +153,7 @@ def _without_sublayers(
     shape = shape_of(model)
     budget = units_to_keep(shape, ratio, target_parameters=target_parameters, structure=recipe.structure)
     with _as_scored(model):
-        settings = (recipe.structure, recipe.refit, recipe.ridge, budget.share)
-        steps, _, _ = order(model, tokens, recipe.criterion, *settings)
+        steps, _, _ = order(model, tokens, recipe.criterion, recipe.structure, recipe.refit, recipe.ridge, budget.share)
     return kept_without(shape, best_steps(shape, steps, budget.share * shape.total))
 
 

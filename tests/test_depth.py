@@ -201,6 +201,7 @@ def test_a_search_ends_when_its_share_is_gone_and_ranks_the_rest_as_last_measure
     assert (steps[:2], measures[:2]) == (whole[0][:2], whole[1][:2])
     assert set(steps) == set(whole[0]) and record["flops"] < whole[2]["flops"]
     cost = depth.cost(model, TEXT.shape, criterion, structure, "none", removed / shape.total)
+    assert depth.cost(model, TEXT.shape, criterion, structure, "none") == pytest.approx(whole[2]["flops"], rel=0.2)
     assert cost == pytest.approx(record["flops"], rel=0.5), "whether small or large ones go is not known before"
     left = dict(zip(steps[2:], measures[2:], strict=True))
     costs = [(kl - measures[0]) / size_of(shape, step) if criterion == KL else kl for step, kl in left.items()]

@@ -241,7 +241,8 @@ def test_what_does_not_stand_on_gpus_is_not_timed(place, checkpoint, data, tmp_p
     for words in (["efficiency", "--models", made[0], "--store", str(tmp_path / "store")],
                   ["scoring-cost", "--model", made[0], "--text", made[1], *criteria]):  # fmt: skip
         assert main([*words, *output]) == 2
-        said = capsys.readouterr().err.splitlines()[-1]  # below the bar
+        *bars, said = capsys.readouterr().err.splitlines()
+        assert all(line.startswith("time ") for line in filter(None, bars)), "nothing but the bar"
         assert f"model {Path(made[0]).name}: not all of its weights have room on the GPUs" in said
     assert not (tmp_path / "timings.csv").exists()
 

@@ -13,7 +13,7 @@ from hfprune.models.loading import load_model
 from hfprune.models.units import PARTS
 from hfprune.pruning.budget import DEFAULT_STEPS, EXPERT_STEPS, Shape, default_step, shape_of, units_shapes
 from hfprune.pruning.surgery import cut
-from hfprune.runtime.progress import progress
+from hfprune.runtime.progress import bar
 
 POINTS = 12  # widths of a part that are measured at most; `saving.Latency` interpolates between them
 
@@ -45,18 +45,19 @@ def time_widths(
     shape = shape_of(model)
     widths = widths_to_time(shape, round_to)
     seconds: dict[tuple[str, int], list[float]] = {}
-    turns = [
-        (number, part, count) for number in range(rounds + 1) for part, counts in widths.items() for count in counts
-    ]
-    for number, part, count in progress(turns, "time widths", len(turns), "turn"):
-        if count == widths[part][0]:
-            model = None  # its memory is for the next
-            model = on_gpu(load_model(folder, dtype), folder.name)
-        else:
-            _narrow(model, shape, part, count)
-        value = _seconds_of_token(model, new_tokens)
-        if number:
-            seconds.setdefault((part, count), []).append(value)
+    with bar("time widths", (rounds + 1) * sum(map(len, widths.values())), "turn") as shown:
+        for number in range(rounds + 1):
+            for part, counts in widths.items():
+                if number or part != next(iter(widths)):
+                    model = on_gpu(load_model(folder, dtype), folder.name)
+                for count in counts:
+                    if count < counts[0]:
+                        _narrow(model, shape, part, count)
+                    value = _seconds_of_token(model, new_tokens)
+                    if number:
+                        seconds.setdefault((part, count), []).append(value)
+                    shown.update()
+                del model
     dense = [value for part, counts in widths.items() for value in seconds[part, counts[0]]]
     medians = {
         (part, count): statistics.median(dense if count == widths[part][0] else values)

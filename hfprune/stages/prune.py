@@ -134,10 +134,10 @@ def _check_widths(parameters: PruneParameters, scores: Any, widths: Any) -> None
 def _check_same(parameters: PruneParameters, order: Any) -> None:
     """Refuse an order of another structure or refit, and one whose search ended before the budget."""
     if (share := order.parameters.get("share", 1.0)) < (removed := parameters.share_of_steps):
-        longer = f"--share {removed:g}" if removed < 1 else "no --share"
+        needed, option = (removed, f"--share {removed}") if removed < 1 else ("the whole", "no --share")
         raise UserError(
-            f"{order.folder}: an order searched for a share of {share:g} of all parameters; this cut needs "
-            f"{f'{removed:g}' if removed < 1 else 'the whole'}. Run `hfprune order` with {longer}."
+            f"{order.folder}: an order searched for a share of {share} of all parameters; this cut needs {needed}. "
+            f"Run `hfprune order` with {option}."
         )
     structure = ordered(parameters.structure, parameters.depth_share)
     for name, value in (("structure", structure), ("refit", parameters.refit), ("ridge", parameters.ridge)):
