@@ -37,6 +37,7 @@ localrules:
     losses,
     widths,
     download,
+    mix,
     overlap,
     page,
     artifacts,

@@ -100,6 +100,29 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
             {"random": True},
             r"fidelity\.texts\.0 = 'heldout' holds random tokens, which only calibrate",
         ),
+        ("texts.both", {"mix": ["calibration"]}, r"texts\.both\.mix = \['calibration'\]: List should have at least 2"),
+        ("texts.both", {"mix": ["calibration", "x"]}, r"texts\.both\.mix\.1 = 'x': not one of `texts`: calibration, h"),
+        ("texts.both", {"mix": ["calibration", "both"]}, r"texts\.both\.mix\.1 = 'both' is a mixture, and only calibr"),
+        (
+            "texts.both",
+            {"mix": ["calibration", "heldout"], "field": "x"},
+            r"texts\.both: 'field' does not go with 'mix'",
+        ),
+        (
+            "texts",
+            {"a": WHEEL, "calibration": {"mix": ["a", "heldout"]}, "heldout": WHEEL | {"file": "y"}},
+            r"fidelity\.texts\.0 = 'heldout' shares documents with texts\.calibration\.mix = 'heldout'",
+        ),
+        (
+            "texts",
+            {"calibration": WHEEL, "a": WHEEL | {"file": "y"}, "heldout": {"mix": ["calibration", "a"]}},
+            r"fidelity\.texts\.0 = 'heldout' is a mixture, and only calibration and training read one",
+        ),
+        (
+            "texts",
+            {"a": WHEEL, "noise": {"random": True}, "calibration": {"mix": ["a", "noise"]}, "heldout": WHEEL},
+            r"texts\.calibration\.mix\.1 = 'noise' holds random tokens",
+        ),
         ("texts.calibration.instruction", "{q}", r"texts\.calibration: 'instruction' alone"),
         (
             "texts.calibration",

@@ -67,7 +67,10 @@ def read(file: Path, name: str, fields: Collection[str] | None = None) -> Iterat
 
 
 def read_records(folder: Path, name: str = DOCUMENTS) -> list[dict[str, Any]]:
-    """The records of a download. Those of a text all have `text`, or all `instruction` and `response`."""
+    """The records of a download. Those of a text all have `text`, or all `instruction` and `response`.
+
+    Those of a mixture also have `source`, the number of their text, from 0.
+    """
     with (folder / name).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 

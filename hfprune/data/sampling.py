@@ -43,18 +43,30 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 def sample_sequences(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path, samples: int, length: int, seed: int
 ) -> Tensor:
-    """Token sequences of a downloaded text: see `draw_sequences`, of random tokens `random_sequences`.
+    """Token sequences of a text: see `draw_sequences`, of random tokens `random_sequences`.
+
+    Of a mixture, each text gives as many sequences, the first ones one more where that does not come out even. They
+    take turns, so that any first part of the sequences is as mixed as the whole.
 
     Raises:
-        UserError: the text consists of instructions; and see there.
+        UserError: the text consists of instructions; there are fewer samples than texts in the mixture; and see there.
     """
     records = read_records(folder)
     if records == [RANDOM]:
         return random_sequences(tokenizer, config, samples, length, seed)
     if any("text" not in record for record in records):
         raise UserError(f"{folder / DOCUMENTS}: holds instructions; plain text is needed here. Download it by `field`.")
-    documents = [record["text"] for record in records]
-    return draw_sequences(tokenizer, config, documents, samples, length, seed, str(folder / DOCUMENTS))
+    texts: dict[int, list[str]] = {}
+    for record in records:
+        texts.setdefault(record.get("source", 0), []).append(record["text"])
+    if samples < len(texts):
+        raise UserError(f"{folder / DOCUMENTS}: mixes {len(texts)} texts; ask for at least as many samples.")
+    drawn = []
+    for number, documents in texts.items():
+        share = len(range(number, samples, len(texts)))
+        origin = f"{folder / DOCUMENTS}" + (f", text {number + 1} of the mixture" if len(texts) > 1 else "")
+        drawn.append(draw_sequences(tokenizer, config, documents, share, length, seed, origin))
+    return torch.stack([drawn[turn % len(drawn)][turn // len(drawn)] for turn in range(samples)])
 
 
 def random_sequences(

@@ -46,6 +46,7 @@ from hfprune.pruning.searched import held_out
 from hfprune.pruning.surgery import best_units, cut, units_within, without_and_narrower
 from hfprune.pruning.width_search import most_operations
 from hfprune.stages.costs import Cost, streamed_bytes, weight_bytes
+from hfprune.stages.declaration import ANY_TEXT
 from hfprune.stages.registry import STAGES
 from hfprune.store.artifacts import Store
 from hfprune.store.filenames import DOCUMENTS
@@ -334,7 +335,7 @@ class Estimate:
         stage, on_cpu = STAGES[job.recipe.stage], bool(self.device.process)
         cost = self.cost(job.after or job)  # a later job of a pass has the whole pass to do if the first one failed
         files = sum(self._size(file_job) for file_job in [job, *job.sources])
-        data = sum(self._size(source) for source in job.sources if source.recipe.stage in ("text", "task"))
+        data = sum(self._size(source) for source in job.sources if source.recipe.stage in (*ANY_TEXT, "task"))
         process = self.device.process or HOST_PROCESS_BYTES
         memory = cost.memory_bytes if on_cpu else process + files
         memory += SNAKEMAKE_BYTES + DATA_IN_MEMORY * data
@@ -514,14 +515,19 @@ class Estimate:
         return self._texts[job.key]
 
     def _read_text(self, job: Job) -> Text:
-        source = job.settings
-        if source.random:
+        source, is_mixture = job.settings, job.recipe.stage == "mix"
+        if not is_mixture and source.random:
             return Text(0, 0)
         if self.plan.has(job):
             with (self.plan.store.folder(job.recipe) / DOCUMENTS).open(encoding="utf-8") as file:
-                documents = ["".join(json.loads(line).values()) for line in file]
+                records = [json.loads(line) for line in file]
+            documents = ["".join(value for value in record.values() if isinstance(value, str)) for record in records]
             sizes = [len(document.encode()) for document in documents]
             return Text(len(sizes), sum(sizes) / len(sizes), sizes, *self._tokens(documents[:TOKENIZED_DOCUMENTS]))
+        if is_mixture:
+            texts = [self._text(text) for text in job.inputs["texts"]]
+            documents = sum(text.documents for text in texts)
+            return Text(documents, sum(text.documents * text.size for text in texts) / documents)
         documents, size = TEXTS.get(source.hub, OTHER_TEXT)
         if source.path is not None:
             path = source.path
@@ -558,7 +564,7 @@ class Estimate:
 
     def data_bytes(self, job: Job) -> int:
         """Bytes of the documents of a text or task."""
-        if job.recipe.stage == "text":
+        if job.recipe.stage in ANY_TEXT:
             text = self._text(job)
             return round(text.documents * text.size)
         documents, _, length = self.task(job)

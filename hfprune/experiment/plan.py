@@ -137,7 +137,8 @@ class Plan:
         compared_with: the dense model's predictions that these are compared with; None if there are no files.
         methods: the methods' names in results, by the keys of the models that they cut.
         documents: what is calibrated, trained and tested on: use -> name -> job; the uses are those of
-            `contamination.Corpus`. Of the held-out texts the first is the tables'.
+            `contamination.Corpus`. Of the held-out texts the first is the tables'. A mixture stands as its texts.
+        calibration: the text that is calibrated on.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -267,16 +268,20 @@ class Plan:
             "recovery": [config.recovery[name].text for name in trained],
             "fidelity": config.fidelity.texts,
         }
+        read = {use: [part for name in names for part in config.sources(name)] for use, names in used.items()}
         texts = {
             name: self._download("text", text, text.form, f"text {name}")
             for name, text in config.texts.items()
-            if any(name in names for names in used.values())
+            if any(name in names for names in read.values())
         }
+        for name in (name for names in used.values() for name in names if name not in texts):
+            mixed = [texts[part] for part in config.sources(name)]
+            texts[name] = self.add("mix", {}, {"texts": mixed}, f"text {name}")
         tasks = {
             name: self._download("task", task, {"name": name} | task.form, f"task {name}")
             for name, task in config.evaluation.tasks.items()
         }
-        self.documents = {use: {name: texts[name] for name in names} for use, names in used.items()} | {"task": tasks}
+        self.documents = {use: {name: texts[name] for name in names} for use, names in read.items()} | {"task": tasks}
         sampling = config.fidelity.model_dump(exclude={"texts"}) | loading
         references = {
             name: self.add("reference", sampling, {"model": dense, "text": text}, f"dense predictions on {name}")
@@ -286,7 +291,7 @@ class Plan:
         for name in trained:
             if config.recovery[name].dense and not config.recovery[name].reads_dense:
                 models.append(self._recover(name, whole, dense, texts))
-        calibration = texts[config.calibration.text]
+        self.calibration = calibration = texts[config.calibration.text]
         for seed in config.calibration.seeds:
             scores = self._score(dense, calibration, seed)
             self.scores += scores.values()

@@ -77,6 +77,33 @@ class ModelSource(Source):
     memory: Memory = "auto"
 
 
+class Mixture(Section):
+    """Several texts as one."""
+
+    mix: list[Name] = Field(
+        min_length=2,
+        description="names in `texts`; calibration draws as many sequences of each, training reads all documents",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and (others := [name for name in values if name != "mix"]):
+            raise ValueError(f"{others[0]!r} does not go with 'mix': it belongs to the texts that are mixed")
+        return values
+
+
+SOURCE, MIXTURE = "a source", "a mixture"  # tags that tell pydantic which form a text has; they are no keys
+Text = Annotated[
+    Annotated[TextSource, Tag(SOURCE)] | Annotated[Mixture, Tag(MIXTURE)],
+    Discriminator(
+        lambda value: (
+            MIXTURE if isinstance(value, Mixture) or (isinstance(value, Mapping) and "mix" in value) else SOURCE
+        )
+    ),
+]
+
+
 class Recovery(Training):
     """A training after the cut; `recoveries` name it."""
 
@@ -301,7 +328,7 @@ class Experiment(Section):
         False, description="stop before scoring if calibration or training text overlaps with held-out text or tasks"
     )
     model: ModelSource
-    texts: dict[Name, TextSource] = Field(min_length=1)
+    texts: dict[Name, Text] = Field(min_length=1)
     calibration: Calibration
     methods: Annotated[list[MethodEntry], BeforeValidator(_read_methods), AfterValidator(_known)] = Field(
         ["HFPrune"],
@@ -415,19 +442,44 @@ class Experiment(Section):
             )
         return self
 
+    def sources(self, name: str) -> dict[str, TextSource]:
+        """The text of this name in `texts`, or those that it mixes, by their names."""
+        text = self.texts[name]
+        return {part: self.texts[part] for part in text.mix} if isinstance(text, Mixture) else {name: text}
+
     @model_validator(mode="after")
     def _texts(self) -> Experiment:
         read = {"calibration.text": self.calibration.text}
         read |= {f"recovery.{name}.text": recovery.text for name, recovery in self.recovery.items()}
         heldout = {f"fidelity.texts.{i}": name for i, name in enumerate(self.fidelity.texts)}
-        for key, name in (read | heldout).items():
+        mixed = {
+            f"texts.{name}.mix.{i}": part
+            for name, text in self.texts.items()
+            if isinstance(text, Mixture)
+            for i, part in enumerate(text.mix)
+        }
+        for key, name in (mixed | read | heldout).items():
             if name not in self.texts:
                 raise ValueError(f"{key} = {name!r}: not one of `texts`: {', '.join(self.texts)}")
+            if isinstance(self.texts[name], Mixture):
+                if key not in read:
+                    raise ValueError(f"{key} = {name!r} is a mixture, and only calibration and training read one")
+                continue
             if self.texts[name].random and key != "calibration.text":
                 raise ValueError(f"{key} = {name!r} holds random tokens, which only calibrate; name another text")
             if not key.startswith("recovery") and self.texts[name].instruction is not None:
                 raise ValueError(f"{key} = {name!r} holds instructions; plain text is needed here")
-        for (key, name), (other, used) in product(heldout.items(), read.items()):
+        if self.calibration.samples < (texts := len(self.sources(self.calibration.text))):
+            raise ValueError(
+                f"calibration.samples = {self.calibration.samples}: {self.calibration.text!r} mixes {texts} texts, and "
+                "each gives one sequence or more"
+            )
+        parts = [
+            (f"texts.{name}.mix" if isinstance(self.texts[name], Mixture) else key, part)
+            for key, name in read.items()
+            for part in self.sources(name)
+        ]
+        for (key, name), (other, used) in product(heldout.items(), parts):
             if _share_documents(self.texts[name], self.texts[used]):
                 raise ValueError(
                     f"{key} = {name!r} shares documents with {other} = {used!r}: held-out text must be other text. "
@@ -600,7 +652,7 @@ def parse(model: type[BaseModel], values: Mapping[str, Any], origin: str = "") -
 
 
 def _explain(model: type[Section], fault: Mapping[str, Any], origin: str) -> str:
-    location = tuple(part for part in fault["loc"] if part not in (NAME, SETTINGS))
+    location = tuple(part for part in fault["loc"] if part not in (NAME, SETTINGS, SOURCE, MIXTURE))
     path = ".".join(map(str, location))
     where = ": ".join(part for part in (origin, path) if part)
     if fault["type"] == "extra_forbidden":

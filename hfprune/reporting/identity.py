@@ -145,7 +145,8 @@ def recovery_names(manifests: Mapping[str, Mapping[str, Any]], store: Store) -> 
 
 def text_names(texts: Iterable[str], store: Store) -> dict[str, str]:
     """By key, the file name of each text, with the start of its key if two texts come from files of one name."""
-    files = {text: store.manifest("text", text)["details"]["name"] for text in texts}
+    stages = {text: "mix" if store.has("mix", text) else "text" for text in texts}
+    files = {text: store.manifest(stage, text)["details"]["name"] for text, stage in stages.items()}
     repeated = [name for name, count in Counter(files.values()).items() if count > 1]  # such as parts of one file
     return {text: f"{name} {text[:6]}" if name in repeated else name for text, name in files.items()}
 

@@ -34,6 +34,7 @@ Function = TypeVar("Function", bound=Callable)
 
 NOT_IN_RESULT = frozenset({"memory"})  # parameters that decide how a stage runs, not what it makes
 CHECKPOINTS = ("model", "prune", "recover")  # stages whose artifacts are checkpoints
+ANY_TEXT = ("text", "mix")  # stages whose artifacts are texts
 
 
 def outside_key(function: Function) -> Function:

@@ -11,6 +11,7 @@ from hfprune.models.units import DEPTH, MIXED, TWO_STAGES
 from hfprune.pruning.order import CRITERIA, SEARCHES
 from hfprune.pruning.refit_names import IN_DEPTH, RIDGE
 from hfprune.stages.declaration import (
+    ANY_TEXT,
     CHECKPOINTS,
     NOT_IN_RESULT,
     DType,
@@ -106,7 +107,7 @@ ORDER = Stage(
     produce=_produce,
     inputs={
         "model": Input(CHECKPOINTS, description="dense checkpoint"),
-        "text": Input(("text",), description="calibration text"),
+        "text": Input(ANY_TEXT, description="calibration text"),
     },
     libraries=("torch", "transformers"),
     gpus="one",

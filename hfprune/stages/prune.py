@@ -14,7 +14,7 @@ from hfprune.pruning.order import ordered
 from hfprune.pruning.refit_names import IN_DEPTH, REFITS, RIDGE, SOLVED
 from hfprune.pruning.searched import SEARCHED, check_searched
 from hfprune.stages.budget import ROUNDS_OF_SEARCH, Budget, refuse_other_scores
-from hfprune.stages.declaration import CHECKPOINTS, Input, Stage, outside_key
+from hfprune.stages.declaration import ANY_TEXT, CHECKPOINTS, Input, Stage, outside_key
 from hfprune.stages.lineage import origin
 
 AllocationName = Literal[tuple(ALLOCATIONS)]
@@ -222,7 +222,7 @@ PRUNE = Stage(
         ),
         "widths": Input(("search",), description="for allocation searched: what `hfprune search` found", optional=True),
         "text": Input(
-            ("text",), description="for a refit and some allocations: the text that the scores come from", optional=True
+            ANY_TEXT, description="for a refit and some allocations: the text that the scores come from", optional=True
         ),
     },
     libraries=("torch", "transformers"),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hfprune.errors import UserError
-from hfprune.stages.declaration import DType, Input, Parameters, Section, Stage, outside_key
+from hfprune.stages.declaration import ANY_TEXT, DType, Input, Parameters, Section, Stage, outside_key
 from hfprune.stages.lineage import origin
 
 
@@ -210,7 +210,7 @@ RECOVER = Stage(
     produce=_produce,
     inputs={
         "model": Input(("prune", "recover", "model"), description="checkpoint, dense or pruned"),
-        "text": Input(("text",), description="text to train on: instructions with responses, or documents"),
+        "text": Input(ANY_TEXT, description="text to train on: instructions with responses, or documents"),
         "teacher": Input(("model",), description="dense checkpoint to distil from", optional=True),
     },
     libraries=("torch", "transformers", "peft", "accelerate"),

@@ -29,7 +29,11 @@ Inputs = Mapping[str, ArtifactOrJob | Sequence[ArtifactOrJob] | None]
 
 def recipe(stage: Stage, parameters: Parameters, inputs: Inputs) -> Recipe:
     """The recipe of a stage's artifact, from its parameters and its inputs."""
-    keys = {name: source.key for name, source in inputs.items() if source is not None and stage.inputs[name].in_key}
+    keys: dict[str, str] = {}
+    for name, source in inputs.items():
+        if source is not None and stage.inputs[name].in_key:
+            several = isinstance(source, list)
+            keys |= {f"{name}.{i}": one.key for i, one in enumerate(source)} if several else {name: source.key}
     read = parameters.read()
     if stage.parts:
         read = {}

@@ -13,6 +13,7 @@ from hfprune.errors import UserError
 from hfprune.pruning.convergence import check_until
 from hfprune.pruning.criteria import CRITERIA
 from hfprune.stages.declaration import (
+    ANY_TEXT,
     CHECKPOINTS,
     NOT_IN_RESULT,
     DType,
@@ -87,7 +88,7 @@ class ShardParameters(PassParameters):
 
 INPUTS = {
     "model": Input(CHECKPOINTS, description="dense checkpoint"),
-    "text": Input(("text",), description="calibration text"),
+    "text": Input(ANY_TEXT, description="calibration text"),
     "light_cut": Input(
         ("score",), description="scores for a light first cut, for criteria that need one", optional=True
     ),

@@ -12,7 +12,7 @@ from hfprune.models.units import STRUCTURES as PARTS_OF
 from hfprune.pruning.refit_names import RIDGE
 from hfprune.pruning.searched import STRUCTURES, held_out, too_few
 from hfprune.stages.budget import ROUNDS_OF_SEARCH, Budget, refuse_other_scores
-from hfprune.stages.declaration import CHECKPOINTS, Input, Stage, outside_key
+from hfprune.stages.declaration import ANY_TEXT, CHECKPOINTS, Input, Stage, outside_key
 
 
 class SearchParameters(Budget):
@@ -78,7 +78,7 @@ SEARCH = Stage(
     inputs={
         "model": Input(CHECKPOINTS, description="dense checkpoint"),
         "scores": Input(("score",), description="the model's scores, from `hfprune score`"),
-        "text": Input(("text",), description="the text that the scores come from"),
+        "text": Input(ANY_TEXT, description="the text that the scores come from"),
     },
     libraries=("torch", "transformers"),
     check=_check,

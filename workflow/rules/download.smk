@@ -18,6 +18,26 @@ rule download:
         "python -m hfprune {params.command:q} > {log:q} 2>&1"
 
 
+rule mix:
+    """Make one text of several, to calibrate or train on."""
+    input:
+        made_from("mix"),
+    output:
+        artifact("mix"),
+    log:
+        LOGS / "mix" / "{key}.log",
+    priority: 60
+    conda:
+        ENVIRONMENT
+    params:
+        command=command("mix"),
+        label=label("mix"),
+    message:
+        "mix {params.label}"
+    shell:
+        "python -m hfprune {params.command:q} > {log:q} 2>&1"
+
+
 checkpoint overlap:
     """Check for contamination of the test data. If the experiment is strict, all other jobs wait for it."""
     input:

@@ -30,7 +30,7 @@ rule efficiency:
 
 CALIBRATION = {
     "model": next(iter(plan.jobs["model"].values())),
-    "text": next(iter(plan.documents["calibration"].values())),
+    "text": plan.calibration,
 }
 
 
