@@ -14,7 +14,7 @@ from hfprune.pruning.part_training import train_part
 from hfprune.pruning.refit import DRIFT, refit
 from tests.conftest import make_model
 
-REMOVED = torch.arange(30, 48)
+KEPT, REMOVED = torch.arange(30), torch.arange(30, 48)
 SEQUENCES = torch.randint(2, 320, (32, 32), generator=torch.Generator().manual_seed(0))  # 1, padding, has no embedding
 
 
@@ -35,7 +35,7 @@ class Setting:
         return run_part(*self.how, states).output
 
     def train(self):
-        train_part(self.part, REMOVED, self.write, self.states.split(20), self.targets.split(20))
+        train_part(self.part, KEPT, self.write, self.states.split(20), self.targets.split(20))
 
     @torch.no_grad()
     def error(self):
@@ -47,7 +47,7 @@ class Setting:
 @pytest.fixture
 def short(monkeypatch):
     """Settings for few tokens."""
-    monkeypatch.setattr(part_training, "EPOCHS", 8)
+    monkeypatch.setattr(part_training, "MOST_EPOCHS", 8)
     monkeypatch.setattr(part_training, "TOKENS_PER_STEP", 128)
 
 
@@ -72,13 +72,13 @@ def test_training_lowers_the_error_and_touches_nothing_but_the_weights_that_stay
 
 def test_the_first_step_moves_each_weight_by_a_share_of_its_matrix(monkeypatch):
     """Adam's first step moves every weight that has a gradient by the rate, whatever the gradient."""
-    for name, value in (("EPOCHS", 1), ("TOKENS_PER_STEP", 10**6), ("WARM_UP", 2)):
+    for name, value in (("MOST_EPOCHS", 1), ("TOKENS_PER_STEP", 10**6), ("WARM_UP", 2)):
         monkeypatch.setattr(part_training, name, value)
     setting = Setting()
-    train_part(setting.part, REMOVED, setting.write, [setting.states], [setting.targets])
+    train_part(setting.part, KEPT, setting.write, [setting.states], [setting.targets])
     for linear, name in zip(setting.part.inputs, ("gate_proj", "up_proj"), strict=True):
-        before = setting.before[f"model.layers.0.mlp.{name}.weight"]
-        moved = (linear.weight - before)[:30].abs()
+        before = setting.before[f"model.layers.0.mlp.{name}.weight"][KEPT]
+        moved = (linear.weight[KEPT] - before).abs()
         assert torch.allclose(moved, 0.015 / 2 * before.square().mean().sqrt().expand_as(moved), rtol=0.02)
 
 
@@ -104,7 +104,7 @@ def test_an_mlp_is_to_write_what_the_whole_one_does_and_half_of_the_error_from_b
     kept = {"mlp": [torch.arange(30)] * 3}
     monkeypatch.setattr(
         "hfprune.pruning.refit.train_part",
-        lambda _part, _removed, _write, states, targets: given.append([torch.cat(each) for each in (states, targets)]),
+        lambda _part, _kept, _write, states, targets: given.append([torch.cat(each) for each in (states, targets)]),
     )
     refit(model, kept, SEQUENCES, "trained", 0.1)
     stream = enter(dense, SEQUENCES)[0]
@@ -143,3 +143,9 @@ def test_attention_is_solved_and_not_trained():
         refit(models[method], kept, SEQUENCES, method, 0.1)
     for one, other in zip(*(model.parameters() for model in models.values()), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_longer_text_is_seen_less_often():
+    assert [part_training.epochs(samples * 256) for samples in (1, 64, 85, 86, 128, 129, 256, 1024)] == [3] * 3 + [
+        2
+    ] * 2 + [1] * 3

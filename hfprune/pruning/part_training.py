@@ -7,14 +7,17 @@ suits weights of any size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from hfprune.models.units import Part
+from hfprune.models.loading import set_linear
+from hfprune.models.units import Part, matrix
 
-EPOCHS = 3
+MOST_EPOCHS = 3
+TOKENS = 65_536  # that all epochs see together, if the text is no longer
 TOKENS_PER_STEP = 512
 RATE = 0.015  # Adam's, as a share of a matrix's root mean square
 MOMENTS = (0.9, 0.95)
@@ -22,14 +25,19 @@ WARM_UP = 8  # steps to reach the rate, which a cosine then takes to 0
 SMALLEST = 1e-3  # of the median, ||t||^2 to divide by: some tokens have nothing to write
 
 
-def training_flops(part: Part, tokens: int) -> int:
-    """Operations to train a part on so many tokens: 6 for each weight and token, in each epoch."""
-    return 6 * EPOCHS * tokens * sum(linear.weight.numel() for linear in part.linears)
+def epochs(tokens: int) -> int:
+    """How often so many tokens are seen."""
+    return min(MOST_EPOCHS, max(1, TOKENS // tokens))
+
+
+def training_flops(part: Part, units: int, tokens: int) -> int:
+    """Operations to train `units` of a part on so many tokens: 6 for each weight and token, in each epoch."""
+    return 6 * epochs(tokens) * tokens * sum(linear.weight.numel() for linear in part.linears) * units // part.units
 
 
 def train_part(
     part: Part,
-    removed: Tensor,
+    kept: Tensor,
     write: Callable[[Tensor], Tensor],
     states: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -39,25 +47,34 @@ def train_part(
     Weights of a shorter type are trained by float32 copies. The order of the tokens is the same in every run.
 
     Args:
-        part: with all its units, the `removed` ones silent.
-        removed: int64 columns of its output layer. They stay 0, and the rows of their neurons what they were.
+        part: with all its units.
+        kept: int64, the units to train. The others are silent meanwhile, and stay what they were.
         write: (1, tokens, hidden) hidden states -> the same shape, the output of the part's output layer.
         states: batches of hidden states that the MLP reads, (batch, length, hidden) each, on any device.
         targets: what `write` should return of each, in the same shapes.
     """
-    weights = [linear.weight for linear in part.linears]
+    with _only(part, kept):
+        _train([linear.weight for linear in part.linears], write, states, targets)
+
+
+def _train(
+    weights: Sequence[Tensor],
+    write: Callable[[Tensor], Tensor],
+    states: Sequence[Tensor],
+    targets: Sequence[Tensor],
+) -> None:
+    """Adam, see `train_part`."""
     masters = [weight.detach().float() for weight in weights]
     rates = [RATE * master.square().mean().sqrt().item() for master in masters]
     optimiser = torch.optim.Adam([{"params": [master]} for master in masters], betas=MOMENTS)
-    device = removed.device
-    stays = torch.ones(part.width, device=device).index_fill_(0, removed, 0)
-    silencer = part.output.register_forward_pre_hook(lambda _layer, inputs: (inputs[0] * stays.to(inputs[0].dtype),))
+    device = weights[0].device
     order = torch.Generator().manual_seed(0)
-    steps = EPOCHS * sum(math.ceil(batch[..., 0].numel() / TOKENS_PER_STEP) for batch in states)
+    rounds = epochs(sum(batch[..., 0].numel() for batch in states))
+    steps = rounds * sum(math.ceil(batch[..., 0].numel() / TOKENS_PER_STEP) for batch in states)
     step = 0
     for weight in weights:
         weight.requires_grad_(True)
-    for _ in range(EPOCHS):
+    for _ in range(rounds):
         for number in torch.randperm(len(states), generator=order).tolist():
             entering, wanted = (each[number].to(device).flatten(0, 1) for each in (states, targets))
             for rows in torch.randperm(len(entering), generator=order).split(TOKENS_PER_STEP):
@@ -73,7 +90,25 @@ def train_part(
                 step += 1
     for weight in weights:
         weight.requires_grad_(False)
-    silencer.remove()
+
+
+@contextmanager
+def _only(part: Part, kept: Tensor) -> Iterator[None]:
+    """A context in which the part has the `kept` units alone. What becomes of them is then written into the whole."""
+    whole = [(matrix(linear), linear.bias) for linear in part.linears]
+    rows = [part.rows_of(kept, number) for number in range(len(part.inputs))]
+    for linear, (weight, bias), stay in zip(part.inputs, whole, rows, strict=False):
+        set_linear(linear, weight[stay], None if bias is None else bias[stay])
+    columns = part.columns_of(kept)
+    weight, bias = whole[-1]
+    set_linear(part.output, weight[:, columns], bias)
+    yield
+    for linear, (weight, bias), stay in zip(part.inputs, whole, rows, strict=False):
+        weight[stay] = matrix(linear)
+        set_linear(linear, weight, bias)
+    weight, bias = whole[-1]
+    weight[:, columns] = matrix(part.output)
+    set_linear(part.output, weight, bias)
 
 
 def _relative_error(output: Tensor, target: Tensor) -> Tensor:

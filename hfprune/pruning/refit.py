@@ -193,8 +193,8 @@ def refit(
                         if len(repair.kept) > tokens.numel():
                             starved.add(number)
                     if train:
-                        train_part(part, repair.removed, partial(_output, *how), read, streams.targets)
-                        flops += training_flops(part, tokens.numel())
+                        train_part(part, repair.kept, partial(_output, *how), read, streams.targets)
+                        flops += training_flops(part, len(units), tokens.numel())
                     if sequential:  # the layers above must see this part as it is now
                         for i, stored in enumerate(streams.states):
                             if train:
@@ -377,7 +377,7 @@ def flops_of_refit(model: PreTrainedModel, kept: Kept, tokens: tuple[int, int], 
             if method != "bias" and units and (units < part.units or carrying or sequential):
                 flops += flops_of_solution(count, units * part.columns, matrix(part.output).shape[0])
             if method == "trained" and name == "mlp" and units < part.units:
-                flops += training_flops(part, count)
+                flops += training_flops(part, units, count)
             carrying = not units
     return flops
 
