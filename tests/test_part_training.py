@@ -146,6 +146,5 @@ def test_attention_is_solved_and_not_trained():
 
 
 def test_a_longer_text_is_seen_less_often():
-    assert [part_training.epochs(samples * 256) for samples in (1, 64, 85, 86, 128, 129, 256, 1024)] == [3] * 3 + [
-        2
-    ] * 2 + [1] * 3
+    samples = (1, 64, 170, 171, 256, 257, 1024)
+    assert [part_training.epochs(count * 256) for count in samples] == [3, 3, 3, 2, 2, 1, 1]

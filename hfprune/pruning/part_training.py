@@ -17,7 +17,7 @@ from hfprune.models.loading import set_linear
 from hfprune.models.units import Part, matrix
 
 MOST_EPOCHS = 3
-TOKENS = 65_536  # that all epochs see together, if the text is no longer
+TOKENS = 131_072  # that all epochs see together, if the text is no longer
 TOKENS_PER_STEP = 512
 RATE = 0.015  # Adam's, as a share of a matrix's root mean square
 MOMENTS = (0.9, 0.95)
