@@ -100,6 +100,7 @@ WHEEL = {"wheel": "a==1", "file": "x", "sha256": "0" * 64}
             {"random": True},
             r"fidelity\.texts\.0 = 'heldout' holds random tokens, which only calibrate",
         ),
+        ("texts.calibration.feild", "x", r"texts\.calibration\.feild: unknown key\. Did you mean 'field'\?"),
         ("texts.both", {"mix": ["calibration"]}, r"texts\.both\.mix = \['calibration'\]: List should have at least 2"),
         ("texts.both", {"mix": ["calibration", "x"]}, r"texts\.both\.mix\.1 = 'x': not one of `texts`: calibration, h"),
         ("texts.both", {"mix": ["calibration", "both"]}, r"texts\.both\.mix\.1 = 'both' is a mixture, and only calibr"),

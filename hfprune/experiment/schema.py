@@ -680,5 +680,12 @@ def _keys_at(model: Any, loc: tuple) -> list[str]:
             model = dict[str, MethodSettings] if part == "methods" else model.model_fields[part].annotation
         else:
             model = get_args(model)[-1]  # dict[Name, X]
-    sections = [part for part in (model, *get_args(model)) if isinstance(part, type) and issubclass(part, Section)]
-    return list(sections[0].model_fields) if sections else []
+    section = _first_section(model)
+    return list(section.model_fields) if section else []
+
+
+def _first_section(annotation: Any) -> type[Section] | None:
+    """The first section that a type names."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_first_section, get_args(annotation))), None)
