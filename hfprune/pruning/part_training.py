@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hfprune.models.loading import set_linear
+from hfprune.models.narrowing import cut_part
 from hfprune.models.units import Part, matrix
 
 MOST_EPOCHS = 3
@@ -96,19 +97,14 @@ def _train(
 def _only(part: Part, kept: Tensor) -> Iterator[None]:
     """A context in which the part has the `kept` units alone. What becomes of them is then written into the whole."""
     whole = [(matrix(linear), linear.bias) for linear in part.linears]
-    rows = [part.rows_of(kept, number) for number in range(len(part.inputs))]
-    for linear, (weight, bias), stay in zip(part.inputs, whole, rows, strict=False):
-        set_linear(linear, weight[stay], None if bias is None else bias[stay])
-    columns = part.columns_of(kept)
-    weight, bias = whole[-1]
-    set_linear(part.output, weight[:, columns], bias)
+    cut_part(part, kept)
     yield
-    for linear, (weight, bias), stay in zip(part.inputs, whole, rows, strict=False):
-        weight[stay] = matrix(linear)
+    *inputs, output = [matrix(linear) for linear in part.linears]
+    for linear, (weight, bias) in zip(part.linears, whole, strict=True):
         set_linear(linear, weight, bias)
-    weight, bias = whole[-1]
-    weight[:, columns] = matrix(part.output)
-    set_linear(part.output, weight, bias)
+    for number, trained in enumerate(inputs):
+        matrix(part.inputs[number])[part.rows_of(kept, number)] = trained
+    matrix(part.output)[:, part.columns_of(kept)] = output
 
 
 def _relative_error(output: Tensor, target: Tensor) -> Tensor:

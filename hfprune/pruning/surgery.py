@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfprune.data.sampling import sample_sequences
@@ -20,22 +20,18 @@ from hfprune.models.loading import (
     flops_per_token,
     load_model,
     load_tokenizer,
-    set_linear,
     shape_only,
 )
-from hfprune.models.modeling_per_layer import count_heads, write_nothing
+from hfprune.models.narrowing import cut_part
 from hfprune.models.streamed import device_of, in_turn, memory_of
 from hfprune.models.units import (
     DEPTH,
     MIXED,
     PARTS,
-    AnyPart,
     Kept,
-    Part,
     Scores,
     layers_of,
     layers_that_stay,
-    matrix,
     part_of,
     read_scores,
 )
@@ -339,23 +335,3 @@ def cut(model: PreTrainedModel, kept: Kept) -> None:
             cut_part(part_of(model, name, number), layers[number])
     keep_layers(model, stay)
     checkpoint.declare_widths(model)
-
-
-def cut_part(part: AnyPart, units: Tensor) -> None:
-    """Remove the units of a part that are not in `units`, int64; of a layer without the part, nothing."""
-    if part is None or not part.units:  # it is gone already
-        return
-    if not isinstance(part, Part):
-        part.keep(units.to(part.experts.router.weight.device))
-        return
-    units = units.to(part.output.weight.device)
-    for number, linear in enumerate(part.inputs):
-        rows = part.rows_of(units, number)
-        set_linear(linear, matrix(linear)[rows], None if linear.bias is None else linear.bias[rows])
-    for norm in part.per_head:
-        norm.weight = nn.Parameter(norm.weight.unflatten(0, (part.units, -1))[units].flatten(0, 1), False)
-    set_linear(part.output, matrix(part.output)[:, part.columns_of(units)], part.output.bias)
-    if not len(units):
-        write_nothing(part.output)
-    if part.name == "attention":
-        count_heads(part.block, len(units), part.units)

@@ -7,7 +7,8 @@ from typing import Any
 
 from hfprune.data.mixing import mix
 from hfprune.errors import UserError
-from hfprune.stages.declaration import Input, Parameters, Stage, outside_key
+from hfprune.stages.declaration import Input, Parameters, Stage
+from hfprune.stages.sources import data_cost
 
 
 class MixParameters(Parameters):
@@ -26,13 +27,6 @@ def _produce(folder: Path, inputs: Any, parameters: MixParameters, run: Any) -> 
     return {"name": " + ".join(names), "documents": mix(folder, [text.folder for text in texts])}
 
 
-@outside_key
-def _cost(job: Any, estimate: Any) -> Any:
-    from hfprune.stages.costs import Cost
-
-    return Cost(0, estimate.device.process, estimate.data_bytes(job))
-
-
 MIX = Stage(
     name="mix",
     module=__name__,
@@ -42,5 +36,5 @@ MIX = Stage(
     produce=_produce,
     inputs={"texts": Input(("text",), description="texts of plain documents", several=True)},
     check=_check,
-    cost=_cost,
+    cost=data_cost,
 )

