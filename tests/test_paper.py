@@ -66,6 +66,16 @@ def test_each_table_asks_only_for_the_models_that_it_compares(experiment):
     assert sorted(named(chosen("table8", every, True))[1:]) == sorted(structures * 2)
 
 
+def test_criteria_are_compared_under_one_refit_too(experiment):
+    methods = [f"{name} + {refit}" for refit in ("none", "bias") for name in ("HFPrune", "LLM-Pruner")]
+    asked = [{name: {"like": name.split(" + ")[0], "refit": name.split(" + ")[1]}} for name in methods]
+    alone = {"Wanda + least_squares": {"like": "Wanda-sp", "refit": "least_squares"}}
+    every = models(experiment, [*asked, alone], [0.2])
+    criteria = [(name, ("mlp", refit), "none") for refit in ("none", "bias") for name in ("entropy", "cross_entropy")]
+    for table in ("table6", "table7"):
+        assert sorted(named(chosen(table, every, True))[1:]) == sorted(criteria * 2)
+
+
 @pytest.mark.parametrize("table", ["table6", "table7", "table8"])
 def test_a_table_that_the_experiment_cannot_fill_says_what_to_write(table, experiment):
     every = models(experiment, ["HFPrune", {"bias": {"like": "HFPrune", "refit": "bias"}}], [0.1, 0.2])

@@ -1,6 +1,6 @@
 """The paper's tables, each declared once: which models it compares, and what it shows of them."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from hfprune.errors import UserError
@@ -48,7 +48,7 @@ class Table:
         caption: the first sentence of its caption.
         compares: what it compares, for messages.
         columns: its values.
-        choose: the cut models that it compares, out of all; none if there is nothing to compare.
+        differ_in: the setting in which the models that it compares differ, see `_differing`; by default it shows all.
         has_accuracy: whether it needs tasks.
         has_task_columns: whether a column for each task comes first.
         has_text_rows: whether there is a row for each held-out text, not only for the first.
@@ -57,7 +57,7 @@ class Table:
     caption: str
     compares: str
     columns: Sequence[Column]
-    choose: Callable[[Sequence[Setting]], list[Setting]] = list
+    differ_in: str = ""
     has_accuracy: bool = True
     has_task_columns: bool = False
     has_text_rows: bool = False
@@ -77,32 +77,24 @@ def compared(table: str, settings: Sequence[Setting], has_tasks: bool) -> list[b
     declared = TABLES[table]
     if declared.has_accuracy and not has_tasks:
         raise UserError(f"{table} shows accuracy: name tasks in `evaluation.tasks`.")
-    chosen = set(declared.choose([setting for setting in settings if not setting.is_dense]))
+    cut = [setting for setting in settings if not setting.is_dense]
+    chosen = set(_differing(cut, declared.differ_in) if declared.differ_in else cut)
     if not chosen:
         raise UserError(f"{table} compares {declared.compares}. The experiment has fewer than two to compare.")
     return [setting in chosen or setting.is_dense for setting in settings]
 
 
-def _criteria(settings: Sequence[Setting]) -> list[Setting]:
-    plain = ("mlp", "uniform", "none", "none")
-    chosen = [
-        setting
-        for setting in settings
-        if (setting.structure, setting.allocation, setting.refit, setting.recovery) == plain
-    ]
-    return chosen if len({setting.criterion for setting in chosen}) > 1 else []
-
-
-def _structures(settings: Sequence[Setting]) -> list[Setting]:
+def _differing(settings: Sequence[Setting], name: str) -> list[Setting]:
+    """The untrained models beside which another one differs in the setting `name`, and in nothing else."""
     untrained = [setting for setting in settings if setting.recovery == "none"]
-    structures: dict[Setting, set[str]] = {}
+    values: dict[Setting, set[str]] = {}
     for setting in untrained:
-        structures.setdefault(replace(setting, structure=""), set()).add(setting.structure)
-    return [setting for setting in untrained if len(structures[replace(setting, structure="")]) > 1]
+        values.setdefault(replace(setting, **{name: ""}), set()).add(getattr(setting, name))
+    return [setting for setting in untrained if len(values[replace(setting, **{name: ""})]) > 1]
 
 
 METHODS = "methods and sizes"
-CRITERIA = "criteria, with nothing else done: structure mlp, allocation uniform, no refit, no recovery"
+CRITERIA = "criteria, the rest alike: in `methods` two such as `- HFPrune` and `- LLM-Pruner`, without recovery"
 STRUCTURES = (
     "structures, the rest alike: in `methods` also one with `structure: mlp+attention`, such as "
     "`- HFPrune + attention: {like: HFPrune, structure: mlp+attention}`, without recovery"
@@ -120,12 +112,12 @@ FIDELITY = (
 TABLES = {
     "table1": Table("Zero-shot accuracy (%).", METHODS, MEANS, has_task_columns=True),
     "table2": Table("Perplexity of held-out text, and mean zero-shot accuracy.", METHODS, (PERPLEXITY, *MEANS)),
-    "table6": Table("Mean zero-shot accuracy by criterion, without recovery.", CRITERIA, MEANS, _criteria),
+    "table6": Table("Mean zero-shot accuracy by criterion, without recovery.", CRITERIA, MEANS, "criterion"),
     "table7": Table(
         "Fidelity to the dense model by criterion, on held-out text.",
-        CRITERIA, FIDELITY, _criteria, has_accuracy=False, has_text_rows=True,
+        CRITERIA, FIDELITY, "criterion", has_accuracy=False, has_text_rows=True,
     ),
-    "table8": Table("The MLPs alone, and attention with them.", STRUCTURES, (*MEANS, KL, PERPLEXITY), _structures),
+    "table8": Table("The MLPs alone, and attention with them.", STRUCTURES, (*MEANS, KL, PERPLEXITY), "structure"),
 }  # fmt: skip
 # The others are made from csv files, not from an experiment's artifacts: which files.
 FILE_TABLES = {
