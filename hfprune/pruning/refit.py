@@ -16,7 +16,8 @@ up_proj times c, its column of down_proj divided by c) rescales its correction a
   nothing, so their difference is the error of the layers below. a is `DRIFT`: repairing all of that error would fit
   noise. The output layers of all parts are refitted, also of parts that keep all their units.
 - `trained`: as `sequential`. Then every MLP that loses neurons is trained, the rows and columns of those that stay, to
-  write what the whole MLP would, with the same share of the drift; see `part_training`.
+  write what the whole MLP would, with the same share of the drift; see `part_training`. Last, the logits are divided by
+  the `temperature` with which the model is nearest to the dense one.
 - `local_search`: as `sequential`, but which neurons of an MLP stay is decided anew, starting from those with the best
   scores: `greedy.swapped` fits W h + a (y - y') with as many neurons (OSSCAR, arXiv 2403.12983).
 - `bias`: h comes from the intact model. The output layer's bias repairs the mean of r (FLAP, arXiv 2312.11983).
@@ -76,6 +77,7 @@ from hfprune.pruning.budget import NO_REFIT
 from hfprune.pruning.greedy import others, swapped
 from hfprune.pruning.part_training import train_part, training_flops
 from hfprune.pruning.refit_names import IN_EXPERTS, SEQUENTIAL
+from hfprune.pruning.temperature import set_temperature, temperature_flops
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
 from hfprune.runtime.scratch import Scratch
@@ -115,7 +117,8 @@ def refit(
 
     Returns:
         Details for the record: `refit_tokens` and `refit_flops` of the passes and solved systems. Except for `bias`,
-        also `ridge` and `starved_layers`, the layers that keep more columns than there are tokens.
+        also `ridge` and `starved_layers`, the layers that keep more columns than there are tokens; of `trained`, the
+        `temperature`.
 
     Raises:
         UserError: `bias` where an output layer has none; a layer's system cannot be solved; the disk is too small; the
@@ -207,7 +210,11 @@ def refit(
                         streams.empty_carried()
                         carrying = False
             finished(number)
-    details = {"refit_tokens": tokens.numel(), "refit_flops": flops}
+        temperature = {}
+        if trains:
+            temperature = {"temperature": set_temperature(model, streams.states[0], streams.dense[0])}
+            flops += temperature_flops(model, streams.states[0][..., 0].numel())
+    details = {"refit_tokens": tokens.numel(), "refit_flops": flops} | temperature
     if method == "bias":
         return details
     if starved:
@@ -379,7 +386,14 @@ def flops_of_refit(model: PreTrainedModel, kept: Kept, tokens: tuple[int, int], 
             if method == "trained" and name == "mlp" and units < part.units:
                 flops += training_flops(part, units, count)
             carrying = not units
+    if method == "trained":
+        flops += temperature_flops(model, min(tokens[0], sequences_together(tokens[1])) * tokens[1])
     return flops
+
+
+def sequences_together(length: int) -> int:
+    """How many sequences of so many tokens pass a part at once."""
+    return max(1, TOKENS_PER_BATCH // length)
 
 
 def flops_of_solution(tokens: int, kept: int, hidden: int) -> int:
@@ -458,7 +472,7 @@ class Streams:
         carries: bool = False,
         trains: bool = False,
     ) -> None:
-        self._shape, self._batch = tuple(tokens.shape), max(1, TOKENS_PER_BATCH // tokens.shape[1])
+        self._shape, self._batch = tuple(tokens.shape), sequences_together(tokens.shape[1])
         self._dtype, self._device, hidden = model.dtype, device_of(model), model.config.hidden_size
         keeps = sequential and not layout_of(model).mixture  # of experts no activations are kept
         widest = max(part.width for name in PARTS for part in parts(model, name)) if keeps else 0
