@@ -330,7 +330,7 @@ def refit(
         ridge: how strongly weights keep to what they were.
 
     Returns:
-        `refit_tokens`, `refit_flops`, and except for `bias` `ridge` and `starved_layers`.
+        `refit_tokens`, `refit_flops`; except for `bias` `ridge` and `starved_layers`; of `trained` `temperature`.
 
     Raises:
         UserError: the model cannot be refitted so.
