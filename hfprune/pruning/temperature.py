@@ -12,7 +12,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hfprune.models.head import Head, head_of
-from hfprune.models.streamed import in_memory
+from hfprune.models.streamed import device_of, in_memory
 from hfprune.models.walk import exit_norm
 from hfprune.pruning.head import LOGITS_PER_CHUNK
 
@@ -34,9 +34,9 @@ def set_temperature(model: PreTrainedModel, states: Tensor, dense: Tensor) -> fl
     """
     norm = exit_norm(model)
     with in_memory(norm), head_of(model) as head:
-        normed = [norm(each.to(head.weight.device)).flatten(0, -2) for each in (states, dense)]
+        normed = [norm(each.to(device_of(model))).flatten(0, -2) for each in (states, dense)]
         factor = best_factor(*normed, head)
-        scaled = _scaled(norm, factor, torch.randn(4, head.weight.shape[1]).to(head.weight))
+        scaled = _scaled(norm, factor, normed[1][:8])
     for name, values in scaled.items():
         setattr(norm, name, nn.Parameter(values, requires_grad=False))
     return 1 / factor if scaled else 1.0
@@ -75,7 +75,7 @@ def _scaled(norm: nn.Module, factor: float, sample: Tensor) -> dict[str, Tensor]
     Args:
         norm: with its weights in memory.
         factor: not 0.
-        sample: (tokens, hidden), to find out which parameters do so: Gemma's gain is 1 + weight.
+        sample: (tokens, hidden), any, to find out which parameters do so: Gemma's gain is 1 + weight.
     """
     own, wanted = dict(norm.named_parameters()), factor * norm(sample).float()
     tolerance = 4 * torch.finfo(sample.dtype).eps
