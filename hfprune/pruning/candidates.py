@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,14 +19,14 @@ from hfprune.models.streamed import device_of, in_memory
 from hfprune.models.units import IN_TURN, Sublayer, layers_of, part_of
 from hfprune.models.walk import enter, entrance, exit_norm, final_states
 from hfprune.pruning.head import LOGITS_PER_CHUNK, following
-from hfprune.pruning.refit import TOKENS_PER_BATCH
+from hfprune.pruning.predictions import Measure, divergence, sums
+from hfprune.pruning.refit import sequences_together
 from hfprune.runtime.matmul import fast_products
 from hfprune.runtime.memory import free_bytes
 
 SEQUENCES_PER_BATCH = 8  # of the dense model
 # (sequences, length, hidden) that enter a layer -> those that leave it, where the candidate changes it; None: as it is.
 Pass = Callable[[int, Tensor, "int | None"], Tensor]
-Measure = Callable[[Tensor], Tensor]  # of log p, (tokens, vocabulary), the predictions for some tokens -> its sum
 
 
 class Walk:
@@ -67,7 +68,7 @@ class Walk:
 
 def batches(states: Tensor) -> Sequence[Tensor]:
     """(sequences, length, hidden) in parts that pass a layer together."""
-    return states.split(max(1, TOKENS_PER_BATCH // states.shape[1]))
+    return states.split(sequences_together(states.shape[1]))
 
 
 def dense_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -83,13 +84,7 @@ def divergences(model: PreTrainedModel, dense: Tensor, changed: Iterable[Tensor]
         dense: (tokens, hidden) final hidden states of the dense model.
         changed: of each changed model (sequences, length, hidden) behind the last layer.
     """
-
-    def divergence(chunk: slice, head: Head) -> Measure:
-        log_p = head.logits(dense[chunk].to(head.weight.device)).log_softmax(-1)
-        p = log_p.exp()
-        return lambda log_q: (p * (log_p - log_q)).sum()
-
-    return _means(model, divergence, len(dense), len(dense), changed)
+    return _means(model, partial(divergence, dense), len(dense), len(dense), changed)
 
 
 def losses(model: PreTrainedModel, tokens: Tensor, changed: Iterable[Tensor]) -> list[float]:
@@ -102,31 +97,29 @@ def losses(model: PreTrainedModel, tokens: Tensor, changed: Iterable[Tensor]) ->
     labels = following(tokens)
     known = labels >= 0
 
-    def loss(chunk: slice, head: Head) -> Measure:
-        rows, place = known[chunk].nonzero()[:, 0], head.weight.device
-        columns = labels[chunk][rows].to(place)
-        return lambda log_q: -log_q[rows.to(place), columns].sum()
+    def loss(head: Head) -> Callable[[slice], Measure]:
+        place = head.weight.device
+
+        def of_chunk(chunk: slice) -> Measure:
+            rows = known[chunk].nonzero()[:, 0]
+            columns = labels[chunk][rows].to(place)
+            return lambda log_q: -log_q[rows.to(place), columns].sum()
+
+        return of_chunk
 
     return _means(model, loss, tokens.numel(), int(known.sum()), changed)
 
 
 def _means(
-    model: PreTrainedModel, measure: Callable[[slice, Head], Measure], tokens: int, count: int,
+    model: PreTrainedModel, measure: Callable[[Head], Callable[[slice], Measure]], tokens: int, count: int,
     changed: Iterable[Tensor],
 ) -> list[float]:  # fmt: skip
     """A measure of predictions, of each changed model: its sum over all tokens, divided by `count`."""
-    norm, changed = exit_norm(model), list(changed)
-    totals = torch.zeros(len(changed), dtype=torch.float64)
+    norm, device = exit_norm(model), device_of(model)
     with in_memory(norm), head_of(model) as head:
         place = head.weight.device
-        size = max(1, LOGITS_PER_CHUNK[place.type] // head.vocabulary)
-        for first in range(0, tokens, size):
-            chunk = slice(first, first + size)
-            of_chunk = measure(chunk, head)
-            for number, states in enumerate(changed):
-                hidden = norm(states.flatten(0, 1)[chunk].to(device_of(model))).to(place)
-                totals[number] += of_chunk(head.logits(hidden).log_softmax(-1)).double().cpu()
-    return (totals / count).tolist()
+        models = [lambda chunk, each=each: norm(each.flatten(0, 1)[chunk].to(device)).to(place) for each in changed]
+        return (sums(head, measure(head), tokens, models) / count).tolist()
 
 
 def flops_of_parts(model: PreTrainedModel, length: int) -> dict[Sublayer, int]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hfprune.models.head import Head, head_of
 from hfprune.models.streamed import device_of, in_memory
 from hfprune.models.walk import exit_norm
-from hfprune.pruning.head import LOGITS_PER_CHUNK
+from hfprune.pruning.predictions import divergence, sums
 
 STEP = 0.05
 FACTORS = [round(0.6 + STEP * number, 2) for number in range(11)]  # of the logits: 1 / temperature, from 0.6 to 1.1
@@ -34,7 +34,7 @@ def set_temperature(model: PreTrainedModel, states: Tensor, dense: Tensor) -> fl
     """
     norm = exit_norm(model)
     with in_memory(norm), head_of(model) as head:
-        normed = [norm(each.to(device_of(model))).flatten(0, -2) for each in (states, dense)]
+        normed = [norm(each.to(device_of(model))).flatten(0, -2).to(head.weight.device) for each in (states, dense)]
         factor = best_factor(*normed, head)
         scaled = _scaled(norm, factor, normed[1][:8])
     for name, values in scaled.items():
@@ -51,12 +51,8 @@ def best_factor(states: Tensor, dense: Tensor, head: Head) -> float:
         states, dense: (tokens, hidden), of the cut and the dense model.
         head: of both.
     """
-    losses = torch.zeros(len(FACTORS), dtype=torch.float64)  # KL, less the dense model's entropy
-    size = max(1, LOGITS_PER_CHUNK[head.weight.device.type] // head.vocabulary)
-    for cut, whole in zip(states.split(size), dense.split(size), strict=True):
-        wanted = head.logits(whole).softmax(-1)
-        for number, factor in enumerate(FACTORS):
-            losses[number] -= (wanted * head.logits(factor * cut).log_softmax(-1)).sum().double().cpu()
+    models = [lambda chunk, factor=factor: factor * states[chunk] for factor in FACTORS]
+    losses = sums(head, divergence(dense, head), len(states), models)
     best = min(max(int(losses.argmin()), 1), len(FACTORS) - 2)
     below, here, above = losses[best - 1 : best + 2].tolist()
     bend = below - 2 * here + above
